@@ -1,0 +1,14 @@
+"""PagedAttention for torch: CUDA kernels over a paged KV cache, compiled at run time.
+
+Importing this package loads neither CuPy nor numba; a backend is loaded at its first use.
+"""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout `engine/` stands beside this package, not inside it: make `cupaged.engine` importable
+# without an install (and after a plain install, when Python is started in the checkout's root).
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "engine").exists():
+    __path__.append(str(_root))

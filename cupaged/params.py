@@ -1,0 +1,25 @@
+"""The arguments of an attention call that are not tensors of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """How the logits of one attention layer are formed; made by `ops`, read by every backend.
+
+    The logit of query position i and key position j is ``s = scale * q.k``, then
+    ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``.
+    """
+
+    scale: float
+    causal: bool = True
+    sliding_window: int | None = None  # visible when j > i - sliding_window
+    logits_soft_cap: float | None = None
+    alibi_slopes: torch.Tensor | None = None  # float32 [H]
+    sinks: torch.Tensor | None = None  # float32 [H]: one more logit a head, with no value
+    k_scale: torch.Tensor | None = None  # float32 [Hkv]; only with a quantised cache
+    v_scale: torch.Tensor | None = None
