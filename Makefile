@@ -37,12 +37,12 @@ lint: $(VENV)/.test  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+	@git ls-files "*.cu" "*.cuh" "*.cpp" "*.h" | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.test  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/clang-format -i $$(git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+	@git ls-files "*.cu" "*.cuh" "*.cpp" "*.h" | xargs -r $(BIN)/clang-format -i
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,3 +12,14 @@ __version__ = "0.1.0"
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "engine").exists():
     __path__.append(str(_root))
+
+_OPS = ("copy_blocks", "merge_attention_states", "paged_attention", "reshape_and_cache", "swap_blocks")
+__all__ = [*_OPS, "__version__"]
+
+
+def __getattr__(name: str):  # torch is imported at the first use of an operator
+    if name in _OPS:
+        from . import ops
+
+        return getattr(ops, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,67 @@
+"""The implementations of the kernels. Each is a module with the functions listed in `Backend`.
+
+`reference` is plain torch and the definition of right, `cpu` is numba, `cuda` the kernels in `cuda/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+
+from ..params import AttentionParams
+
+NAMES = ("reference", "cpu", "cuda")
+
+
+class Backend(Protocol):
+    """What a backend module provides. Arguments are checked and outputs allocated by `cupaged.ops`."""
+
+    def reshape_and_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None: ...
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+    ) -> None: ...
+
+    def merge_attention_states(
+        self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None: ...
+
+    def copy_blocks(self, kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None: ...
+
+    def swap_blocks(self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None: ...
+
+
+@cache
+def for_device(device_type: str) -> Backend:
+    """The backend for tensors on ``device_type``; ``CUPAGED_BACKEND`` overrides the choice.
+
+    Raises:
+        ValueError: no backend runs on that device, or ``CUPAGED_BACKEND`` names none.
+    """
+    name = os.environ.get("CUPAGED_BACKEND") or device_type
+    if name not in NAMES:
+        raise ValueError(
+            f"no cupaged backend is called {name!r}: tensors must be on 'cuda' or 'cpu', "
+            f"and CUPAGED_BACKEND, when set, must be one of {', '.join(NAMES)}"
+        )
+    return cast(Backend, importlib.import_module(f".{name}", __name__))

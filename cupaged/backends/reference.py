@@ -1,0 +1,146 @@
+"""Plain torch on any device: slow, short, and the definition of right for the other backends."""
+
+from __future__ import annotations
+
+import torch
+
+from ..params import AttentionParams
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    block_size = kv_cache.shape[3]
+    keep = slot_mapping >= 0
+    slots = slot_mapping[keep]
+    block, offset = slots // block_size, slots % block_size
+    kv_cache[block, 0, :, offset] = key[keep]
+    kv_cache[block, 1, :, offset] = value[keep]
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    params: AttentionParams,
+) -> None:
+    compute = torch.promote_types(query.dtype, torch.float32)
+    result, logsumexp = attend(
+        query, kv_cache, block_tables, seq_lens, query_start_loc, params, compute_dtype=compute
+    )
+    out.copy_(result)
+    if lse is not None:
+        lse.copy_(logsumexp)
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    params: AttentionParams,
+    *,
+    compute_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention one sequence at a time, every product and sum in ``compute_dtype``.
+
+    Returns:
+        The output [T, H, D] and the logarithm of the softmax's denominator [T, H], in ``compute_dtype``.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    out = torch.zeros(num_tokens, num_heads, head_size, dtype=compute_dtype, device=query.device)
+    lse = torch.full((num_tokens, num_heads), float("-inf"), dtype=compute_dtype, device=query.device)
+    lengths = seq_lens.tolist()
+    starts = list(range(len(lengths) + 1)) if query_start_loc is None else query_start_loc.tolist()
+    for s, length in enumerate(lengths):
+        rows = slice(starts[s], starts[s + 1])
+        num_rows = rows.stop - rows.start
+        if length == 0 or num_rows == 0:
+            continue
+        first = _first_visible(length - num_rows, params.sliding_window)
+        keys, values, start = _gather(kv_cache, block_tables[s], first, length, compute_dtype)
+        out[rows], lse[rows] = _attend_one(query[rows].to(compute_dtype), keys, values, start, length, params)
+    return out, lse
+
+
+def _first_visible(first_position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, first_position - window + 1)
+
+
+def _gather(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, first: int, length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Keys and values [Hkv, length - start, D] from the block that holds ``first``, and ``start``."""
+    block_size = kv_cache.shape[3]
+    start_block = min(first // block_size, (length - 1) // block_size)
+    blocks = block_table[start_block : (length + block_size - 1) // block_size].long()
+    start = start_block * block_size
+    kv = kv_cache[blocks].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, : length - start].to(dtype)
+    return kv[0], kv[1], start
+
+
+def _attend_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    length: int,
+    params: AttentionParams,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows, num_heads, _ = query.shape
+    group = num_heads // keys.shape[0]
+    keys = keys.repeat_interleave(group, dim=0)
+    values = values.repeat_interleave(group, dim=0)
+    i = torch.arange(length - num_rows, length, device=query.device)[:, None]
+    j = torch.arange(start, length, device=query.device)[None, :]
+    visible = torch.ones(num_rows, length - start, dtype=torch.bool, device=query.device)
+    if params.causal:
+        visible &= j <= i
+    if params.sliding_window is not None:
+        visible &= j > i - params.sliding_window
+
+    logits = params.scale * (query.transpose(0, 1) @ keys.transpose(1, 2))
+    if params.logits_soft_cap is not None:
+        logits = params.logits_soft_cap * torch.tanh(logits / params.logits_soft_cap)
+    if params.alibi_slopes is not None:
+        logits = logits + params.alibi_slopes.to(query.dtype)[:, None, None] * (j - i)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    lse = logits.logsumexp(dim=-1)
+    if params.sinks is not None:
+        lse = torch.logaddexp(lse, params.sinks.to(query.dtype)[:, None])
+    empty = ~visible.any(dim=1)
+    weights = torch.exp(logits - lse[..., None]).masked_fill(empty[None, :, None], 0.0)
+    # A masked key has weight zero, but zero times the NaN of an unwritten slot would still be NaN.
+    values = values.masked_fill(~visible.any(dim=0)[None, :, None], 0.0)
+    lse = lse.masked_fill(empty, float("-inf"))
+    return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
+
+
+def merge_attention_states(
+    outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    total = lses.logsumexp(dim=0)
+    weights = torch.exp(lses - total).nan_to_num(nan=0.0)
+    lse.copy_(total)
+    # An empty state's output is not read: it may be anything.
+    filled = outs.to(lses.dtype).masked_fill(torch.isneginf(lses)[..., None], 0.0)
+    out.copy_((weights[..., None] * filled).sum(dim=0))
+
+
+def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    kv_cache[block_mapping[:, 1]] = kv_cache[block_mapping[:, 0]]
+
+
+def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    for source, target in block_mapping.tolist():
+        dst[target].copy_(src[source], non_blocking=True)

@@ -1,0 +1,218 @@
+"""Checks of the public functions' arguments. Each raises a ValueError that names the argument.
+
+Shapes are written with the field's letters (T tokens, S sequences, H query heads, Hkv KV heads,
+D head size, B block size); a letter binds to the first size seen and must agree afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+MAX_HEAD_SIZE = 256
+
+
+@cache
+def device_checks_enabled() -> bool:
+    """Whether ``CUPAGED_CHECK=1`` asks for ids to be checked on the GPU, which synchronises."""
+    return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
+
+
+def tensor(
+    name: str,
+    value: torch.Tensor,
+    dims: str,
+    sizes: dict[str, int],
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Check one tensor: type, rank, the named sizes, dtype and device.
+
+    Args:
+        dims: the dimensions' names, separated by spaces: ``"T H D"``; a number must be met exactly.
+        sizes: the sizes bound so far; grows by the names that are new.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    names = dims.split()
+    shape = value.shape
+    if len(shape) != len(names):
+        raise ValueError(
+            f"{name} must have {len(names)} dimensions [{', '.join(names)}], got shape {list(shape)}"
+        )
+    for dim, letter in enumerate(names):
+        expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, shape[dim])
+        if shape[dim] != expected:
+            raise ValueError(
+                f"{name} must be [{', '.join(names)}] with {letter} = {expected}, got shape {list(shape)}"
+            )
+    allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+    if value.dtype not in allowed:
+        wanted = " or ".join(str(d) for d in allowed)
+        raise ValueError(f"{name} must be {wanted}, got {value.dtype}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other arguments, got {value.device}")
+
+
+def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {list(value.stride())}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
+    """A layer's cache view [num_blocks, 2, Hkv, B, D]; only the block stride is free."""
+    tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES)
+    blocks_contiguous(name, value)
+    if sizes["B"] not in BLOCK_SIZES:
+        allowed = ", ".join(map(str, BLOCK_SIZES))
+        raise ValueError(f"{name} has block size {sizes['B']}; supported are {allowed}")
+    if sizes["D"] % 8 or not 0 < sizes["D"] <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name} has head size {sizes['D']}; it must be a multiple of 8 and at most {MAX_HEAD_SIZE}"
+        )
+
+
+def blocks_contiguous(name: str, value: torch.Tensor) -> None:
+    """Every block is one contiguous chunk; the stride between blocks is free."""
+    expected = 1
+    for dim in range(value.dim() - 1, 0, -1):
+        if value.shape[dim] > 1 and value.stride(dim) != expected:
+            raise ValueError(
+                f"each block of {name} must be contiguous (only the stride of dimension 0 is free), "
+                f"got shape {list(value.shape)} with strides {list(value.stride())}"
+            )
+        expected *= value.shape[dim]
+    if value.shape[0] > 1 and value.stride(0) < expected:
+        raise ValueError(f"the blocks of {name} overlap: stride {value.stride(0)} for {expected} elements")
+
+
+def no_scale(name: str, value: torch.Tensor | None, dtype: torch.dtype) -> None:
+    if value is not None:
+        raise ValueError(f"{name} is for quantised caches; the cache is {dtype}, so pass None")
+
+
+def attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    out: torch.Tensor | None,
+    *,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Everything about a call of `paged_attention` that shapes alone decide."""
+    sizes: dict[str, int] = {}
+    layer_cache("kv_cache", kv_cache, sizes)
+    device = kv_cache.device
+    tensor("query", query, "T H D", sizes, dtype=kv_cache.dtype, device=device)
+    last_dim_contiguous("query", query)
+    if sizes["Hkv"] == 0 or sizes["H"] % sizes["Hkv"]:
+        raise ValueError(
+            f"query has {sizes['H']} heads, not a multiple of kv_cache's {sizes['Hkv']} KV heads"
+        )
+    tensor("seq_lens", seq_lens, "S", sizes, dtype=torch.int32, device=device)
+    tensor("block_tables", block_tables, "S max_blocks", sizes, dtype=torch.int32, device=device)
+    last_dim_contiguous("block_tables", block_tables)
+    last_dim_contiguous("seq_lens", seq_lens)
+    if query_start_loc is None:
+        if sizes["T"] != sizes["S"]:
+            raise ValueError(
+                f"query has {sizes['T']} tokens for {sizes['S']} sequences; without query_start_loc "
+                "each sequence has exactly one query token"
+            )
+    else:
+        tensor("query_start_loc", query_start_loc, "S_plus_1", sizes, dtype=torch.int32, device=device)
+        if sizes["S_plus_1"] != sizes["S"] + 1:
+            raise ValueError(
+                f"query_start_loc must be [S + 1] with S = {sizes['S']}, got [{sizes['S_plus_1']}]"
+            )
+        last_dim_contiguous("query_start_loc", query_start_loc)
+    if out is not None:
+        tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
+        last_dim_contiguous("out", out)
+    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if value is not None:
+            tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
+            last_dim_contiguous(name, value)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap must be positive or None, got {logits_soft_cap}")
+
+
+def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> None:
+    tensor(name, mapping, "N 2", {}, dtype=torch.int64, device=device)
+    if not mapping.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
+
+
+def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Reads the data: every slot is -1 or inside the cache."""
+    limit = kv_cache.shape[0] * kv_cache.shape[3]
+    _in_range("slot_mapping", slot_mapping, -1, limit)
+
+
+def mapping_ids(mapping: torch.Tensor, num_src: int, num_dst: int) -> None:
+    """Reads the data: every block id is inside its cache."""
+    _in_range("block_mapping[:, 0] (source)", mapping[:, 0], 0, num_src)
+    _in_range("block_mapping[:, 1] (destination)", mapping[:, 1], 0, num_dst)
+
+
+def attention_ids(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    sliding_window: int | None,
+) -> None:
+    """Reads the data: lengths fit the block tables, and the entries that will be used are blocks."""
+    if seq_lens.numel() == 0:
+        return
+    block_size = kv_cache.shape[3]
+    capacity = block_tables.shape[1] * block_size
+    longest = int(seq_lens.max())
+    if longest > capacity:
+        raise ValueError(
+            f"block_tables is too narrow: {block_tables.shape[1]} blocks of {block_size} hold {capacity} "
+            f"tokens, but seq_lens has a sequence of {longest}"
+        )
+    _in_range("seq_lens", seq_lens, 0, capacity + 1)
+    if query_start_loc is None:
+        query_lens = torch.ones_like(seq_lens)
+    else:
+        query_lens = query_start_loc.diff()
+        if int(query_start_loc[0]) != 0 or int(query_lens.min()) < 0:
+            raise ValueError("query_start_loc must start at 0 and never decrease")
+        if int(query_start_loc[-1]) > query.shape[0]:
+            raise ValueError(
+                f"query_start_loc ends at {int(query_start_loc[-1])}, but query has {query.shape[0]} tokens"
+            )
+        if bool((query_lens > seq_lens).logical_and(seq_lens > 0).any()):
+            raise ValueError("seq_lens counts the query's own tokens: it must be at least the query's length")
+    first = torch.zeros_like(seq_lens)
+    if sliding_window is not None:
+        first = (seq_lens - query_lens - sliding_window + 1).clamp(min=0) // block_size
+    column = torch.arange(block_tables.shape[1], device=block_tables.device)
+    used = (column < (seq_lens[:, None] + block_size - 1) // block_size) & (column >= first[:, None])
+    _in_range("block_tables", block_tables[used], 0, kv_cache.shape[0])
+
+
+def _in_range(name: str, values: torch.Tensor, low: int, high: int) -> None:
+    if values.numel() == 0:
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(values))
+    if smallest < low or largest >= high:
+        raise ValueError(f"{name} must be from {low} to {high - 1}, got values from {smallest} to {largest}")

@@ -1,0 +1,311 @@
+"""The public functions: check, choose the backend by device, call.
+
+Each is registered with `torch.library`, so `torch.compile` traces through it without a graph break.
+Letters in shapes: T tokens, S sequences, H query heads, Hkv KV heads, D head size, B block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import backends, checks
+from .params import AttentionParams
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Write the keys and values of T tokens into their slots of the cache. Mutates ``kv_cache``.
+
+    Args:
+        key, value: [T, Hkv, D], contiguous in D.
+        kv_cache: [num_blocks, 2, Hkv, B, D] of the same dtype; index 0 of dimension 1 holds the keys.
+            Each block is contiguous; the stride between blocks is free.
+        slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token.
+        k_scale, v_scale: for quantised caches, which are not supported yet: None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, strides or device.
+    """
+    sizes: dict[str, int] = {}
+    checks.layer_cache("kv_cache", kv_cache, sizes)
+    for name, tensor in (("key", key), ("value", value)):
+        checks.tensor(name, tensor, "T Hkv D", sizes, dtype=kv_cache.dtype, device=kv_cache.device)
+        checks.last_dim_contiguous(name, tensor)
+    checks.tensor("slot_mapping", slot_mapping, "T", sizes, dtype=torch.int64, device=kv_cache.device)
+    checks.last_dim_contiguous("slot_mapping", slot_mapping)
+    checks.no_scale("k_scale", k_scale, kv_cache.dtype)
+    checks.no_scale("v_scale", v_scale, kv_cache.dtype)
+    torch.ops.cupaged.reshape_and_cache(key, value, kv_cache, slot_mapping)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a batch of sequences over their paged KV cache (PagedAttention, section 4.1).
+
+    Decode, prefill and chunked prefill are one call: sequence s owns the query rows
+    ``query_start_loc[s]`` to ``query_start_loc[s + 1]``, the last tokens of its ``seq_lens[s]``.
+    Their keys and values must be in the cache already (`reshape_and_cache`).
+
+    The logit of query position i and key position j is ``s = scale * q.k``, then
+    ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``. Sums are in float32.
+
+    Args:
+        query: [T, H, D], contiguous in D; H a multiple of Hkv.
+        kv_cache: [num_blocks, 2, Hkv, B, D] in query's dtype: float32, float16 or bfloat16.
+        block_tables: int32 [S, max_blocks]; entries past a sequence's last block, or wholly before
+            its sliding window, are never read.
+        seq_lens: int32 [S], tokens of each sequence including the query's own; 0 gives zeros.
+        query_start_loc: int32 [S + 1], starting at 0; None means one query token a sequence (decode).
+            Rows from ``query_start_loc[S]`` on are padding and come out as zeros.
+        scale: of the logits; ``D ** -0.5`` by default.
+        causal: a query sees the keys at or before its own position only.
+        sliding_window: a query at i sees keys at j > i - sliding_window only.
+        logits_soft_cap: bounds the logits (Gemma 2).
+        alibi_slopes: float32 [H].
+        sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss).
+        k_scale, v_scale: for quantised caches, which are not supported yet: None.
+        out: [T, H, D] to write into, in query's dtype.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+
+    Returns:
+        The output [T, H, D] and, with ``return_lse``, float32 [T, H]; a row that sees no key is zeros
+        with -inf.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, strides or device. Lengths and block ids
+            are checked on the CPU, and on a GPU when ``CUPAGED_CHECK=1`` is set.
+    """
+    checks.attention(
+        query,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    checks.no_scale("k_scale", k_scale, kv_cache.dtype)
+    checks.no_scale("v_scale", v_scale, kv_cache.dtype)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    torch.ops.cupaged.paged_attention(
+        query,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        causal,
+        sliding_window,
+        logits_soft_cap,
+        alibi_slopes,
+        sinks,
+        out,
+        lse,
+    )
+    return out if lse is None else (out, lse)
+
+
+def merge_attention_states(
+    outs: torch.Tensor | Sequence[torch.Tensor], lses: torch.Tensor | Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge N attentions of the same queries over disjoint keys into the attention over all of them.
+
+    Args:
+        outs: [N, T, H, D], or a sequence of N tensors [T, H, D].
+        lses: float32 [N, T, H], or a sequence of N tensors [T, H]: natural logarithms as returned by
+            `paged_attention`. A state with -inf is empty, and its output is not read.
+
+    Returns:
+        The output [T, H, D] in the inputs' dtype and its lse, float32 [T, H]. Where every state is empty
+        they are zeros and -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree.
+    """
+    stacked_outs = outs if isinstance(outs, torch.Tensor) else torch.stack(tuple(outs))
+    stacked_lses = lses if isinstance(lses, torch.Tensor) else torch.stack(tuple(lses))
+    sizes: dict[str, int] = {}
+    checks.tensor("outs", stacked_outs, "N T H D", sizes, dtype=checks.DTYPES)
+    checks.tensor("lses", stacked_lses, "N T H", sizes, dtype=torch.float32, device=stacked_outs.device)
+    if sizes["N"] == 0:
+        raise ValueError("outs holds no state to merge; pass at least one")
+    if sizes["D"] % 8:
+        raise ValueError(f"outs has head size {sizes['D']}; it must be a multiple of 8")
+    return torch.ops.cupaged.merge_attention_states(stacked_outs.contiguous(), stacked_lses.contiguous())
+
+
+def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    """Copy whole blocks inside a cache, for copy-on-write (section 4.4). Mutates ``kv_cache``.
+
+    Args:
+        kv_cache: [num_blocks, ...], each block contiguous. With the block-major allocation
+            [num_blocks, num_layers, 2, Hkv, B, D] one call copies all layers.
+        block_mapping: int64 [N, 2] of (source, destination) on the cache's device. The pairs are copied
+            in no order: no block may be a destination twice, or both a source and a destination.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, strides or device.
+    """
+    _check_block_cache("kv_cache", kv_cache)
+    checks.block_mapping("block_mapping", block_mapping, kv_cache.device)
+    torch.ops.cupaged.copy_blocks(kv_cache, block_mapping)
+
+
+def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    """Copy whole blocks from one cache to another, GPU to CPU or back (section 4.5). Mutates ``dst``.
+
+    Runs on the current stream and does not wait: the CPU cache should be pinned, and must not be read
+    before the stream has been synchronised.
+
+    Args:
+        src, dst: [num_blocks, ...] with blocks of one shape and dtype, each block contiguous.
+        block_mapping: int64 [N, 2] of (block of src, block of dst), on the CPU.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, strides or device.
+    """
+    _check_block_cache("src", src)
+    _check_block_cache("dst", dst)
+    if src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
+        raise ValueError(
+            f"dst must have blocks like src's, {list(src.shape[1:])} of {src.dtype}, "
+            f"got {list(dst.shape[1:])} of {dst.dtype}"
+        )
+    checks.block_mapping("block_mapping", block_mapping, torch.device("cpu"))
+    torch.ops.cupaged.swap_blocks(src, dst, block_mapping)
+
+
+def _check_block_cache(name: str, cache: torch.Tensor) -> None:
+    if not isinstance(cache, torch.Tensor) or cache.dim() < 2:
+        raise ValueError(f"{name} must be a tensor [num_blocks, ...] of at least 2 dimensions")
+    checks.blocks_contiguous(name, cache)
+
+
+# The operators below run the backends. What needs the tensors' data is checked here, not above:
+# under torch.compile the functions above are traced with fake tensors, which have none.
+
+_LIBRARY = torch.library.Library("cupaged", "DEF")
+_SCHEMAS = (
+    "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
+    "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
+    "Tensor? query_start_loc, float scale, bool causal, int? sliding_window, float? logits_soft_cap, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
+    "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
+)
+
+
+def _reads_data(tensor: torch.Tensor) -> bool:
+    """On the CPU reading ids is cheap and a wrong one would crash; a GPU would have to synchronise."""
+    return tensor.device.type == "cpu" or checks.device_checks_enabled()
+
+
+def _reshape_and_cache(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    if _reads_data(kv_cache):
+        checks.slots(slot_mapping, kv_cache)
+    if key.shape[0]:
+        backend = backends.for_device(kv_cache.device.type)
+        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, None, None)
+
+
+def _paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    if _reads_data(kv_cache):
+        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
+    if query.shape[0] == 0:
+        return
+    if seq_lens.shape[0] == 0 or block_tables.shape[1] == 0:  # nothing but padding
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    params = AttentionParams(scale, causal, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    backend = backends.for_device(kv_cache.device.type)
+    backend.paged_attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params)
+
+
+def _merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    if outs.shape[1]:
+        backends.for_device(outs.device.type).merge_attention_states(outs, lses, out, lse)
+    return out, lse
+
+
+def _copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    if _reads_data(kv_cache):
+        checks.mapping_ids(block_mapping, kv_cache.shape[0], kv_cache.shape[0])
+    if block_mapping.shape[0]:
+        backends.for_device(kv_cache.device.type).copy_blocks(kv_cache, block_mapping)
+
+
+def _swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    checks.mapping_ids(block_mapping, src.shape[0], dst.shape[0])
+    if block_mapping.shape[0]:
+        device_type = "cuda" if "cuda" in (src.device.type, dst.device.type) else src.device.type
+        backends.for_device(device_type).swap_blocks(src, dst, block_mapping)
+
+
+def _fake_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(outs[0]), torch.empty_like(lses[0])
+
+
+def _fake_mutation(*args: object) -> None:
+    """The operators that only write into an argument return nothing and allocate nothing."""
+
+
+for _schema, _implementation, _fake in zip(
+    _SCHEMAS,
+    (_reshape_and_cache, _paged_attention, _merge_attention_states, _copy_blocks, _swap_blocks),
+    (_fake_mutation, _fake_mutation, _fake_merge, _fake_mutation, _fake_mutation),
+):
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cupaged::{_name}", _fake, lib=_LIBRARY)

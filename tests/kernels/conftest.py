@@ -1,0 +1,56 @@
+"""The backends the kernel suite runs over: reference, cpu, cuda_host (emulation), cuda (a GPU)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from cupaged import backends
+
+HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+
+
+def _selected(config) -> list[str]:
+    return config.getoption("--backend") or ["reference", "cpu", "cuda_host", "cuda"]
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _selected(metafunc.config), indirect=True)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Make the public functions run on one backend; gives its name and the device of its tensors."""
+    name = request.param
+    device = "cpu"
+    if name == "cuda":
+        if not HAS_GPU:
+            if request.config.getoption("--backend"):
+                pytest.fail("--backend cuda was asked for, and there is no GPU")
+            pytest.skip("no GPU")
+        device = "cuda"
+        module = importlib.import_module("cupaged.backends.cuda")
+    elif name == "cuda_host":
+        if shutil.which("g++") is None:
+            pytest.skip("no g++ to build the emulation with")
+        from tests.cuda_host import emulator
+
+        module = emulator.backend()
+    else:
+        module = importlib.import_module(f"cupaged.backends.{name}")
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+    return name, device
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """Fresh at every run, printed when the test fails; CUPAGED_TEST_SEED repeats one."""
+    value = int(os.environ.get("CUPAGED_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"CUPAGED_TEST_SEED={value}")
+    return value

@@ -1,0 +1,220 @@
+"""`paged_attention` on every backend against float64, on drawn problems."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import cupaged
+
+from .cases import Problem, check, draw
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_SIZES = [32, 64, 80, 96, 112, 120, 128, 192, 256]
+FEATURES = [(), ("window",), ("cap",), ("alibi",), ("sinks",), ("window", "cap", "alibi", "sinks")]
+
+
+def run(problem: Problem, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    p = problem.to(device)
+    out = torch.full_like(p.query, float("nan"))
+    result, lse = cupaged.paged_attention(
+        p.query,
+        p.kv_cache,
+        p.block_tables,
+        p.seq_lens,
+        p.query_start_loc,
+        **p.options,
+        out=out,
+        return_lse=True,
+    )
+    assert result.data_ptr() == out.data_ptr()
+    return result, lse
+
+
+def sizes(rng: random.Random, longest: int) -> list[int]:
+    """Lengths of a batch: one empty, one of a single token, the rest drawn; longer where it is cheap."""
+    return [0, 1, *(rng.randrange(1, longest) for _ in range(3))]
+
+
+def limit(backend) -> int:
+    return 80 if backend[0] == "cuda_host" else 700
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_decode(backend, seed, dtype, head_size):
+    rng = random.Random(seed)
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=head_size,
+        block_size=rng.choice([8, 16, 32, 64, 128]),
+        num_kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
+        seq_lens=sizes(rng, limit(backend)),
+        block_stride_factor=rng.choice([1, 3]),
+        features=rng.choice(FEATURES),
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_prefill(backend, seed, dtype, head_size):
+    rng = random.Random(seed)
+    seq_lens = sizes(rng, limit(backend))
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=head_size,
+        block_size=rng.choice([8, 16, 32, 64, 128]),
+        num_kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 3, 4]),
+        seq_lens=seq_lens,
+        query_lens=[rng.randrange(min(n, 1), min(n, 90) + 1) for n in seq_lens],
+        padding_rows=rng.choice([0, 3]),
+        block_stride_factor=rng.choice([1, 2]),
+        features=rng.choice(FEATURES),
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("features", [*FEATURES, ("full",), ("full", "window")], ids="+".join)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+def test_features(backend, seed, mode, features, block_size):
+    rng = random.Random(seed)
+    seq_lens = sizes(rng, limit(backend))
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=64,
+        block_size=block_size,
+        num_kv_heads=2,
+        group=rng.choice([1, 2, 6]),
+        seq_lens=seq_lens,
+        query_lens=None if mode == "decode" else [rng.randrange(0, min(n, 40) + 1) for n in seq_lens],
+        features=features,
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 71), (1, 32), (4, 16), (8, 1), (2, 17)])
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_head_ratios(backend, seed, mode, num_kv_heads, group):
+    problem = draw(
+        seed,
+        dtype=torch.bfloat16,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        seq_lens=[37, 5],
+        query_lens=None if mode == "decode" else [19, 5],
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+def test_long_decode_is_split(backend, seed):
+    """Long enough that a sequence is cut into several parts and merged."""
+    rng = random.Random(seed)
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=32,
+        block_size=16,
+        num_kv_heads=1,
+        group=2,
+        seq_lens=[rng.randrange(1500, 2500), 3, 512, 513],
+        features=rng.choice(FEATURES),
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+def test_strided_query_and_out(backend, seed):
+    """Rows of a fused QKV projection: contiguous in D only."""
+    problem = draw(
+        seed,
+        dtype=torch.float16,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=2,
+        group=2,
+        seq_lens=[40, 9],
+        query_lens=[7, 9],
+    )
+    p = problem.to(backend[1])
+    wide = torch.full((16, 8, 64), float("nan"), dtype=torch.float16, device=backend[1])
+    wide[:, 2:6] = p.query
+    wide_out = torch.full((16, 9, 64), 7.0, dtype=torch.float16, device=backend[1])
+    cupaged.paged_attention(
+        wide[:, 2:6], p.kv_cache, p.block_tables, p.seq_lens, p.query_start_loc, out=wide_out[:, 1:5]
+    )
+    check(wide_out[:, 1:5], problem)
+    assert (wide_out[:, 0] == 7).all()
+    assert (wide_out[:, 5:] == 7).all()
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_nothing_to_do(backend, mode):
+    """No sequence, or only empty ones: zeros and -inf, also with sinks."""
+    device = backend[1]
+    cache = torch.full((2, 2, 1, 16, 64), float("nan"), device=device)
+    for num_seqs in (0, 3):
+        query = torch.full((num_seqs, 2, 64), float("nan"), device=device)
+        starts = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device) if mode == "prefill" else None
+        out, lse = cupaged.paged_attention(
+            query,
+            cache,
+            torch.full((num_seqs, 2), 2147480000, dtype=torch.int32, device=device),
+            torch.zeros(num_seqs, dtype=torch.int32, device=device),
+            starts,
+            sinks=torch.zeros(2, device=device),
+            return_lse=True,
+        )
+        assert (out == 0).all()
+        assert torch.isneginf(lse).all()
+
+
+def test_splitting_the_keys_and_merging(backend, seed):
+    """Attention over two halves of the keys, merged, is attention over all of them."""
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=2,
+        group=2,
+        seq_lens=[100, 40, 16],
+        features=("full",),
+    )
+    p = problem.to(backend[1])
+    first = p.seq_lens.clamp(max=32)
+    states = [
+        cupaged.paged_attention(p.query, p.kv_cache, tables, lens, causal=False, return_lse=True)
+        for tables, lens in [
+            (p.block_tables, first),
+            (p.block_tables[:, 2:], p.seq_lens - first),
+        ]
+    ]
+    outs, lses = zip(*states)
+    out, lse = cupaged.merge_attention_states(outs, lses)
+    check(out, problem, lse)
+
+
+def test_merge_reads_no_empty_state(backend):
+    device = backend[1]
+    outs = torch.full((3, 2, 1, 8), float("nan"), device=device)
+    lses = torch.full((3, 2, 1), float("-inf"), device=device)
+    outs[1, 0], lses[1, 0] = 5.0, 0.25
+    out, lse = cupaged.merge_attention_states(outs, lses)
+    assert (out[0] == 5).all()
+    assert (out[1] == 0).all()
+    assert lse[0].item() == 0.25
+    assert torch.isneginf(lse[1]).all()
+
+
+def _swap(result, problem):
+    return result[0], problem, result[1]

@@ -1,0 +1,103 @@
+"""`reshape_and_cache`, `copy_blocks` and `swap_blocks` on every backend: bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import cupaged
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits, NaN included."""
+    return torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 64, 80, 120, 256])
+@pytest.mark.parametrize("strided", [False, True])
+def test_reshape_and_cache(backend, seed, dtype, head_size, strided):
+    rng = random.Random(seed)
+    device = backend[1]
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks, num_kv_heads, block_size = 7, rng.choice([1, 2, 5]), rng.choice([8, 16, 64])
+    wide = torch.full((num_blocks, 2, 2, num_kv_heads, block_size, head_size), float("nan"), dtype=dtype)
+    num_tokens = rng.randrange(1, 40)
+    slots = torch.tensor(rng.sample(range(num_blocks * block_size), num_tokens))
+    slots[torch.rand(num_tokens, generator=generator) < 0.2] = -1
+    qkv = torch.randn(num_tokens, 3 * num_kv_heads, head_size, generator=generator).to(dtype)
+    key, value = qkv[:, num_kv_heads : 2 * num_kv_heads], qkv[:, 2 * num_kv_heads :]
+    if not strided:
+        key, value = key.contiguous(), value.contiguous()
+    expected = wide.clone()
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[slot // block_size, 1, 0, :, slot % block_size] = key[t]
+            expected[slot // block_size, 1, 1, :, slot % block_size] = value[t]
+    actual = wide.to(device)
+    key, value = (qkv.to(device)[:, a : a + num_kv_heads] for a in (num_kv_heads, 2 * num_kv_heads))
+    if not strided:
+        key, value = key.contiguous(), value.contiguous()
+    cupaged.reshape_and_cache(key, value, actual[:, 1], slots.to(device))
+    assert same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_shape", [(2, 2, 8, 32), (3, 2, 1, 16, 64), (2, 1, 8, 8)])
+def test_copy_blocks(backend, seed, dtype, block_shape):
+    rng = random.Random(seed)
+    cache = torch.randn(20, *block_shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    blocks = rng.sample(range(20), 2 * rng.randrange(1, 8))
+    pairs = [(blocks[i], blocks[i + 1]) for i in range(0, len(blocks), 2)]
+    pairs.append((pairs[0][0], next(b for b in range(20) if b not in blocks)))  # a source may repeat
+    expected = cache.clone()
+    for source, target in pairs:
+        expected[target] = cache[source]
+    actual = cache.to(backend[1])
+    cupaged.copy_blocks(actual, torch.tensor(pairs, device=backend[1]))
+    assert same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", ["out", "in"])
+def test_swap_blocks(backend, seed, dtype, direction):
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2, 8, 32)
+    gpu = torch.randn(12, *shape, generator=generator).to(dtype).to(backend[1])
+    cpu = torch.randn(9, *shape, generator=generator).to(dtype)
+    if backend[1] == "cuda":
+        cpu = cpu.pin_memory()
+    src, dst = (gpu, cpu) if direction == "out" else (cpu, gpu)
+    count = rng.randrange(1, 9)
+    mapping = torch.tensor(
+        list(zip(rng.sample(range(src.shape[0]), count), rng.sample(range(dst.shape[0]), count)))
+    )
+    expected = dst.cpu().clone()
+    for source, target in mapping.tolist():
+        expected[target] = src[source].cpu()
+    cupaged.swap_blocks(src, dst, mapping)
+    if backend[1] == "cuda":
+        torch.cuda.synchronize()
+    assert same(dst, expected)
+
+
+def test_empty_calls_write_nothing(backend):
+    device = backend[1]
+    cache = torch.randn(3, 2, 1, 8, 32, device=device)
+    before = cache.clone()
+    none = torch.empty(0, 1, 32, device=device)
+    cupaged.reshape_and_cache(none, none, cache, torch.empty(0, dtype=torch.int64, device=device))
+    cupaged.reshape_and_cache(
+        torch.randn(2, 1, 32, device=device),
+        torch.randn(2, 1, 32, device=device),
+        cache,
+        torch.tensor([-1, -1], device=device),
+    )
+    cupaged.copy_blocks(cache, torch.empty(0, 2, dtype=torch.int64, device=device))
+    cupaged.swap_blocks(cache, cache, torch.empty(0, 2, dtype=torch.int64))
+    assert torch.equal(cache, before)

@@ -1,0 +1,172 @@
+"""The public functions apart from their results: bad input, torch.library, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cupaged
+from cupaged import backends, checks
+from cupaged.backends import reference
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    monkeypatch.setattr(backends, "for_device", lambda device_type: reference)
+
+
+def batch(**changes) -> dict:
+    """A valid decode batch of two sequences, 4 query and 2 KV heads."""
+    arguments = {
+        "query": torch.randn(2, 4, 32),
+        "kv_cache": torch.randn(5, 2, 2, 8, 32),
+        "block_tables": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "seq_lens": torch.tensor([12, 3], dtype=torch.int32),
+    }
+    arguments.update(changes)
+    return arguments
+
+
+BAD_ATTENTION = {
+    "rank": ({"query": torch.randn(4, 32)}, "query must have 3 dimensions"),
+    "type": ({"query": [1.0]}, "query must be a torch.Tensor"),
+    "cache rank": ({"kv_cache": torch.randn(5, 2, 8, 32)}, "kv_cache must have 5 dimensions"),
+    "cache pair": ({"kv_cache": torch.randn(5, 3, 2, 8, 32)}, "with 2 = 2"),
+    "dtype": ({"query": torch.randn(2, 4, 32).half()}, "query must be torch.float32, got torch.float16"),
+    "cache dtype": ({"kv_cache": torch.zeros(5, 2, 2, 8, 32).int()}, "kv_cache must be torch.float32 or"),
+    "heads": ({"query": torch.randn(2, 3, 32)}, "3 heads, not a multiple of kv_cache's 2"),
+    "head size": ({"query": torch.randn(2, 4, 64)}, "query must be .* with D = 32"),
+    "odd head size": (
+        {"query": torch.randn(2, 4, 33), "kv_cache": torch.randn(5, 2, 2, 8, 33)},
+        "multiple of 8",
+    ),
+    "block size": ({"kv_cache": torch.randn(5, 2, 2, 12, 32)}, "kv_cache has block size 12"),
+    "last dimension": (
+        {"query": torch.randn(2, 4, 64)[..., ::2]},
+        r"query must be contiguous in its last dimension.*query.contiguous\(\)",
+    ),
+    "cache strides": (
+        {"kv_cache": torch.randn(5, 2, 8, 2, 32).transpose(2, 3)},
+        "each block of kv_cache must be contiguous",
+    ),
+    "device": ({"seq_lens": torch.empty(2, dtype=torch.int32, device="meta")}, "seq_lens must be on cpu"),
+    "lens dtype": ({"seq_lens": torch.tensor([12, 3])}, "seq_lens must be torch.int32"),
+    "number of sequences": (
+        {
+            "seq_lens": torch.tensor([12], dtype=torch.int32),
+            "block_tables": torch.zeros(1, 2, dtype=torch.int32),
+        },
+        "query has 2 tokens for 1 sequences",
+    ),
+    "tables": ({"block_tables": torch.zeros(3, 2, dtype=torch.int32)}, "block_tables must be .* with S = 2"),
+    "start loc": (
+        {"query_start_loc": torch.tensor([0, 2], dtype=torch.int32)},
+        r"query_start_loc must be \[S \+ 1\]",
+    ),
+    "narrow table": (
+        {"seq_lens": torch.tensor([17, 3], dtype=torch.int32)},
+        "block_tables is too narrow: 2 blocks of 8 hold 16 tokens, but seq_lens has a sequence of 17",
+    ),
+    "id": (
+        {"block_tables": torch.tensor([[0, 5], [2, 9]], dtype=torch.int32)},
+        "block_tables must be from 0 to 4",
+    ),
+    "query too long": (
+        {
+            "query_start_loc": torch.tensor([0, 1, 5], dtype=torch.int32),
+            "query": torch.randn(5, 4, 32),
+        },
+        "seq_lens counts the query's own tokens",
+    ),
+    "window": ({"sliding_window": 0}, "sliding_window must be at least 1"),
+    "cap": ({"logits_soft_cap": -1.0}, "logits_soft_cap must be positive"),
+    "slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes must be .* with H = 4"),
+    "sinks": ({"sinks": torch.ones(4).half()}, "sinks must be torch.float32"),
+    "scale": ({"k_scale": torch.ones(2)}, "k_scale is for quantised caches"),
+    "out": ({"out": torch.empty(2, 4, 32).half()}, "out must be torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ATTENTION)
+def test_bad_attention_input_is_named(name):
+    changes, message = BAD_ATTENTION[name]
+    with pytest.raises(ValueError, match=message):
+        cupaged.paged_attention(**batch(**changes))
+
+
+def test_other_bad_input_is_named():
+    cache = torch.randn(5, 2, 2, 8, 32)
+    key = torch.randn(3, 2, 32)
+    slots = torch.arange(3)
+    with pytest.raises(ValueError, match=r"value must be .* with T = 3"):
+        cupaged.reshape_and_cache(key, key[:2], cache, slots)
+    with pytest.raises(ValueError, match=r"slot_mapping must be torch\.int64"):
+        cupaged.reshape_and_cache(key, key, cache, slots.int())
+    with pytest.raises(ValueError, match="slot_mapping must be from -1 to 39, got values from 0 to 40"):
+        cupaged.reshape_and_cache(key, key, cache, torch.tensor([0, 40, 1]))
+    with pytest.raises(ValueError, match=r"block_mapping must be \[N, 2\]"):
+        cupaged.copy_blocks(cache, torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"block_mapping\[:, 1\] \(destination\) must be from 0 to 4"):
+        cupaged.copy_blocks(cache, torch.tensor([[0, 5]]))
+    with pytest.raises(ValueError, match="dst must have blocks like src's"):
+        cupaged.swap_blocks(cache, cache[:, :1].contiguous(), torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="outs holds no state"):
+        cupaged.merge_attention_states(torch.empty(0, 2, 1, 8), torch.empty(0, 2, 1))
+
+
+def test_ids_are_not_read_on_a_gpu_unless_asked(monkeypatch):
+    """`CUPAGED_CHECK` is the switch; the CPU always checks."""
+    monkeypatch.setattr(checks, "device_checks_enabled", checks.device_checks_enabled.__wrapped__)
+    for value, expected in [("", False), ("0", False), ("1", True)]:
+        monkeypatch.setenv("CUPAGED_CHECK", value)
+        assert checks.device_checks_enabled() is expected
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("prefill", [False, True])
+def test_opcheck_attention(return_lse, prefill):
+    b = batch()
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32) if prefill else None
+    out = torch.zeros_like(b["query"])
+    lse = torch.zeros(2, 4) if return_lse else None
+    torch.library.opcheck(
+        torch.ops.cupaged.paged_attention.default,
+        (*b.values(), starts, 0.2, True, None, None, None, None, out, lse),
+    )
+
+
+def test_opcheck_others():
+    cache = torch.randn(5, 2, 2, 8, 32)
+    key = torch.randn(3, 2, 32)
+    torch.library.opcheck(
+        torch.ops.cupaged.reshape_and_cache.default, (key, key, cache, torch.tensor([3, -1, 7]))
+    )
+    torch.library.opcheck(torch.ops.cupaged.copy_blocks.default, (cache, torch.tensor([[0, 1]])))
+    torch.library.opcheck(
+        torch.ops.cupaged.swap_blocks.default, (cache, torch.zeros_like(cache), torch.tensor([[0, 1]]))
+    )
+    torch.library.opcheck(
+        torch.ops.cupaged.merge_attention_states.default, (torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2))
+    )
+
+
+def test_compile_without_graph_break():
+    """A layer's write and read, traced as one graph, equal the eager result."""
+
+    def layer(query, key, value, kv_cache, block_tables, seq_lens, slots):
+        cupaged.reshape_and_cache(key * 2, value, kv_cache, slots)
+        out, lse = cupaged.paged_attention(query, kv_cache, block_tables, seq_lens, return_lse=True)
+        return out + 1, lse
+
+    b = batch()
+    key, value = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
+    slots = torch.tensor([11, 18])
+    eager_cache, compiled_cache = b["kv_cache"].clone(), b["kv_cache"].clone()
+    arguments = (b["block_tables"], b["seq_lens"], slots)
+    eager = layer(b["query"], key, value, eager_cache, *arguments)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(
+        b["query"], key, value, compiled_cache, *arguments
+    )
+    assert torch.equal(eager_cache, compiled_cache)
+    for e, c in zip(eager, compiled):
+        torch.testing.assert_close(e, c)
