@@ -6,7 +6,7 @@ Letters in shapes: T tokens, S sequences, H query heads, Hkv KV heads, D head si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -300,11 +300,15 @@ def _fake_mutation(*args: object) -> None:
     """The operators that only write into an argument return nothing and allocate nothing."""
 
 
-for _schema, _implementation, _fake in zip(
-    _SCHEMAS,
-    (_reshape_and_cache, _paged_attention, _merge_attention_states, _copy_blocks, _swap_blocks),
-    (_fake_mutation, _fake_mutation, _fake_merge, _fake_mutation, _fake_mutation),
-):
+_IMPLEMENTATIONS: tuple[tuple[Callable[..., object], Callable[..., object]], ...] = (
+    (_reshape_and_cache, _fake_mutation),
+    (_paged_attention, _fake_mutation),
+    (_merge_attention_states, _fake_merge),
+    (_copy_blocks, _fake_mutation),
+    (_swap_blocks, _fake_mutation),
+)
+
+for _schema, (_implementation, _fake) in zip(_SCHEMAS, _IMPLEMENTATIONS):
     _name = _schema.partition("(")[0]
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
