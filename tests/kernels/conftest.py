@@ -16,7 +16,20 @@ HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not 
 
 
 def _selected(config) -> list[str]:
-    return config.getoption("--backend") or ["reference", "cpu", "cuda_host", "cuda"]
+    built = {
+        "reference": "cupaged.backends.reference",
+        "cpu": "cupaged.backends.cpu",
+        "cuda_host": "tests.cuda_host.emulator",
+        "cuda": "cupaged.backends.cuda",
+    }
+    return config.getoption("--backend") or [b for b, module in built.items() if _exists(module)]
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def pytest_generate_tests(metafunc):
