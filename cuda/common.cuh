@@ -1,0 +1,71 @@
+// What every kernel needs: the scalar type, conversions, dynamic shared memory.
+//
+// The sources compile in two ways. NVRTC compiles them for a GPU. Under CUPAGED_HOST a C++ compiler
+// compiles the same text for the CPU, with a header included first that defines the CUDA keywords
+// and built-in variables; only this file and ptx.cuh tell the two apart.
+//
+// Macros passed with -D: CUPAGED_DTYPE, one of the three names below, is the type of queries, cache
+// and outputs. The others are named at the head of the kernel that takes them.
+#pragma once
+
+#define CUPAGED_FP32 0
+#define CUPAGED_FP16 1
+#define CUPAGED_BF16 2
+
+#ifdef CUPAGED_DTYPE
+#if CUPAGED_DTYPE == CUPAGED_FP32
+using scalar_t = float;
+#elif CUPAGED_DTYPE == CUPAGED_FP16
+#include <cuda_fp16.h>
+using scalar_t = __half;
+#elif CUPAGED_DTYPE == CUPAGED_BF16
+#include <cuda_bf16.h>
+using scalar_t = __nv_bfloat16;
+#else
+#error "CUPAGED_DTYPE must be CUPAGED_FP32, CUPAGED_FP16 or CUPAGED_BF16"
+#endif
+#endif
+
+#ifdef CUPAGED_HOST
+#define CUPAGED_DYNAMIC_SMEM(name) unsigned char* const name = cupaged_host_dynamic_smem()
+#else
+// Dynamic shared memory of the launch, aligned to 16 bytes.
+#define CUPAGED_DYNAMIC_SMEM(name)                  \
+    extern __shared__ uint4 cupaged_dynamic_smem[]; \
+    unsigned char* const name = reinterpret_cast<unsigned char*>(cupaged_dynamic_smem)
+#endif
+
+namespace cupaged {
+
+// Offsets into a cache: larger than 2^31 elements as soon as a block id is multiplied.
+using int64 = long long;
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+template <typename To, typename From>
+__device__ __forceinline__ To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+__device__ __forceinline__ float negative_infinity() {
+    return bit_cast<float>(0xff800000u);
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// The smallest power of two that is at least n.
+__host__ __device__ constexpr int next_power_of_two(int n) {
+    int power = 1;
+    while (power < n) power *= 2;
+    return power;
+}
+
+}  // namespace cupaged

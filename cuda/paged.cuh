@@ -1,0 +1,33 @@
+// The only place that turns (block, head, offset) into an address.
+#pragma once
+
+#include "common.cuh"
+
+namespace cupaged {
+
+// One layer's cache [num_blocks, 2, Hkv, B, D]. The last four dimensions are contiguous, the stride
+// between blocks is free. B is a power of two, given by its logarithm.
+template <typename T, int kHeadSize>
+struct PagedCache {
+    T* data;
+    int64 block_stride;  // in elements
+    int num_kv_heads;
+    int block_shift;  // log2(B)
+
+    // The D elements of the key of one token and KV head.
+    __device__ __forceinline__ T* key(int64 block, int head, int offset) const {
+        const int row = (head << block_shift) + offset;
+        return data + block * block_stride + static_cast<int64>(row) * kHeadSize;
+    }
+    // From the address of a key to that of its value.
+    __device__ __forceinline__ int64 value_offset() const {
+        return (static_cast<int64>(num_kv_heads) << block_shift) * kHeadSize;
+    }
+    // Token j of a sequence lies in this entry of its block table, at this offset in the block.
+    __device__ __forceinline__ int table_index(int token) const { return token >> block_shift; }
+    __device__ __forceinline__ int offset_in_block(int token) const {
+        return token & ((1 << block_shift) - 1);
+    }
+};
+
+}  // namespace cupaged
