@@ -1,0 +1,408 @@
+"""Compile the kernels in `cuda/` with NVRTC, and keep the results on disk.
+
+NVRTC makes machine code (a cubin) with no nvcc and no GPU, through CuPy's binding. A result is filed under
+a digest of everything that went into it: the source with all its headers, the options, the version of
+NVRTC and the architecture.
+
+    python -m cupaged.compile --arch 90a --out DIR
+
+compiles every kernel ahead of time; a machine that sets ``CUPAGED_CACHE_DIR`` to DIR compiles nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+DTYPES = ("fp32", "fp16", "bf16")
+HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
+HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
+ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+
+# -ftz: a logit below 1e-38 counts as zero, and exp2 is one instruction.
+OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
+
+# Bytes of shared memory that one block can have. Above 48 KiB it has to be dynamic.
+STATIC_SHARED_MEMORY = 48 * 1024
+SHARED_MEMORY = {
+    "70": 96 * 1024,
+    "75": 64 * 1024,
+    "80": 163 * 1024,
+    "86": 99 * 1024,
+    "87": 163 * 1024,
+    "89": 99 * 1024,
+    "90": 227 * 1024,
+    "100": 227 * 1024,
+    "103": 227 * 1024,
+    "110": 227 * 1024,
+    "120": 99 * 1024,
+    "121": 99 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel to compile: a source in `cuda/`, its ``extern "C"`` entry point and its macros."""
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        values = (f"{name.removeprefix('CUPAGED_').lower()}={value}" for name, value in self.defines)
+        return f"{self.entry}[{', '.join(values)}]".lower().replace("cupaged_", "")
+
+
+@dataclass(frozen=True)
+class ResourceUsage:
+    """What ptxas reports of an entry point. Sizes in bytes, a thread's or a block's."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared_memory: int  # static
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin on disk."""
+
+    path: Path
+    usage: dict[str, ResourceUsage]  # by entry point
+    compile_ms: float
+    hit: bool  # found in the cache
+
+
+def spec_reshape_and_cache(dtype: str) -> KernelSpec:
+    return KernelSpec("reshape_and_cache.cu", "reshape_and_cache", _defines(dtype))
+
+
+def spec_copy_blocks(unit_bytes: int) -> KernelSpec:
+    return KernelSpec("copy_blocks.cu", "copy_blocks", (("CUPAGED_UNIT_BYTES", str(unit_bytes)),))
+
+
+def variants() -> tuple[KernelSpec, ...]:
+    """Every kernel for the head sizes that models have; other sizes are compiled when they are met."""
+    specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
+    for dtype in DTYPES:
+        specs.append(spec_reshape_and_cache(dtype))
+    return tuple(specs)
+
+
+def _defines(dtype: str, **values: int) -> tuple[tuple[str, str], ...]:
+    named = tuple((f"CUPAGED_{name}", str(value)) for name, value in values.items())
+    return (("CUPAGED_DTYPE", f"CUPAGED_{dtype.upper()}"), *named)
+
+
+def cuda_dir() -> Path:
+    """The directory of the kernels' sources: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "cuda", package.parent / "cuda"):
+        if (directory / "common.cuh").is_file():
+            return directory
+    raise FileNotFoundError(f"no kernel sources in {package / 'cuda'} or {package.parent / 'cuda'}")
+
+
+def cache_dir() -> Path:
+    """``CUPAGED_CACHE_DIR``, or `cupaged/kernels` in the user's cache directory."""
+    if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged" / "kernels"
+
+
+def import_cupy() -> ModuleType:
+    """CuPy, or an ImportError that names the package which fits torch's CUDA version."""
+    try:
+        import cupy
+    except ImportError as error:
+        import torch
+
+        major = (torch.version.cuda or "13").partition(".")[0]
+        raise ImportError(
+            f"the CUDA kernels need CuPy: pip install cupy-cuda{major}x (or cupaged[cuda{major}])"
+        ) from error
+    return cupy
+
+
+@cache
+def toolkit_include_dir() -> Path:
+    """Where `cuda_fp16.h` is."""
+    from cuda import pathfinder  # type: ignore[attr-defined]  # mypy sees our cuda/ only
+
+    found = pathfinder.find_nvidia_header_directory("cudart")
+    if found is None or not (Path(found) / "cuda_fp16.h").is_file():
+        raise FileNotFoundError(
+            "the CUDA headers are missing: pip install 'cuda-toolkit[cudart,nvrtc,crt]' "
+            "with the major version of your CuPy package"
+        )
+    return Path(found)
+
+
+def arch_for_capability(major: int, minor: int, supported: Iterable[int]) -> str:
+    """The architecture to compile for: the device's own, or the nearest that its machine code runs on.
+
+    Args:
+        supported: what NVRTC knows, as 10 * major + minor.
+
+    Raises:
+        RuntimeError: NVRTC knows none of the device's generation.
+    """
+    fitting = [arch for arch in supported if arch // 10 == major and arch % 10 <= minor]
+    if not fitting:
+        raise RuntimeError(
+            f"NVRTC {'.'.join(map(str, nvrtc_version()))} cannot compile for compute capability "
+            f"{major}.{minor}; install the CuPy package of another CUDA version"
+        )
+    best = max(fitting)
+    return f"{best}a" if best == 90 else str(best)
+
+
+def nvrtc_version() -> tuple[int, int]:
+    import_cupy()
+    from cupy.cuda import nvrtc
+
+    return tuple(nvrtc.getVersion())
+
+
+_INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+
+def include_closure(source: Path, include_dirs: Iterable[Path]) -> list[Path]:
+    """The source and every header it can reach, in the order of reading.
+
+    Conditions are not evaluated; a header that is nowhere (one for another platform) is left out.
+    """
+    directories = tuple(include_dirs)
+    closure: list[Path] = []
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path in closure:
+            continue
+        closure.append(path)
+        for match in reversed(_INCLUDE.findall(path.read_bytes())):
+            name = match.decode()
+            found = (d / name for d in (path.parent, *directories) if (d / name).is_file())
+            if (header := next(found, None)) is not None:
+                pending.append(header.resolve())
+    return closure
+
+
+def digest(spec: KernelSpec, arch: str, sources: Path | None = None) -> str:
+    """What identifies a compiled kernel: all its text, the options, NVRTC's version, the architecture."""
+    directory = (sources or cuda_dir()).resolve()
+    sha = hashlib.sha256()
+    for path in include_closure(directory / spec.source, (directory, toolkit_include_dir())):
+        content = _read_toolkit(path) if directory not in path.parents else path.read_bytes()
+        sha.update(f"{path.name} {len(content)}\n".encode())
+        sha.update(content)
+    sha.update(repr((spec.defines, OPTIONS, nvrtc_version(), arch)).encode())
+    return sha.hexdigest()[:32]
+
+
+@cache
+def _read_toolkit(path: Path) -> bytes:
+    """NVIDIA's headers do not change under a running process; ours do, in tests."""
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def compile_cubin(
+    spec: KernelSpec, arch: str, sources: Path | None = None
+) -> tuple[bytes, dict[str, ResourceUsage]]:
+    """Compile without looking at the cache.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    import_cupy()
+    from cupy.cuda import nvrtc
+
+    directory = sources or cuda_dir()
+    path = directory / spec.source
+    options = (
+        *OPTIONS,
+        f"--gpu-architecture=sm_{arch}",
+        f"-I{directory}",
+        f"-I{toolkit_include_dir()}",
+        *(f"-D{name}={value}" for name, value in spec.defines),
+    )
+    program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise RuntimeError(f"{spec} does not compile for sm_{arch}: {error}\n{log}") from None
+        return nvrtc.getCUBIN(program), parse_log(nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+_FUNCTION = re.compile(r"Compiling entry function '(\w+)'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SMEM = re.compile(r"(\d+) bytes smem")
+
+
+def parse_log(log: str) -> dict[str, ResourceUsage]:
+    """Registers, spills and shared memory by entry point, from the text of ``--ptxas-options=-v``."""
+    usage = {}
+    sections = _FUNCTION.split(log)
+    for entry, text in zip(sections[1::2], sections[2::2]):
+        frame, registers, smem = _FRAME.search(text), _REGISTERS.search(text), _SMEM.search(text)
+        if frame is None or registers is None:
+            raise RuntimeError(f"ptxas reported nothing on {entry}:\n{log}")
+        stack, stores, loads = map(int, frame.groups())
+        usage[entry] = ResourceUsage(
+            int(registers[1]), stack, stores, loads, int(smem[1]) if smem is not None else 0
+        )
+    return usage
+
+
+def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled:
+    """The compiled kernel, from the cache or made now.
+
+    Two files make an entry, the cubin and a JSON with its checksum. Each is written under another name
+    and renamed, so that a reader sees a whole file or none, and writers may race. Whatever does not fit
+    its checksum is compiled again.
+
+    Args:
+        directory: of the cache, `cache_dir()` by default.
+    """
+    folder = directory or cache_dir()
+    stem = f"{spec.entry}-sm_{arch}-{digest(spec, arch)}"
+    binary, record = folder / f"{stem}.cubin", folder / f"{stem}.json"
+    if (found := _read_entry(binary, record)) is not None:
+        return found
+    start = time.perf_counter()
+    content, usage = compile_cubin(spec, arch)
+    compile_ms = (time.perf_counter() - start) * 1e3
+    description = {
+        "kernel": str(spec),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "compile_ms": compile_ms,
+        "usage": {entry: asdict(used) for entry, used in usage.items()},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomic(binary, content)
+        _write_atomic(record, json.dumps(description, indent=1).encode())
+    except OSError as error:
+        raise OSError(
+            f"cannot write compiled kernels to {folder}; set CUPAGED_CACHE_DIR to a writable directory"
+        ) from error
+    return Compiled(binary, usage, compile_ms, hit=False)
+
+
+def _read_entry(binary: Path, record: Path) -> Compiled | None:
+    try:
+        description = json.loads(record.read_bytes())
+        if hashlib.sha256(binary.read_bytes()).hexdigest() != description["sha256"]:
+            return None
+        usage = {entry: ResourceUsage(**used) for entry, used in description["usage"].items()}
+        return Compiled(binary, usage, float(description["compile_ms"]), hit=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: one kernel on one architecture."""
+
+    spec: KernelSpec
+    arch: str
+    usage: ResourceUsage
+    compile_ms: float
+
+    def complaints(self) -> list[str]:
+        """What makes the kernel unfit to ship."""
+        found = []
+        if self.usage.spill_stores or self.usage.spill_loads:
+            found.append(f"spills {self.usage.spill_stores + self.usage.spill_loads} bytes of registers")
+        limit = min(STATIC_SHARED_MEMORY, SHARED_MEMORY[self.arch.rstrip("af")])
+        if self.usage.shared_memory > limit:
+            found.append(f"needs {self.usage.shared_memory} bytes of shared memory, the limit is {limit}")
+        return found
+
+
+def compile_all(
+    specs: Iterable[KernelSpec], archs: Iterable[str], directory: Path, jobs: int | None = None
+) -> Iterator[Row]:
+    """Compile into a directory in parallel processes (NVRTC compiles one program at a time in each)."""
+    work = [(spec, arch, directory) for arch in archs for spec in specs]
+    jobs = min(jobs or os.cpu_count() or 1, len(work))
+    if jobs <= 1:
+        yield from map(_compile_row, work)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile_row, work, chunksize=4)
+
+
+def _compile_row(job: tuple[KernelSpec, str, Path]) -> Row:
+    spec, arch, directory = job
+    compiled = cubin(spec, arch, directory)
+    return Row(spec, arch, compiled.usage[spec.entry], compiled.compile_ms)
+
+
+HEADER = f"{'kernel':<52} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} {'ms':>7}"
+
+
+def format_row(row: Row) -> str:
+    used = row.usage
+    return (
+        f"{row.spec!s:<52} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
+        f"{used.spill_stores + used.spill_loads:>7} {used.shared_memory:>7} {row.compile_ms:>7.0f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: compile every kernel, print the table, return 1 if one is unfit to ship."""
+    parser = argparse.ArgumentParser(prog="python -m cupaged.compile", description="Compile all kernels.")
+    parser.add_argument("--arch", action="append", help=f"as 90a; repeatable (default: {' '.join(ARCHS)})")
+    parser.add_argument("--out", type=Path, help="directory to compile into (default: the cache)")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    for arch in options.arch or ():
+        if arch.rstrip("af") not in SHARED_MEMORY:
+            parser.error(f"--arch {arch} is unknown; it must be one of {', '.join(SHARED_MEMORY)}, or 90a")
+    specs = [spec for spec in variants() if options.only in str(spec)]
+    if not specs:
+        parser.error(f"--only {options.only!r} matches no kernel")
+    print(HEADER)
+    failed = 0
+    for row in compile_all(specs, options.arch or ARCHS, options.out or cache_dir(), options.jobs):
+        print(format_row(row))
+        for complaint in row.complaints():
+            failed = 1
+            print(f"    {complaint}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
