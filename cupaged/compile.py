@@ -95,11 +95,26 @@ def spec_copy_blocks(unit_bytes: int) -> KernelSpec:
     return KernelSpec("copy_blocks.cu", "copy_blocks", (("CUPAGED_UNIT_BYTES", str(unit_bytes)),))
 
 
+def spec_paged_decode(dtype: str, head_size: int, head_tile: int) -> KernelSpec:
+    defines = _defines(dtype, HEAD_SIZE=head_size, HEAD_TILE=head_tile)
+    return KernelSpec("paged_decode.cu", "paged_decode", defines)
+
+
+def spec_merge_splits(dtype: str) -> KernelSpec:
+    return KernelSpec("merge_splits.cu", "merge_splits", _defines(dtype))
+
+
+def spec_merge_states(dtype: str) -> KernelSpec:
+    return KernelSpec("merge_states.cu", "merge_states", _defines(dtype))
+
+
 def variants() -> tuple[KernelSpec, ...]:
     """Every kernel for the head sizes that models have; other sizes are compiled when they are met."""
     specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
     for dtype in DTYPES:
-        specs.append(spec_reshape_and_cache(dtype))
+        specs += [spec_reshape_and_cache(dtype), spec_merge_splits(dtype), spec_merge_states(dtype)]
+        for head_size in HEAD_SIZES:
+            specs += [spec_paged_decode(dtype, head_size, tile) for tile in HEAD_TILES]
     return tuple(specs)
 
 

@@ -1,0 +1,31 @@
+// Merge N attentions of the same queries over disjoint keys.
+//
+//   outs  [N, T, H, D]         out  [T, H, D]
+//   lses  float32 [N, T, H]    lse  float32 [T, H], natural logarithms; -inf marks an empty state
+//
+// One thread merges 8 elements of one row (token and head), so a row takes D / 8 threads; grid
+// (ceil(T * H * D / 8 / 128)). No shared memory.
+//
+// Macro CUPAGED_DTYPE. D is a multiple of 8.
+#include "common.cuh"
+#include "merge.cuh"
+
+extern "C" __global__ void __launch_bounds__(128)
+    merge_states(const scalar_t* __restrict__ outs, const float* __restrict__ lses,
+                 scalar_t* __restrict__ out, float* __restrict__ lse, cupaged::int64 num_rows,
+                 int num_states, int head_size, int aligned) {
+    using namespace cupaged;
+    const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int threads_per_row = head_size / kMergeElems;
+    const int64 row = index / threads_per_row;
+    const int element = static_cast<int>(index % threads_per_row) * kMergeElems;
+    if (row >= num_rows) return;
+
+    const StateRow<scalar_t> states{
+        outs + row * head_size, lses + row, num_rows * head_size, num_rows, num_states, kLog2E};
+    float result[kMergeElems];
+    const SoftmaxState merged = merge_row(states, element, aligned, result);
+    store_row(out + row * head_size + element, aligned, result, softmax_normaliser(merged));
+    if (element == 0)
+        lse[row] = softmax_is_empty(merged) ? merged.max : merged.max + logf(merged.sum);
+}

@@ -1,0 +1,329 @@
+// Attention of one query token a sequence over its paged cache.
+//
+//   query         [S, H, D], contiguous in D         out  the same
+//   cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [S, H] or null
+//   block_tables  int32 [S, max_blocks]
+//   seq_lens      int32 [S]
+//   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
+//
+// A block takes one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, and one piece of
+// one sequence (splits.cuh): the keys and values it reads serve all G heads. Grid (S * Hkv * tiles,
+// 1, z): the z blocks of a sequence go round its pieces, so that z can be less than their number.
+//
+// A row of D elements is spread over kLanes lanes of a warp, 16 bytes each (twice, if 32 lanes do
+// not reach), so a warp holds kRows tokens side by side; its 4 warps and kUnroll steps take their
+// turns. Each lane group keeps its own softmax state and sum of values per head; they are merged at
+// the end, in the warp by shuffles, between warps through shared memory.
+//
+// Each lane copies what it will itself read, so the pipeline of kStages asynchronous copies needs
+// no barrier. Shared memory: 32 KiB of stages (reused for the merge) + 1 KiB of block ids + 0.3
+// KiB.
+//
+// Macros CUPAGED_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256), CUPAGED_HEAD_TILE.
+#include "common.cuh"
+#include "paged.cuh"
+#include "ptx.cuh"
+#include "softmax.cuh"
+#include "splits.cuh"
+#include "vec.cuh"
+
+namespace cupaged {
+
+constexpr int kHeadSize = CUPAGED_HEAD_SIZE;
+constexpr int kHeadTile = CUPAGED_HEAD_TILE;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kVec = kVecSize<scalar_t>;
+constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
+constexpr int kLanes = kChunks < kWarpSize ? next_power_of_two(kChunks) : kWarpSize;
+constexpr int kChunksPerLane = ceil_div(kChunks, kLanes);
+constexpr int kElems = kChunksPerLane * kVec;  // elements of a row that a lane holds
+constexpr int kRows = kWarpSize / kLanes;
+constexpr int kUnroll = 2;
+constexpr int kStepTokens = kUnroll * kWarps * kRows;  // tokens of one step of the whole block
+constexpr int kStages = kChunksPerLane == 1 ? 4 : 2;
+constexpr int kMaxIds = 256;  // block ids in shared memory; longer pieces are done in several runs
+
+union Shared {
+    uint4 stages[kStages][kUnroll][2][kChunksPerLane][kThreads];  // 2: key, value
+    float warp_out[kWarps][kHeadTile][kHeadSize];
+};
+static_assert(sizeof(Shared) <= 32 * 1024, "shared memory as said at the head of the file");
+
+struct Accumulator {
+    SoftmaxState state[kHeadTile];
+    float out[kHeadTile][kElems];
+};
+
+__device__ __forceinline__ int lane_in_row() {
+    return threadIdx.x % kLanes;
+}
+
+// This lane's token in step `step`, counted from the start of the run.
+__device__ __forceinline__ int token_of(int step, int u) {
+    return step * kStepTokens + u * (kWarps * kRows) + threadIdx.x / kLanes;
+}
+
+// Begin copying this lane's parts of the keys and values of one step. Beyond the run, and in lanes
+// beyond D, they become zeros.
+__device__ __forceinline__ void copy_step(const PagedCache<const scalar_t>& cache, const int* ids,
+                                          int first_index, int kv_head, int begin, int tokens,
+                                          int step, uint4 (*stage)[2][kChunksPerLane][kThreads]) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        const int t = token_of(step, u);
+        const scalar_t* key = cache.data;
+        if (t < tokens) {
+            const int token = begin + t;
+            key = cache.key(ids[cache.table_index(token) - first_index], kv_head,
+                            cache.offset_in_block(token));
+        }
+#pragma unroll
+        for (int c = 0; c < kChunksPerLane; ++c) {
+            const int chunk = c * kLanes + lane_in_row();
+            const bool valid = t < tokens && chunk < kChunks;
+            const scalar_t* const source = valid ? key + chunk * kVec : cache.data;
+            const int64 to_value = valid ? cache.value_offset() : 0;
+            cp_async_16_zfill(&stage[u][0][c][threadIdx.x], source, valid);
+            cp_async_16_zfill(&stage[u][1][c][threadIdx.x], source + to_value, valid);
+        }
+    }
+}
+
+struct Logits {
+    float soft_cap_log2;  // in units of log2(e), 0 for none
+    float slope_log2[kHeadTile];
+    int query_position;
+};
+
+// Add the keys and values of one step to the accumulator.
+__device__ __forceinline__ void attend_step(const float (*query)[kElems], const Logits& logits,
+                                            int begin, int tokens, int step,
+                                            const uint4 (*stage)[2][kChunksPerLane][kThreads],
+                                            Accumulator& acc) {
+    float score[kUnroll][kHeadTile];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) score[u][g] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunksPerLane; ++c) {
+            float key[kVec];
+            unpack<scalar_t>(stage[u][0][c][threadIdx.x], key);
+#pragma unroll
+            for (int g = 0; g < kHeadTile; ++g)
+#pragma unroll
+                for (int i = 0; i < kVec; ++i) score[u][g] += query[g][c * kVec + i] * key[i];
+        }
+        const int t = token_of(step, u);
+        const float distance = static_cast<float>(begin + t - logits.query_position);
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+            float s = score[u][g];
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2)
+                s += __shfl_xor_sync(kFullMask, s, offset);
+            if (logits.soft_cap_log2 > 0.0f) s = logits.soft_cap_log2 * tanhf(s);
+            s += logits.slope_log2[g] * distance;
+            score[u][g] = t < tokens ? s : negative_infinity();
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+        float max = score[0][g];
+#pragma unroll
+        for (int u = 1; u < kUnroll; ++u) max = fmaxf(max, score[u][g]);
+        const float factor = softmax_raise(acc.state[g], max);
+        const float reference = softmax_reference(acc.state[g].max);
+#pragma unroll
+        for (int i = 0; i < kElems; ++i) acc.out[g][i] *= factor;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            score[u][g] = exp2f(score[u][g] - reference);
+            acc.state[g].sum += score[u][g];
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+        for (int c = 0; c < kChunksPerLane; ++c) {
+            float value[kVec];
+            unpack<scalar_t>(stage[u][1][c][threadIdx.x], value);
+#pragma unroll
+            for (int g = 0; g < kHeadTile; ++g)
+#pragma unroll
+                for (int i = 0; i < kVec; ++i) acc.out[g][c * kVec + i] += score[u][g] * value[i];
+        }
+}
+
+// Merge the lane groups of a warp; every group ends with the same sum.
+__device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
+#pragma unroll
+    for (int offset = kLanes; offset < kWarpSize; offset *= 2)
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+            const SoftmaxState other{__shfl_xor_sync(kFullMask, acc.state[g].max, offset),
+                                     __shfl_xor_sync(kFullMask, acc.state[g].sum, offset)};
+            const float2 factors = softmax_merge(acc.state[g], other);
+#pragma unroll
+            for (int i = 0; i < kElems; ++i) {
+                const float out = __shfl_xor_sync(kFullMask, acc.out[g][i], offset);
+                acc.out[g][i] = acc.out[g][i] * factors.x + out * factors.y;
+            }
+        }
+}
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
+    paged_decode(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
+                 const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
+                 const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
+                 scalar_t* __restrict__ out, float* __restrict__ lse,
+                 float* __restrict__ partial_out, float* __restrict__ partial_lse,
+                 cupaged::int64 query_seq_stride, cupaged::int64 query_head_stride,
+                 cupaged::int64 out_seq_stride, cupaged::int64 out_head_stride,
+                 cupaged::int64 block_stride, cupaged::int64 table_stride, int num_heads,
+                 int num_kv_heads, int block_shift, int window, int max_splits, float query_scale,
+                 float soft_cap_log2, int query_aligned, int out_aligned) {
+    using namespace cupaged;
+    __shared__ Shared shared;
+    __shared__ int ids[kMaxIds];
+    __shared__ SoftmaxState warp_state[kWarps][kHeadTile];
+
+    const int group = num_heads / num_kv_heads;
+    const int tiles = (group + kHeadTile - 1) / kHeadTile;
+    const int tile = blockIdx.x % tiles;
+    const int kv_head = blockIdx.x / tiles % num_kv_heads;
+    const int64 seq = blockIdx.x / (tiles * num_kv_heads);
+    const int first_head = kv_head * group + tile * kHeadTile;
+    const int heads = min(kHeadTile, group - tile * kHeadTile);  // of this tile that exist
+
+    const int seq_len = seq_lens[seq];
+    const SplitPlan plan = plan_splits(seq_len, window, max_splits);
+    // An empty sequence still needs its zeros written, by its first block.
+    if (static_cast<int>(blockIdx.z) >= max(1, plan.count)) return;
+
+    const PagedCache<const scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
+                                           kHeadSize};
+    const int* const table = block_tables + seq * table_stride;
+
+    float q[kHeadTile][kElems];
+    Logits logits;
+    logits.soft_cap_log2 = soft_cap_log2;
+    logits.query_position = seq_len - 1;
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+        logits.slope_log2[g] =
+            alibi_slopes != nullptr && g < heads ? alibi_slopes[first_head + g] * kLog2E : 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunksPerLane; ++c) {
+            const int chunk = c * kLanes + lane_in_row();
+            uint4 raw = make_uint4(0, 0, 0, 0);
+            if (g < heads && chunk < kChunks)
+                raw = load_vec(query + seq * query_seq_stride +
+                                   (first_head + g) * query_head_stride + chunk * kVec,
+                               query_aligned);
+            unpack<scalar_t>(raw, &q[g][c * kVec]);
+        }
+#pragma unroll
+        for (int i = 0; i < kElems; ++i) q[g][i] *= query_scale;
+    }
+
+    const int max_run = (kMaxIds - 1)
+                        << block_shift;  // tokens whose blocks fit in ids at any offset
+    for (int split = blockIdx.z; split < max(1, plan.count); split += gridDim.z) {
+        Accumulator acc;
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+            acc.state[g] = softmax_empty();
+#pragma unroll
+            for (int i = 0; i < kElems; ++i) acc.out[g][i] = 0.0f;
+        }
+
+        const int end = plan.end_of(split);
+        for (int begin = plan.begin_of(split); begin < end; begin += max_run) {
+            const int tokens = min(end - begin, max_run);
+            const int first_index = cache.table_index(begin);
+            const int last_index = cache.table_index(begin + tokens - 1);
+            __syncthreads();  // the run before is done with ids, the split before with shared
+            for (int i = threadIdx.x; i <= last_index - first_index; i += kThreads)
+                ids[i] = table[first_index + i];
+            __syncthreads();
+
+            const int steps = (tokens + kStepTokens - 1) / kStepTokens;
+#pragma unroll
+            for (int step = 0; step < kStages - 1; ++step) {
+                copy_step(cache, ids, first_index, kv_head, begin, tokens, step,
+                          shared.stages[step]);
+                cp_async_commit();
+            }
+            for (int step = 0; step < steps; ++step) {
+                const int ahead = step + kStages - 1;
+                copy_step(cache, ids, first_index, kv_head, begin, tokens, ahead,
+                          shared.stages[ahead % kStages]);
+                cp_async_commit();
+                cp_async_wait<kStages - 1>();
+                attend_step(q, logits, begin, tokens, step, shared.stages[step % kStages], acc);
+            }
+            cp_async_wait<0>();
+        }
+
+        merge_lane_groups(acc);
+        __syncthreads();  // the stages become warp_out
+        const int warp = threadIdx.x / kWarpSize;
+        if (threadIdx.x % kWarpSize < kLanes) {
+#pragma unroll
+            for (int g = 0; g < kHeadTile; ++g) {
+                if (lane_in_row() == 0) warp_state[warp][g] = acc.state[g];
+#pragma unroll
+                for (int c = 0; c < kChunksPerLane; ++c) {
+                    const int chunk = c * kLanes + lane_in_row();
+                    if (chunk < kChunks)
+#pragma unroll
+                        for (int i = 0; i < kVec; ++i)
+                            shared.warp_out[warp][g][chunk * kVec + i] = acc.out[g][c * kVec + i];
+                }
+            }
+        }
+        __syncthreads();
+
+        // Every thread takes 16 bytes of the result of one head.
+        for (int i = threadIdx.x; i < heads * kChunks; i += kThreads) {
+            const int g = i / kChunks;
+            const int element = i % kChunks * kVec;
+            SoftmaxState state = softmax_empty();
+            float result[kVec];
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) result[j] = 0.0f;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const float2 factors = softmax_merge(state, warp_state[w][g]);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j)
+                    result[j] =
+                        result[j] * factors.x + shared.warp_out[w][g][element + j] * factors.y;
+            }
+            const int head = first_head + g;
+            const int64 row = seq * num_heads + head;
+            if (plan.count <= 1) {
+                float factor = 1.0f;
+                if (sinks != nullptr && !softmax_is_empty(state))
+                    factor = softmax_add_sink(state, sinks[head] * kLog2E);
+                factor *= softmax_normaliser(state);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) result[j] *= factor;
+                store_vec(out + seq * out_seq_stride + head * out_head_stride + element,
+                          pack<scalar_t>(result), out_aligned);
+                if (lse != nullptr && element == 0) lse[row] = softmax_lse_log2(state) * kLn2;
+            } else {
+                const float factor = softmax_normaliser(state);
+                float* const target =
+                    partial_out + (row * max_splits + split) * kHeadSize + element;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) target[j] = result[j] * factor;
+                if (element == 0) partial_lse[row * max_splits + split] = softmax_lse_log2(state);
+            }
+        }
+    }
+}
