@@ -100,6 +100,10 @@ def spec_paged_decode(dtype: str, head_size: int, head_tile: int) -> KernelSpec:
     return KernelSpec("paged_decode.cu", "paged_decode", defines)
 
 
+def spec_paged_prefill(dtype: str, head_size: int) -> KernelSpec:
+    return KernelSpec("paged_prefill.cu", "paged_prefill", _defines(dtype, HEAD_SIZE=head_size))
+
+
 def spec_merge_splits(dtype: str) -> KernelSpec:
     return KernelSpec("merge_splits.cu", "merge_splits", _defines(dtype))
 
@@ -115,6 +119,7 @@ def variants() -> tuple[KernelSpec, ...]:
         specs += [spec_reshape_and_cache(dtype), spec_merge_splits(dtype), spec_merge_states(dtype)]
         for head_size in HEAD_SIZES:
             specs += [spec_paged_decode(dtype, head_size, tile) for tile in HEAD_TILES]
+            specs.append(spec_paged_prefill(dtype, head_size))
     return tuple(specs)
 
 

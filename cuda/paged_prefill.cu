@@ -1,0 +1,309 @@
+// Attention of variable-length queries over their paged cache: prefill, chunked prefill, mixed
+// batches.
+//
+//   query            [T, H, D], contiguous in D      out  the same
+//   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
+//   block_tables     int32 [S, max_blocks]
+//   seq_lens         int32 [S]
+//   query_start_loc  int32 [S + 1]
+//
+// A block takes one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair
+// of the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and
+// values are read once for them all. Grid (token tiles, Hkv * head tiles): the host knows neither
+// the sequences' lengths nor needs to, see find_tile. Rows after the last sequence are padding and
+// become zeros.
+//
+// Each of the 128 threads holds kThreadRows rows (ty + 16 * i) of the tile. For the logits it takes
+// kThreadKeys keys (tx + 8 * j), for the output the 16-byte chunks tx + 8 * k of those rows. The 8
+// threads of a row are neighbours in a warp, so the softmax needs shuffles only and the
+// probabilities, which pass through shared memory, no block barrier. Copies are asynchronous: the
+// next keys arrive under the softmax and the values, the next values under the logits.
+//
+// Shared memory for D bytes a row: queries, keys, values with 16 bytes of padding where that
+// spreads the rows over the banks, and the probabilities in float; at most 44 KiB, see
+// kSharedBytes.
+//
+// Macros CUPAGED_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256).
+#include "common.cuh"
+#include "paged.cuh"
+#include "ptx.cuh"
+#include "softmax.cuh"
+#include "vec.cuh"
+
+namespace cupaged {
+
+constexpr int kHeadSize = CUPAGED_HEAD_SIZE;
+constexpr int kThreads = 128;
+constexpr int kThreadsX = 8;
+constexpr int kThreadsY = kThreads / kThreadsX;
+constexpr int kVec = kVecSize<scalar_t>;
+constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
+constexpr int kRowBytes = kChunks * 16;
+constexpr int kThreadRows = kRowBytes <= 256 ? 4 : kRowBytes <= 512 ? 2 : 1;
+constexpr int kThreadKeys = kThreadRows;
+constexpr int kTileRows = kThreadsY * kThreadRows;
+constexpr int kTileKeys = kThreadsX * kThreadKeys;
+constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
+// Rows an odd number of chunks apart: 8 rows at the same chunk then lie in different banks.
+constexpr int kRowChunks = kChunks % 2 == 0 ? kChunks + 1 : kChunks;
+// Rows of probabilities: 4 rows' float4 lie in different banks.
+constexpr int kProbStride = kTileKeys + 4;
+
+constexpr int kSharedBytes =
+    16 * kRowChunks * (kTileRows + 2 * kTileKeys) + 4 * kProbStride * kTileRows;
+static_assert(kSharedBytes <= 48 * 1024, "static shared memory");
+
+// What a block works on.
+struct Tile {
+    int seq;          // S for padding
+    int first_token;  // row of query
+    int num_tokens;
+    int first_position;  // of first_token in the sequence
+    int seq_len;
+};
+
+// Sequence s gets the tiles from start(s) = query_start_loc[s] / tile_tokens + s on. These ranges
+// do not overlap and leave room for the sequence's last, partial tile, so a binary search finds the
+// tile's sequence, and the grid needs T / tile_tokens + S + 1 tiles whatever the lengths are. S
+// stands for the padding.
+__device__ __forceinline__ Tile find_tile(int index, int tile_tokens, const int* query_start_loc,
+                                          const int* seq_lens, int num_seqs, int num_tokens) {
+    int low = 0, high = num_seqs;
+    while (low < high) {  // the last sequence with start <= index
+        const int middle = (low + high + 1) / 2;
+        if (query_start_loc[middle] / tile_tokens + middle <= index)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    const int start = query_start_loc[low];
+    const int end = low < num_seqs ? query_start_loc[low + 1] : num_tokens;
+    const int offset = (index - (start / tile_tokens + low)) * tile_tokens;
+    const int seq_len = low < num_seqs ? seq_lens[low] : 0;
+    return {low, start + offset, min(tile_tokens, end - start - offset),
+            seq_len - (end - start) + offset, seq_len};
+}
+
+// Begin copying kTileKeys keys (or, with an offset, values) into shared memory; zeros from `end`
+// on.
+__device__ __forceinline__ void copy_tile(const PagedCache<const scalar_t>& cache, const int* table,
+                                          int kv_head, int begin, int end, int64 offset,
+                                          uint4* target) {
+    for (int i = threadIdx.x; i < kTileKeys * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        const int token = begin + row;
+        const scalar_t* source = cache.data;
+        if (token < end)
+            source =
+                cache.key(table[cache.table_index(token)], kv_head, cache.offset_in_block(token)) +
+                offset + chunk * kVec;
+        cp_async_16_zfill(target + row * kRowChunks + chunk, source, token < end);
+    }
+}
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
+    paged_prefill(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
+                  const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
+                  const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
+                  const float* __restrict__ sinks, scalar_t* __restrict__ out,
+                  float* __restrict__ lse, cupaged::int64 query_token_stride,
+                  cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
+                  cupaged::int64 out_head_stride, cupaged::int64 block_stride,
+                  cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
+                  int num_kv_heads, int tile_heads, int block_shift, int causal, int window,
+                  float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
+    using namespace cupaged;
+    __shared__ uint4 shared_query[kTileRows * kRowChunks];
+    __shared__ uint4 shared_key[kTileKeys * kRowChunks];
+    __shared__ uint4 shared_value[kTileKeys * kRowChunks];
+    __shared__ float4 shared_prob[kTileRows * kProbStride / 4];
+
+    const int tx = threadIdx.x % kThreadsX;
+    const int ty = threadIdx.x / kThreadsX;
+    const int tile_tokens = kTileRows / tile_heads;
+    const Tile tile =
+        find_tile(blockIdx.x, tile_tokens, query_start_loc, seq_lens, num_seqs, num_tokens);
+    if (tile.num_tokens <= 0) return;
+
+    const int group = num_heads / num_kv_heads;
+    const int head_tiles = (group + tile_heads - 1) / tile_heads;
+    const int kv_head = blockIdx.y / head_tiles;
+    const int head_in_group = blockIdx.y % head_tiles * tile_heads;
+    const int first_head = kv_head * group + head_in_group;
+    const int heads = min(tile_heads, group - head_in_group);
+
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        const int token = row / tile_heads;
+        const int head = row % tile_heads;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (token < tile.num_tokens && head < heads)
+            raw = load_vec(query + (tile.first_token + token) * query_token_stride +
+                               (first_head + head) * query_head_stride + chunk * kVec,
+                           query_aligned);
+        shared_query[row * kRowChunks + chunk] = raw;
+    }
+
+    // This thread's rows.
+    int position[kThreadRows];
+    float slope_log2[kThreadRows];
+    SoftmaxState state[kThreadRows];  // the maximum of the row, the sum of this thread's keys
+    float acc[kThreadRows][kThreadChunks][kVec];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+        const int row = ty + i * kThreadsY;
+        const int head = row % tile_heads;
+        position[i] = tile.first_position + row / tile_heads;
+        slope_log2[i] = alibi_slopes != nullptr && head < heads
+                            ? alibi_slopes[first_head + head] * kLog2E
+                            : 0.0f;
+        state[i] = softmax_empty();
+#pragma unroll
+        for (int k = 0; k < kThreadChunks; ++k)
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
+    }
+
+    // The keys that some row of the tile sees.
+    const int last_position = tile.first_position + tile.num_tokens - 1;
+    const int key_end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
+    const int key_begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
+
+    const PagedCache<const scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
+                                           kHeadSize};
+    const int* const table = block_tables + tile.seq * table_stride;
+    const int64 to_value = cache.value_offset();
+
+    if (key_begin < key_end) {
+        copy_tile(cache, table, kv_head, key_begin, key_end, 0, shared_key);
+        cp_async_commit();
+        copy_tile(cache, table, kv_head, key_begin, key_end, to_value, shared_value);
+        cp_async_commit();
+    }
+    for (int begin = key_begin; begin < key_end; begin += kTileKeys) {
+        const int next = begin + kTileKeys;
+        cp_async_wait<1>();
+        __syncthreads();  // the keys (and at first the queries) are there
+
+        float score[kThreadRows][kThreadKeys];
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kThreadKeys; ++j) score[i][j] = 0.0f;
+#pragma unroll 2
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            float q[kThreadRows][kVec];
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i)
+                unpack<scalar_t>(shared_query[(ty + i * kThreadsY) * kRowChunks + chunk], q[i]);
+#pragma unroll
+            for (int j = 0; j < kThreadKeys; ++j) {
+                float k[kVec];
+                unpack<scalar_t>(shared_key[(tx + j * kThreadsX) * kRowChunks + chunk], k);
+#pragma unroll
+                for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e) score[i][j] += q[i][e] * k[e];
+            }
+        }
+        __syncthreads();  // all are done with the keys
+        if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, 0, shared_key);
+        cp_async_commit();
+
+        float* const prob = reinterpret_cast<float*>(shared_prob);
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i) {
+            float max = negative_infinity();
+#pragma unroll
+            for (int j = 0; j < kThreadKeys; ++j) {
+                const int key = begin + tx + j * kThreadsX;
+                const int distance = key - position[i];
+                float s = score[i][j] * query_scale;
+                if (soft_cap_log2 > 0.0f) s = soft_cap_log2 * tanhf(s);
+                s += slope_log2[i] * static_cast<float>(distance);
+                const bool visible = key < key_end && (!causal || distance <= 0) &&
+                                     (window <= 0 || -distance < window);
+                score[i][j] = visible ? s : negative_infinity();
+                max = fmaxf(max, score[i][j]);
+            }
+#pragma unroll
+            for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
+                max = fmaxf(max, __shfl_xor_sync(kFullMask, max, offset));
+            const float factor = softmax_raise(state[i], max);
+            const float reference = softmax_reference(state[i].max);
+#pragma unroll
+            for (int j = 0; j < kThreadKeys; ++j) {
+                const float p = exp2f(score[i][j] - reference);
+                state[i].sum += p;
+                prob[(ty + i * kThreadsY) * kProbStride + tx + j * kThreadsX] = p;
+            }
+#pragma unroll
+            for (int k = 0; k < kThreadChunks; ++k)
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
+        }
+        __syncwarp();  // a row's probabilities are written and read within its warp
+        cp_async_wait<1>();
+        __syncthreads();  // the values are there
+
+#pragma unroll 1
+        for (int key = 0; key < kTileKeys; key += 4) {
+            float p[kThreadRows][4];
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i) {
+                const float4 four = shared_prob[((ty + i * kThreadsY) * kProbStride + key) / 4];
+                p[i][0] = four.x;
+                p[i][1] = four.y;
+                p[i][2] = four.z;
+                p[i][3] = four.w;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int k = 0; k < kThreadChunks; ++k) {
+                    const int chunk = tx + k * kThreadsX;
+                    if (chunk >= kChunks) continue;
+                    float v[kVec];
+                    unpack<scalar_t>(shared_value[(key + j) * kRowChunks + chunk], v);
+#pragma unroll
+                    for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+                        for (int e = 0; e < kVec; ++e) acc[i][k][e] += p[i][j] * v[e];
+                }
+        }
+        __syncthreads();  // all are done with the values
+        if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, to_value, shared_value);
+        cp_async_commit();
+    }
+
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+        const int row = ty + i * kThreadsY;
+        const int head_offset = row % tile_heads;
+#pragma unroll
+        for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
+            state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
+        if (row / tile_heads >= tile.num_tokens || head_offset >= heads) continue;
+        const int64 token = tile.first_token + row / tile_heads;
+        const int head = first_head + head_offset;
+        float factor = 1.0f;
+        if (sinks != nullptr && !softmax_is_empty(state[i]))
+            factor = softmax_add_sink(state[i], sinks[head] * kLog2E);
+        factor *= softmax_normaliser(state[i]);
+        if (lse != nullptr && tx == 0)
+            lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
+        scalar_t* const target = out + token * out_token_stride + head * out_head_stride;
+#pragma unroll
+        for (int k = 0; k < kThreadChunks; ++k) {
+            const int chunk = tx + k * kThreadsX;
+            if (chunk >= kChunks) continue;
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
+            store_vec(target + chunk * kVec, pack<scalar_t>(acc[i][k]), out_aligned);
+        }
+    }
+}
