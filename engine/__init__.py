@@ -1,0 +1,33 @@
+"""The serving engine: `from cupaged.engine import LLM, SamplingParams`.
+
+The names below are loaded at their first use, so that importing a part of the engine loads only that part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EngineConfig
+    from .engine import LLMEngine
+    from .llm import LLM
+    from .outputs import CompletionOutput, RequestOutput
+    from .sampling_params import SamplingParams
+
+_MODULES = {
+    "LLM": "llm",
+    "LLMEngine": "engine",
+    "EngineConfig": "config",
+    "SamplingParams": "sampling_params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+}
+
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "LLMEngine", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,88 @@
+"""How an engine is set up. Names are vLLM's where the thing is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+PREEMPTION_MODES = ("recompute", "swap")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Args:
+        block_size: tokens a KV block holds; a power of two from 8 to 256.
+        gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take
+            together. On a CPU the cache takes at most 4 GiB and a quarter of what is free.
+        num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
+        swap_space: GiB of CPU memory for the blocks of preempted requests. Never more than the KV cache.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens of one step, prefill and decode together. Longer prompts are
+            prefilled in chunks.
+        max_model_len: most tokens of a sequence, prompt and output; None: the model's limit, or what the KV
+            cache holds where that is less.
+        preemption_mode: what becomes of a request that loses its blocks: "recompute" drops them, "swap" moves
+            them to the swap space (and drops them when that is full).
+        dtype: of weights and KV cache; "auto" follows the checkpoint.
+        seed: of requests that bring none.
+        device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
+        check_integrity: verify the block manager's books after every step (for tests).
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    num_gpu_blocks_override: int | None = None
+    swap_space: float = 4.0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    preemption_mode: str = "recompute"
+    dtype: str = "auto"
+    seed: int = 0
+    device: str | None = None
+    check_integrity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"block_size must be a power of two from 8 to 256, got {self.block_size}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.swap_space < 0:
+            raise ValueError(f"swap_space must be at least 0 GiB, got {self.swap_space}")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_gpu_blocks_override", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence decodes one token a step"
+            )
+        if self.preemption_mode not in PREEMPTION_MODES:
+            raise ValueError(
+                f"preemption_mode must be one of {PREEMPTION_MODES}, got {self.preemption_mode!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: dict[str, Any]) -> EngineConfig:
+        """The configuration with these settings.
+
+        Raises:
+            ValueError: a name is not a setting; the message lists those that are.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                raise ValueError(f"no setting is called {name!r}; there are {', '.join(names)}")
+        return cls(**kwargs)

@@ -1,0 +1,192 @@
+"""The engine: requests in, one step at a time, outputs out."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cupaged import backends
+
+from . import memory
+from .attention import ATTENTION_NAME, register_attention
+from .block_manager import BlockManager
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .loader import load_model
+from .model_runner import ModelRunner
+from .output_processor import OutputProcessor
+from .outputs import EngineStats, RequestOutput
+from .request import SequenceGroup, Status
+from .sampler import sample
+from .sampling_params import SamplingParams
+from .scheduler import Scheduler
+
+Prompt = str | dict[str, Any]
+
+
+class LLMEngine:
+    """Runs requests over one model. Not thread-safe: one thread adds, steps and aborts.
+
+    Args:
+        model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
+        config: settings.
+
+    Raises:
+        ValueError: the model or a setting cannot be served.
+        ImportError: there is a GPU and CuPy is missing; the message names the package.
+    """
+
+    def __init__(self, model: str | None = None, config: EngineConfig | None = None) -> None:
+        self.config = config = config or EngineConfig()
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        backends.for_device(self.device.type)  # what is missing should be said before a model is loaded
+        register_attention()
+        loaded, self.tokenizer = load_model(
+            model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
+        )
+        self._runner = ModelRunner(loaded)
+        shape = self._runner.kv_shape(config.block_size)
+        model_len = getattr(self._runner.config, "max_position_embeddings", None)
+        wanted = config.max_model_len or model_len
+        if wanted is None:
+            raise ValueError("the model's configuration gives no maximum length: pass max_model_len")
+        if model_len is not None and wanted > model_len:
+            raise ValueError(f"max_model_len is {wanted}, and the model was made for {model_len} tokens")
+        num_blocks = memory.num_gpu_blocks(config, self._runner, shape, wanted)
+        if config.max_model_len is not None and num_blocks * config.block_size < wanted:
+            raise ValueError(
+                f"max_model_len is {wanted}, and the KV cache holds {num_blocks * config.block_size} tokens: "
+                "lower it, or give the cache more memory"
+            )
+        self.max_model_len: int = min(wanted, num_blocks * config.block_size)
+        cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
+        self.model_name = model or "SmolLM2-135M-Instruct"
+        self._vocab_size = loaded.get_input_embeddings().weight.shape[0]
+        self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
+        self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device)
+        self._scheduler = Scheduler(
+            self._blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            config.preemption_mode == "swap",
+            _eos_token_ids(loaded, self.tokenizer),
+        )
+        self._processor = OutputProcessor(self.tokenizer, self._scheduler)
+        self._groups: dict[str, SequenceGroup] = {}
+        self._seeds = random.Random(config.seed)
+        self._arrivals = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: a name no unfinished request has.
+            prompt: text, or ``{"prompt_token_ids": [...]}``.
+            params: how to sample.
+
+        Raises:
+            ValueError: the request is malformed or could never run. Nothing else is affected.
+        """
+        params = params or SamplingParams()
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is already running")
+        text, token_ids = self._tokenize(prompt)
+        available = self.max_model_len - len(token_ids)
+        max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
+        group = SequenceGroup(request_id, text, token_ids, params, max_tokens, self._arrivals)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
+        self._scheduler.add(group, seed % 2**64)
+        self._groups[request_id] = group
+        self._arrivals += 1
+        self._prompt_tokens += len(token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its blocks; an unknown or finished one is no error."""
+        group = self._groups.pop(request_id, None)
+        if group is not None:
+            self._scheduler.abort(group)
+            self._processor.forget(group)
+
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished()
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step.
+
+        Returns:
+            The outputs so far of every request that got a token.
+        """
+        plan = self._scheduler.schedule()
+        if not plan.scheduled:
+            if self.has_unfinished():
+                raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
+            return []
+        self._cache.move_blocks(plan)
+        logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
+        samples = sample(logits, plan.scheduled)
+        self._scheduler.update(plan, samples)
+        self._generation_tokens += sum(len(tokens) for tokens in samples)
+        groups = dict.fromkeys(item.group for item in plan.scheduled if item.num_samples)
+        outputs = self._processor.process(groups)
+        for output in outputs:
+            if output.finished:
+                del self._groups[output.request_id]
+        if self.config.check_integrity:
+            self.check_integrity()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        scheduler, gpu, cpu = self._scheduler, self._blocks.gpu, self._blocks.cpu
+        swapped = sum(group.status is Status.SWAPPED for group in scheduler.preempted)
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(scheduler.preempted) - swapped,
+            num_swapped=swapped,
+            gpu_cache_usage=1 - gpu.num_free / gpu.num_blocks,
+            cpu_cache_usage=1 - cpu.num_free / cpu.num_blocks if cpu.num_blocks else 0.0,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Verify the block manager's books, and that without requests every block is free.
+
+        Raises:
+            RuntimeError: they are wrong.
+        """
+        self._blocks.check_integrity()
+        if not self._groups and self._blocks.gpu.num_free != self._blocks.gpu.num_blocks:
+            raise RuntimeError("no request is left, and blocks are not free")
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        text: str | None
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            text, token_ids = prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        else:
+            raise ValueError(f"prompt must be a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
+        if not token_ids:
+            raise ValueError("prompt must have at least one token, got none")
+        for token in token_ids:
+            if not isinstance(token, int) or not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids must be integers from 0 to {self._vocab_size - 1}, got {token!r}"
+                )
+        return text, token_ids
+
+
+def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What the checkpoint says ends an answer: chat models name several."""
+    found = {tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        eos = getattr(config, "eos_token_id", None)
+        found |= set(eos) if isinstance(eos, list) else {eos}
+    return frozenset(token for token in found if token is not None)

@@ -1,0 +1,82 @@
+"""Offline use: a list of prompts in, a list of outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .config import EngineConfig
+from .engine import LLMEngine, Prompt
+from .outputs import RequestOutput
+from .sampling_params import SamplingParams
+
+
+class LLM:
+    """A model that answers prompts in batches.
+
+    >>> llm = LLM()
+    >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
+
+    Args:
+        model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
+        **config: settings of `EngineConfig`.
+
+    Raises:
+        ValueError: as `EngineConfig` and `LLMEngine` do.
+    """
+
+    def __init__(self, model: str | None = None, **config: Any) -> None:
+        self.engine = LLMEngine(model, EngineConfig.from_kwargs(config))
+        self._next_id = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts, as many at once as memory allows.
+
+        Args:
+            prompts: one or more of: text, ``{"prompt_token_ids": [...]}``.
+            sampling_params: one for all, or one each; by default those of `SamplingParams`.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            The outputs in the order of the prompts.
+
+        Raises:
+            ValueError: a request is malformed or could never run. None of them has run then.
+        """
+        if isinstance(prompts, (str, dict)):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params must be one, or one for each of the {len(prompts)} prompts, "
+                f"got {len(sampling_params)}"
+            )
+        ids: list[str] = []
+        try:
+            for position, (prompt, params) in enumerate(zip(prompts, sampling_params)):
+                request_id = str(self._next_id)
+                self._next_id += 1
+                try:
+                    self.engine.add_request(request_id, prompt, params)
+                except ValueError as error:
+                    raise ValueError(f"prompts[{position}]: {error}") from None
+                ids.append(request_id)
+            finished: dict[str, RequestOutput] = {}
+            with tqdm(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while len(finished) < len(ids):
+                    for output in self.engine.step():
+                        if output.finished:
+                            finished[output.request_id] = output
+                            bar.update()
+        finally:  # after an error or Ctrl-C the engine is as it was before
+            for request_id in ids:
+                self.engine.abort(request_id)
+        return [finished[request_id] for request_id in ids]

@@ -1,0 +1,93 @@
+"""A plan in, logits out: builds the flat batch of a step and runs the model's forward on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .attention import AttentionMetadata
+from .block_manager import BlockManager
+from .kv_cache import KVCache, KVShape
+from .scheduler import ScheduledSequence
+
+
+class ModelRunner:
+    """Runs a transformers decoder loaded with the "cupaged" attention.
+
+    Raises:
+        ValueError: the model's attention is of a kind that the paged cache does not serve.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self.device = next(model.parameters()).device
+        if self.config.is_encoder_decoder:
+            raise ValueError(f"{self.config.model_type} has an encoder; the engine runs decoders only")
+        if getattr(self.config, "attention_chunk_size", None):
+            raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
+
+    def kv_shape(self, block_size: int) -> KVShape:
+        """The shape of a block of this model's cache."""
+        config = self.config
+        heads = config.num_attention_heads
+        return KVShape(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            block_size=block_size,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=next(self._model.parameters()).dtype,
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, scheduled: tuple[ScheduledSequence, ...], blocks: BlockManager, cache: KVCache
+    ) -> torch.Tensor:
+        """Compute the scheduled tokens.
+
+        Returns:
+            Logits ``[N, vocabulary]`` after the last token of each of the N sequences that sample, in order.
+        """
+        num_seqs = len(scheduled)
+        tables = [blocks.table(item.seq.seq_id) for item in scheduled]
+        block_tables = np.zeros((num_seqs, max(len(table) for table in tables)), dtype=np.int32)
+        for row, table in zip(block_tables, tables):
+            row[: len(table)] = table
+        counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
+        starts = np.array([item.start for item in scheduled], dtype=np.int64)
+        query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        token_ids: list[int] = []
+        for item in scheduled:
+            token_ids += item.seq.token_ids[item.start : item.start + item.num_tokens]
+        row_of = np.repeat(np.arange(num_seqs), counts)
+        positions = np.arange(len(token_ids)) + (starts - query_start_loc[:-1])[row_of]
+        block_size = cache.shape.block_size
+        slots = block_tables[row_of, positions // block_size].astype(np.int64) * block_size
+        slots += positions % block_size
+        last_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
+
+        metadata = AttentionMetadata(
+            kv_caches=cache.layers,
+            slot_mapping=self._tensor(slots),
+            block_tables=self._tensor(block_tables),
+            seq_lens=self._tensor((starts + counts).astype(np.int32)),
+            query_start_loc=None if counts.max() == 1 else self._tensor(query_start_loc),
+        )
+        output = self._model(
+            input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
+            position_ids=self._tensor(positions)[None],
+            # transformers keeps at least one row for an int; an index keeps exactly those asked for
+            logits_to_keep=self._tensor(last_rows.astype(np.int64)),
+            use_cache=False,
+            paged=metadata,
+        )
+        return output.logits[0]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
