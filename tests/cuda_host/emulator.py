@@ -1,0 +1,301 @@
+"""Run the CUDA kernels on the CPU: `backend()` has the backend functions, over emulated kernels.
+
+A kernel's source is compiled as it is by g++ with the headers in `include/`, and `runtime.cpp` runs its
+threads as fibers. What it checks is told there; this file adds out-of-bounds checks: in a launch every tensor
+lies in memory of its own that ends, or starts, at an inaccessible page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import random
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cupaged.backends.cuda import Argument, Dim3, Kernels
+from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec, cuda_dir, include_closure, toolkit_include_dir
+
+from .guarded import GuardedMemory
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE / "include"
+
+# A kernel loads 16 bytes through pointers to other types; -ftrivial-auto-var-init poisons registers.
+OPTIONS = (
+    "-std=c++17",
+    "-O2",
+    "-g0",
+    "-w",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-strict-aliasing",
+    "-fno-math-errno",
+    "-ftrivial-auto-var-init=pattern",
+)
+CHECKS = (
+    "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
+    "-fno-sanitize-recover=all",
+)
+MAX_THREADS = 1024
+MAX_BLOCK = (1024, 1024, 64)
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_SHARED_MEMORY = 227 * 1024
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what CUDA does not define, or a launch that CUDA refuses."""
+
+
+class _KernelStruct(ctypes.Structure):
+    """`cupaged_host::Kernel`."""
+
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("num_params", ctypes.c_int),
+        ("param_sizes", ctypes.POINTER(ctypes.c_int)),
+        ("param_kinds", ctypes.c_char_p),
+        ("shared_begin", ctypes.c_void_p),
+        ("shared_end", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled kernel, loaded."""
+
+    library: ctypes.CDLL
+    kernel: int  # address of the struct
+    param_sizes: tuple[int, ...]
+    param_kinds: str  # p: pointer, c: pointer to const, i: integer, f: floating point
+    static_shared: int  # bytes
+
+
+def build_dir() -> Path:
+    """Where compiled kernels are kept: ``CUPAGED_CACHE_DIR``, or the directory for temporary files."""
+    if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
+        return Path(chosen) / "host"
+    return Path(tempfile.gettempdir()) / f"cupaged-host-{os.getuid()}"
+
+
+@cache
+def compiler() -> str:
+    """The command of the C++ compiler: ``CXX`` or g++."""
+    return os.environ.get("CXX") or "g++"
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def build(stem: str, texts: Sequence[Path | str], unit: str, options: Sequence[str]) -> Path:
+    """Compile one translation unit to a shared library, or find it from an earlier run.
+
+    Args:
+        texts: everything that the result depends on besides unit and options; the content of the paths.
+    """
+    sha = hashlib.sha256(repr((unit, tuple(options), _compiler_version())).encode())
+    for text in texts:
+        sha.update(text.encode() if isinstance(text, str) else text.read_bytes())
+    folder = build_dir()
+    target = folder / f"{stem}-{sha.hexdigest()[:24]}.so"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source, binary = Path(scratch) / "unit.cpp", Path(scratch) / "unit.so"
+        source.write_text(unit, encoding="utf-8")
+        # Two steps: with -fsanitize the linker would add a library that `sanitizer.cpp` stands in for.
+        commands = (
+            [compiler(), *options, "-c", str(source), "-o", f"{scratch}/unit.o"],
+            [compiler(), "-shared", f"{scratch}/unit.o", "-o", str(binary)],
+        )
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise EmulationError(f"{stem} does not compile:\n{' '.join(command)}\n{done.stderr[:8000]}")
+        os.replace(binary, target)
+    return target
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The library that runs kernels. Its symbols are global, for the kernels' libraries."""
+    sources = [HERE / "runtime.cpp", HERE / "sanitizer.cpp", HERE / "fiber.h", INCLUDE / "host_runtime.h"]
+    unit = "".join(f'#include "{path}"\n' for path in sources[:2])
+    options = (
+        *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE"),
+        *(f"-I{HERE}", f"-I{INCLUDE}", "-isystem", str(toolkit_include_dir())),
+    )
+    library = ctypes.CDLL(str(build("runtime", sources, unit, options)), mode=ctypes.RTLD_GLOBAL)
+    library.cupaged_host_launch.restype = ctypes.c_bool
+    return library
+
+
+@cache
+def _emulation_headers() -> tuple[Path, ...]:
+    return tuple(sorted(path for path in INCLUDE.rglob("*") if path.is_file()))
+
+
+def load(spec: KernelSpec, sources: Path | None = None) -> Module:
+    """Compile a kernel and load it.
+
+    Args:
+        sources: the directory of ``spec.source``, `cuda/` by default.
+    """
+    runtime()
+    directory = (sources or cuda_dir()).resolve()
+    source = directory / spec.source
+    includes = (directory, cuda_dir().resolve(), INCLUDE)
+    unit = f'#include "{source}"\n#define CUPAGED_HOST_ENTRY {spec.entry}\n#include "module.h"\n'
+    options = (
+        *OPTIONS,
+        *CHECKS,
+        *(f"-I{path}" for path in includes),
+        *("-isystem", str(toolkit_include_dir()), "-include", "shim.h"),
+        *(f"-D{name}={value}" for name, value in spec.defines),
+    )
+    texts = [*include_closure(source, includes), *_emulation_headers()]
+    library = ctypes.CDLL(str(build(spec.entry, texts, unit, options)), mode=os.RTLD_NOW)
+    library.cupaged_host_kernel.restype = ctypes.POINTER(_KernelStruct)
+    pointer = library.cupaged_host_kernel()
+    kernel = pointer.contents
+    return Module(
+        library,
+        ctypes.addressof(kernel),
+        tuple(kernel.param_sizes[: kernel.num_params]),
+        (kernel.param_kinds or b"").decode(),
+        (kernel.shared_end or 0) - (kernel.shared_begin or 0),
+    )
+
+
+class HostLauncher:
+    """The `Launcher` for CPU tensors.
+
+    Args:
+        seed: of the order of threads and of which end of a tensor is guarded; each launch draws the next.
+            By default ``CUPAGED_TEST_SEED``, or a fresh one. Errors name the seed of their launch.
+        sources: the kernels' directory, `cuda/` by default.
+    """
+
+    def __init__(self, seed: int | None = None, sources: Path | None = None) -> None:
+        chosen = seed if seed is not None else os.environ.get("CUPAGED_TEST_SEED")
+        self._random = random.Random(int(chosen) if chosen is not None else None)
+        self._sources = sources
+        self._modules: dict[KernelSpec, Module] = {}
+        self._lock = threading.Lock()
+
+    def sm_count(self, device: torch.device) -> int:
+        return 4
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Filled with 0xFF: NaN, or -1."""
+        result = torch.empty(tuple(shape), dtype=dtype, device=device)
+        result.view(-1).view(torch.uint8).fill_(0xFF)
+        return result
+
+    def launch(
+        self, spec: KernelSpec, grid: Dim3, block: Dim3, smem_bytes: int, args: Sequence[Argument]
+    ) -> None:
+        """Run the kernel to its end.
+
+        Raises:
+            EmulationError: naming the kernel, the block, the thread, and what it did.
+        """
+        with self._lock:  # the runtime emulates one launch at a time
+            if spec not in self._modules:
+                self._modules[spec] = load(spec, self._sources)
+            self._run(spec, self._modules[spec], grid, block, smem_bytes, args)
+
+    def _run(
+        self,
+        spec: KernelSpec,
+        module: Module,
+        grid: Dim3,
+        block: Dim3,
+        smem_bytes: int,
+        args: Sequence[Argument],
+    ) -> None:
+        _check_launch(spec, module, grid, block, smem_bytes)
+        _check_arguments(spec, module, args)
+        seed = self._random.getrandbits(63)
+        pointers = zip(args, module.param_kinds)
+        constants = {id(a): kind == "c" for a, kind in pointers if isinstance(a, torch.Tensor)}
+        with GuardedMemory([a for a in args if isinstance(a, torch.Tensor)], constants, seed) as memory:
+            values = [_value(arg, memory) for arg in args]
+            addresses = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
+            error = ctypes.create_string_buffer(2048)
+            done = runtime().cupaged_host_launch(
+                ctypes.c_void_p(module.kernel),
+                str(spec).encode(),
+                addresses,
+                (ctypes.c_uint * 3)(*grid),
+                (ctypes.c_uint * 3)(*block),
+                ctypes.c_size_t(smem_bytes),
+                ctypes.c_uint64(seed),
+                error,
+                ctypes.c_size_t(len(error)),
+            )
+            problem = error.value.decode() if not done else memory.problem()
+        if problem:
+            raise EmulationError(f"{problem} [{spec}, launch seed {seed}]")
+
+
+def _check_launch(spec: KernelSpec, module: Module, grid: Dim3, block: Dim3, smem_bytes: int) -> None:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise EmulationError(f"{spec}: {what}")
+
+    for size, most in zip(grid, MAX_GRID):
+        require(1 <= size <= most, f"the grid is {grid}, it must be 1 to {MAX_GRID}")
+    for size, most in zip(block, MAX_BLOCK):
+        require(1 <= size <= most, f"the block is {block}, it must be 1 to {MAX_BLOCK}")
+    threads = block[0] * block[1] * block[2]
+    require(threads <= MAX_THREADS, f"a block of {threads} threads, at most {MAX_THREADS} are possible")
+    require(
+        module.static_shared <= STATIC_SHARED_MEMORY,
+        f"{module.static_shared} bytes of static shared memory, {STATIC_SHARED_MEMORY} are possible",
+    )
+    total = module.static_shared + smem_bytes
+    require(
+        total <= MAX_SHARED_MEMORY,
+        f"{total} bytes of shared memory, at most {MAX_SHARED_MEMORY} are possible",
+    )
+
+
+def _check_arguments(spec: KernelSpec, module: Module, args: Sequence[Argument]) -> None:
+    """The numbers and their widths must be those of the entry point's parameters."""
+    if len(args) != len(module.param_sizes):
+        raise EmulationError(f"{spec} has {len(module.param_sizes)} parameters, {len(args)} were given")
+    for i, (arg, size, kind) in enumerate(zip(args, module.param_sizes, module.param_kinds)):
+        if arg is None or isinstance(arg, torch.Tensor):
+            fits = kind in "pc"
+        else:
+            fits = size == arg.itemsize and kind == ("f" if isinstance(arg, np.floating) else "i")
+        if not fits:
+            raise EmulationError(
+                f"{spec}: parameter {i} is of kind {kind} with {size} bytes, got {arg!r:.80}"
+            )
+
+
+def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void_p:
+    if arg is None:
+        return ctypes.c_void_p(0)
+    if isinstance(arg, torch.Tensor):
+        return ctypes.c_void_p(memory.address(arg))
+    return (ctypes.c_char * arg.itemsize).from_buffer_copy(arg.tobytes())
+
+
+def backend() -> Kernels:
+    """The functions of `cupaged.backends.cuda` over the emulation."""
+    return Kernels(HostLauncher())
