@@ -8,44 +8,21 @@ lies in memory of its own that ends, or starts, at an inaccessible page.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import random
-import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cupaged.backends.cuda import Argument, Dim3, Kernels
-from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec, cuda_dir, include_closure, toolkit_include_dir
+from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec
 
+from .build import Module, load, runtime
 from .guarded import GuardedMemory
 
-HERE = Path(__file__).resolve().parent
-INCLUDE = HERE / "include"
-
-# A kernel loads 16 bytes through pointers to other types; -ftrivial-auto-var-init poisons registers.
-OPTIONS = (
-    "-std=c++17",
-    "-O2",
-    "-g0",
-    "-w",
-    "-fPIC",
-    "-fno-exceptions",
-    "-fno-strict-aliasing",
-    "-fno-math-errno",
-    "-ftrivial-auto-var-init=pattern",
-)
-CHECKS = (
-    "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
-    "-fno-sanitize-recover=all",
-)
 MAX_THREADS = 1024
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -54,129 +31,6 @@ MAX_SHARED_MEMORY = 227 * 1024
 
 class EmulationError(RuntimeError):
     """A kernel did what CUDA does not define, or a launch that CUDA refuses."""
-
-
-class _KernelStruct(ctypes.Structure):
-    """`cupaged_host::Kernel`."""
-
-    _fields_ = (
-        ("call", ctypes.c_void_p),
-        ("num_params", ctypes.c_int),
-        ("param_sizes", ctypes.POINTER(ctypes.c_int)),
-        ("param_kinds", ctypes.c_char_p),
-        ("shared_begin", ctypes.c_void_p),
-        ("shared_end", ctypes.c_void_p),
-    )
-
-
-@dataclass(frozen=True)
-class Module:
-    """A compiled kernel, loaded."""
-
-    library: ctypes.CDLL
-    kernel: int  # address of the struct
-    param_sizes: tuple[int, ...]
-    param_kinds: str  # p: pointer, c: pointer to const, i: integer, f: floating point
-    static_shared: int  # bytes
-
-
-def build_dir() -> Path:
-    """Where compiled kernels are kept: ``CUPAGED_CACHE_DIR``, or the directory for temporary files."""
-    if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
-        return Path(chosen) / "host"
-    return Path(tempfile.gettempdir()) / f"cupaged-host-{os.getuid()}"
-
-
-@cache
-def compiler() -> str:
-    """The command of the C++ compiler: ``CXX`` or g++."""
-    return os.environ.get("CXX") or "g++"
-
-
-@cache
-def _compiler_version() -> str:
-    return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
-
-
-def build(stem: str, texts: Sequence[Path | str], unit: str, options: Sequence[str]) -> Path:
-    """Compile one translation unit to a shared library, or find it from an earlier run.
-
-    Args:
-        texts: everything that the result depends on besides unit and options; the content of the paths.
-    """
-    sha = hashlib.sha256(repr((unit, tuple(options), _compiler_version())).encode())
-    for text in texts:
-        sha.update(text.encode() if isinstance(text, str) else text.read_bytes())
-    folder = build_dir()
-    target = folder / f"{stem}-{sha.hexdigest()[:24]}.so"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source, binary = Path(scratch) / "unit.cpp", Path(scratch) / "unit.so"
-        source.write_text(unit, encoding="utf-8")
-        # Two steps: with -fsanitize the linker would add a library that `sanitizer.cpp` stands in for.
-        commands = (
-            [compiler(), *options, "-c", str(source), "-o", f"{scratch}/unit.o"],
-            [compiler(), "-shared", f"{scratch}/unit.o", "-o", str(binary)],
-        )
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise EmulationError(f"{stem} does not compile:\n{' '.join(command)}\n{done.stderr[:8000]}")
-        os.replace(binary, target)
-    return target
-
-
-@cache
-def runtime() -> ctypes.CDLL:
-    """The library that runs kernels. Its symbols are global, for the kernels' libraries."""
-    sources = [HERE / "runtime.cpp", HERE / "sanitizer.cpp", HERE / "fiber.h", INCLUDE / "host_runtime.h"]
-    unit = "".join(f'#include "{path}"\n' for path in sources[:2])
-    options = (
-        *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE"),
-        *(f"-I{HERE}", f"-I{INCLUDE}", "-isystem", str(toolkit_include_dir())),
-    )
-    library = ctypes.CDLL(str(build("runtime", sources, unit, options)), mode=ctypes.RTLD_GLOBAL)
-    library.cupaged_host_launch.restype = ctypes.c_bool
-    return library
-
-
-@cache
-def _emulation_headers() -> tuple[Path, ...]:
-    return tuple(sorted(path for path in INCLUDE.rglob("*") if path.is_file()))
-
-
-def load(spec: KernelSpec, sources: Path | None = None) -> Module:
-    """Compile a kernel and load it.
-
-    Args:
-        sources: the directory of ``spec.source``, `cuda/` by default.
-    """
-    runtime()
-    directory = (sources or cuda_dir()).resolve()
-    source = directory / spec.source
-    includes = (directory, cuda_dir().resolve(), INCLUDE)
-    unit = f'#include "{source}"\n#define CUPAGED_HOST_ENTRY {spec.entry}\n#include "module.h"\n'
-    options = (
-        *OPTIONS,
-        *CHECKS,
-        *(f"-I{path}" for path in includes),
-        *("-isystem", str(toolkit_include_dir()), "-include", "shim.h"),
-        *(f"-D{name}={value}" for name, value in spec.defines),
-    )
-    texts = [*include_closure(source, includes), *_emulation_headers()]
-    library = ctypes.CDLL(str(build(spec.entry, texts, unit, options)), mode=os.RTLD_NOW)
-    library.cupaged_host_kernel.restype = ctypes.POINTER(_KernelStruct)
-    pointer = library.cupaged_host_kernel()
-    kernel = pointer.contents
-    return Module(
-        library,
-        ctypes.addressof(kernel),
-        tuple(kernel.param_sizes[: kernel.num_params]),
-        (kernel.param_kinds or b"").decode(),
-        (kernel.shared_end or 0) - (kernel.shared_begin or 0),
-    )
 
 
 class HostLauncher:
@@ -269,7 +123,7 @@ def _check_launch(spec: KernelSpec, module: Module, grid: Dim3, block: Dim3, sme
     total = module.static_shared + smem_bytes
     require(
         total <= MAX_SHARED_MEMORY,
-        f"{total} bytes of shared memory, at most {MAX_SHARED_MEMORY} are possible",
+        f"{total} bytes of shared memory, {MAX_SHARED_MEMORY} are possible",
     )
 
 

@@ -1,0 +1,26 @@
+// The sum of 64 values in shared memory. FAULT 1: one is never written. 2: the same in dynamic
+// shared memory. 3: the sum in the register starts as it is.
+#include "common.cuh"
+
+extern "C" __global__ void uninitialised(const float* input, float* output) {
+#if FAULT == 2
+    CUPAGED_DYNAMIC_SMEM(bytes);
+    float* const values = reinterpret_cast<float*>(bytes);
+#else
+    __shared__ float values[64];
+#endif
+    const int i = threadIdx.x;
+#if FAULT == 1 || FAULT == 2
+    if (i != 17) values[i] = input[i];
+#else
+    values[i] = input[i];
+#endif
+    __syncthreads();
+#if FAULT == 3
+    float sum;
+#else
+    float sum = 0.0f;
+#endif
+    for (int j = 0; j < 64; ++j) sum += values[j];
+    output[i] = sum;
+}
