@@ -137,9 +137,7 @@ def _check_arguments(spec: KernelSpec, module: Module, args: Sequence[Argument])
         else:
             fits = size == arg.itemsize and kind == ("f" if isinstance(arg, np.floating) else "i")
         if not fits:
-            raise EmulationError(
-                f"{spec}: parameter {i} is of kind {kind} with {size} bytes, got {arg!r:.80}"
-            )
+            raise EmulationError(f"{spec}: parameter {i} is of kind {kind}, {size} bytes, got {arg!r:.80}")
 
 
 def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void_p:

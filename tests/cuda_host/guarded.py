@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 PAGE = 4096
+GUARD = 1 << 20  # bytes of inaccessible memory on either side
 POISON = 0xFF
 # A larger tensor is used where it is: it is meant to be mostly untouched memory.
 LARGEST = 1 << 30
@@ -50,8 +51,8 @@ class _Span:
 class GuardedMemory:
     """Copies tensors into guarded memory, and back at the end.
 
-    Tensors of one storage share a copy, at the distance they have. The copy ends right before an
-    inaccessible page or starts right after one (drawn), as far as the tensor's alignment to 16 bytes allows.
+    Tensors of one storage share a copy, at the distance they have. The copy ends right before
+    inaccessible memory or starts right after it (drawn), as far as the tensor's alignment to 16 bytes allows.
     The rest of the pages is filled with 0xFF and must be so at the end. What the kernel takes as pointer to
     const is read-only.
 
@@ -117,22 +118,22 @@ def _span_bytes(tensor: torch.Tensor) -> int:
 
 def _copy_in(span: _Span, at_end: bool) -> None:
     inner = -(-(span.size + 15) // PAGE) * PAGE
-    span.mapping_bytes = inner + 2 * PAGE
+    span.mapping_bytes = inner + 2 * GUARD
     mapping = _libc.mmap(
         None, span.mapping_bytes, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0
     )
     if mapping in (None, ctypes.c_void_p(-1).value):
         raise MemoryError(f"cannot map {span.mapping_bytes} bytes")
     span.mapping = mapping
-    first = mapping + PAGE
+    first = mapping + GUARD
     last = first + inner
     skew = span.begin % 16
     span.copy = last - span.size - (last - span.size - skew) % 16 if at_end else first + skew
     ctypes.memset(first, POISON, span.copy - first)
     ctypes.memset(span.copy + span.size, POISON, last - span.copy - span.size)
     ctypes.memmove(span.copy, span.begin, span.size)
-    _libc.mprotect(mapping, PAGE, _PROT_NONE)
-    _libc.mprotect(last, PAGE, _PROT_NONE)
+    _libc.mprotect(mapping, GUARD, _PROT_NONE)
+    _libc.mprotect(last, GUARD, _PROT_NONE)
     if span.constant:
         _libc.mprotect(first, inner, _PROT_READ)
 
@@ -140,7 +141,7 @@ def _copy_in(span: _Span, at_end: bool) -> None:
 def _margins_intact(span: _Span) -> bool:
     if span.constant:
         return True
-    first, last = span.mapping + PAGE, span.mapping + span.mapping_bytes - PAGE
+    first, last = span.mapping + GUARD, span.mapping + span.mapping_bytes - GUARD
     before = ctypes.string_at(first, span.copy - first)
     after = ctypes.string_at(span.copy + span.size, last - span.copy - span.size)
     return not (before + after).strip(bytes([POISON]))
