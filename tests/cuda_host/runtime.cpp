@@ -4,6 +4,9 @@
 // Which one is drawn from the launch's seed, as are the order of lanes in a warp and of blocks in
 // the grid: a kernel that lacks a barrier gives different results under different seeds.
 //
+// Asynchronous copies land when they are waited for, not before, or never; in every fourth block at
+// any time, so that also a target that is used again too early shows.
+//
 // Shared memory is filled with 0xFF (NaN) before each block. Dynamic shared memory ends at an
 // inaccessible page. A fault in a kernel ends the launch with an error.
 #include "host_runtime.h"
@@ -76,7 +79,8 @@ struct Machine {
     int num_threads = 0;
     int live = 0;
     int at_barrier = 0;
-    int barrier_count = 0;  // true predicates
+    int barrier_count = 0;      // true predicates
+    bool eager_copies = false;  // asynchronous copies may land before they are waited for
     Thread* first_at_barrier = nullptr;
     std::vector<Warp> warps;
     unsigned char* dynamic = nullptr;
@@ -128,8 +132,31 @@ void record(const char* text) {
     machine.error = std::string(head) + text;
 }
 
+void land(const std::vector<AsyncCopy>& group) {
+    for (const AsyncCopy& copy : group) {
+        if (copy.valid)
+            std::memcpy(copy.target, copy.source, copy.bytes);
+        else
+            std::memset(copy.target, 0, copy.bytes);
+    }
+}
+
+void land_oldest(Thread& thread) {
+    const std::vector<AsyncCopy> group = std::move(thread.groups.front());
+    thread.groups.pop_front();
+    land(group);
+}
+
 void to_scheduler() {
     switch_fiber(machine.current->fiber, machine.scheduler);
+}
+
+// Wait in the scheduler. Copies under way may land meanwhile.
+void wait() {
+    to_scheduler();
+    Thread& thread = *machine.current;
+    if (machine.eager_copies && !thread.groups.empty() && machine.random() % 4 == 0)
+        land_oldest(thread);
 }
 
 void release_barrier() {
@@ -160,6 +187,7 @@ void check_collectives(const Warp& warp, int first_thread) {
 void thread_main() {
     machine.kernel->call(machine.args);
     Thread& thread = *machine.current;
+    while (machine.eager_copies && !thread.groups.empty()) land_oldest(thread);
     const int number = thread_number(thread);
     Warp& warp = machine.warps[number / kLanes];
     const unsigned bit = 1u << (number % kLanes);
@@ -255,6 +283,7 @@ void run_block() {
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), machine.random);
     const bool depth_first = machine.random() % 2 != 0;
+    machine.eager_copies = machine.random() % 4 == 0;
     while (machine.live > 0) {
         const int warp = pick_warp(order, depth_first);
         if (warp < 0) fail_stuck();
@@ -372,7 +401,7 @@ int block_barrier(bool predicate, const char* name, Site site) {
     const int number = thread_number(thread);
     machine.warps[number / kLanes].ready &= ~(1u << (number % kLanes));
     if (++machine.at_barrier == machine.live) release_barrier();
-    to_scheduler();
+    wait();
     return thread.barrier_result;
 }
 
@@ -410,7 +439,7 @@ void warp_collective(Resolve resolve, void* operands, unsigned mask, const char*
     if (arrived != mask) {
         warp.waiting |= bit;
         warp.ready &= ~bit;
-        to_scheduler();
+        wait();
         return;
     }
     resolve(all, mask);
@@ -418,7 +447,7 @@ void warp_collective(Resolve resolve, void* operands, unsigned mask, const char*
     warp.ready |= mask;
     for (int lane = 0; lane < kLanes; ++lane)
         if ((mask >> lane & 1u) != 0) machine.threads[first + lane].waits_in = nullptr;
-    to_scheduler();
+    wait();
 }
 
 int current_lane() {
@@ -460,16 +489,8 @@ void copy_async_commit() {
 }
 
 void copy_async_wait(int newest_in_flight) {
-    auto& groups = machine.current->groups;
-    while (groups.size() > static_cast<size_t>(newest_in_flight)) {
-        for (const AsyncCopy& copy : groups.front()) {
-            if (copy.valid)
-                std::memcpy(copy.target, copy.source, copy.bytes);
-            else
-                std::memset(copy.target, 0, copy.bytes);
-        }
-        groups.pop_front();
-    }
+    const auto& groups = machine.current->groups;
+    while (groups.size() > static_cast<size_t>(newest_in_flight)) land_oldest(*machine.current);
 }
 
 }  // namespace cupaged_host

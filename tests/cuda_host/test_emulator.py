@@ -69,6 +69,13 @@ def source_changes(seed, fault):
     return out, floats(128)
 
 
+def reused_target(seed, fault):
+    x, out = torch.zeros(512), torch.zeros(128 * 16)
+    for block in range(16):
+        launch("reused_target", (x, out[128 * block :][:128]), seed=100 * seed + block, FAULT=fault)
+    return out, floats(4).repeat(512)
+
+
 def uninitialised(seed, fault):
     x, out = floats(64), torch.zeros(64)
     launch("uninitialised", (x, out), block=64, smem=256 if fault == 2 else 0, seed=seed, FAULT=fault)
@@ -90,6 +97,7 @@ WRONG_RESULTS = [
     (missing_wait, 3),
     (foreign_copy, 1),
     (source_changes, 1),
+    (reused_target, 1),
     (uninitialised, 1),
     (uninitialised, 2),
     (uninitialised, 3),

@@ -33,8 +33,9 @@ using Resolve = void (*)(void* const* operands, unsigned mask);
 void warp_collective(Resolve resolve, void* operands, unsigned mask, const char* name, Site site);
 int current_lane();
 
-// Asynchronous copies of this thread. The target is poisoned at once; the source is read, and the
-// target written, when this thread waits for the copy's group and not before.
+// Asynchronous copies of this thread. The target is poisoned at once; the source is read and the
+// target written when this thread waits for the copy's group (in some blocks: at any time up to
+// then, or after, if it never waits).
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int newest_in_flight);
