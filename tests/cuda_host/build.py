@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cupaged.compile import KernelSpec, cuda_dir, include_closure, toolkit_include_dir
+from cupaged.compile import KernelSpec, cache_dir, cuda_dir, include_closure, toolkit_include_dir
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
+MAX_THREADS = 1024  # of any block
 
-# A kernel loads 16 bytes through pointers to other types; -ftrivial-auto-var-init poisons registers.
+# Kernels load 16 bytes through pointers to other types.
 OPTIONS = (
     "-std=c++17",
     "-O2",
@@ -25,10 +27,12 @@ OPTIONS = (
     "-w",
     "-fPIC",
     "-fno-exceptions",
+    "-fno-gnu-unique",  # a variable of a template belongs to one kernel
+    "-fvisibility=hidden",
     "-fno-strict-aliasing",
     "-fno-math-errno",
-    "-ftrivial-auto-var-init=pattern",
 )
+REGISTER_POISON = "-ftrivial-auto-var-init=pattern"
 CHECKS = (
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
     "-fno-sanitize-recover=all",
@@ -43,6 +47,7 @@ class _KernelStruct(ctypes.Structure):
         ("num_params", ctypes.c_int),
         ("param_sizes", ctypes.POINTER(ctypes.c_int)),
         ("param_kinds", ctypes.c_char_p),
+        ("max_threads", ctypes.c_int),
         ("shared_begin", ctypes.c_void_p),
         ("shared_end", ctypes.c_void_p),
     )
@@ -56,14 +61,8 @@ class Module:
     kernel: int  # address of the struct
     param_sizes: tuple[int, ...]
     param_kinds: str  # p: pointer, c: pointer to const, i: integer, f: floating point
-    static_shared: int  # bytes
-
-
-def build_dir() -> Path:
-    """Where compiled kernels are kept: ``CUPAGED_CACHE_DIR``, or the directory for temporary files."""
-    if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
-        return Path(chosen) / "host"
-    return Path(tempfile.gettempdir()) / f"cupaged-host-{os.getuid()}"
+    max_threads: int  # of a block
+    static_shared: int  # bytes, with padding between variables
 
 
 @cache
@@ -77,27 +76,39 @@ def _compiler_version() -> str:
     return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
-def build(stem: str, texts: Sequence[Path | str], unit: str, options: Sequence[str]) -> Path:
+@cache
+def register_poison() -> tuple[str, ...]:
+    """The option that fills uninitialised variables, where the compiler has it (GCC 12)."""
+    command = [compiler(), REGISTER_POISON, "-xc++", "-fsyntax-only", os.devnull]
+    return (REGISTER_POISON,) if subprocess.run(command, capture_output=True).returncode == 0 else ()
+
+
+def build(
+    stem: str, texts: Sequence[Path], unit: str, options: Sequence[str], link_options: Sequence[str] = ()
+) -> Path:
     """Compile one translation unit to a shared library, or find it from an earlier run.
 
+    ``CXXFLAGS`` are added to the options.
+
     Args:
-        texts: everything that the result depends on besides unit and options; the content of the paths.
+        texts: the files that the result depends on besides unit and options.
     """
-    sha = hashlib.sha256(repr((unit, tuple(options), _compiler_version())).encode())
+    options = (*options, *os.environ.get("CXXFLAGS", "").split())
+    sha = hashlib.sha256(repr((unit, options, link_options, _compiler_version())).encode())
     for text in texts:
-        sha.update(text.encode() if isinstance(text, str) else text.read_bytes())
-    folder = build_dir()
+        sha.update(text.read_bytes())
+    folder = cache_dir() / "host"
     target = folder / f"{stem}-{sha.hexdigest()[:24]}.so"
     if target.is_file():
         return target
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, binary = Path(scratch) / "unit.cpp", Path(scratch) / "unit.so"
         source.write_text(unit, encoding="utf-8")
         # Two steps: with -fsanitize the linker would add a library that `sanitizer.cpp` stands in for.
         commands = (
             [compiler(), *options, "-c", str(source), "-o", f"{scratch}/unit.o"],
-            [compiler(), "-shared", f"{scratch}/unit.o", "-o", str(binary)],
+            [compiler(), "-shared", *link_options, f"{scratch}/unit.o", "-o", str(binary)],
         )
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -126,6 +137,12 @@ def _emulation_headers() -> tuple[Path, ...]:
     return tuple(sorted(path for path in INCLUDE.rglob("*") if path.is_file()))
 
 
+def _launch_bound(source: str, entry: str) -> str:
+    """The first argument of the entry point's ``__launch_bounds__``, a C++ expression."""
+    found = re.search(rf"__launch_bounds__\(([^,()]+)[^()]*\)\s*{entry}\b", source)
+    return f"({found[1]})" if found else str(MAX_THREADS)
+
+
 def load(spec: KernelSpec, sources: Path | None = None) -> Module:
     """Compile a kernel and load it.
 
@@ -136,16 +153,22 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
     directory = (sources or cuda_dir()).resolve()
     source = directory / spec.source
     includes = (directory, cuda_dir().resolve(), INCLUDE)
-    unit = f'#include "{source}"\n#define CUPAGED_HOST_ENTRY {spec.entry}\n#include "module.h"\n'
+    unit = (
+        f'#include "{source}"\n'
+        f"#define CUPAGED_HOST_ENTRY {spec.entry}\n"
+        f"#define CUPAGED_HOST_MAX_THREADS {_launch_bound(source.read_text(encoding='utf-8'), spec.entry)}\n"
+        '#include "module.h"\n'
+    )
     options = (
         *OPTIONS,
         *CHECKS,
+        *register_poison(),
         *(f"-I{path}" for path in includes),
         *("-isystem", str(toolkit_include_dir()), "-include", "shim.h"),
         *(f"-D{name}={value}" for name, value in spec.defines),
     )
-    texts = [*include_closure(source, includes), *_emulation_headers()]
-    library = ctypes.CDLL(str(build(spec.entry, texts, unit, options)), mode=os.RTLD_NOW)
+    texts = [*include_closure(source, includes), *_emulation_headers(), toolkit_include_dir() / "cuda.h"]
+    library = ctypes.CDLL(str(build(spec.entry, texts, unit, options, ("-nostartfiles",))), mode=os.RTLD_NOW)
     library.cupaged_host_kernel.restype = ctypes.POINTER(_KernelStruct)
     pointer = library.cupaged_host_kernel()
     kernel = pointer.contents
@@ -154,5 +177,6 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
         ctypes.addressof(kernel),
         tuple(kernel.param_sizes[: kernel.num_params]),
         (kernel.param_kinds or b"").decode(),
-        (kernel.shared_end or 0) - (kernel.shared_begin or 0),
+        kernel.max_threads,
+        kernel.shared_end - kernel.shared_begin,
     )

@@ -8,7 +8,6 @@ lies in memory of its own that ends, or starts, at an inaccessible page.
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 import threading
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec
 from .build import Module, load, runtime
 from .guarded import GuardedMemory
 
-MAX_THREADS = 1024
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED_MEMORY = 227 * 1024
@@ -37,15 +35,15 @@ class HostLauncher:
     """The `Launcher` for CPU tensors.
 
     Args:
-        seed: of the order of threads and of which end of a tensor is guarded; each launch draws the next.
-            By default ``CUPAGED_TEST_SEED``, or a fresh one. Errors name the seed of their launch.
+        seed: of the order of threads and of which end of a tensor is guarded; each launch draws from it.
         sources: the kernels' directory, `cuda/` by default.
+        time_limit_s: CPU seconds after which a launch is taken to hang.
     """
 
-    def __init__(self, seed: int | None = None, sources: Path | None = None) -> None:
-        chosen = seed if seed is not None else os.environ.get("CUPAGED_TEST_SEED")
-        self._random = random.Random(int(chosen) if chosen is not None else None)
+    def __init__(self, seed: int, sources: Path | None = None, time_limit_s: float = 120.0) -> None:
+        self._random = random.Random(seed)
         self._sources = sources
+        self._time_limit_s = time_limit_s
         self._modules: dict[KernelSpec, Module] = {}
         self._lock = threading.Lock()
 
@@ -97,12 +95,13 @@ class HostLauncher:
                 (ctypes.c_uint * 3)(*block),
                 ctypes.c_size_t(smem_bytes),
                 ctypes.c_uint64(seed),
+                ctypes.c_double(self._time_limit_s),
                 error,
                 ctypes.c_size_t(len(error)),
             )
-            problem = error.value.decode() if not done else memory.problem()
+            problem = error.value.decode() if not done else memory.problem(str(spec))
         if problem:
-            raise EmulationError(f"{problem} [{spec}, launch seed {seed}]")
+            raise EmulationError(problem)
 
 
 def _check_launch(spec: KernelSpec, module: Module, grid: Dim3, block: Dim3, smem_bytes: int) -> None:
@@ -115,7 +114,7 @@ def _check_launch(spec: KernelSpec, module: Module, grid: Dim3, block: Dim3, sme
     for size, most in zip(block, MAX_BLOCK):
         require(1 <= size <= most, f"the block is {block}, it must be 1 to {MAX_BLOCK}")
     threads = block[0] * block[1] * block[2]
-    require(threads <= MAX_THREADS, f"a block of {threads} threads, at most {MAX_THREADS} are possible")
+    require(threads <= module.max_threads, f"a block of {threads} threads, its bound is {module.max_threads}")
     require(
         module.static_shared <= STATIC_SHARED_MEMORY,
         f"{module.static_shared} bytes of static shared memory, {STATIC_SHARED_MEMORY} are possible",
@@ -148,6 +147,6 @@ def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void
     return (ctypes.c_char * arg.itemsize).from_buffer_copy(arg.tobytes())
 
 
-def backend() -> Kernels:
+def backend(seed: int) -> Kernels:
     """The functions of `cupaged.backends.cuda` over the emulation."""
-    return Kernels(HostLauncher())
+    return Kernels(HostLauncher(seed))

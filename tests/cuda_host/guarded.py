@@ -84,11 +84,13 @@ class GuardedMemory:
         span = self._spans[_storage(tensor)]
         return tensor.data_ptr() - span.begin + span.copy if span.copy else tensor.data_ptr()
 
-    def problem(self) -> str:
+    def problem(self, kernel: str) -> str:
         """What is wrong with the memory around the copies, or nothing."""
         for span in self._spans.values():
             if span.copy and not _margins_intact(span):
-                return f"wrote outside a tensor of {span.size} bytes, less than {PAGE} bytes from it"
+                return (
+                    f"{kernel}: wrote outside a tensor of {span.size} bytes, less than {PAGE} bytes from it"
+                )
         return ""
 
     def __enter__(self) -> GuardedMemory:

@@ -11,6 +11,7 @@
 // inaccessible page. A fault in a kernel ends the launch with an error.
 #include "host_runtime.h"
 
+#include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -19,12 +20,15 @@
 #include <cstring>
 #include <algorithm>
 #include <deque>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ctime>
 #include <unistd.h>
 
 #include "fiber.h"
@@ -299,7 +303,9 @@ void on_signal(int signal, siginfo_t* info, void*) {
     const uintptr_t dynamic = reinterpret_cast<uintptr_t>(machine.dynamic);
     const uintptr_t dynamic_end =
         reinterpret_cast<uintptr_t>(machine.dynamic_mapping) + machine.dynamic_mapping_bytes;
-    if (signal == SIGFPE)
+    if (signal == SIGVTALRM)
+        std::snprintf(text, sizeof(text), "the launch does not end");
+    else if (signal == SIGFPE)
         std::snprintf(text, sizeof(text), "integer division by zero");
     else if (address >= stacks && address < stacks + kMaxThreads * kStackBytes)
         std::snprintf(text, sizeof(text), "stack overflow");
@@ -313,10 +319,11 @@ void on_signal(int signal, siginfo_t* info, void*) {
     siglongjmp(machine.abort, 1);
 }
 
-// Faults of the kernel come to on_signal while this lives.
+// While this lives, faults of the kernel come to on_signal, and so does the end of this thread's
+// time.
 class Signals {
   public:
-    Signals() {
+    explicit Signals(double seconds) {
         static char stack[64 * 1024];
         stack_t alternate{};
         alternate.ss_sp = stack;
@@ -325,17 +332,29 @@ class Signals {
         struct sigaction action{};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &old_[i]);
+        for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &old_[i]);
+
+        sigevent event{};
+        event.sigev_notify = SIGEV_THREAD_ID;
+        event.sigev_signo = SIGVTALRM;
+        event._sigev_un._tid = static_cast<pid_t>(syscall(SYS_gettid));
+        timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer_);
+        itimerspec time{};
+        time.it_value.tv_sec = static_cast<time_t>(seconds);
+        time.it_value.tv_nsec = static_cast<long>(1e9 * (seconds - std::floor(seconds)));
+        timer_settime(timer_, 0, &time, nullptr);
     }
     ~Signals() {
-        for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &old_[i], nullptr);
+        timer_delete(timer_);
+        for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &old_[i], nullptr);
         sigaltstack(&old_stack_, nullptr);
     }
 
   private:
-    static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
-    struct sigaction old_[3];
+    static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+    struct sigaction old_[4];
     stack_t old_stack_;
+    timer_t timer_;
 };
 
 void allocate(size_t dynamic_bytes) {
@@ -495,11 +514,13 @@ void copy_async_wait(int newest_in_flight) {
 
 }  // namespace cupaged_host
 
-// Returns whether the kernel ran without an error; otherwise error holds its text.
+// Returns whether the kernel ran without an error; otherwise error holds its text. `seconds` of
+// this thread's time are all that it gets. An error leaves the stacks of the fibers as they are:
+// what they hold on the heap is lost.
 extern "C" bool cupaged_host_launch(const cupaged_host::Kernel* kernel, const char* name,
                                     void** args, const unsigned* grid, const unsigned* block,
-                                    size_t dynamic_bytes, uint64_t seed, char* error,
-                                    size_t error_bytes) {
+                                    size_t dynamic_bytes, uint64_t seed, double seconds,
+                                    char* error, size_t error_bytes) {
     using namespace cupaged_host;
     allocate(dynamic_bytes);
     machine.kernel = kernel;
@@ -512,7 +533,7 @@ extern "C" bool cupaged_host_launch(const cupaged_host::Kernel* kernel, const ch
     machine.current = nullptr;
     machine.error.clear();
     const FloatMode flush_to_zero;
-    const Signals signals;
+    const Signals signals(seconds);
     if (sigsetjmp(machine.abort, 1) == 0) run_grid();
     machine.current = nullptr;
     std::snprintf(error, error_bytes, "%s", machine.error.c_str());

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +104,7 @@ WRONG_RESULTS = [
     (uninitialised, 1),
     (uninitialised, 2),
     (uninitialised, 3),
+    (uninitialised, 4),
     (wrong_blocks, 1),
 ]
 
@@ -304,7 +308,7 @@ def test_arguments_are_checked_against_the_parameters():
     ("grid", "block", "smem", "message"),
     [
         ((1, 1, 1), (1025, 1, 1), 0, "block"),
-        ((1, 1, 1), (64, 32, 1), 0, "2048 threads"),
+        ((1, 1, 1), (64, 32, 1), 0, "2048 threads, its bound is 1024"),
         ((0, 1, 1), (32, 1, 1), 0, "grid"),
         ((1, 65536, 1), (32, 1, 1), 0, "grid"),
         ((1, 1, 1), (32, 1, 1), 227 * 1024 - 127, "shared memory"),
@@ -327,3 +331,29 @@ def test_a_seed_repeats_a_run():
     runs = [missing_barrier(seed, 1)[0].view(torch.int32) for seed in (3, 3, 4, 5, 6)]
     assert torch.equal(runs[0], runs[1])
     assert any(not torch.equal(runs[0], other) for other in runs[2:])
+
+
+def test_launch_bounds():
+    out = torch.zeros(65, dtype=torch.int32)
+    launch("bounded", (out,), block=64)
+    with pytest.raises(EmulationError, match="a block of 65 threads, its bound is 64"):
+        launch("bounded", (out,), block=65)
+
+
+@pytest.mark.parametrize("fault", [1, 2])
+def test_a_launch_that_does_not_end(fault):
+    spec = KernelSpec("endless.cu", "endless", (("FAULT", str(fault)),))
+    launcher = HostLauncher(0, KERNELS, time_limit_s=0.3)
+    with pytest.raises(EmulationError, match="the launch does not end"):
+        launcher.launch(spec, (1, 1, 1), (32, 1, 1), 0, (torch.zeros(1, dtype=torch.int32),))
+
+
+def test_fibers_of_other_processors():
+    """What switches fibers where there is no code for the processor passes these tests, too."""
+    if "CUPAGED_HOST_UCONTEXT" in os.environ.get("CXXFLAGS", ""):
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    selected = "collectives or barrier or bounds or divergence or arithmetic"
+    environment = {**os.environ, "CXXFLAGS": "-DCUPAGED_HOST_UCONTEXT"}
+    done = subprocess.run([*command, "-k", selected], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]

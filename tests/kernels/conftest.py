@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def backend(request, monkeypatch):
+def backend(request, monkeypatch, seed):
     """Make the public functions run on one backend; gives its name and the device of its tensors."""
     name = request.param
     device = "cpu"
@@ -54,7 +54,7 @@ def backend(request, monkeypatch):
             pytest.skip("no g++ to build the emulation with")
         from tests.cuda_host import emulator
 
-        module = emulator.backend()
+        module = emulator.backend(seed)
     else:
         module = importlib.import_module(f"cupaged.backends.{name}")
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)

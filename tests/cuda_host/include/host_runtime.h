@@ -50,6 +50,7 @@ struct Kernel {
     int num_params;
     const int* param_sizes;
     const char* param_kinds;  // 'p' pointer, 'c' pointer to const, 'i' integer, 'f' floating point
+    int max_threads;          // of a block
     char* shared_begin;       // static shared memory
     char* shared_end;
 };

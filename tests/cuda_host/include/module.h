@@ -1,4 +1,5 @@
-// Included after a kernel with CUPAGED_HOST_ENTRY defined: exports what the launcher needs.
+// Included after a kernel, exports what the launcher needs. CUPAGED_HOST_ENTRY is the kernel,
+// CUPAGED_HOST_MAX_THREADS its launch bound.
 #pragma once
 
 #include <type_traits>
@@ -6,10 +7,10 @@
 
 #include "host_runtime.h"
 
-// The linker defines these around the section of shared variables, if there is one.
+// The linker defines these around the section .bss.
 extern "C" {
-extern char __start_cupaged_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_cupaged_shared[] __attribute__((weak, visibility("hidden")));
+extern char __bss_start[] __attribute__((visibility("hidden")));
+extern char _end[] __attribute__((visibility("hidden")));
 }
 
 namespace cupaged_host {
@@ -36,17 +37,17 @@ struct Entry {
 };
 
 template <auto function, typename... P>
-Kernel describe(void (*)(P...)) {
+constexpr Kernel describe(void (*)(P...)) {
     using E = Entry<P...>;
-    return {E::template call<function>, sizeof...(P),         E::sizes, E::kinds,
-            __start_cupaged_shared,     __stop_cupaged_shared};
+    return {E::template call<function>, sizeof...(P), E::sizes, E::kinds,
+            CUPAGED_HOST_MAX_THREADS,   __bss_start,  _end};
 }
+
+constexpr Kernel kernel = describe<::CUPAGED_HOST_ENTRY>(::CUPAGED_HOST_ENTRY);
 
 }  // namespace cupaged_host
 
 extern "C" __attribute__((visibility("default"))) const cupaged_host::Kernel*
 cupaged_host_kernel() {
-    static const cupaged_host::Kernel kernel =
-        cupaged_host::describe<CUPAGED_HOST_ENTRY>(CUPAGED_HOST_ENTRY);
-    return &kernel;
+    return &cupaged_host::kernel;
 }

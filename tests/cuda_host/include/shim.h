@@ -31,8 +31,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// One copy for the block, in a section that the runtime finds and poisons.
-#define __shared__ static __attribute__((section("cupaged_shared"), used))
+// One copy for the block. A kernel's library has no other uninitialised variables, so its .bss
+// section is its static shared memory.
+#define __shared__ static __attribute__((used))
 
 inline unsigned char* cupaged_host_dynamic_smem() {
     return cupaged_host::dynamic_shared();
