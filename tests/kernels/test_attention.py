@@ -38,10 +38,6 @@ def sizes(rng: random.Random, longest: int) -> list[int]:
     return [0, 1, *(rng.randrange(1, longest) for _ in range(3))]
 
 
-def limit(backend) -> int:
-    return 80 if backend[0] == "cuda_host" else 700
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_decode(backend, seed, dtype, head_size):
@@ -53,7 +49,7 @@ def test_decode(backend, seed, dtype, head_size):
         block_size=rng.choice([8, 16, 32, 64, 128]),
         num_kv_heads=rng.choice([1, 2, 3]),
         group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
-        seq_lens=sizes(rng, limit(backend)),
+        seq_lens=sizes(rng, 700),
         block_stride_factor=rng.choice([1, 3]),
         features=rng.choice(FEATURES),
     )
@@ -64,7 +60,7 @@ def test_decode(backend, seed, dtype, head_size):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_prefill(backend, seed, dtype, head_size):
     rng = random.Random(seed)
-    seq_lens = sizes(rng, limit(backend))
+    seq_lens = sizes(rng, 700)
     problem = draw(
         seed,
         dtype=dtype,
@@ -86,7 +82,7 @@ def test_prefill(backend, seed, dtype, head_size):
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
 def test_features(backend, seed, mode, features, block_size):
     rng = random.Random(seed)
-    seq_lens = sizes(rng, limit(backend))
+    seq_lens = sizes(rng, 700)
     problem = draw(
         seed,
         dtype=torch.float32,
