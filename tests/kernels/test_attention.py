@@ -153,6 +153,35 @@ def test_strided_query_and_out(backend, seed):
     assert (wide_out[:, 5:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("unaligned", ["query", "out"])
+def test_rows_at_any_address(backend, seed, mode, dtype, unaligned):
+    """Rows of query or out that do not start at multiples of 16 bytes."""
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=2,
+        group=2,
+        seq_lens=[40, 9],
+        query_lens=None if mode == "decode" else [7, 9],
+    )
+    p = problem.to(backend[1])
+    odd = torch.full((len(p.query), 4, 67), 7.0, dtype=dtype, device=backend[1])
+    query, out = p.query, torch.full_like(p.query, float("nan"))
+    if unaligned == "query":
+        query = odd[:, :, 1:65]
+        query.copy_(p.query)
+    else:
+        out = odd[:, :, 1:65]
+    cupaged.paged_attention(query, p.kv_cache, p.block_tables, p.seq_lens, p.query_start_loc, out=out)
+    check(out, problem)
+    assert (odd[:, :, 0] == 7).all()
+    assert (odd[:, :, 65:] == 7).all()
+
+
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_nothing_to_do(backend, mode):
     """No sequence, or only empty ones: zeros and -inf, also with sinks."""

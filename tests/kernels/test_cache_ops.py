@@ -19,8 +19,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [32, 64, 80, 120, 256])
-@pytest.mark.parametrize("strided", [False, True])
-def test_reshape_and_cache(backend, seed, dtype, head_size, strided):
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "unaligned"])
+def test_reshape_and_cache(backend, seed, dtype, head_size, layout):
     rng = random.Random(seed)
     device = backend[1]
     generator = torch.Generator().manual_seed(seed)
@@ -29,18 +29,18 @@ def test_reshape_and_cache(backend, seed, dtype, head_size, strided):
     num_tokens = rng.randrange(1, 40)
     slots = torch.tensor(rng.sample(range(num_blocks * block_size), num_tokens))
     slots[torch.rand(num_tokens, generator=generator) < 0.2] = -1
-    qkv = torch.randn(num_tokens, 3 * num_kv_heads, head_size, generator=generator).to(dtype)
-    key, value = qkv[:, num_kv_heads : 2 * num_kv_heads], qkv[:, 2 * num_kv_heads :]
-    if not strided:
-        key, value = key.contiguous(), value.contiguous()
+    padding = int(layout == "unaligned")
+    qkv = torch.randn(num_tokens, 3 * num_kv_heads, head_size + padding, generator=generator).to(dtype)
+    key, value = (qkv[:, a : a + num_kv_heads, padding:] for a in (num_kv_heads, 2 * num_kv_heads))
     expected = wide.clone()
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
             expected[slot // block_size, 1, 0, :, slot % block_size] = key[t]
             expected[slot // block_size, 1, 1, :, slot % block_size] = value[t]
     actual = wide.to(device)
-    key, value = (qkv.to(device)[:, a : a + num_kv_heads] for a in (num_kv_heads, 2 * num_kv_heads))
-    if not strided:
+    qkv = qkv.to(device)
+    key, value = (qkv[:, a : a + num_kv_heads, padding:] for a in (num_kv_heads, 2 * num_kv_heads))
+    if layout == "contiguous":
         key, value = key.contiguous(), value.contiguous()
     cupaged.reshape_and_cache(key, value, actual[:, 1], slots.to(device))
     assert same(actual, expected)
