@@ -36,7 +36,8 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
     if blocks < 1:
         raise ValueError(
             f"no memory is left for the KV cache: a block takes {shape.block_bytes} bytes, and "
-            f"{max(0, free)} are free; raise gpu_memory_utilization, lower max_num_batched_tokens, or use a smaller model"
+            f"{max(0, free)} are free; raise gpu_memory_utilization, lower max_num_batched_tokens, or use "
+            "a smaller model"
         )
     return int(blocks)
 
