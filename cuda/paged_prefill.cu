@@ -104,7 +104,7 @@ __device__ __forceinline__ void copy_tile(const PagedCache<const scalar_t>& cach
 
 }  // namespace cupaged
 
-extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     paged_prefill(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
                   const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                   const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
@@ -214,6 +214,17 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, 0, shared_key);
         cp_async_commit();
 
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= query_scale;
+        if (soft_cap_log2 > 0.0f) {
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+                for (int j = 0; j < kThreadKeys; ++j)
+                    score[i][j] = soft_cap_log2 * tanhf(score[i][j]);
+        }
         float* const prob = reinterpret_cast<float*>(shared_prob);
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
@@ -222,9 +233,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
             for (int j = 0; j < kThreadKeys; ++j) {
                 const int key = begin + tx + j * kThreadsX;
                 const int distance = key - position[i];
-                float s = score[i][j] * query_scale;
-                if (soft_cap_log2 > 0.0f) s = soft_cap_log2 * tanhf(s);
-                s += slope_log2[i] * static_cast<float>(distance);
+                const float s = score[i][j] + slope_log2[i] * static_cast<float>(distance);
                 const bool visible = key < key_end && (!causal || distance <= 0) &&
                                      (window <= 0 || -distance < window);
                 score[i][j] = visible ? s : negative_infinity();
@@ -246,9 +255,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
         }
-        __syncwarp();  // a row's probabilities are written and read within its warp
         cp_async_wait<1>();
-        __syncthreads();  // the values are there
+        __syncthreads();  // the values and probabilities are there
 
 #pragma unroll 1
         for (int key = 0; key < kTileKeys; key += 4) {

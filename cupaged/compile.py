@@ -198,6 +198,14 @@ def nvrtc_version() -> tuple[int, int]:
     return tuple(nvrtc.getVersion())
 
 
+def nvrtc_archs() -> tuple[int, ...]:
+    """The architectures NVRTC compiles for, as 10 * major + minor."""
+    import_cupy()
+    from cupy.cuda import nvrtc
+
+    return tuple(nvrtc.getSupportedArchs())
+
+
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 

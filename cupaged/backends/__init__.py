@@ -1,4 +1,5 @@
-"""The implementations of the kernels. Each is a module with the functions listed in `Backend`.
+"""The implementations of the kernels. Each is a module with the functions listed in `Backend`, or, for
+`cuda`, one whose `backend()` gives an object that has them.
 
 `reference` is plain torch and the definition of right, `cpu` is numba, `cuda` the kernels in `cuda/`.
 """
@@ -57,6 +58,7 @@ def for_device(device_type: str) -> Backend:
 
     Raises:
         ValueError: no backend runs on that device, or ``CUPAGED_BACKEND`` names none.
+        ImportError: a package that the backend needs is missing; the message names it.
     """
     name = os.environ.get("CUPAGED_BACKEND") or device_type
     if name not in NAMES:
@@ -64,4 +66,5 @@ def for_device(device_type: str) -> Backend:
             f"no cupaged backend is called {name!r}: tensors must be on 'cuda' or 'cpu', "
             f"and CUPAGED_BACKEND, when set, must be one of {', '.join(NAMES)}"
         )
-    return cast(Backend, importlib.import_module(f".{name}", __name__))
+    module = importlib.import_module(f".{name}", __name__)
+    return cast(Backend, module.backend() if name == "cuda" else module)

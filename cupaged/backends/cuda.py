@@ -1,122 +1,90 @@
-"""The kernels in `cuda/`: which one to launch, on what grid, with which arguments.
-
-`Kernels` decides all that from shapes alone and hands it to a `Launcher`. Here that is `CupyLauncher`; the
-tests have another, which runs the same sources on the CPU. Nothing on the way waits for the GPU, reads its
-memory or allocates outside torch's allocator, so every call can be captured in a CUDA graph.
-"""
+"""The CUDA backend: `Kernels` launched through CuPy on torch's current stream."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import compile as kernel_compiler
 from ..compile import KernelSpec
-
-Dim3 = tuple[int, int, int]
-# A tensor stands for its address, None for a null pointer; numbers carry their width.
-Argument = torch.Tensor | np.int32 | np.int64 | np.float32 | None
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from .kernels import Argument, Dim3, Kernels
 
 
-class Launcher(Protocol):
-    """Runs a kernel. All tensors of a launch are on one device."""
+def backend() -> Kernels:
+    """The backend's functions.
+
+    Raises:
+        ImportError: CuPy is missing; the message names the package.
+    """
+    return Kernels(CupyLauncher())
+
+
+class CupyLauncher:
+    """Compiles a kernel at its first launch on a device, loads it, and launches it.
+
+    Tensors are passed as their addresses: a DLPack capsule for each would cost more than the launch.
+    """
+
+    def __init__(self) -> None:
+        self._cupy = kernel_compiler.import_cupy()
+        self._functions: dict[tuple[KernelSpec, int], Any] = {}
+        self._lock = threading.Lock()
+
+    def sm_count(self, device: torch.device) -> int:
+        return _sm_count(device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     def launch(
         self, spec: KernelSpec, grid: Dim3, block: Dim3, smem_bytes: int, args: Sequence[Argument]
     ) -> None:
-        """Run ``spec.entry`` on the current stream.
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device(device):
+            index = torch.cuda.current_device()
+            function = self._functions.get((spec, index)) or self._load(spec, index, smem_bytes)
+            stream = _TorchStream(torch.cuda.current_stream().cuda_stream)
+            with self._cupy.cuda.Stream.from_external(stream):
+                function(grid, block, tuple(map(_pass, args)), shared_mem=smem_bytes)
 
-        Args:
-            smem_bytes: dynamic shared memory of a block.
-            args: the entry point's parameters in order.
-        """
-
-    def sm_count(self, device: torch.device) -> int:
-        """Streaming multiprocessors of the device."""
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Workspace that lives at least until what is launched now has run."""
-
-
-class Kernels:
-    """The backend's functions over a launcher."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
-
-    def reshape_and_cache(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        k_scale: torch.Tensor | None,
-        v_scale: torch.Tensor | None,
-    ) -> None:
-        _require_aligned_cache(kv_cache)
-        num_tokens, num_kv_heads, head_size = key.shape
-        self._launcher.launch(
-            kernel_compiler.spec_reshape_and_cache(DTYPE_NAMES[key.dtype]),
-            (num_tokens, 1, 1),
-            (128, 1, 1),
-            0,
-            (
-                key,
-                value,
-                kv_cache,
-                slot_mapping,
-                np.int64(key.stride(0)),
-                np.int64(key.stride(1)),
-                np.int64(value.stride(0)),
-                np.int64(value.stride(1)),
-                np.int64(kv_cache.stride(0)),
-                np.int32(num_kv_heads),
-                np.int32(head_size),
-                np.int32(_block_shift(kv_cache)),
-                np.int32(_rows_aligned(key) and _rows_aligned(value)),
-            ),
-        )
-
-    def copy_blocks(self, kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
-        block_bytes = kv_cache.shape[1:].numel() * kv_cache.element_size()
-        stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
-        aligned = (block_bytes | stride_bytes | kv_cache.data_ptr()) % 16 == 0
-        unit_bytes = 16 if aligned else 1
-        units = block_bytes // unit_bytes
-        threads = 256
-        # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
-        self._launcher.launch(
-            kernel_compiler.spec_copy_blocks(unit_bytes),
-            (block_mapping.shape[0], min(64, _ceil_div(units, 4 * threads)), 1),
-            (threads, 1, 1),
-            0,
-            (kv_cache, block_mapping, np.int64(stride_bytes // unit_bytes), np.int64(units)),
-        )
+    def _load(self, spec: KernelSpec, index: int, smem_bytes: int) -> Any:
+        with self._lock:
+            if (spec, index) not in self._functions:
+                compiled = kernel_compiler.cubin(spec, _arch(index))
+                function = self._cupy.RawModule(path=str(compiled.path)).get_function(spec.entry)
+                if smem_bytes > kernel_compiler.STATIC_SHARED_MEMORY:
+                    function.max_dynamic_shared_size_bytes = smem_bytes
+                self._functions[spec, index] = function
+            return self._functions[spec, index]
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+class _TorchStream:
+    """A stream by the CUDA stream protocol, which torch's own streams do not follow in every version."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
 
 
-def _block_shift(kv_cache: torch.Tensor) -> int:
-    return kv_cache.shape[3].bit_length() - 1
+def _pass(arg: Argument) -> np.generic:
+    if isinstance(arg, torch.Tensor):
+        return np.uint64(arg.data_ptr())
+    return np.uint64(0) if arg is None else arg
 
 
-def _rows_aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row [token, head] starts at a multiple of 16 bytes."""
-    strides = tensor.stride(0) | tensor.stride(1)
-    return tensor.data_ptr() % 16 == 0 and strides * tensor.element_size() % 16 == 0
+@cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
-    stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
-    if kv_cache.data_ptr() % 16 or (kv_cache.shape[0] > 1 and stride_bytes % 16):
-        raise ValueError(
-            "kv_cache must start at a multiple of 16 bytes and have a block stride that is one, got address "
-            f"{kv_cache.data_ptr():#x} and a stride of {stride_bytes} bytes; allocate it with torch.empty"
-        )
+@cache
+def _arch(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return kernel_compiler.arch_for_capability(major, minor, kernel_compiler.nvrtc_archs())

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupaged.backends.cuda import Argument, Dim3, Kernels
+from cupaged.backends.kernels import Argument, Dim3, Kernels
 from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec
 
 from .build import Module, load, runtime
@@ -148,5 +148,5 @@ def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void
 
 
 def backend(seed: int) -> Kernels:
-    """The functions of `cupaged.backends.cuda` over the emulation."""
+    """The functions of the CUDA backend over the emulation."""
     return Kernels(HostLauncher(seed))

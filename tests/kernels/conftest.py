@@ -48,7 +48,7 @@ def backend(request, monkeypatch, seed):
                 pytest.fail("--backend cuda was asked for, and there is no GPU")
             pytest.skip("no GPU")
         device = "cuda"
-        module = importlib.import_module("cupaged.backends.cuda")
+        module = importlib.import_module("cupaged.backends.cuda").backend()
     elif name == "cuda_host":
         if shutil.which("g++") is None:
             pytest.skip("no g++ to build the emulation with")
