@@ -13,7 +13,7 @@
 #include "merge.cuh"
 #include "splits.cuh"
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     merge_splits(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
                  const int* __restrict__ seq_lens, const float* __restrict__ sinks,
                  scalar_t* __restrict__ out, float* __restrict__ lse, cupaged::int64 out_seq_stride,

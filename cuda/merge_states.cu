@@ -10,7 +10,7 @@
 #include "common.cuh"
 #include "merge.cuh"
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     merge_states(const scalar_t* __restrict__ outs, const float* __restrict__ lses,
                  scalar_t* __restrict__ out, float* __restrict__ lse, cupaged::int64 num_rows,
                  int num_states, int head_size, int aligned) {

@@ -42,6 +42,9 @@ constexpr int kRows = kWarpSize / kLanes;
 constexpr int kUnroll = 2;
 constexpr int kStepTokens = kUnroll * kWarps * kRows;  // tokens of one step of the whole block
 constexpr int kStages = kChunksPerLane == 1 ? 4 : 2;
+// Blocks of a multiprocessor that registers allow for. Without it ptxas aims at a round number of
+// registers and spills a few.
+constexpr int kMinBlocks = kHeadTile == 1 ? 5 : kHeadTile == 2 ? 4 : kHeadTile == 4 ? 3 : 2;
 constexpr int kMaxIds = 256;  // block ids in shared memory; longer pieces are done in several runs
 
 union Shared {
@@ -175,7 +178,7 @@ __device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
 
 }  // namespace cupaged
 
-extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_decode(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
                  const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                  const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,

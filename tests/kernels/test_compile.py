@@ -1,0 +1,87 @@
+"""Every kernel compiles for every architecture, without spills and within its shared memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from cupaged import compile as kc
+from cupaged.compile import KernelSpec
+
+# 128 values alive at once in threads that can have 64 registers.
+SPILLS = """
+extern "C" __global__ void __launch_bounds__(1024) planted(volatile float* data) {
+    float x[128];
+    #pragma unroll
+    for (int i = 0; i < 128; ++i) x[i] = data[threadIdx.x + i * 1024];
+    #pragma unroll
+    for (int i = 0; i < 128; ++i) data[threadIdx.x + i * 1024] = x[i];
+}
+"""
+TOO_MUCH_SHARED = """
+extern "C" __global__ void planted(int* data) {
+    __shared__ int table[%d];
+    table[threadIdx.x] = data[threadIdx.x];
+    __syncthreads();
+    data[threadIdx.x] = table[data[0]];
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
+    rows = list(kc.compile_all(kc.variants(), kc.ARCHS, kc.cache_dir()))
+    print(kc.HEADER)
+    for row in rows:
+        print(kc.format_row(row))
+    with capsys.disabled():
+        _print_summary(rows)
+    assert len(rows) == len(kc.variants()) * len(kc.ARCHS)
+    assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
+
+
+def _print_summary(rows: list[kc.Row]) -> None:
+    by_arch = defaultdict(list)
+    for row in rows:
+        by_arch[row.arch].append(row)
+    print(f"\n{'arch':>5} {'kernels':>8} {'most regs':>10} {'spills':>7} {'most smem':>10} {'compile s':>10}")
+    for arch, group in by_arch.items():
+        print(
+            f"{arch:>5} {len(group):>8} {max(r.usage.registers for r in group):>10} "
+            f"{sum(r.usage.spill_stores + r.usage.spill_loads for r in group):>7} "
+            f"{max(r.usage.shared_memory for r in group):>10} "
+            f"{sum(r.compile_ms for r in group) / 1e3:>10.1f}"
+        )
+
+
+def test_the_variants_are_what_the_readme_promises():
+    names = {str(spec) for spec in kc.variants()}
+    for dtype in ("fp32", "fp16", "bf16"):
+        for head_size in (32, 64, 80, 96, 112, 120, 128, 192, 256):
+            assert f"paged_prefill[dtype={dtype}, head_size={head_size}]" in names
+            for tile in kc.HEAD_TILES:
+                assert f"paged_decode[dtype={dtype}, head_size={head_size}, head_tile={tile}]" in names
+    assert {spec.source for spec in kc.variants()} == {p.name for p in kc.cuda_dir().glob("*.cu")}
+
+
+def _planted(tmp_path, source: str) -> kc.Row:
+    (tmp_path / "planted.cu").write_text(source)
+    spec = KernelSpec("planted.cu", "planted")
+    _, usage = kc.compile_cubin(spec, "90a", sources=tmp_path)
+    return kc.Row(spec, "90a", usage["planted"], 0.0)
+
+
+def test_a_kernel_that_spills_is_unfit(tmp_path):
+    assert "spills" in " ".join(_planted(tmp_path, SPILLS).complaints())
+
+
+def test_a_kernel_over_its_shared_memory_is_unfit(tmp_path):
+    assert _planted(tmp_path, TOO_MUCH_SHARED % (48 * 256)).complaints() == []
+    assert "shared memory" in " ".join(_planted(tmp_path, TOO_MUCH_SHARED % (48 * 256 + 1)).complaints())
+
+
+def test_a_kernel_that_does_not_compile_shows_the_compilers_message(tmp_path):
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        _planted(tmp_path, 'extern "C" __global__ void planted() { no_such_name(); }')
