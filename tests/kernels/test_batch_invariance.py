@@ -1,0 +1,96 @@
+"""How decode divides a sequence: into pieces that depend on nothing but the sequence itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import cupaged
+from cupaged.backends import kernels
+
+from .cases import check, draw
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode):
+    """Alone, among others, and with a block table as wide as a long context needs."""
+    _, device = backend
+    rng = random.Random(seed)
+    seq_lens = [rng.randrange(1, 60), rng.randrange(600, 900), rng.randrange(200, 300)]
+    batch = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=1,
+        group=2,
+        seq_lens=seq_lens,
+        query_lens=None if mode == "decode" else [1, 3, 2],
+        features=rng.choice([(), ("window",)]),
+    ).to(device)
+    together = cupaged.paged_attention(
+        batch.query,
+        batch.kv_cache,
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_start_loc,
+        **batch.options,
+    )
+    starts = [0, 1, 2, 3] if mode == "decode" else [0, 1, 4, 6]
+    for s in range(3):
+        rows = slice(starts[s], starts[s + 1])
+        count = starts[s + 1] - starts[s]
+        wide = torch.full((1, 5000), 2147480000, dtype=torch.int32, device=device)
+        wide[:, : batch.block_tables.shape[1]] = batch.block_tables[s : s + 1]
+        alone = cupaged.paged_attention(
+            batch.query[rows],
+            batch.kv_cache,
+            wide,
+            batch.seq_lens[s : s + 1],
+            None if mode == "decode" else torch.tensor([0, count], dtype=torch.int32, device=device),
+            **batch.options,
+        )
+        assert torch.equal(alone, together[rows])
+
+
+def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, seed, monkeypatch):
+    """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well."""
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    monkeypatch.setattr(kernels, "MAX_SPLITS", 1)
+    problem = draw(
+        seed,
+        dtype=torch.float16,
+        head_size=32,
+        block_size=8,
+        num_kv_heads=1,
+        group=2,
+        seq_lens=[5000, 2041, 2040, 17],
+    )
+    p = problem.to(backend[1])
+    out, lse = cupaged.paged_attention(p.query, p.kv_cache, p.block_tables, p.seq_lens, return_lse=True)
+    check(out, problem, lse)
+
+
+def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    monkeypatch.setattr(kernels, "MAX_SPLITS", 3)
+    monkeypatch.setattr(kernels, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than pieces: they go round
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=32,
+        block_size=16,
+        num_kv_heads=2,
+        group=1,
+        seq_lens=[1500, 769, 768, 300],
+        features=("sinks", "window"),
+    )
+    p = problem.to(backend[1])
+    out, lse = cupaged.paged_attention(
+        p.query, p.kv_cache, p.block_tables, p.seq_lens, **p.options, return_lse=True
+    )
+    check(out, problem, lse)
