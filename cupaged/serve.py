@@ -1,0 +1,193 @@
+"""`python -m cupaged.serve`: the command line of the OpenAI-compatible server.
+
+The one module of the library that imports the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from .engine.config import DTYPES, PREEMPTION_MODES, EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_CHOICES = {"preemption_mode": PREEMPTION_MODES, "dtype": DTYPES}
+_HIDDEN = ("check_integrity",)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options: those of the server, then one for each setting of `EngineConfig`."""
+    found = argparse.ArgumentParser(
+        prog="python -m cupaged.serve",
+        description="Serve a model over an OpenAI-compatible API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    found.add_argument(
+        "--model", help="Hugging Face directory, hub id or GGUF file; SmolLM2-135M-Instruct if not given"
+    )
+    found.add_argument("--served-model-name", help="what requests call the model; --model if not given")
+    found.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    found.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for a free one")
+    engine = found.add_argument_group("engine")
+    hints, texts = get_type_hints(EngineConfig), _setting_texts()
+    for field in dataclasses.fields(EngineConfig):
+        if field.name in _HIDDEN:
+            continue
+        kinds = [
+            kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)
+        ]
+        engine.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kinds[0],
+            default=field.default,
+            choices=_CHOICES.get(field.name),
+            help=texts[field.name].replace("%", "%%"),
+        )
+    return found
+
+
+def _setting_texts() -> dict[str, str]:
+    """What the docstring of `EngineConfig` says of each setting."""
+    arguments = (EngineConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def choose_device(wanted: str | None) -> tuple[torch.device, str]:
+    """The device to run on, and in words why.
+
+    Raises:
+        RuntimeError: there is a GPU that could not be used for want of a package; the message names it.
+    """
+    import torch
+
+    from . import backends
+
+    backend = os.environ.get("CUPAGED_BACKEND")
+    if wanted is not None and torch.device(wanted).type == "cpu":
+        return torch.device("cpu"), f"{backend or 'cpu'} backend, as --device asks"
+    driver = driver_cuda_version()
+    if not torch.cuda.is_available():
+        if driver is not None:
+            raise RuntimeError(
+                f"there is an NVIDIA driver for CUDA {driver}, and torch {torch.__version__} cannot use it: "
+                f"pip install torch with CUDA and cupy-cuda{driver}x, or pass --device cpu"
+            )
+        if wanted is not None:
+            raise RuntimeError(f"--device {wanted}: torch sees no CUDA device")
+        return torch.device("cpu"), f"{backend or 'cpu'} backend: torch sees no CUDA device"
+    device = torch.device(wanted or "cuda")
+    try:
+        backends.for_device("cuda")
+    except ImportError as error:
+        raise RuntimeError(f"{error}; or pass --device cpu") from error
+    properties = torch.cuda.get_device_properties(device)
+    return device, (
+        f"{backend or 'cuda'} backend: {properties.name}, compute capability "
+        f"{properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+    )
+
+
+def driver_cuda_version() -> int | None:
+    """The CUDA major version of the NVIDIA driver, None without one."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    done = subprocess.run([tool], capture_output=True, text=True)
+    match = re.search(r"CUDA Version:\s*(\d+)", done.stdout)
+    return int(match[1]) if done.returncode == 0 and match else None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is noticed before a model is loaded.
+
+    Raises:
+        RuntimeError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise RuntimeError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+        ) from error
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until Ctrl-C. Returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return _serve(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(EngineConfig)
+        if field.name not in _HIDDEN
+    }
+    EngineConfig(**settings)  # a wrong setting is said at once
+    with listen(options.host, options.port) as found:
+        device, why = choose_device(options.device)
+        print(f"cupaged: {why}", flush=True)
+        _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
+    return 0
+
+
+def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig) -> None:
+    import uvicorn
+
+    from .engine import LLMEngine
+    from .engine.server.app import create_app
+    from .engine.server.async_engine import AsyncEngine
+
+    engine = LLMEngine(options.model, config)
+    name = options.served_model_name or engine.model_name
+    host = "localhost" if options.host in ("127.0.0.1", "0.0.0.0", "::") else options.host
+    address = f"http://{host}:{bound.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(_greeting(address, name), flush=True)
+
+    server = Server(
+        uvicorn.Config(
+            create_app(AsyncEngine(engine), name), log_level="warning", timeout_graceful_shutdown=2
+        )
+    )
+    try:
+        server.run(sockets=[bound])
+    except KeyboardInterrupt:
+        print("Stopped.")
+
+
+def _greeting(address: str, model: str) -> str:
+    return f"""{model} is served on {address} (chat in a browser, or)
+
+curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is paging?"}}]}}'
+
+Ctrl-C ends it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The HTTP application: routes, errors in OpenAI's shape, the life of the engine's thread."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from .async_engine import AsyncEngine, EngineDeadError
+from .chat import chat_prompt
+from .completions import CHAT, TEXT, Completions
+from .metrics import Metrics
+from .protocol import ChatCompletionRequest, CompletionRequest, error_body
+
+
+def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
+    """The application around an engine, which runs as long as the application does.
+
+    Args:
+        served_model_name: what requests must call the model.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            engine.stop()
+
+    # The interactive documentation would load its scripts from elsewhere.
+    app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None)
+    metrics = Metrics(served_model_name, engine.stats)
+    completions = Completions(engine, metrics, served_model_name)
+    started = int(time.time())
+    _add_error_handlers(app)
+
+    def check_model(name: str) -> None:
+        if name != served_model_name:
+            raise _UnknownModelError(
+                f"the model {name!r} does not exist; this server has {served_model_name!r}"
+            )
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        check_model(body.model)
+        prompt = chat_prompt(engine.engine.tokenizer, body)
+        params = body.sampling_params(default_max_tokens=None)
+        return await completions.respond(request, CHAT, [prompt], params, body.stream, body.stream_options)
+
+    @app.post("/v1/completions")
+    async def text_completions(request: Request, body: CompletionRequest) -> Response:
+        check_model(body.model)
+        params = body.sampling_params(default_max_tokens=16)
+        return await completions.respond(
+            request, TEXT, body.prompts(), params, body.stream, body.stream_options
+        )
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = {
+            "id": served_model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "cupaged",
+            "max_model_len": engine.engine.max_model_len,
+        }
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if engine.alive else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
+
+    return app
+
+
+class _UnknownModelError(Exception):
+    pass
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def respond(status: int, message: str, **more: Any) -> JSONResponse:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return JSONResponse(error_body(message, kind, **more), status_code=status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        # The position of a value in a JSON text is of no use to a caller; field names are.
+        place = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid")
+        message = first["msg"].removeprefix("Value error, ")
+        known = place or _parameter_of(message)
+        return respond(400, f"{place}: {message}" if place else message, param=known)
+
+    @app.exception_handler(ValueError)
+    async def refused(request: Request, error: ValueError) -> JSONResponse:
+        return respond(400, str(error), param=_parameter_of(str(error)))
+
+    @app.exception_handler(_UnknownModelError)
+    async def unknown_model(request: Request, error: _UnknownModelError) -> JSONResponse:
+        return respond(404, str(error), param="model", code="model_not_found")
+
+    @app.exception_handler(EngineDeadError)
+    async def dead(request: Request, error: EngineDeadError) -> JSONResponse:
+        return respond(500, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        return respond(error.status_code, str(error.detail))
+
+
+def _parameter_of(message: str) -> str | None:
+    """Our messages begin with the name of the argument that they are about."""
+    word = message.split(" ", 1)[0].rstrip(":")
+    fields = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    return word if word in fields else None

@@ -1,0 +1,31 @@
+"""Conversations to prompts, by the template that the model's tokenizer brings."""
+
+from __future__ import annotations
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..engine import Prompt
+from .protocol import ChatCompletionRequest
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest) -> Prompt:
+    """The tokens of a conversation, with the opening of the assistant's answer.
+
+    Raises:
+        ValueError: the model has no chat template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the model has no chat template; use /v1/completions")
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.model_dump(exclude_none=True) for message in request.messages],
+            tokenize=False,
+            add_generation_prompt=request.add_generation_prompt,
+            **request.chat_template_kwargs,
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+    # The template has written the special tokens already.
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"prompt": text, "prompt_token_ids": token_ids}
