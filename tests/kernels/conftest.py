@@ -12,29 +12,13 @@ import torch
 
 from cupaged import backends
 
+BACKENDS = ("reference", "cpu", "cuda_host", "cuda")
 HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
-
-
-def _selected(config) -> list[str]:
-    built = {
-        "reference": "cupaged.backends.reference",
-        "cpu": "cupaged.backends.cpu",
-        "cuda_host": "tests.cuda_host.emulator",
-        "cuda": "cupaged.backends.cuda",
-    }
-    return config.getoption("--backend") or [b for b, module in built.items() if _exists(module)]
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", _selected(metafunc.config), indirect=True)
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS, indirect=True)
 
 
 @pytest.fixture
