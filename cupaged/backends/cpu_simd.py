@@ -452,20 +452,3 @@ def copy_bytes(typingctx, target, source, count):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at `address`; never faults."""
-
-    def codegen(context, builder, signature, args):
-        pointer = _pointer(builder, args[0], _I8)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]),
-            "llvm.prefetch.p0",
-        )
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen

@@ -1,0 +1,23 @@
+"""What the engine's tests share."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from tests import tiny_models
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh at every run, printed when the test fails; CUPAGED_TEST_SEED repeats one."""
+    value = int(os.environ.get("CUPAGED_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"CUPAGED_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory) -> str:
+    return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama")))
