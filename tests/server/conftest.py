@@ -1,0 +1,73 @@
+"""A real server on a real port, over a tiny model."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import openai
+import pytest
+import uvicorn
+
+from cupaged.engine import EngineConfig, LLMEngine
+from cupaged.engine.server.app import create_app
+from cupaged.engine.server.async_engine import AsyncEngine
+from cupaged.serve import listen
+from tests import tiny_models
+
+MODEL = "tiny-llama"
+
+
+class Running:
+    """A server in a thread of the test process."""
+
+    def __init__(self, directory: str, **config) -> None:
+        settings = {"block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 64, **config}
+        self.engine = LLMEngine(directory, EngineConfig(device="cpu", check_integrity=True, **settings))
+        self.async_engine = AsyncEngine(self.engine)
+        self._socket = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        app = create_app(self.async_engine, MODEL)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        wait_until(lambda: self._server.started)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=20)
+        self._socket.close()
+        assert not self._thread.is_alive(), "the server did not stop"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def wait_until(condition, timeout: float = 20.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory) -> str:
+    return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def server(llama_dir):
+    with Running(llama_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as found:
+        yield found

@@ -1,0 +1,258 @@
+"""The API as the `openai` client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import httpx
+import openai
+import pytest
+
+from cupaged.engine import LLM, SamplingParams
+
+from .conftest import MODEL, wait_until
+
+CHAT = [{"role": "user", "content": "Tell me about páging"}]
+GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def offline(llama_dir):
+    """Texts as the engine gives them without a server."""
+    llm = LLM(llama_dir, device="cpu", block_size=8, max_num_batched_tokens=256)
+
+    def generate(prompts, **params):
+        settings = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params}
+        outputs = llm.generate(prompts, SamplingParams(**settings), use_tqdm=False)
+        return [out.outputs[0].text for out in outputs]
+
+    return generate
+
+
+def test_completion(client, offline):
+    prompt = "The blocks of a sequence"
+    response = client.completions.create(model=MODEL, prompt=prompt, **GREEDY)
+    assert response.choices[0].text == offline([prompt])[0]
+    assert response.choices[0].finish_reason == "length"
+    usage = response.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (24, 12, 36)
+    assert (response.object, response.model) == ("text_completion", MODEL)
+
+
+def test_chat_uses_the_models_template(client, offline):
+    response = client.chat.completions.create(model=MODEL, messages=CHAT, **GREEDY)
+    prompt = "<start>user: Tell me about páging<end><start>assistant: "
+    assert response.choices[0].message.content == offline([prompt])[0]
+    assert response.choices[0].message.role == "assistant"
+    # one token a byte, and three special tokens
+    assert response.usage.prompt_tokens == len("user: Tell me about páging".encode()) + len("assistant: ") + 3
+
+
+def test_streams_add_up_to_the_whole(client):
+    whole = client.chat.completions.create(model=MODEL, messages=CHAT, **GREEDY)
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=CHAT, stream=True, stream_options={"include_usage": True}, **GREEDY
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3, "it came in one piece"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+    assert len({c.id for c in chunks}) == 1
+    text_chunks = list(client.completions.create(model=MODEL, prompt="abc", stream=True, **GREEDY))
+    whole_text = client.completions.create(model=MODEL, prompt="abc", **GREEDY)
+    assert "".join(c.choices[0].text for c in text_chunks) == whole_text.choices[0].text
+
+
+def test_several_prompts_and_choices_keep_their_places(client, offline):
+    prompts = ["first", "the second one"]
+    response = client.completions.create(model=MODEL, prompt=prompts, n=2, **GREEDY)
+    first, second = offline(prompts)
+    assert [c.index for c in response.choices] == [0, 1, 2, 3]
+    assert [c.text for c in response.choices] == [first, first, second, second]
+    assert response.usage.prompt_tokens == len("first") + len("the second one")
+    texts = [""] * 4
+    for chunk in client.completions.create(model=MODEL, prompt=prompts, n=2, stream=True, **GREEDY):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [first, first, second, second]
+
+
+def test_samples_differ_and_a_seed_repeats_them(client):
+    def sample(seed):
+        response = client.completions.create(
+            model=MODEL, prompt="x", n=3, temperature=1.0, max_tokens=16, seed=seed
+        )
+        return [c.text for c in response.choices]
+
+    first = sample(7)
+    assert sample(7) == first
+    assert sample(8) != first
+    assert len(set(first)) == 3
+
+
+def test_token_ids_are_a_prompt(client, offline):
+    response = client.completions.create(model=MODEL, prompt=[5, 6, 7], **GREEDY)
+    assert response.choices[0].text == offline([{"prompt_token_ids": [5, 6, 7]}])[0]
+    both = client.completions.create(model=MODEL, prompt=[[5, 6, 7], [8]], **GREEDY)
+    assert both.choices[0].text == response.choices[0].text
+
+
+def test_stop_strings_and_stop_tokens(client, offline):
+    text = offline(["stop here"], max_tokens=12)[0]
+    stop = text[4:6]
+    response = client.completions.create(model=MODEL, prompt="stop here", stop=[stop], **GREEDY)
+    assert response.choices[0].text == text[: text.index(stop)]
+    assert response.choices[0].finish_reason == "stop"
+    streamed = client.completions.create(model=MODEL, prompt="stop here", stop=stop, stream=True, **GREEDY)
+    assert "".join(c.choices[0].text for c in streamed) == text[: text.index(stop)]
+
+
+def test_text_parts_are_joined(client):
+    parts = [{"type": "text", "text": "Tell me about páging"}]
+    by_parts = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": parts}], **GREEDY
+    )
+    by_string = client.chat.completions.create(model=MODEL, messages=CHAT, **GREEDY)
+    assert by_parts.choices[0].message.content == by_string.choices[0].message.content
+
+
+def test_many_streams_at_once_get_the_texts_of_one_at_a_time(server, offline):
+    prompts = [f"request {i} " * (i % 5 + 1) for i in range(24)]
+    expected = offline(prompts)
+
+    async def one(client, prompt):
+        stream = await client.completions.create(model=MODEL, prompt=prompt, stream=True, **GREEDY)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them():
+        async with server.async_client() as client:
+            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+    assert asyncio.run(all_of_them()) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"stop": [""]}, "stop"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [10**6]}, None),
+        ({"prompt": "x" * 5000}, None),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "end"}, "suffix"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_bad_requests_are_refused_in_openais_shape(client, change, param):
+    request = {"model": MODEL, "prompt": "x", "max_tokens": 4, **change}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**request)
+    body = error.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["type"] == "invalid_request_error"
+    assert param is None or body["param"] == param
+    assert body["message"]
+
+
+def test_what_asks_for_nothing_is_accepted(client):
+    client.completions.create(
+        model=MODEL,
+        prompt="x",
+        max_tokens=1,
+        presence_penalty=0,
+        frequency_penalty=0,
+        echo=False,
+        logit_bias={},
+        best_of=1,
+        user="someone",
+        extra_body={"repetition_penalty": 1.0, "unknown_field": 1},
+    )
+
+
+def test_a_streamed_request_is_refused_with_a_status_too(client):
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        client.completions.create(model=MODEL, prompt="x" * 5000, max_tokens=4, stream=True)
+
+
+def test_messages_that_cannot_be_read(client):
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(openai.BadRequestError, match="text"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": image}])
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model=MODEL, messages=[])
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model=MODEL, messages=CHAT, tools=[tool])
+
+
+def test_an_unknown_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError, match="tiny-llama"):
+        client.completions.create(model="gpt-5", prompt="x")
+
+
+def test_other_errors_have_the_same_shape(server):
+    for response in (
+        httpx.get(f"{server.url}/v1/nothing"),
+        httpx.post(f"{server.url}/v1/completions", content=b'{"model":'),
+        httpx.get(f"{server.url}/v1/completions"),
+    ):
+        assert response.status_code in (400, 404, 405)
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_models_health_and_page(client, server):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    page = httpx.get(server.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "//" not in page.text.replace("<!--", ""), "the page loads something from elsewhere"
+
+
+def test_events_are_as_the_format_wants(server):
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 3, "stream": True, "ignore_eos": True}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(server, monkeypatch, stream):
+    step = server.engine.step
+
+    def slow_step():
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", slow_step)  # 230 tokens would take five seconds
+    before = server.async_engine.stats().generation_tokens
+    url, body = f"{server.url}/v1/completions", {"model": MODEL, "prompt": "x", "max_tokens": 230}
+    body |= {"ignore_eos": True, "temperature": 0, "stream": stream}
+    if stream:
+        with httpx.stream("POST", url, json=body) as response:
+            next(response.iter_text())
+            assert server.async_engine.stats().num_running == 1
+            assert server.async_engine.stats().gpu_cache_usage > 0
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=0.3)
+    wait_until(lambda: server.async_engine.stats().num_running == 0)
+    stats = server.async_engine.stats()
+    assert stats.gpu_cache_usage == 0.0
+    assert 0 < stats.generation_tokens - before < 100, "it ran to its end"
+    with server.client() as client:
+        assert client.completions.create(model=MODEL, prompt="x", **GREEDY).usage.completion_tokens == 12

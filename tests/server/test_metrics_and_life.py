@@ -1,0 +1,120 @@
+"""What the server counts, and how it ends: by Ctrl-C, or by an engine that fails."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+
+from .conftest import MODEL, Running, wait_until
+
+
+def read(url: str) -> dict[str, float]:
+    """The metrics by name with their labels, but for the model's name."""
+    found = {}
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            found[re.sub(r'model_name="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(
+                value
+            )
+    return found
+
+
+def test_metrics_count_exactly(llama_dir):
+    with Running(llama_dir) as server, server.client() as client:
+        extra = {"ignore_eos": True}
+        for _ in range(3):
+            client.completions.create(model=MODEL, prompt="12345", max_tokens=7, extra_body=extra)
+        client.completions.create(
+            model=MODEL, prompt="12", n=2, max_tokens=5, temperature=1, extra_body=extra
+        )
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model=MODEL, prompt="x" * 5000)
+        metrics = read(server.url)
+    assert metrics["vllm:prompt_tokens_total"] == 3 * 5 + 2
+    assert metrics["vllm:generation_tokens_total"] == 3 * 7 + 2 * 5
+    assert metrics['vllm:request_success_total{finished_reason="length"}'] == 5
+    assert metrics["vllm:e2e_request_latency_seconds_count"] == 4
+    assert metrics["vllm:time_to_first_token_seconds_count"] == 4
+    assert metrics["vllm:time_per_output_token_seconds_count"] == 3 * 6 + 4
+    assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
+    assert metrics["vllm:gpu_cache_usage_perc"] == metrics["vllm:num_preemptions_total"] == 0
+
+
+def test_two_servers_in_one_process_count_apart(llama_dir):
+    with Running(llama_dir) as one, Running(llama_dir) as two, one.client() as client:
+        client.completions.create(model=MODEL, prompt="12345", max_tokens=2)
+        assert read(one.url)["vllm:prompt_tokens_total"] == 5
+        assert read(two.url)["vllm:prompt_tokens_total"] == 0
+
+
+def test_an_engine_that_fails_tells_everyone(llama_dir, monkeypatch):
+    with Running(llama_dir) as server, server.client() as client:
+        client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+
+        def broken_step():
+            time.sleep(0.1)
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(server.engine, "step", broken_step)
+        with pytest.raises(openai.InternalServerError, match="planted"):
+            client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="planted"):  # and it does not hang
+            client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+
+
+def test_an_engine_that_fails_in_a_stream_says_so_in_the_stream(llama_dir, monkeypatch):
+    with Running(llama_dir) as server, server.client() as client:
+        stream = client.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
+        next(iter(stream))
+
+        def broken_step():
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(server.engine, "step", broken_step)
+        with pytest.raises(openai.APIError, match="planted"):
+            list(stream)
+
+
+def test_a_server_that_stops_ends_its_streams(llama_dir):
+    with Running(llama_dir) as server, server.client() as client:
+        stream = client.completions.create(model=MODEL, prompt="x", max_tokens=240, stream=True)
+        next(iter(stream))
+    # __exit__ has checked that the thread ended
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_ctrl_c_ends_the_command_cleanly(llama_dir, busy):
+    command = [sys.executable, "-m", "cupaged.serve", "--model", llama_dir, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--served-model-name", MODEL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("Ctrl-C"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        assert "cpu backend" in lines[0]
+        url = re.search(r"http://localhost:\d+", "".join(lines))[0]
+        if busy:
+            body = {"model": MODEL, "prompt": "x", "max_tokens": 240, "stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+                next(response.iter_text())
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=20)
+        else:
+            assert httpx.get(f"{url}/health").status_code == 200
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "Traceback" not in out + err
