@@ -23,7 +23,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._ids = list(prompt_token_ids[-_CONTEXT:])
+        self._ids = self._context(prompt_token_ids)
         self._read = len(self._ids)  # tokens of _ids whose text is out
 
     def append(self, token_ids: Sequence[int]) -> str:
@@ -42,6 +42,15 @@ class Detokenizer:
         text = self._pending()
         self._read = len(self._ids)
         return text
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """Up to `_CONTEXT` last tokens of the prompt, none of them part of a character that is cut off: the
+        decoder would join such bytes with those of the output."""
+        for size in range(min(_CONTEXT, len(prompt_token_ids)), 0, -1):
+            context = list(prompt_token_ids[-size:])
+            if "\ufffd" not in self._decode(context):
+                return context
+        return []
 
     def _pending(self) -> str:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._read])) :]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -162,24 +164,28 @@ class LLMEngine:
             RuntimeError: they are wrong.
         """
         self._blocks.check_integrity()
-        if not self._groups and self._blocks.gpu.num_free != self._blocks.gpu.num_blocks:
+        gpu, cpu = self._blocks.gpu, self._blocks.cpu
+        if not self._groups and gpu.num_free + cpu.num_free != gpu.num_blocks + cpu.num_blocks:
             raise RuntimeError("no request is left, and blocks are not free")
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None
+        given: Iterable[Any]
         if isinstance(prompt, str):
-            text, token_ids = prompt, self.tokenizer(prompt)["input_ids"]
-        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            text, token_ids = prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            text, given = prompt, self.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt_token_ids"), Iterable):
+            text, given = prompt.get("prompt"), prompt["prompt_token_ids"]
         else:
             raise ValueError(f"prompt must be a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        if not token_ids:
-            raise ValueError("prompt must have at least one token, got none")
-        for token in token_ids:
-            if not isinstance(token, int) or not 0 <= token < self._vocab_size:
+        token_ids = []
+        for token in given:
+            if not isinstance(token, Integral) or not 0 <= int(token) < self._vocab_size:
                 raise ValueError(
                     f"prompt_token_ids must be integers from 0 to {self._vocab_size - 1}, got {token!r}"
                 )
+            token_ids.append(int(token))
+        if not token_ids:
+            raise ValueError("prompt must have at least one token, got none")
         return text, token_ids
 
 

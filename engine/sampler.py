@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .sampling_params import SamplingParams
 from .scheduler import ScheduledSequence
 
 
@@ -52,28 +53,45 @@ def _draw(logits: torch.Tensor, sampling: list[ScheduledSequence]) -> torch.Tens
     uniforms = torch.from_numpy(uniform(seeds, index.astype(np.uint64), positions)).to(device)
 
     params = [item.group.params for item in sampling]
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
-    probs = (logits.float() / temperature[:, None]).softmax(-1)
-    order = None
-    if any(p.top_k > 0 or p.top_p < 1 for p in params):
-        probs, order = probs.sort(-1, descending=True)
-        vocabulary = probs.shape[-1]
-        top_k = torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params], device=device)
-        probs = probs.masked_fill(torch.arange(vocabulary, device=device) >= top_k[:, None], 0)
-        top_p = torch.tensor([p.top_p for p in params], device=device)
-        total = probs.sum(-1, keepdim=True)
-        before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill((before >= top_p[:, None] * total) & (top_p < 1)[:, None], 0)
-
-    cumulative = probs.double().cumsum(-1)[torch.from_numpy(row_of).to(device)]
+    rows = torch.from_numpy(row_of).to(device)
+    cumulative = probabilities(logits, params).double().cumsum(-1)[rows]
     total = cumulative[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    rows = torch.from_numpy(row_of).to(device)
-    if order is not None:
-        drawn = order[rows, drawn]
     greedy = torch.tensor([p.greedy for p in params], device=device)
     return torch.where(greedy[rows], logits.argmax(-1)[rows], drawn)
+
+
+def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """What is drawn from: the softmax at the temperature, then top-k, then top-p of what that leaves.
+
+    Args:
+        logits: ``[N, vocabulary]``.
+        params: of each row; a greedy row's probabilities are those of temperature 1.
+
+    Returns:
+        float32 ``[N, vocabulary]`` in the vocabulary's order, so that a row's draw is the same whatever its
+        neighbours ask for. A row that is cut off is not normalised again.
+    """
+    device, vocabulary = logits.device, logits.shape[-1]
+    # The clamp keeps 0 / 0 and inf / inf out, whatever a request asks for.
+    limits = torch.finfo(torch.float32)
+    scales = [min(max(p.temperature, limits.tiny), limits.max) if p.temperature else 1.0 for p in params]
+    temperature = torch.tensor(scales, dtype=torch.float32, device=device)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # before the division: a low temperature overflows
+    probs = (logits / temperature[:, None]).softmax(-1)
+    if all(p.top_k <= 0 and p.top_p == 1 for p in params):
+        return probs
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    counts = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
+    top_k = torch.tensor(counts, device=device)
+    ordered = ordered.masked_fill(torch.arange(vocabulary, device=device) >= top_k[:, None], 0)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    cumulative = ordered.cumsum(-1, dtype=torch.float64)
+    before = cumulative - ordered
+    cut = (before >= top_p[:, None] * cumulative[:, -1:]) & (top_p < 1)[:, None]
+    return torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(cut, 0))
 
 
 def uniform(seeds: np.ndarray, index: np.ndarray, positions: np.ndarray) -> np.ndarray:

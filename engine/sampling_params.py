@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,32 +41,58 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        for name, value, wanted in (
-            ("n", self.n, self.n >= 1),
-            ("temperature", self.temperature, self.temperature >= 0 and math.isfinite(self.temperature)),
-            ("top_k", self.top_k, self.top_k >= -1),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
-            ("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1),
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        for name, wanted in (
+            ("n", _is_integer(self.n) and self.n >= 1),
+            ("temperature", _is_number(self.temperature) and self.temperature >= 0),
+            ("top_k", _is_integer(self.top_k) and self.top_k >= -1),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("seed", self.seed is None or _is_integer(self.seed)),
+            (
+                "max_tokens",
+                self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
+            ),
+            ("stop", all(isinstance(s, str) and s for s in self.stop)),
+            ("stop_token_ids", all(map(_is_integer, self.stop_token_ids))),
         ):
             if not wanted:
-                raise ValueError(f"{name} must be {_RANGES[name]}, got {value}")
-        if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
-        if not all(isinstance(t, int) for t in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids must be integers, got {self.stop_token_ids!r}")
+                raise ValueError(f"{name} must be {_RANGES[name]}, got {getattr(self, name)!r}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """A real number that is finite as a float."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _as_tuple(name: str, value: Any) -> tuple:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be {_RANGES[name]}, got {value!r}")
+    return tuple(value)
+
+
 _RANGES = {
-    "n": "at least 1",
+    "n": "an integer of at least 1",
     "temperature": "0 (greedy) or a positive number",
-    "top_k": "at least 1, or 0 or -1 for all tokens",
-    "top_p": "in (0, 1]",
-    "max_tokens": "at least 1 or None",
+    "top_k": "an integer of at least 1, or 0 or -1 for all tokens",
+    "top_p": "a number in (0, 1]",
+    "seed": "an integer or None",
+    "max_tokens": "an integer of at least 1 or None",
+    "stop": "a string or strings, none of them empty",
+    "stop_token_ids": "integers",
 }
