@@ -55,8 +55,8 @@ def _draw(logits: torch.Tensor, sampling: list[ScheduledSequence]) -> torch.Tens
     params = [item.group.params for item in sampling]
     rows = torch.from_numpy(row_of).to(device)
     cumulative = probabilities(logits, params).double().cumsum(-1)[rows]
-    total = cumulative[:, -1:]
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A number is at most 1 - 2^-53, so its product with the total is below the total, after rounding too.
+    target = uniforms[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     greedy = torch.tensor([p.greedy for p in params], device=device)
     return torch.where(greedy[rows], logits.argmax(-1)[rows], drawn)

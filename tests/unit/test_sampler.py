@@ -146,6 +146,13 @@ def test_numbers_of_neighbours_are_independent(seed):
             assert chance_of(counts, np.full(256, (n - lag) / 256)) > 1e-9
 
 
+def test_numbers_of_seeds_outputs_and_positions_are_not_one_stream_shifted(seed):
+    base, count, zero = np.full(99, seed, np.uint64), np.arange(99, dtype=np.uint64), np.zeros(99, np.uint64)
+    streams = [uniform(base + count, zero, zero), uniform(base, count, zero), uniform(base, zero, count)]
+    common = set(streams[0]) & set(streams[1]) | set(streams[1]) & set(streams[2])
+    assert common == {streams[0][0]}  # all three at zero
+
+
 def chance_of(counts: np.ndarray, expected: np.ndarray) -> float:
     """Probability of a chi-square statistic at least this large. Rare classes are put together."""
     rare = expected < 8
@@ -212,7 +219,8 @@ def test_the_smallest_number_never_draws_what_has_no_probability(monkeypatch):
     """0 and the largest number below 1 are drawn too."""
     from cupaged.engine import sampler
 
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    for number, token in ((0.0, 1), (1 - 2.0**-53, 2)):
-        monkeypatch.setattr(sampler, "uniform", lambda seeds, *_, number=number: np.full(len(seeds), number))
-        assert sample(logits, [scheduled(SamplingParams(), 0)]) == [[token]]
+    for size in (1, 2, 3, 7, 50):  # the sum of rounded probabilities is below 1, 1, or above it
+        logits = torch.tensor([[-torch.inf, *range(size), -torch.inf]])
+        for number, token in ((0.0, 1), (1 - 2.0**-53, size)):
+            monkeypatch.setattr(sampler, "uniform", lambda seeds, *_, x=number: np.full(len(seeds), x))
+            assert sample(logits, [scheduled(SamplingParams(), 0)]) == [[token]]
