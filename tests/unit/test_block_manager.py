@@ -1,0 +1,231 @@
+"""The block manager against a simple model of it, in drawn orders of calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from cupaged.engine.block_manager import BlockManager, BlockPool
+from tests.unit.paged_memory import PagedMemory
+
+
+class Machine(RuleBasedStateMachine):
+    """The model is a list of tokens a sequence; a family shares blocks and swaps as one."""
+
+    families = Bundle("families")
+
+    @initialize(
+        num_gpu=st.integers(1, 12), num_cpu=st.integers(0, 12), block_size=st.sampled_from([1, 2, 3, 4])
+    )
+    def start(self, num_gpu, num_cpu, block_size):
+        self.blocks = BlockManager(num_gpu, num_cpu, block_size)
+        self.memory = PagedMemory(self.blocks)
+        self.tokens: dict[int, list[int]] = {}
+        self.members: dict[int, list[int]] = {}  # family -> sequences, the first of them names it
+        self.swapped: set[int] = set()
+        self.next_id = 0
+        self.next_token = 0
+
+    def new_tokens(self, count: int) -> list[int]:
+        self.next_token += count
+        return list(range(self.next_token - count, self.next_token))
+
+    def append_to(self, seq_ids: list[int], counts: list[int]) -> None:
+        """All or nothing, as a group: first the question, then the appends; the answer must be exact."""
+        asked = [(s, len(self.tokens[s]), n) for s, n in zip(seq_ids, counts)]
+        free = self.blocks.gpu.num_free
+        needed = self.blocks.num_new_blocks(asked)
+        if needed > free:
+            return
+        copies = [self.blocks.append(*append) for append in asked]
+        assert free - self.blocks.gpu.num_free == needed
+        self.memory.move(copies=[copy for copy in copies if copy])
+        for seq_id, held, count in asked:
+            self.tokens[seq_id] += self.new_tokens(count)
+            self.memory.write(seq_id, held, self.tokens[seq_id])
+            assert len(self.blocks.table(seq_id)) == -(-len(self.tokens[seq_id]) // self.blocks.block_size)
+
+    @rule(target=families, count=st.integers(1, 14))
+    def create(self, count):
+        seq_id = self.next_id
+        self.tokens[seq_id] = []
+        self.append_to([seq_id], [count])
+        if not self.tokens[seq_id]:
+            del self.tokens[seq_id]
+            assert not self.blocks.holds(seq_id)
+            return multiple()
+        self.next_id += 1
+        self.members[seq_id] = [seq_id]
+        return seq_id
+
+    @rule(family=families, data=st.data())
+    def append(self, family, data):
+        if family in self.swapped:
+            return
+        counts = [data.draw(st.integers(1, 6)) for _ in self.members[family]]
+        chosen = data.draw(st.integers(1, len(counts)))
+        self.append_to(self.members[family][-chosen:], counts[:chosen])
+
+    @rule(family=families, data=st.data())
+    def fork(self, family, data):
+        if family in self.swapped:
+            return
+        parent = data.draw(st.sampled_from(self.members[family]))
+        count = data.draw(st.integers(1, len(self.tokens[parent])))
+        child, self.next_id = self.next_id, self.next_id + 1
+        free = self.blocks.gpu.num_free
+        self.blocks.fork(parent, child, count)
+        assert self.blocks.gpu.num_free == free, "sharing takes no block"
+        self.tokens[child] = self.tokens[parent][:count]
+        self.members[family].append(child)
+
+    @rule(family=families)
+    def swap_out(self, family):
+        seq_ids = self.members[family]
+        if family in self.swapped or not self.blocks.can_swap_out(seq_ids):
+            return
+        distinct = {block for s in seq_ids for block in self.blocks.table(s)}
+        free = self.blocks.gpu.num_free, self.blocks.cpu.num_free
+        pairs = self.blocks.swap_out(seq_ids)
+        assert {gpu for gpu, _ in pairs} == distinct
+        assert len(pairs) == len(distinct)
+        assert (self.blocks.gpu.num_free, self.blocks.cpu.num_free) == (
+            free[0] + len(distinct),
+            free[1] - len(distinct),
+        )
+        self.memory.move(swap_out=pairs)
+        self.swapped.add(family)
+
+    @precondition(lambda self: getattr(self, "swapped", None))
+    @rule(data=st.data())
+    def swap_in(self, data):
+        """And the question of what appending will then take, asked before."""
+        family = data.draw(st.sampled_from(sorted(self.swapped)))
+        seq_ids = self.members[family]
+        count = data.draw(st.integers(1, 6))
+        asked = [(s, len(self.tokens[s]), count) for s in seq_ids]
+        moved, more = self.blocks.num_swapped_blocks(seq_ids), self.blocks.num_new_blocks(asked)
+        free = self.blocks.gpu.num_free
+        if moved > free:
+            return
+        self.memory.move(swap_in=self.blocks.swap_in(seq_ids))
+        self.swapped.remove(family)
+        assert free - self.blocks.gpu.num_free == moved
+        assert self.blocks.num_new_blocks(asked) == more
+        self.append_to(seq_ids, [count] * len(seq_ids))
+
+    @rule(family=families, data=st.data())
+    def free_one(self, family, data):
+        members = self.members[family]
+        if len(members) > 1:
+            seq_id = members.pop(data.draw(st.integers(0, len(members) - 1)))
+            self.blocks.free(seq_id)
+            del self.tokens[seq_id]
+
+    @rule(family=consumes(families))
+    def free_all(self, family):
+        for seq_id in self.members.pop(family):
+            self.blocks.free(seq_id)
+            self.blocks.free(seq_id)  # a sequence without blocks is no error
+            del self.tokens[seq_id]
+            assert not self.blocks.holds(seq_id)
+        self.swapped.discard(family)
+
+    @invariant()
+    def every_sequence_reads_its_tokens(self):
+        if not hasattr(self, "blocks"):
+            return
+        self.blocks.check_integrity()
+        self.memory.poison_free()
+        for family, seq_ids in self.members.items():
+            for seq_id in seq_ids:
+                assert self.blocks.holds(seq_id)
+                if family not in self.swapped:
+                    self.memory.check(seq_id, self.tokens[seq_id])
+
+    def teardown(self):
+        for seq_ids in getattr(self, "members", {}).values():
+            for seq_id in seq_ids:
+                self.blocks.free(seq_id)
+        if hasattr(self, "blocks"):
+            self.blocks.check_integrity()
+            assert self.blocks.gpu.num_free == self.blocks.gpu.num_blocks
+            assert self.blocks.cpu.num_free == self.blocks.cpu.num_blocks
+
+
+TestBlockManager = Machine.TestCase
+TestBlockManager.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, print_blob=True)
+
+
+def test_the_last_writer_of_a_shared_block_keeps_it():
+    """Four sequences over a prompt of a block and a half: three copies, and none of the full block."""
+    blocks = BlockManager(8, 0, 4)
+    blocks.append(0, 0, 6)
+    full, partial = blocks.table(0)
+    for child in (1, 2, 3):
+        blocks.fork(0, child, 6)
+    assert blocks.gpu.num_free == 6
+    assert blocks.num_new_blocks([(seq, 6, 1) for seq in range(4)]) == 3
+    copies = [blocks.append(seq, 6, 1) for seq in range(4)]
+    assert [copy and copy[0] for copy in copies] == [partial, partial, partial, None]
+    assert {blocks.table(seq)[0] for seq in range(4)} == {full}
+    assert len({blocks.table(seq)[1] for seq in range(4)}) == 4
+    assert blocks.gpu.ref_counts[full] == 4
+    assert blocks.gpu.num_free == 3
+
+
+def test_a_full_last_block_is_not_copied():
+    blocks = BlockManager(4, 0, 4)
+    blocks.append(0, 0, 4)
+    blocks.fork(0, 1, 4)
+    assert blocks.num_new_blocks([(0, 4, 1), (1, 4, 1)]) == 2
+    assert [blocks.append(seq, 4, 1) for seq in (0, 1)] == [None, None]
+    assert blocks.gpu.num_free == 1
+
+
+def lose(pool: BlockPool) -> None:
+    pool._free.pop()
+
+
+def free_twice(pool: BlockPool) -> None:
+    pool._free.append(pool._free[-1])
+
+
+def free_in_use(pool: BlockPool) -> None:
+    pool._free.append(0)
+
+
+def miscount(pool: BlockPool) -> None:
+    pool.share(0)
+
+
+@pytest.mark.parametrize("damage", [lose, free_twice, free_in_use, miscount])
+def test_check_integrity_sees_damage(damage):
+    pool = BlockPool(4)
+    assert pool.allocate() == 0
+    pool.check_integrity(Counter([0]))
+    damage(pool)
+    with pytest.raises(RuntimeError):
+        pool.check_integrity(Counter([0]))
+
+
+def test_check_integrity_sees_a_sequence_in_two_places():
+    blocks = BlockManager(2, 2, 4)
+    blocks.append(0, 0, 4)
+    blocks.swap_out([0])
+    blocks.append(0, 0, 4)
+    with pytest.raises(RuntimeError, match="swapped out"):
+        blocks.check_integrity()
