@@ -242,8 +242,12 @@ def test_a_group_is_swapped_as_a_whole_or_dropped_as_a_whole(num_cpu_blocks, sta
     assert second.status is status
     assert len(second.unfinished()) == 2
     assert first.status is Status.RUNNING
-    simulation.run()
+    while second.status is not Status.RUNNING or not all(seq.num_computed for seq in second.seqs):
+        simulation.step()
+    tables = [simulation.blocks.table(seq.seq_id) for seq in second.seqs]
+    assert tables[0][0] == tables[1][0], "the prompt's full block is shared again"
     assert bool(simulation.num_swaps) == (status is Status.SWAPPED)
+    simulation.run()
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
