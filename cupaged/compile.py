@@ -137,11 +137,16 @@ def cuda_dir() -> Path:
     raise FileNotFoundError(f"no kernel sources in {package / 'cuda'} or {package.parent / 'cuda'}")
 
 
-def cache_dir() -> Path:
-    """``CUPAGED_CACHE_DIR``, or `cupaged/kernels` in the user's cache directory."""
+def user_cache() -> Path:
+    """Where everything that is made once is kept: ``CUPAGED_CACHE_DIR``, or `cupaged` in the user's cache."""
     if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged"
+
+
+def cache_dir() -> Path:
+    """Of the compiled kernels."""
+    return user_cache() / "kernels"
 
 
 def import_cupy() -> ModuleType:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cupaged.compile import cache_dir
+from cupaged.compile import user_cache
 
 from . import gguf_model
 
@@ -40,7 +40,7 @@ def demo_model_dir() -> Path:
     Raises:
         RuntimeError: the download failed or gave another file than expected.
     """
-    target = cache_dir().parent / "models" / NAME
+    target = user_cache() / "models" / NAME
     if is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def test_an_unwritable_directory_names_the_variable(tmp_path):
 
 def test_the_directory_can_be_chosen(tmp_path, monkeypatch):
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "chosen"))
-    assert kc.cache_dir() == tmp_path / "chosen"
+    assert kc.cache_dir() == tmp_path / "chosen" / "kernels"
     monkeypatch.delenv("CUPAGED_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert kc.cache_dir() == tmp_path / "xdg" / "cupaged" / "kernels"
