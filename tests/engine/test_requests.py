@@ -1,0 +1,127 @@
+"""Refusals and aborts: a bad request harms nobody, one that ends early leaves nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from cupaged.engine import LLM, SamplingParams
+from cupaged.engine.request import Status
+
+from .harness import SMALL, assert_clean, finish, run, small_engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def prompt(length: int, first: int = 1) -> dict:
+    return {"prompt_token_ids": [(first + 7 * i) % 256 for i in range(length)]}
+
+
+BAD_REQUESTS = {
+    "empty text": ("", GREEDY, "prompt"),
+    "no tokens": ({"prompt_token_ids": []}, GREEDY, "prompt"),
+    "no prompt": ({}, GREEDY, "prompt"),
+    "none": (None, GREEDY, "prompt"),
+    "a number": (5, GREEDY, "prompt"),
+    "a list": ([1, 2], GREEDY, "prompt"),
+    "ids are none": ({"prompt_token_ids": None}, GREEDY, "prompt"),
+    "ids are a number": ({"prompt_token_ids": 7}, GREEDY, "prompt"),
+    "ids are text": ({"prompt_token_ids": "abc"}, GREEDY, "prompt_token_ids"),
+    "a negative id": ({"prompt_token_ids": [1, -1]}, GREEDY, "prompt_token_ids"),
+    "an id beyond the vocabulary": ({"prompt_token_ids": [1, 320]}, GREEDY, "prompt_token_ids"),
+    "a fraction": ({"prompt_token_ids": [1.0]}, GREEDY, "prompt_token_ids"),
+    "too long a prompt": (prompt(128), GREEDY, "max_model_len"),
+    "too many outputs": (prompt(4), SamplingParams(n=9), "max_num_seqs"),
+    "outputs too long for the pool": (prompt(4), SamplingParams(n=8, max_tokens=100), "blocks"),
+    "an id in use": (prompt(4), GREEDY, "request_id"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_by_name_and_the_others_go_on(llama_dir, name):
+    bad, params, word = BAD_REQUESTS[name]
+    engine = small_engine(llama_dir)
+    alone = run(engine, {"good": (prompt(20), GREEDY)})["good"]
+    engine.add_request("good", prompt(20), GREEDY)
+    engine.step()
+    with pytest.raises(ValueError, match=word):
+        engine.add_request("good" if name == "an id in use" else "bad", bad, params)
+    assert finish(engine) == {"good": alone}
+
+
+def test_the_largest_request_that_fits_runs(llama_dir):
+    """A prompt of one token less than the model's length; the whole pool for one request."""
+    engine = small_engine(llama_dir, num_gpu_blocks_override=16)
+    outputs = run(engine, {"a": (prompt(127), GREEDY), "b": (prompt(1), SamplingParams(max_tokens=None))})
+    assert len(outputs["a"].outputs[0].token_ids) == 1
+    assert outputs["a"].outputs[0].finish_reason == "length"
+
+
+def test_ids_may_be_used_again(llama_dir):
+    engine = small_engine(llama_dir)
+    first = run(engine, {"x": (prompt(5), GREEDY)})
+    assert run(engine, {"x": (prompt(5), GREEDY)}) == first
+
+
+def test_generate_with_one_bad_prompt_leaves_the_engine_clean(llama_dir):
+    llm = LLM(llama_dir, **SMALL)
+    good = [prompt(9), prompt(30)]
+    before = [out.outputs for out in llm.generate(good, GREEDY, use_tqdm=False)]
+    with pytest.raises(ValueError, match=r"prompts\[1\]: .*max_model_len"):
+        llm.generate([good[0], prompt(500), good[1]], GREEDY, use_tqdm=False)
+    assert_clean(llm.engine)
+    with pytest.raises(ValueError, match="sampling_params"):
+        llm.generate(good, [GREEDY], use_tqdm=False)
+    assert [out.outputs for out in llm.generate(good, GREEDY, use_tqdm=False)] == before
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_an_error_in_a_step_leaves_the_engine_clean(llama_dir, monkeypatch):
+    llm = LLM(llama_dir, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine._runner, "run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate([prompt(9)], GREEDY, use_tqdm=False)
+    assert_clean(llm.engine)
+    assert len(llm.generate([prompt(9)], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 8
+
+
+LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+
+
+def status_of(engine, request_id: str) -> Status:
+    return engine._groups[request_id].status
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running", "preempted", "swapped"])
+def test_abort_in_every_state(llama_dir, state, n):
+    """The other request's tokens are those it gets alone, and in the end everything is free."""
+    mode = "swap" if state == "swapped" else "recompute"
+    engine = small_engine(llama_dir, num_gpu_blocks_override=14, max_model_len=112, preemption_mode=mode)
+    alone = run(engine, {"other": (prompt(20), LONG)})
+    params = SamplingParams(n=n, temperature=0.8, seed=1, max_tokens=60 if n == 1 else 20, ignore_eos=True)
+    engine.add_request("other", prompt(20), LONG)
+    engine.add_request("x", prompt(42), params)
+    group = engine._groups["x"]
+
+    def reached() -> bool:
+        status, computed = group.status, group.seqs[0].num_computed
+        return {
+            "waiting": status is Status.WAITING,
+            "mid-prefill": status is Status.RUNNING and 0 < computed < 42,
+            "running": status is Status.RUNNING and computed > 42,
+            "preempted": status is Status.PREEMPTED,
+            "swapped": status is Status.SWAPPED,
+        }[state]
+
+    while not reached():
+        assert not group.finished, "the load was meant to get there"
+        engine.step()
+    engine.abort("x")
+    engine.abort("x")  # again, or one that never was: no error
+    engine.abort("nobody")
+    assert group.finished
+    assert [seq.finish_reason for seq in group.seqs] == ["abort"] * len(group.seqs)
+    assert not any(engine._blocks.holds(seq.seq_id) for seq in group.seqs)
+    engine.check_integrity()
+    assert finish(engine) == alone
