@@ -172,7 +172,10 @@ class LLMEngine:
         text: str | None
         given: Iterable[Any]
         if isinstance(prompt, str):
-            text, given = prompt, self.tokenizer(prompt)["input_ids"]
+            try:
+                text, given = prompt, self.tokenizer(prompt)["input_ids"]
+            except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry
+                raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
         elif isinstance(prompt, dict) and isinstance(prompt.get("prompt_token_ids"), Iterable):
             text, given = prompt.get("prompt"), prompt["prompt_token_ids"]
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from .async_engine import AsyncEngine, EngineDeadError
 from .chat import chat_prompt
 from .completions import CHAT, TEXT, Completions
 from .metrics import Metrics
-from .protocol import ChatCompletionRequest, CompletionRequest, error_body
+from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body
 
 
 def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
@@ -41,6 +43,8 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     metrics = Metrics(served_model_name, engine.stats)
     completions = Completions(engine, metrics, served_model_name)
     started = int(time.time())
+    # A copy: the engine's thread uses its own, and fast tokenizers are not for two threads at once.
+    tokenizer = copy.deepcopy(engine.engine.tokenizer)
     _add_error_handlers(app)
 
     def check_model(name: str) -> None:
@@ -52,7 +56,7 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         check_model(body.model)
-        prompt = chat_prompt(engine.engine.tokenizer, body)
+        prompt = chat_prompt(tokenizer, body)
         params = body.sampling_params(default_max_tokens=None)
         return await completions.respond(request, CHAT, [prompt], params, body.stream, body.stream_options)
 
@@ -120,13 +124,17 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def dead(request: Request, error: EngineDeadError) -> JSONResponse:
         return respond(500, str(error))
 
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> JSONResponse:
+        return respond(500, f"{type(error).__name__}: {error}")
+
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
         return respond(error.status_code, str(error.detail))
 
 
 def _parameter_of(message: str) -> str | None:
-    """Our messages begin with the name of the argument that they are about."""
-    word = message.split(" ", 1)[0].rstrip(":")
-    fields = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
-    return word if word in fields else None
+    """Our messages name the argument that they are about, first of all names in them."""
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED}
+    words = re.findall(r"\w+", message.replace("prompt_token_ids", "prompt"))
+    return next((word for word in words if word in fields), None)

@@ -26,6 +26,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionReque
         )
     except (TemplateError, TypeError) as error:
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
-    # The template has written the special tokens already.
-    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        # The template has written the special tokens already.
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(f"messages: the tokenizer refuses their text: {error}") from error
     return {"prompt": text, "prompt_token_ids": token_ids}

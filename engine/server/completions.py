@@ -103,7 +103,10 @@ class Completions:
                 if latest is None
                 else JSONResponse(_whole(head, style, latest, params))
             )
-        first = await anext(outputs)  # a refusal comes now, while the status can still say so
+        # A refusal comes with the first output, while the status can still say so.
+        first = await _unless_disconnected(request, anext(outputs))
+        if first is None:
+            return Response(status_code=499)
         events = _events(head, style, first, outputs, params, options or StreamOptions(), len(prompts))
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -152,7 +155,7 @@ async def _unless_disconnected(request: Request, work: Any) -> Any:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, watcher = asyncio.create_task(work), asyncio.create_task(disconnected())
+    task, watcher = asyncio.ensure_future(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

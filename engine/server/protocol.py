@@ -33,39 +33,17 @@ class _Sampling(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    # Known, and not supported: accepted only where they ask for nothing.
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
-    logprobs: bool | int | None = None
-    top_logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    suffix: str | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-
-    @model_validator(mode="after")
-    def _refuse_unsupported(self) -> _Sampling:
-        neutral: dict[str, tuple[Any, ...]] = {
-            "repetition_penalty": (1.0,),
-            "best_of": (1, self.n),
-            "response_format": ({"type": "text"},),
-        }
-        for name in _UNSUPPORTED:
-            value = getattr(self, name)
-            # 0 stands for "nothing" except where it is a request: logprobs=0 asks for the sampled token's
-            asks = (
-                value is not None and value is not False and value not in neutral.get(name, (0, [], {}, ""))
-            )
-            if asks or (name == "logprobs" and value is not None and value is not False):
-                raise ValueError(f"{name} is not supported; leave it out")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, neutral in UNSUPPORTED.items():
+                value = data.get(name)
+                # 0 == False, but logprobs=0 asks for something
+                same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
+                if value is not None and not any(same):
+                    raise ValueError(f"{name} is not supported; leave it out")
+        return data
 
     def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
         """Raises ValueError naming the parameter that is out of range."""
@@ -83,23 +61,40 @@ class _Sampling(BaseModel):
         )
 
 
-_UNSUPPORTED = (
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_p",
-    "min_tokens",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "response_format",
-    "tools",
-    "functions",
-    "suffix",
-    "echo",
-    "best_of",
-)
+# Fields that change the answer and are not supported, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
 
 
 class Message(BaseModel):

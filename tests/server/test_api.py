@@ -146,8 +146,11 @@ def test_many_streams_at_once_get_the_texts_of_one_at_a_time(server, offline):
         ({"n": 1000}, "n"),
         ({"stop": [""]}, "stop"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [10**6]}, None),
-        ({"prompt": "x" * 5000}, None),
+        ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": "x" * 5000}, "prompt"),
+        ({"extra_body": {"guided_json": {"a": 1}}}, "guided_json"),
+        ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
+        ({"logprobs": 0}, "logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
@@ -211,6 +214,23 @@ def test_other_errors_have_the_same_shape(server):
     ):
         assert response.status_code in (400, 404, 405)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_text_that_is_not_unicode_is_refused(server, path):
+    """JSON can carry half of a surrogate pair."""
+    half = (
+        '"prompt": "\\ud800"'
+        if path == "completions"
+        else ('"messages": [{"role": "user", "content": "\\ud800"}]')
+    )
+    response = httpx.post(
+        f"{server.url}/v1/{path}",
+        content=f'{{"model": "{MODEL}", {half}}}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] in ("prompt", "messages")
 
 
 def test_models_health_and_page(client, server):
