@@ -1,0 +1,63 @@
+"""The demo model: real weights and prompts through the paged engine, against transformers alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cupaged.engine import LLM, SamplingParams
+from cupaged.engine.loader import load_model
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about memory.",
+    "How many legs does a spider have? Answer with one number.",
+    "Explain in one sentence what an operating system does with pages of memory, and why.",
+    "Translate 'good morning' into Spanish.",
+]
+TOKENS = 24
+
+
+@pytest.mark.slow
+def test_answers_equal_transformers_generate():
+    model, tokenizer = load_model(None, dtype="float32", device="cpu", attn_implementation="sdpa")
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for question in QUESTIONS
+    ]
+    prompts.append(tokenizer("The year 2023 had 365 days, and")["input_ids"])
+    expected = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert "Paris" in tokenizer.decode(expected[0])
+
+    llm = LLM(
+        dtype="float32",
+        device="cpu",
+        num_gpu_blocks_override=14,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        max_model_len=128,
+        check_integrity=True,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts],
+        SamplingParams(temperature=0, max_tokens=TOKENS),
+        use_tqdm=False,
+    )
+    assert [out.outputs[0].token_ids for out in outputs] == expected
+    assert outputs[0].outputs[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_numbers_are_cut_into_digits():
+    _, tokenizer = load_model(None, dtype="auto", device="cpu", attn_implementation="sdpa")
+    assert tokenizer.tokenize("2023") == ["2", "0", "2", "3"]
