@@ -1,14 +1,17 @@
-// Attention of one query token a sequence over its paged cache.
+// Attention of a few query tokens a sequence over its paged cache, on CUDA cores: float32, groups
+// of one query head, and GPUs without bfloat16 tensor cores. paged_decode_mma.cu serves the rest.
 //
-//   query         [S, H, D], contiguous in D         out  the same
-//   cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [S, H] or null
-//   block_tables  int32 [S, max_blocks]
-//   seq_lens      int32 [S]
+//   query            [T, H, D], contiguous in D         out  the same
+//   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
+//   block_tables     int32 [S, max_blocks]
+//   seq_lens         int32 [S]
+//   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
+//   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
 //
-// A block takes one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, and one piece of
-// one sequence (splits.cuh): the keys and values it reads serve all G heads. Grid (S * Hkv * tiles,
-// 1, z): the z blocks of a sequence go round its pieces, so that z can be less than their number.
+// A work item (work.cuh) is one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, one
+// query token, and one piece of its sequence: the keys and values read serve all G heads. The
+// blocks of the grid (x) go round the items, so that any number of blocks will do.
 //
 // A row of D elements is spread over kLanes lanes of a warp, 16 bytes each (twice, if 32 lanes do
 // not reach), so a warp holds kRows tokens side by side; its 4 warps and kUnroll steps take their
@@ -16,16 +19,17 @@
 // the end, in the warp by shuffles, between warps through shared memory.
 //
 // Each lane copies what it will itself read, so the pipeline of kStages asynchronous copies needs
-// no barrier. Shared memory: 32 KiB of stages (reused for the merge) + 1 KiB of block ids + 0.3
-// KiB.
+// no barrier. Shared memory: 32 KiB of stages (reused for the merge) + 1 KiB of block ids + 0.5 KiB
+// of the planner + 0.3 KiB.
 //
 // Macros CUPAGED_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256), CUPAGED_HEAD_TILE.
 #include "common.cuh"
+#include "decode_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
-#include "splits.cuh"
 #include "vec.cuh"
+#include "work.cuh"
 
 namespace cupaged {
 
@@ -181,75 +185,92 @@ __device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_decode(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
                  const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                 const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
-                 scalar_t* __restrict__ out, float* __restrict__ lse,
-                 float* __restrict__ partial_out, float* __restrict__ partial_lse,
-                 cupaged::int64 query_seq_stride, cupaged::int64 query_head_stride,
-                 cupaged::int64 out_seq_stride, cupaged::int64 out_head_stride,
-                 cupaged::int64 block_stride, cupaged::int64 table_stride, int num_heads,
-                 int num_kv_heads, int block_shift, int window, int max_splits, float query_scale,
+                 const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
+                 const float* __restrict__ sinks, scalar_t* __restrict__ out,
+                 float* __restrict__ lse, float* __restrict__ partial_out,
+                 float* __restrict__ partial_lse, int* __restrict__ split_size,
+                 cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
+                 cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
+                 cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
+                 int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
+                 int window, int split_tokens, int max_splits, float query_scale,
                  float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     __shared__ Shared shared;
     __shared__ int ids[kMaxIds];
+    __shared__ int sums[kThreads];
     __shared__ SoftmaxState warp_state[kWarps][kHeadTile];
 
     const int group = num_heads / num_kv_heads;
     const int tiles = (group + kHeadTile - 1) / kHeadTile;
-    const int tile = blockIdx.x % tiles;
-    const int kv_head = blockIdx.x / tiles % num_kv_heads;
-    const int64 seq = blockIdx.x / (tiles * num_kv_heads);
-    const int first_head = kv_head * group + tile * kHeadTile;
-    const int heads = min(kHeadTile, group - tile * kHeadTile);  // of this tile that exist
-
-    const int seq_len = seq_lens[seq];
-    const SplitPlan plan = plan_splits(seq_len, window, max_splits);
-    // An empty sequence still needs its zeros written, by its first block.
-    if (static_cast<int>(blockIdx.z) >= max(1, plan.count)) return;
-
     const PagedCache<const scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                            kHeadSize};
-    const int* const table = block_tables + seq * table_stride;
-
-    float q[kHeadTile][kElems];
-    Logits logits;
-    logits.soft_cap_log2 = soft_cap_log2;
-    logits.query_position = seq_len - 1;
-#pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-        logits.slope_log2[g] =
-            alibi_slopes != nullptr && g < heads ? alibi_slopes[first_head + g] * kLog2E : 0.0f;
-#pragma unroll
-        for (int c = 0; c < kChunksPerLane; ++c) {
-            const int chunk = c * kLanes + lane_in_row();
-            uint4 raw = make_uint4(0, 0, 0, 0);
-            if (g < heads && chunk < kChunks)
-                raw = load_vec(query + seq * query_seq_stride +
-                                   (first_head + g) * query_head_stride + chunk * kVec,
-                               query_aligned);
-            unpack<scalar_t>(raw, &q[g][c * kVec]);
-        }
-#pragma unroll
-        for (int i = 0; i < kElems; ++i) q[g][i] *= query_scale;
+    const DecodeOutput output{out,
+                              lse,
+                              partial_out,
+                              partial_lse,
+                              sinks,
+                              out_token_stride,
+                              out_head_stride,
+                              num_heads,
+                              kHeadSize,
+                              max_splits,
+                              out_aligned != 0};
+    Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
+    if (split_tokens == 0) {
+        batch.split_tokens = balanced_split<kThreads>(batch, 1, num_kv_heads * tiles, sums);
+        if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
     }
 
-    const int max_run = (kMaxIds - 1)
-                        << block_shift;  // tokens whose blocks fit in ids at any offset
-    for (int split = blockIdx.z; split < max(1, plan.count); split += gridDim.z) {
+    for_each_item<kThreads>(batch, 1, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
+        const Sequence sequence = sequence_of(batch, item.sequence);
+        const SplitPlan plan = plan_splits(batch, sequence);
+        const int64 token = sequence.first_token + item.row_tile;
+        const int position = sequence.seq_len - sequence.query_len + item.row_tile;
+        const int kv_head = item.head_tile / tiles;
+        const int head_in_group = item.head_tile % tiles * kHeadTile;
+        const int first_head = kv_head * group + head_in_group;
+        const int heads = min(kHeadTile, group - head_in_group);  // of this tile that exist
+        const int* const table = block_tables + item.sequence * table_stride;
+
+        float q[kHeadTile][kElems];
+        Logits logits;
+        logits.soft_cap_log2 = soft_cap_log2;
+        logits.query_position = position;
         Accumulator acc;
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
+            logits.slope_log2[g] =
+                alibi_slopes != nullptr && g < heads ? alibi_slopes[first_head + g] * kLog2E : 0.0f;
+#pragma unroll
+            for (int c = 0; c < kChunksPerLane; ++c) {
+                const int chunk = c * kLanes + lane_in_row();
+                uint4 raw = make_uint4(0, 0, 0, 0);
+                if (g < heads && chunk < kChunks)
+                    raw = load_vec(query + token * query_token_stride +
+                                       (first_head + g) * query_head_stride + chunk * kVec,
+                                   query_aligned);
+                unpack<scalar_t>(raw, &q[g][c * kVec]);
+            }
+#pragma unroll
+            for (int i = 0; i < kElems; ++i) q[g][i] *= query_scale;
             acc.state[g] = softmax_empty();
 #pragma unroll
             for (int i = 0; i < kElems; ++i) acc.out[g][i] = 0.0f;
         }
 
-        const int end = plan.end_of(split);
-        for (int begin = plan.begin_of(split); begin < end; begin += max_run) {
+        // What this token sees of the piece.
+        const int first = window > 0 ? max(plan.begin_of(item.piece), position - window + 1)
+                                     : plan.begin_of(item.piece);
+        const int end =
+            causal ? min(plan.end_of(item.piece), position + 1) : plan.end_of(item.piece);
+        // Tokens whose blocks fit in ids at any offset.
+        const int max_run = (kMaxIds - 1) << block_shift;
+        for (int begin = first; begin < end; begin += max_run) {
             const int tokens = min(end - begin, max_run);
             const int first_index = cache.table_index(begin);
             const int last_index = cache.table_index(begin + tokens - 1);
-            __syncthreads();  // the run before is done with ids, the split before with shared
+            __syncthreads();  // the run before is done with ids, the item before with shared
             for (int i = threadIdx.x; i <= last_index - first_index; i += kThreads)
                 ids[i] = table[first_index + i];
             __syncthreads();
@@ -307,26 +328,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     result[j] =
                         result[j] * factors.x + shared.warp_out[w][g][element + j] * factors.y;
             }
-            const int head = first_head + g;
-            const int64 row = seq * num_heads + head;
-            if (plan.count <= 1) {
-                float factor = 1.0f;
-                if (sinks != nullptr && !softmax_is_empty(state))
-                    factor = softmax_add_sink(state, sinks[head] * kLog2E);
-                factor *= softmax_normaliser(state);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) result[j] *= factor;
-                store_vec(out + seq * out_seq_stride + head * out_head_stride + element,
-                          pack<scalar_t>(result), out_aligned);
-                if (lse != nullptr && element == 0) lse[row] = softmax_lse_log2(state) * kLn2;
-            } else {
-                const float factor = softmax_normaliser(state);
-                float* const target =
-                    partial_out + (row * max_splits + split) * kHeadSize + element;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) target[j] = result[j] * factor;
-                if (element == 0) partial_lse[row * max_splits + split] = softmax_lse_log2(state);
-            }
+            store_piece(output, token, first_head + g, item.piece, plan.count, element, state,
+                        result);
         }
-    }
+    });
 }

@@ -5,6 +5,8 @@
 // same kernels are correct on both.
 #pragma once
 
+#include "common.cuh"
+
 #ifdef CUPAGED_HOST
 #include "ptx_host.h"
 #else
@@ -59,6 +61,46 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }
+
+// Load four matrices of 8x8 16-bit elements from shared memory; lane 8m + r gives the address of
+// row r of matrix m. Lane 4g + t gets elements 2t and 2t + 1 of row g of each.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&registers)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(smem_address(row))
+                 : "memory");
+}
+
+// The same, each matrix transposed: elements 2t and 2t + 1 of column g.
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&registers)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(smem_address(row))
+                 : "memory");
+}
+
+// c += a * b for a 16x16, b 16x8, c 16x8 in float32; T is the type of a and b, __half or
+// __nv_bfloat16. Layouts as in tests/cuda_host/include/mma_host.h. From sm_80 on.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4],
+                                             const unsigned (&b)[2]);
+
+#define CUPAGED_MMA_M16N8K16(T, NAME)                                                      \
+    template <>                                                                            \
+    __device__ __forceinline__ void mma_m16n8k16<T>(float (&c)[4], const unsigned (&a)[4], \
+                                                    const unsigned (&b)[2]) {              \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                \
+                     ".f32 "                                                               \
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));  \
+    }
+#if defined(CUPAGED_DTYPE) && CUPAGED_DTYPE == CUPAGED_FP16
+CUPAGED_MMA_M16N8K16(__half, "f16")
+#elif defined(CUPAGED_DTYPE) && CUPAGED_DTYPE == CUPAGED_BF16
+CUPAGED_MMA_M16N8K16(__nv_bfloat16, "bf16")
+#endif
+#undef CUPAGED_MMA_M16N8K16
 
 }  // namespace cupaged
 

@@ -53,6 +53,10 @@ SHARED_MEMORY = {
 }
 
 
+# Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
+DECODE_MMA_STATIC = 4 * 1024
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One kernel to compile: a source in `cuda/`, its ``extern "C"`` entry point and its macros."""
@@ -100,6 +104,26 @@ def spec_paged_decode(dtype: str, head_size: int, head_tile: int) -> KernelSpec:
     return KernelSpec("paged_decode.cu", "paged_decode", defines)
 
 
+def has_mma(arch: str) -> bool:
+    """Whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
+    return int(arch.rstrip("af")) >= 80
+
+
+def decode_mma(dtype: str, head_size: int, arch: str) -> tuple[KernelSpec, int, int]:
+    """The tensor core decode kernel, its threads, and its bytes of dynamic shared memory.
+
+    With three stages of keys and values where they fit, else two.
+    """
+    warps = 4 if head_size <= 128 else 2
+    row_bytes = 16 * (2 * -(-head_size // 16) + 1)
+    for stages in (3, 2):
+        shared_bytes = row_bytes * (16 + warps * stages * 2 * 16)
+        if shared_bytes + DECODE_MMA_STATIC <= SHARED_MEMORY[arch.rstrip("af")]:
+            break
+    defines = _defines(dtype, HEAD_SIZE=head_size, STAGES=stages)
+    return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines), 32 * warps, shared_bytes
+
+
 def spec_paged_prefill(dtype: str, head_size: int) -> KernelSpec:
     return KernelSpec("paged_prefill.cu", "paged_prefill", _defines(dtype, HEAD_SIZE=head_size))
 
@@ -112,13 +136,19 @@ def spec_merge_states(dtype: str) -> KernelSpec:
     return KernelSpec("merge_states.cu", "merge_states", _defines(dtype))
 
 
-def variants() -> tuple[KernelSpec, ...]:
-    """Every kernel for the head sizes that models have; other sizes are compiled when they are met."""
+def variants(arch: str) -> tuple[KernelSpec, ...]:
+    """Every kernel that an architecture uses, for the head sizes that models have; other sizes are compiled
+    when they are met."""
     specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
     for dtype in DTYPES:
         specs += [spec_reshape_and_cache(dtype), spec_merge_splits(dtype), spec_merge_states(dtype)]
+        tensor_cores = dtype != "fp32" and has_mma(arch)
         for head_size in HEAD_SIZES:
-            specs += [spec_paged_decode(dtype, head_size, tile) for tile in HEAD_TILES]
+            # One query head is left to CUDA cores where there are tensor cores for more.
+            tiles = HEAD_TILES[:1] if tensor_cores else HEAD_TILES
+            specs += [spec_paged_decode(dtype, head_size, tile) for tile in tiles]
+            if tensor_cores:
+                specs.append(decode_mma(dtype, head_size, arch)[0])
             specs.append(spec_paged_prefill(dtype, head_size))
     return tuple(specs)
 
@@ -384,10 +414,10 @@ class Row:
 
 
 def compile_all(
-    specs: Iterable[KernelSpec], archs: Iterable[str], directory: Path, jobs: int | None = None
+    kernels: Iterable[tuple[KernelSpec, str]], directory: Path, jobs: int | None = None
 ) -> Iterator[Row]:
-    """Compile into a directory in parallel processes (NVRTC compiles one program at a time in each)."""
-    work = [(spec, arch, directory) for arch in archs for spec in specs]
+    """Compile kernels, each for an architecture, in parallel: NVRTC compiles one at a time in a process."""
+    work = [(spec, arch, directory) for spec, arch in kernels]
     jobs = min(jobs or os.cpu_count() or 1, len(work))
     if jobs <= 1:
         yield from map(_compile_row, work)
@@ -424,12 +454,13 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in options.arch or ():
         if arch.rstrip("af") not in SHARED_MEMORY:
             parser.error(f"--arch {arch} is unknown; it must be one of {', '.join(SHARED_MEMORY)}, or 90a")
-    specs = [spec for spec in variants() if options.only in str(spec)]
-    if not specs:
+    archs = options.arch or ARCHS
+    work = [(spec, arch) for arch in archs for spec in variants(arch) if options.only in str(spec)]
+    if not work:
         parser.error(f"--only {options.only!r} matches no kernel")
     print(HEADER)
     failed = 0
-    for row in compile_all(specs, options.arch or ARCHS, options.out or cache_dir(), options.jobs):
+    for row in compile_all(work, options.out or cache_dir(), options.jobs):
         print(format_row(row))
         for complaint in row.complaints():
             failed = 1

@@ -61,6 +61,8 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    batch_invariant: bool = True,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +90,10 @@ def paged_attention(
         alibi_slopes: float32 [H].
         sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss).
         k_scale, v_scale: for quantised caches, which are not supported yet: None.
+        max_query_len: the most query tokens that a sequence has, if known: a few (speculative decoding) go
+            through the decode kernel. A hint: what it says decides the speed only.
+        batch_invariant: a sequence's result has the same bits in whatever batch it is. False lets a long
+            sequence be divided by the load of the GPU, which can be faster for few sequences.
         out: [T, H, D] to write into, in query's dtype.
         return_lse: also return the natural logarithm of the softmax's denominator.
 
@@ -113,6 +119,8 @@ def paged_attention(
     )
     checks.no_scale("k_scale", k_scale, kv_cache.dtype)
     checks.no_scale("v_scale", v_scale, kv_cache.dtype)
+    if max_query_len is not None and max_query_len < 1:
+        raise ValueError(f"max_query_len must be at least 1 or None, got {max_query_len}")
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = None
@@ -130,6 +138,8 @@ def paged_attention(
         logits_soft_cap,
         alibi_slopes,
         sinks,
+        max_query_len,
+        batch_invariant,
         out,
         lse,
     )
@@ -220,7 +230,8 @@ _SCHEMAS = (
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
     "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
     "Tensor? query_start_loc, float scale, bool causal, int? sliding_window, float? logits_soft_cap, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? alibi_slopes, Tensor? sinks, int? max_query_len, bool batch_invariant, Tensor(a!) out, "
+    "Tensor(b!)? lse) -> ()",
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
@@ -254,6 +265,8 @@ def _paged_attention(
     logits_soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    max_query_len: int | None,
+    batch_invariant: bool,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
@@ -266,7 +279,16 @@ def _paged_attention(
         if lse is not None:
             lse.fill_(float("-inf"))
         return
-    params = AttentionParams(scale, causal, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    params = AttentionParams(
+        scale,
+        causal,
+        sliding_window,
+        logits_soft_cap,
+        alibi_slopes,
+        sinks,
+        max_query_len=max_query_len,
+        batch_invariant=batch_invariant,
+    )
     backend = backends.for_device(kv_cache.device.type)
     backend.paged_attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params)
 

@@ -23,3 +23,6 @@ class AttentionParams:
     sinks: torch.Tensor | None = None  # float32 [H]: one more logit a head, with no value
     k_scale: torch.Tensor | None = None  # float32 [Hkv]; only with a quantised cache
     v_scale: torch.Tensor | None = None
+    # Which kernel and how it divides the work; the result is right whatever they say.
+    max_query_len: int | None = None  # query tokens of the longest query, None if not known
+    batch_invariant: bool = True

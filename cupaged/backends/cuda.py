@@ -38,6 +38,9 @@ class CupyLauncher:
     def sm_count(self, device: torch.device) -> int:
         return _sm_count(device)
 
+    def arch(self, device: torch.device) -> str:
+        return _arch(device.index if device.index is not None else torch.cuda.current_device())
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 

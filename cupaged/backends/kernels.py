@@ -8,6 +8,8 @@ outside torch's allocator, so every call can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -24,12 +26,16 @@ Argument = torch.Tensor | np.int32 | np.int64 | np.float32 | None
 LOG2E = 1.4426950408889634  # softmax is in base 2
 THREADS = 128  # of a block of every attention kernel
 
-# Of paged_decode (splits.cuh). A sequence of up to 64 pieces has pieces of 256 tokens, a longer one larger
-# pieces: the workspace stays bounded.
-SPLIT_TOKENS = 256
+# Decode (work.cuh): a sequence of up to MAX_SPLITS pieces has pieces of this many tokens, a longer one larger
+# pieces: the workspace stays bounded. Pieces that spread the batch evenly may be smaller.
+SPLIT_TOKENS = 512
+SMALLEST_SPLIT_TOKENS = 128
 MAX_SPLITS = 64
-# Blocks to launch per multiprocessor: 6 fit at once, and more even out sequences of different length.
-DECODE_BLOCKS_PER_SM = 16
+DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
+# Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
+DECODE_BLOCKS_PER_SM = 8
+# Up to this many query tokens a sequence go through the decode kernels.
+MAX_DECODE_QUERY_LEN = 8
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -49,6 +55,9 @@ class Launcher(Protocol):
 
     def sm_count(self, device: torch.device) -> int:
         """Streaming multiprocessors of the device."""
+
+    def arch(self, device: torch.device) -> str:
+        """What kernels for the device are compiled for: "75", "90a"."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Workspace that lives at least until what is launched now has run."""
@@ -121,8 +130,13 @@ class Kernels:
         params: AttentionParams,
     ) -> None:
         _require_aligned_cache(kv_cache)
+        longest_query = params.max_query_len or MAX_DECODE_QUERY_LEN + 1
         if query_start_loc is None:
-            self._decode(query, kv_cache, block_tables, seq_lens, out, lse, params)
+            longest_query = 1
+        if query_start_loc is None or longest_query <= MAX_DECODE_QUERY_LEN:
+            self._decode(
+                query, kv_cache, block_tables, seq_lens, query_start_loc, longest_query, out, lse, params
+            )
         else:
             self._prefill(query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params)
 
@@ -132,54 +146,68 @@ class Kernels:
         kv_cache: torch.Tensor,
         block_tables: torch.Tensor,
         seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        longest_query: int,
         out: torch.Tensor,
         lse: torch.Tensor | None,
         params: AttentionParams,
     ) -> None:
-        num_seqs, num_heads, head_size = query.shape
+        num_tokens, num_heads, head_size = query.shape
+        num_seqs = seq_lens.shape[0]
         num_kv_heads, block_size = kv_cache.shape[2:4]
         dtype = DTYPE_NAMES[query.dtype]
         group = num_heads // num_kv_heads
-        head_tile = next((tile for tile in HEAD_TILES if tile >= group), HEAD_TILES[-1])
+        arch = self._launcher.arch(query.device)
+        kernel = _decode_kernel(dtype, head_size, group, longest_query, arch)
         window = params.sliding_window or 0
+        split_tokens = SPLIT_TOKENS if params.batch_invariant else 0
         # The width of the table bounds the pieces, but never changes how a sequence is divided.
         longest = block_tables.shape[1] * block_size
-        max_splits = min(MAX_SPLITS, _ceil_div(min(longest, window or longest), SPLIT_TOKENS))
-        blocks = num_seqs * num_kv_heads * _ceil_div(group, head_tile)
-        wanted = DECODE_BLOCKS_PER_SM * self._launcher.sm_count(query.device)
-        grid_splits = min(max_splits, _ceil_div(wanted, blocks))
-        partial_out = partial_lse = None
+        visible = min(longest, window + longest_query - 1 if window else longest)
+        max_splits = min(MAX_SPLITS, _ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
+        # Each sequence can end in a partly filled tile of query tokens, and the padding is one more.
+        row_tiles = num_seqs if query_start_loc is None else num_tokens // kernel.tile_tokens + num_seqs + 1
+        items = row_tiles * num_kv_heads * kernel.head_tiles * max_splits
+        partial_out = partial_lse = split_size = None
         if max_splits > 1:
-            rows = (num_seqs, num_heads, max_splits)
+            rows = (num_tokens, num_heads, max_splits)
             partial_out = self._launcher.empty((*rows, head_size), torch.float32, query.device)
             partial_lse = self._launcher.empty(rows, torch.float32, query.device)
+        if not params.batch_invariant:
+            split_size = self._launcher.empty((1,), torch.int32, query.device)
         query_scale, soft_cap = _logit_factors(params)
         self._launcher.launch(
-            kernel_compiler.spec_paged_decode(dtype, head_size, head_tile),
-            (blocks, 1, grid_splits),
-            (THREADS, 1, 1),
-            0,
+            kernel.spec,
+            (min(items, DECODE_BLOCKS_PER_SM * self._launcher.sm_count(query.device)), 1, 1),
+            (kernel.threads, 1, 1),
+            kernel.shared_bytes,
             (
                 query,
                 kv_cache,
                 block_tables,
                 seq_lens,
+                query_start_loc,
                 params.alibi_slopes,
                 params.sinks,
                 out,
                 lse,
                 partial_out,
                 partial_lse,
+                split_size,
                 np.int64(query.stride(0)),
                 np.int64(query.stride(1)),
                 np.int64(out.stride(0)),
                 np.int64(out.stride(1)),
                 np.int64(kv_cache.stride(0)),
                 np.int64(block_tables.stride(0)),
+                np.int32(num_tokens),
+                np.int32(num_seqs),
                 np.int32(num_heads),
                 np.int32(num_kv_heads),
                 np.int32(_block_shift(kv_cache)),
+                np.int32(params.causal),
                 np.int32(window),
+                np.int32(split_tokens),
                 np.int32(max_splits),
                 query_scale,
                 soft_cap,
@@ -198,15 +226,19 @@ class Kernels:
                 partial_out,
                 partial_lse,
                 seq_lens,
+                query_start_loc,
+                split_size,
                 params.sinks,
                 out,
                 lse,
                 np.int64(out.stride(0)),
                 np.int64(out.stride(1)),
+                np.int32(num_tokens),
                 np.int32(num_seqs),
                 np.int32(num_heads),
                 np.int32(head_size),
                 np.int32(window),
+                np.int32(split_tokens),
                 np.int32(max_splits),
                 np.int32(_rows_aligned(out)),
             ),
@@ -294,6 +326,32 @@ class Kernels:
         merge_runs = src.is_contiguous() and dst.is_contiguous()
         for first_src, first_dst, count in _runs(block_mapping.tolist(), merge_runs):
             dst[first_dst : first_dst + count].copy_(src[first_src : first_src + count], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A decode kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    threads: int
+    shared_bytes: int  # dynamic
+    tile_tokens: int  # query tokens of a tile
+    head_tiles: int  # tiles that the query heads of a KV head take
+
+
+@cache
+def _decode_kernel(dtype: str, head_size: int, group: int, longest_query: int, arch: str) -> DecodeKernel:
+    """The choice between the two decode kernels.
+
+    Tensor cores where they take 16 bits and where keys serve more than one query row; else CUDA cores.
+    """
+    if dtype != "fp32" and group * longest_query > 1 and kernel_compiler.has_mma(arch):
+        spec, threads, shared_bytes = kernel_compiler.decode_mma(dtype, head_size, arch)
+        heads = min(group, DECODE_TILE_ROWS)
+        return DecodeKernel(spec, threads, shared_bytes, DECODE_TILE_ROWS // heads, _ceil_div(group, heads))
+    tile = next((tile for tile in HEAD_TILES if tile >= group), HEAD_TILES[-1])
+    spec = kernel_compiler.spec_paged_decode(dtype, head_size, tile)
+    return DecodeKernel(spec, THREADS, 0, 1, _ceil_div(group, tile))
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[tuple[int, int, int]]:

@@ -38,17 +38,24 @@ class HostLauncher:
         seed: of the order of threads and of which end of a tensor is guarded; each launch draws from it.
         sources: the kernels' directory, `cuda/` by default.
         time_limit_s: CPU seconds after which a launch is taken to hang.
+        arch: of the GPU that it stands for, which decides what kernels are chosen.
     """
 
-    def __init__(self, seed: int, sources: Path | None = None, time_limit_s: float = 120.0) -> None:
+    def __init__(
+        self, seed: int, sources: Path | None = None, time_limit_s: float = 120.0, arch: str = "90a"
+    ) -> None:
         self._random = random.Random(seed)
         self._sources = sources
         self._time_limit_s = time_limit_s
+        self._arch = arch
         self._modules: dict[KernelSpec, Module] = {}
         self._lock = threading.Lock()
 
     def sm_count(self, device: torch.device) -> int:
         return 4
+
+    def arch(self, device: torch.device) -> str:
+        return self._arch
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Filled with 0xFF: NaN, or -1."""
@@ -147,6 +154,6 @@ def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void
     return (ctypes.c_char * arg.itemsize).from_buffer_copy(arg.tobytes())
 
 
-def backend(seed: int) -> Kernels:
+def backend(seed: int, arch: str = "90a") -> Kernels:
     """The functions of the CUDA backend over the emulation."""
-    return Kernels(HostLauncher(seed))
+    return Kernels(HostLauncher(seed, arch=arch))

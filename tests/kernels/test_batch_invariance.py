@@ -55,19 +55,20 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode):
         assert torch.equal(alone, together[rows])
 
 
-def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, seed, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, seed, monkeypatch, dtype):
     """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(kernels, "MAX_SPLITS", 1)
     problem = draw(
         seed,
-        dtype=torch.float16,
+        dtype=dtype,
         head_size=32,
         block_size=8,
         num_kv_heads=1,
         group=2,
-        seq_lens=[5000, 2041, 2040, 17],
+        seq_lens=[8150, 8150, 6100, 4089, 4088, 2041, 17],
     )
     p = problem.to(backend[1])
     out, lse = cupaged.paged_attention(p.query, p.kv_cache, p.block_tables, p.seq_lens, return_lse=True)

@@ -131,7 +131,7 @@ def test_opcheck_attention(return_lse, prefill):
     lse = torch.zeros(2, 4) if return_lse else None
     torch.library.opcheck(
         torch.ops.cupaged.paged_attention.default,
-        (*b.values(), starts, 0.2, True, None, None, None, None, out, lse),
+        (*b.values(), starts, 0.2, True, None, None, None, None, 2, True, out, lse),
     )
 
 

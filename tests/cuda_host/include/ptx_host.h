@@ -2,6 +2,7 @@
 #pragma once
 
 #include "host_runtime.h"
+#include "mma_host.h"
 
 namespace cupaged {
 

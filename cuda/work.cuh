@@ -1,0 +1,161 @@
+// How decode is divided into work items, and how a block finds its own.
+//
+// An item is one piece of a sequence's keys, for one KV head and one tile of query rows. How many
+// pieces a sequence has follows from its own length alone, so its result has the same bits in every
+// batch. The blocks walk the list of all items, which exists nowhere: each block counts the items
+// of kThreads sequences at a time, and goes on with every gridDim.x-th. Lengths are read on the
+// device only, so a CUDA graph may replay with others.
+#pragma once
+
+#include "common.cuh"
+
+namespace cupaged {
+
+// The tokens [first, end) of a sequence in `count` pieces of `size` tokens, the last one shorter.
+struct SplitPlan {
+    int first, end, size, count;
+
+    __device__ __forceinline__ int begin_of(int piece) const { return first + piece * size; }
+    __device__ __forceinline__ int end_of(int piece) const {
+        return min(end, begin_of(piece) + size);
+    }
+};
+
+// What one launch divides.
+struct Batch {
+    const int* seq_lens;
+    const int* query_start_loc;  // null: one query token a sequence
+    int num_seqs;
+    int num_tokens;
+    int window;        // 0 for none
+    int split_tokens;  // of a piece; 0: as many as spread the batch evenly over the grid
+    int max_splits;    // beyond this many pieces they grow
+};
+
+struct Sequence {
+    int first_token;  // its first query row
+    int query_len;
+    int seq_len;
+};
+
+// Sequence num_seqs stands for the padding: rows that come out as zeros.
+__device__ __forceinline__ Sequence sequence_of(const Batch& batch, int index) {
+    if (batch.query_start_loc == nullptr) return {index, 1, batch.seq_lens[index]};
+    const int first = batch.query_start_loc[index];
+    if (index == batch.num_seqs) return {first, batch.num_tokens - first, 0};
+    return {first, batch.query_start_loc[index + 1] - first, batch.seq_lens[index]};
+}
+
+// The sequence that a query row belongs to: the last one that starts at or before it.
+__device__ __forceinline__ int sequence_of_token(const Batch& batch, int token) {
+    if (batch.query_start_loc == nullptr) return token;
+    int low = 0, high = batch.num_seqs;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (batch.query_start_loc[middle] <= token)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+__device__ __forceinline__ SplitPlan plan_splits(const Batch& batch, const Sequence& sequence) {
+    const int first_position = sequence.seq_len - sequence.query_len;
+    const int first = batch.window > 0 ? max(0, first_position - batch.window + 1) : 0;
+    const int tokens = sequence.seq_len - first;
+    const int units = (tokens + batch.split_tokens - 1) / batch.split_tokens;
+    const int size = (units + batch.max_splits - 1) / batch.max_splits * batch.split_tokens;
+    const int count = tokens > 0 ? (tokens + size - 1) / size : 0;
+    return {first, sequence.seq_len, size, count};
+}
+
+struct WorkItem {
+    int sequence;
+    int row_tile;  // of the sequence's query tokens
+    int piece;
+    int head_tile;  // of the launch's head tiles over all KV heads
+};
+
+// The sum of `value` over the threads up to this one. `sums` has kThreads elements; every thread
+// may read them until the next barrier, and they must not be in use before.
+template <int kThreads>
+__device__ __forceinline__ void block_scan(int value, int* sums) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const int other = __shfl_up_sync(kFullMask, value, offset);
+        if (lane >= offset) value += other;
+    }
+    sums[threadIdx.x] = value;
+    __syncthreads();
+    int before = 0;
+    for (int warp = 0; warp < static_cast<int>(threadIdx.x) / kWarpSize; ++warp)
+        before += sums[warp * kWarpSize + kWarpSize - 1];
+    __syncthreads();
+    sums[threadIdx.x] = value + before;
+    __syncthreads();
+}
+
+// Call body(item) for this block's items. All threads of the block call it together.
+template <int kThreads, typename Body>
+__device__ __forceinline__ void for_each_item(const Batch& batch, int tile_tokens, int head_tiles,
+                                              int* sums, Body body) {
+    const int num_sequences = batch.num_seqs + (batch.query_start_loc != nullptr ? 1 : 0);
+    int index = blockIdx.x;  // counted from the first item of the sequences at hand
+    for (int base = 0; base < num_sequences; base += kThreads) {
+        const int mine = base + threadIdx.x;
+        int count = 0;
+        if (mine < num_sequences) {
+            const Sequence sequence = sequence_of(batch, mine);
+            const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
+            // Rows that see nothing still need their zeros written.
+            count = tiles * max(1, plan_splits(batch, sequence).count) * head_tiles;
+        }
+        __syncthreads();
+        block_scan<kThreads>(count, sums);
+        const int total = sums[kThreads - 1];
+        for (; index < total; index += gridDim.x) {
+            int low = 0, high = kThreads - 1;  // the first with sums > index
+            while (low < high) {
+                const int middle = (low + high) / 2;
+                if (sums[middle] > index)
+                    high = middle;
+                else
+                    low = middle + 1;
+            }
+            const int sequence = base + low;
+            const int query_len = sequence_of(batch, sequence).query_len;
+            const int tiles = (query_len + tile_tokens - 1) / tile_tokens;
+            // Row tiles, then heads, then pieces: blocks that run together share keys and values.
+            const int rest = index - (low > 0 ? sums[low - 1] : 0);
+            body(WorkItem{sequence, rest % tiles, rest / tiles / head_tiles,
+                          rest / tiles % head_tiles});
+        }
+        index -= total;
+    }
+}
+
+// The tokens of a piece that give each block of the grid about the same number of keys to read.
+// For launches with split_tokens 0; the same in every block.
+template <int kThreads>
+__device__ __forceinline__ int balanced_split(const Batch& batch, int tile_tokens, int head_tiles,
+                                              int* sums) {
+    constexpr int kGranularity = 64;
+    // In units of kGranularity tokens, so that the sum stays within 32 bits.
+    int units = 0;
+    for (int i = threadIdx.x; i < batch.num_seqs; i += kThreads) {
+        const Sequence sequence = sequence_of(batch, i);
+        const int seen = batch.window > 0
+                             ? min(sequence.seq_len, batch.window + sequence.query_len - 1)
+                             : sequence.seq_len;
+        units += (seen + kGranularity - 1) / kGranularity *
+                 ((sequence.query_len + tile_tokens - 1) / tile_tokens);
+    }
+    block_scan<kThreads>(units, sums);
+    const int64 total = static_cast<int64>(sums[kThreads - 1]) * head_tiles;
+    const int share = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
+    return max(2, share) * kGranularity;
+}
+
+}  // namespace cupaged
