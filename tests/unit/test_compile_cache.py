@@ -30,6 +30,14 @@ def test_the_second_time_is_a_hit(tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".cubin", ".json"]  # no temporary stays
 
 
+def test_a_cubin_is_whole(tmp_path):
+    """Its program headers stand at the very end, where a byte was lost once."""
+    content = kc.cubin(SPEC, "90a", tmp_path).path.read_bytes()
+    assert kc.whole_elf(content) == content
+    assert kc.whole_elf(content[:-1]) == content
+    assert len(content) == int.from_bytes(content[32:40], "little") + 56 * content[56]
+
+
 def test_arch_macros_and_every_reachable_text_are_part_of_the_digest(sources):
     base = kc.digest(SPEC, "80")
     assert base == kc.digest(SPEC, "80")
