@@ -52,9 +52,12 @@ def _kernel(build: Any) -> Any:
 
 
 def _run(build: Any, *args: Any) -> None:
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    wanted = torch.get_num_threads()
+    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     with _LOCK:
         numba.set_num_threads(threads)
+        if torch.get_num_threads() != wanted:  # numba started its pool, on the OpenMP that torch counts with
+            torch.set_num_threads(wanted)
         _kernel(build)(*args, threads)
 
 

@@ -55,6 +55,17 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
     assert torch.equal(*results)
 
 
+def test_torch_keeps_its_number_of_threads():
+    """numba's OpenMP pool, as it starts, sets the number of threads that torch reads."""
+    code = (
+        "import torch; torch.set_num_threads(1); import numba, cupaged\n"
+        "cupaged.copy_blocks(torch.zeros(2, 2, 1, 8, 8), torch.tensor([[0, 1]]))\n"
+        "print(torch.get_num_threads(), numba.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
 def test_bfloat16_is_rounded_to_nearest_even():
     """A sequence of two equal keys gives the mean of two values: a tie between two bfloat16 numbers."""
     low = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125, 2.0, 2.015625, 3e38, 0.0]).to(torch.bfloat16)
