@@ -3,43 +3,59 @@ PORT ?= 8000
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CUDA version of the driver ("13", "12"), empty without an NVIDIA driver.
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
-SERVE_EXTRA := $(if $(filter 12,$(CUDA)),[cuda12],$(if $(CUDA),[cuda13],))
 SOURCES := cupaged engine tests benchmarks
+
+# The extra for the NVIDIA driver: cuda13, cuda12, or nothing without one.
+CUDA := $(shell $(PYTHON) -m cupaged.device)
+CONSTRAINTS := .ci/constraints.txt
+# A driver for CUDA 12 needs the builds of torch for it, which are on PyTorch's own index, and CUDA 12's
+# compiler and headers instead of the tested ones.
+ifeq ($(CUDA),cuda12)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cu126
+TEST_EXTRAS := cuda12,test-tools,lint
+CONSTRAINTS := $(VENV)/constraints.txt
+else
+TEST_EXTRAS := test,lint
+endif
+SERVING := $(VENV)/.serve$(CUDA)
+TESTING := $(VENV)/.test$(CUDA)
+INSTALL := $(BIN)/python -m pip install
 
 .PHONY: help venv serve test lint format clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# torch first and by its exact pin; everything else is satisfied by it.
-$(VENV)/.serve: pyproject.toml .ci/constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
-	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".$(SERVE_EXTRA)"
+$(VENV)/constraints.txt: .ci/constraints.txt | $(BIN)/python
+	grep -vE '^(cuda-toolkit|nvidia-cuda)' $< > $@
+
+# torch first and by its exact pin; everything else is satisfied by it. Not quietly: it can be gigabytes.
+$(SERVING): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) $(addprefix --extra-index-url ,$(TORCH_INDEX)) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
+	$(INSTALL) -q -c $(CONSTRAINTS) -e ".$(addsuffix ],$(addprefix [,$(CUDA)))"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".[test,lint]"
+$(TESTING): $(SERVING)
+	$(INSTALL) -q -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	@touch $@
 
-venv: $(VENV)/.test  ## a virtual environment with everything the tests and the linters need
+venv: $(TESTING)  ## a virtual environment with everything the tests and the linters need
 
-serve: $(VENV)/.serve  ## chat server with the demo model on port $(PORT)
+serve: $(SERVING)  ## chat server with the demo model on port $(PORT)
 	$(BIN)/python -m cupaged.serve --port $(PORT)
 
-test: $(VENV)/.test  ## the whole test suite
+test: $(TESTING)  ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.test  ## ruff, mypy, clang-format
+lint: $(TESTING)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	@git ls-files "*.cu" "*.cuh" "*.cpp" "*.h" | xargs -r $(BIN)/clang-format --dry-run --Werror
 
-format: $(VENV)/.test  ## rewrite the sources in the house style
+format: $(TESTING)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	@git ls-files "*.cu" "*.cuh" "*.cpp" "*.h" | xargs -r $(BIN)/clang-format -i

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from .device import choose_device
 from .engine.config import DTYPES, PREEMPTION_MODES, EngineConfig
-
-if TYPE_CHECKING:
-    import torch
 
 _CHOICES = {"preemption_mode": PREEMPTION_MODES, "dtype": DTYPES}
 _HIDDEN = ("check_integrity",)
@@ -60,50 +55,6 @@ def _setting_texts() -> dict[str, str]:
     arguments = (EngineConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
-
-
-def choose_device(wanted: str | None) -> tuple[torch.device, str]:
-    """The device to run on, and in words why.
-
-    Raises:
-        RuntimeError: there is a GPU that could not be used for want of a package; the message names it.
-    """
-    import torch
-
-    from . import backends
-
-    backend = os.environ.get("CUPAGED_BACKEND")
-    if wanted is not None and torch.device(wanted).type == "cpu":
-        return torch.device("cpu"), f"{backend or 'cpu'} backend, as --device asks"
-    driver = driver_cuda_version()
-    if not torch.cuda.is_available():
-        if driver is not None:
-            raise RuntimeError(
-                f"there is an NVIDIA driver for CUDA {driver}, and torch {torch.__version__} cannot use it: "
-                f"pip install torch with CUDA and cupy-cuda{driver}x, or pass --device cpu"
-            )
-        if wanted is not None:
-            raise RuntimeError(f"--device {wanted}: torch sees no CUDA device")
-        return torch.device("cpu"), f"{backend or 'cpu'} backend: torch sees no CUDA device"
-    device = torch.device(wanted or "cuda")
-    try:
-        backends.for_device("cuda")
-    except ImportError as error:
-        raise RuntimeError(f"{error}; or pass --device cpu") from error
-    properties = torch.cuda.get_device_properties(device)
-    return device, (
-        f"{backend or 'cuda'} backend: {properties.name}, compute capability "
-        f"{properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
-    )
-
-
-def driver_cuda_version() -> int | None:
-    """The CUDA major version of the NVIDIA driver, None without one."""
-    if (tool := shutil.which("nvidia-smi")) is None:
-        return None
-    done = subprocess.run([tool], capture_output=True, text=True)
-    match = re.search(r"CUDA Version:\s*(\d+)", done.stdout)
-    return int(match[1]) if done.returncode == 0 and match else None
 
 
 def listen(host: str, port: int) -> socket.socket:

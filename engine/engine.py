@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from cupaged import backends
+from cupaged.device import choose_device
 
 from . import demo_model, memory
 from .attention import ATTENTION_NAME, register_attention
@@ -38,13 +37,13 @@ class LLMEngine:
 
     Raises:
         ValueError: the model or a setting cannot be served.
-        ImportError: there is a GPU and CuPy is missing; the message names the package.
+        RuntimeError: there is a GPU that cannot be used as things are installed; the message says what is
+            missing.
     """
 
     def __init__(self, model: str | None = None, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        backends.for_device(self.device.type)  # what is missing should be said before a model is loaded
+        self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
         loaded, self.tokenizer = load_model(
             model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME

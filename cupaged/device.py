@@ -1,0 +1,103 @@
+"""Which device to run on, and why: the NVIDIA driver, torch and CuPy have to agree.
+
+    python -m cupaged.device
+
+prints the name of the extra that fits the driver; nothing without one. `make` asks before anything is
+installed, so that part needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST_CUDA, NEWEST_CUDA = 12, 13  # that there are extras for
+_OR_CPU = "or ask for the CPU: device='cpu' (--device cpu)"
+
+
+def driver_cuda_version() -> int | None:
+    """The newest CUDA that the NVIDIA driver runs, as a major version; None without a driver or a GPU."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    done = subprocess.run([tool], capture_output=True, text=True)
+    # "CUDA Version: 12.8", and "CUDA UMD Version: 13.3" from driver 610 on.
+    match = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)", done.stdout)
+    return int(match[1]) if done.returncode == 0 and match else None
+
+
+def extra(driver: int | None) -> str:
+    """The extra of this package for a driver's CUDA version. Drivers run what was built for older ones."""
+    return "" if driver is None or driver < OLDEST_CUDA else f"cuda{min(driver, NEWEST_CUDA)}"
+
+
+def choose_device(wanted: str | None) -> tuple[torch.device, str]:
+    """The device to run on, and in words why.
+
+    Args:
+        wanted: "cpu", "cuda", "cuda:1", or None: a GPU if there is one.
+
+    Raises:
+        ValueError: ``wanted`` is no device that is there.
+            Or ``CUPAGED_BACKEND`` names no backend.
+        RuntimeError: there is a GPU that cannot be used as things are installed; the message names what to
+            install. It is never the CPU instead, unless asked for.
+    """
+    import torch
+
+    from . import backends
+
+    backend = os.environ.get("CUPAGED_BACKEND")
+    try:
+        device = torch.device(wanted or "cuda")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {wanted!r}")
+    why = "as asked"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        driver = driver_cuda_version()
+        if driver is not None and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+            raise RuntimeError(_why_unusable(driver))
+        why = f"torch {torch.__version__} sees no CUDA device"
+        if wanted is not None:
+            raise ValueError(f"device is {wanted!r}, and {why}")
+        device = torch.device("cpu")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device is {wanted!r}, and the CUDA devices are {torch.cuda.device_count()}")
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        why = f"{properties.name}, {capability}, CUDA {torch.version.cuda}"
+    try:
+        backends.for_device(device.type)
+    except ImportError as error:
+        raise RuntimeError(f"{error}, {_OR_CPU}" if device.type == "cuda" else str(error)) from error
+    return device, f"{backend or device.type} backend: {why}"
+
+
+def _why_unusable(driver: int) -> str:
+    """What is wrong with torch, for a GPU that it does not see."""
+    import torch
+
+    built_for = torch.version.cuda
+    said = f"there is an NVIDIA driver for CUDA {driver}, and torch {torch.__version__}"
+    if driver < OLDEST_CUDA:
+        return f"{said} needs CUDA {OLDEST_CUDA} or newer: update the driver, {_OR_CPU}"
+    if built_for is not None and int(built_for.partition(".")[0]) <= driver:
+        return f"{said} cannot use it: `python -c 'import torch; torch.cuda.init()'` says why; {_OR_CPU}"
+    build = "is built for the CPU" if built_for is None else f"is built for CUDA {built_for}"
+    fitting = min(driver, NEWEST_CUDA)
+    return (
+        f"{said} {build}: install torch for CUDA {fitting} (see https://pytorch.org/get-started) and "
+        f"cupy-cuda{fitting}x, {_OR_CPU}"
+    )
+
+
+if __name__ == "__main__":
+    print(extra(driver_cuda_version()))
