@@ -6,12 +6,11 @@ NVRTC and the architecture.
 
     python -m cupaged.compile --arch 90a --out DIR
 
-compiles every kernel ahead of time; a machine that sets ``CUPAGED_CACHE_DIR`` to DIR compiles nothing.
+compiles every kernel ahead of time (`precompile.py`); with ``CUPAGED_CACHE_DIR=DIR`` none is compiled again.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,11 +19,9 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -178,9 +175,9 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged"
 
 
-def cache_dir() -> Path:
-    """Of the compiled kernels."""
-    return user_cache() / "kernels"
+def cache_dir(root: Path | None = None) -> Path:
+    """Of the compiled kernels, in `user_cache()` or another directory that may become it."""
+    return (root or user_cache()) / "kernels"
 
 
 def import_cupy() -> ModuleType:
@@ -409,80 +406,7 @@ def _write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: one kernel on one architecture."""
-
-    spec: KernelSpec
-    arch: str
-    usage: ResourceUsage
-    compile_ms: float
-
-    def complaints(self) -> list[str]:
-        """What makes the kernel unfit to ship."""
-        found = []
-        if self.usage.spill_stores or self.usage.spill_loads:
-            found.append(f"spills {self.usage.spill_stores + self.usage.spill_loads} bytes of registers")
-        limit = min(STATIC_SHARED_MEMORY, SHARED_MEMORY[self.arch.rstrip("af")])
-        if self.usage.shared_memory > limit:
-            found.append(f"needs {self.usage.shared_memory} bytes of shared memory, the limit is {limit}")
-        return found
-
-
-def compile_all(
-    kernels: Iterable[tuple[KernelSpec, str]], directory: Path, jobs: int | None = None
-) -> Iterator[Row]:
-    """Compile kernels, each for an architecture, in parallel: NVRTC compiles one at a time in a process."""
-    work = [(spec, arch, directory) for spec, arch in kernels]
-    jobs = min(jobs or os.cpu_count() or 1, len(work))
-    if jobs <= 1:
-        yield from map(_compile_row, work)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_compile_row, work, chunksize=4)
-
-
-def _compile_row(job: tuple[KernelSpec, str, Path]) -> Row:
-    spec, arch, directory = job
-    compiled = cubin(spec, arch, directory)
-    return Row(spec, arch, compiled.usage[spec.entry], compiled.compile_ms)
-
-
-HEADER = f"{'kernel':<52} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} {'ms':>7}"
-
-
-def format_row(row: Row) -> str:
-    used = row.usage
-    return (
-        f"{row.spec!s:<52} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
-        f"{used.spill_stores + used.spill_loads:>7} {used.shared_memory:>7} {row.compile_ms:>7.0f}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line: compile every kernel, print the table, return 1 if one is unfit to ship."""
-    parser = argparse.ArgumentParser(prog="python -m cupaged.compile", description="Compile all kernels.")
-    parser.add_argument("--arch", action="append", help=f"as 90a; repeatable (default: {' '.join(ARCHS)})")
-    parser.add_argument("--out", type=Path, help="directory to compile into (default: the cache)")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
-    options = parser.parse_args(arguments)
-    for arch in options.arch or ():
-        if arch.rstrip("af") not in SHARED_MEMORY:
-            parser.error(f"--arch {arch} is unknown; it must be one of {', '.join(SHARED_MEMORY)}, or 90a")
-    archs = options.arch or ARCHS
-    work = [(spec, arch) for arch in archs for spec in variants(arch) if options.only in str(spec)]
-    if not work:
-        parser.error(f"--only {options.only!r} matches no kernel")
-    print(HEADER)
-    failed = 0
-    for row in compile_all(work, options.out or cache_dir(), options.jobs):
-        print(format_row(row))
-        for complaint in row.complaints():
-            failed = 1
-            print(f"    {complaint}", file=sys.stderr)
-    return failed
-
-
 if __name__ == "__main__":
+    from cupaged.precompile import main
+
     sys.exit(main())

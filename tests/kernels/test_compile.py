@@ -7,6 +7,7 @@ from collections import defaultdict
 import pytest
 
 from cupaged import compile as kc
+from cupaged import precompile
 from cupaged.compile import KernelSpec
 
 # 128 values alive at once in threads that can have 64 registers.
@@ -33,17 +34,17 @@ extern "C" __global__ void planted(int* data) {
 @pytest.mark.timeout(1800)
 def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
     work = [(spec, arch) for arch in kc.ARCHS for spec in kc.variants(arch)]
-    rows = list(kc.compile_all(work, kc.cache_dir()))
-    print(kc.HEADER)
+    rows = list(precompile.compile_all(work, kc.cache_dir()))
+    print(precompile.HEADER)
     for row in rows:
-        print(kc.format_row(row))
+        print(precompile.format_row(row))
     with capsys.disabled():
         _print_summary(rows)
     assert [(row.spec, row.arch) for row in rows] == work
     assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
 
 
-def _print_summary(rows: list[kc.Row]) -> None:
+def _print_summary(rows: list[precompile.Row]) -> None:
     by_arch = defaultdict(list)
     for row in rows:
         by_arch[row.arch].append(row)
@@ -74,11 +75,11 @@ def test_the_variants_are_what_the_readme_promises():
     assert sources == {p.name for p in kc.cuda_dir().glob("*.cu")}
 
 
-def _planted(tmp_path, source: str) -> kc.Row:
+def _planted(tmp_path, source: str) -> precompile.Row:
     (tmp_path / "planted.cu").write_text(source)
     spec = KernelSpec("planted.cu", "planted")
     _, usage = kc.compile_cubin(spec, "90a", sources=tmp_path)
-    return kc.Row(spec, "90a", usage["planted"], 0.0)
+    return precompile.Row(spec, "90a", usage["planted"], 0.0)
 
 
 def test_a_kernel_that_spills_is_unfit(tmp_path):

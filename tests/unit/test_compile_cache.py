@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from cupaged import compile as kc
+from cupaged import precompile
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = kc.spec_copy_blocks(16)
 
 
@@ -105,16 +110,21 @@ def test_the_directory_can_be_chosen(tmp_path, monkeypatch):
     assert kc.cache_dir() == tmp_path / "xdg" / "cupaged" / "kernels"
 
 
-def test_the_command_line_compiles_into_a_directory(tmp_path, capsys):
-    assert kc.main(["--arch", "90a", "--out", str(tmp_path), "--only", "copy_blocks", "--jobs", "1"]) == 0
-    assert len(list(tmp_path.glob("*sm_90a*.cubin"))) == 2
-    assert "copy_blocks[unit_bytes=16]" in capsys.readouterr().out
+def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "cupaged.compile", "--arch", "90a", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "copy_blocks"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "copy_blocks[unit_bytes=16]" in done.stdout
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kc, "compile_cubin", None)  # nothing is compiled again
+    for unit_bytes in (16, 1):
+        assert kc.cubin(kc.spec_copy_blocks(unit_bytes), "90a").hit
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "61"], ["--only", "nothing"]])
 def test_the_command_line_refuses_what_it_cannot_do(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
-        kc.main(arguments)
+        precompile.main(arguments)
     assert arguments[1] in capsys.readouterr().err
 
 
