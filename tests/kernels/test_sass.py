@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from cupaged import compile as kc
@@ -15,42 +13,39 @@ ARCHS = ("75", "80", "90a", "120")
 WIDE = ("wide loads", "wide stores")
 MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 
-# (kernel, its arguments, what its code must have). A kernel that does not exist is left out.
-TABLE: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
-    ("reshape_and_cache", ("bf16",), WIDE),
-    ("reshape_and_cache", ("fp32",), WIDE),
-    ("copy_blocks", (16,), WIDE),
-    ("copy_blocks", (1,), ()),
-    ("merge_splits", ("bf16",), WIDE),
-    ("merge_states", ("fp16",), WIDE),
-    ("paged_decode", ("bf16", 128, 1), WIDE),
-    ("paged_decode", ("bf16", 128, 8), WIDE),
-    ("paged_decode", ("fp16", 64, 4), WIDE),
-    ("paged_decode", ("fp32", 256, 2), WIDE),
-    ("paged_decode_mma", ("bf16", 128), MATRIX),
-    ("paged_prefill", ("bf16", 128), WIDE),
-    ("paged_prefill", ("fp16", 80), WIDE),
+# (kernel, what its code must have).
+TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
+    (kc.spec_reshape_and_cache("bf16"), WIDE),
+    (kc.spec_reshape_and_cache("fp32"), WIDE),
+    (kc.spec_copy_blocks(16), WIDE),
+    (kc.spec_copy_blocks(1), ()),
+    (kc.spec_merge_splits("bf16"), WIDE),
+    (kc.spec_merge_states("fp16"), WIDE),
+    (kc.spec_paged_decode("bf16", 128, 1), WIDE),
+    (kc.spec_paged_decode("bf16", 128, 8), WIDE),
+    (kc.spec_paged_decode("fp16", 64, 4), WIDE),
+    (kc.spec_paged_decode("fp32", 256, 2), WIDE),
+    (kc.spec_paged_prefill("bf16", 128), WIDE),
+    (kc.spec_paged_prefill("fp16", 80), WIDE),
 )
-
-
-def spec_of(kernel: str) -> Callable[..., KernelSpec] | None:
-    return getattr(kc, f"spec_{kernel}", None)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    ("spec", "needs"),
-    [(make(*args), needs) for kernel, args, needs in TABLE if (make := spec_of(kernel))],
-    ids=str,
-)
+@pytest.mark.parametrize(("spec", "needs"), TABLE, ids=str)
 def test_machine_code(spec, needs, arch):
     assert complaints(opcodes(kc.cubin(spec, arch).path), needs) == []
 
 
-def test_every_kernel_is_in_the_table():
-    assert {name.removeprefix("spec_") for name in vars(kc) if name.startswith("spec_")} <= {
-        kernel for kernel, _, _ in TABLE
-    }
+@pytest.mark.parametrize("arch", ["80", "86", "90a", "120"])
+@pytest.mark.parametrize(("dtype", "head_size"), [("bf16", 128), ("fp16", 64), ("bf16", 256)])
+def test_machine_code_of_tensor_core_decode(dtype, head_size, arch):
+    spec = kc.decode_mma(dtype, head_size, arch)[0]
+    assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
+
+
+def test_every_kernel_is_checked():
+    checked = {spec.source for spec, _ in TABLE} | {"paged_decode_mma.cu"}
+    assert checked == {path.name for path in kc.cuda_dir().glob("*.cu")}
 
 
 # A kernel that does each thing the checks look for, or does it wrongly.
