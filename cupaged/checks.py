@@ -11,7 +11,10 @@ from functools import cache
 
 import torch
 
+from .quantisation import LARGEST
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANTISED = tuple(LARGEST)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
 
@@ -69,7 +72,7 @@ def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
 
 def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
     """A layer's cache view [num_blocks, 2, Hkv, B, D]; only the block stride is free."""
-    tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES)
+    tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES + QUANTISED)
     blocks_contiguous(name, value)
     if sizes["B"] not in BLOCK_SIZES:
         allowed = ", ".join(map(str, BLOCK_SIZES))
@@ -77,6 +80,11 @@ def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
     if sizes["D"] % 8 or not 0 < sizes["D"] <= MAX_HEAD_SIZE:
         raise ValueError(
             f"{name} has head size {sizes['D']}; it must be a multiple of 8 and at most {MAX_HEAD_SIZE}"
+        )
+    if value.dtype in QUANTISED and sizes["D"] % 16:
+        raise ValueError(
+            f"{name} has head size {sizes['D']}; a cache of {value.dtype} needs a multiple of 16, "
+            "so use a 16-bit cache"
         )
 
 
@@ -94,9 +102,28 @@ def blocks_contiguous(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"the blocks of {name} overlap: stride {value.stride(0)} for {expected} elements")
 
 
-def no_scale(name: str, value: torch.Tensor | None, dtype: torch.dtype) -> None:
-    if value is not None:
-        raise ValueError(f"{name} is for quantised caches; the cache is {dtype}, so pass None")
+def model_dtypes(kv_cache: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What queries, keys and values may be: the cache's own dtype, or any over a quantised cache."""
+    return DTYPES if kv_cache.dtype in QUANTISED else (kv_cache.dtype,)
+
+
+def scales(
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, kv_cache: torch.Tensor, sizes: dict[str, int]
+) -> None:
+    """Both with a quantised cache, neither with another."""
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if kv_cache.dtype not in QUANTISED:
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for quantised caches; kv_cache is {kv_cache.dtype}, so pass None"
+                )
+        elif value is None:
+            raise ValueError(
+                f"{name} is missing: a kv_cache of {kv_cache.dtype} needs k_scale and v_scale, float32 [Hkv]"
+            )
+        else:
+            tensor(name, value, "Hkv", sizes, dtype=torch.float32, device=kv_cache.device)
+            last_dim_contiguous(name, value)
 
 
 def attention(
@@ -111,12 +138,14 @@ def attention(
     logits_soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     """Everything about a call of `paged_attention` that shapes alone decide."""
     sizes: dict[str, int] = {}
     layer_cache("kv_cache", kv_cache, sizes)
     device = kv_cache.device
-    tensor("query", query, "T H D", sizes, dtype=kv_cache.dtype, device=device)
+    tensor("query", query, "T H D", sizes, dtype=model_dtypes(kv_cache), device=device)
     last_dim_contiguous("query", query)
     if sizes["Hkv"] == 0 or sizes["H"] % sizes["Hkv"]:
         raise ValueError(
@@ -146,6 +175,7 @@ def attention(
         if value is not None:
             tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
             last_dim_contiguous(name, value)
+    scales(k_scale, v_scale, kv_cache, sizes)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
@@ -162,6 +192,12 @@ def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Reads the data: every slot is -1 or inside the cache."""
     limit = kv_cache.shape[0] * kv_cache.shape[3]
     _in_range("slot_mapping", slot_mapping, -1, limit)
+
+
+def scale_values(name: str, scale: torch.Tensor | None) -> None:
+    """Reads the data: every scale is positive and finite."""
+    if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError(f"{name} must be positive and finite, got {scale.tolist()}")
 
 
 def mapping_ids(mapping: torch.Tensor, num_src: int, num_dst: int) -> None:

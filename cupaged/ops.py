@@ -25,25 +25,30 @@ def reshape_and_cache(
     """Write the keys and values of T tokens into their slots of the cache. Mutates ``kv_cache``.
 
     Args:
-        key, value: [T, Hkv, D], contiguous in D.
-        kv_cache: [num_blocks, 2, Hkv, B, D] of the same dtype; index 0 of dimension 1 holds the keys.
-            Each block is contiguous; the stride between blocks is free.
+        key, value: [T, Hkv, D] of one dtype, contiguous in D.
+        kv_cache: [num_blocks, 2, Hkv, B, D] of the same dtype, or quantised: float8_e4m3fn, float8_e5m2
+            or int8 (D a multiple of 16). Index 0 of dimension 1 holds the keys. Each block is contiguous;
+            the stride between blocks is free.
         slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token.
-        k_scale, v_scale: for quantised caches, which are not supported yet: None.
+        k_scale, v_scale: float32 [Hkv], positive; with a quantised cache both are needed. Stored is
+            x * (1 / scale), rounded to the nearest code with ties to even. What is beyond the largest
+            code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in int8. The scale
+            that just holds every key is ``key.abs().amax(dim=(0, 2)).float() / 448``.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, strides or device.
+        ValueError: an argument has the wrong shape, dtype, strides or device. Slots and scales are checked
+            on the CPU, and on a GPU when ``CUPAGED_CHECK=1`` is set.
     """
     sizes: dict[str, int] = {}
     checks.layer_cache("kv_cache", kv_cache, sizes)
-    for name, tensor in (("key", key), ("value", value)):
-        checks.tensor(name, tensor, "T Hkv D", sizes, dtype=kv_cache.dtype, device=kv_cache.device)
-        checks.last_dim_contiguous(name, tensor)
+    checks.tensor("key", key, "T Hkv D", sizes, dtype=checks.model_dtypes(kv_cache), device=kv_cache.device)
+    checks.tensor("value", value, "T Hkv D", sizes, dtype=key.dtype, device=kv_cache.device)
+    checks.last_dim_contiguous("key", key)
+    checks.last_dim_contiguous("value", value)
     checks.tensor("slot_mapping", slot_mapping, "T", sizes, dtype=torch.int64, device=kv_cache.device)
     checks.last_dim_contiguous("slot_mapping", slot_mapping)
-    checks.no_scale("k_scale", k_scale, kv_cache.dtype)
-    checks.no_scale("v_scale", v_scale, kv_cache.dtype)
-    torch.ops.cupaged.reshape_and_cache(key, value, kv_cache, slot_mapping)
+    checks.scales(k_scale, v_scale, kv_cache, sizes)
+    torch.ops.cupaged.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
@@ -76,8 +81,9 @@ def paged_attention(
     ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``. Sums are in float32.
 
     Args:
-        query: [T, H, D], contiguous in D; H a multiple of Hkv.
-        kv_cache: [num_blocks, 2, Hkv, B, D] in query's dtype: float32, float16 or bfloat16.
+        query: [T, H, D], float32, float16 or bfloat16, contiguous in D; H a multiple of Hkv.
+        kv_cache: [num_blocks, 2, Hkv, B, D] in query's dtype, or quantised: float8_e4m3fn, float8_e5m2 or
+            int8 (D a multiple of 16).
         block_tables: int32 [S, max_blocks]; entries past a sequence's last block, or wholly before
             its sliding window, are never read.
         seq_lens: int32 [S], tokens of each sequence including the query's own; 0 gives zeros.
@@ -89,7 +95,9 @@ def paged_attention(
         logits_soft_cap: bounds the logits (Gemma 2).
         alibi_slopes: float32 [H].
         sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss).
-        k_scale, v_scale: for quantised caches, which are not supported yet: None.
+        k_scale, v_scale: float32 [Hkv], the scales of `reshape_and_cache`: a stored code reads as
+            code * scale. Needed with a quantised cache. A visible NaN of a float8_e4m3fn cache may read
+            as a number (480 * scale) on a GPU.
         max_query_len: the most query tokens that a sequence has, if known: a few (speculative decoding) go
             through the decode kernel. A hint: what it says decides the speed only.
         batch_invariant: a sequence's result has the same bits in whatever batch it is. False lets a long
@@ -116,9 +124,9 @@ def paged_attention(
         logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
-    checks.no_scale("k_scale", k_scale, kv_cache.dtype)
-    checks.no_scale("v_scale", v_scale, kv_cache.dtype)
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1 or None, got {max_query_len}")
     if out is None:
@@ -138,6 +146,8 @@ def paged_attention(
         logits_soft_cap,
         alibi_slopes,
         sinks,
+        k_scale,
+        v_scale,
         max_query_len,
         batch_invariant,
         out,
@@ -227,11 +237,12 @@ def _check_block_cache(name: str, cache: torch.Tensor) -> None:
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
 _SCHEMAS = (
-    "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
+    "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+    "Tensor? k_scale, Tensor? v_scale) -> ()",
     "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
     "Tensor? query_start_loc, float scale, bool causal, int? sliding_window, float? logits_soft_cap, "
-    "Tensor? alibi_slopes, Tensor? sinks, int? max_query_len, bool batch_invariant, Tensor(a!) out, "
-    "Tensor(b!)? lse) -> ()",
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, int? max_query_len, "
+    "bool batch_invariant, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
@@ -244,13 +255,20 @@ def _reads_data(tensor: torch.Tensor) -> bool:
 
 
 def _reshape_and_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     if _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
+        checks.scale_values("k_scale", k_scale)
+        checks.scale_values("v_scale", v_scale)
     if key.shape[0]:
         backend = backends.for_device(kv_cache.device.type)
-        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, None, None)
+        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
 
 
 def _paged_attention(
@@ -265,6 +283,8 @@ def _paged_attention(
     logits_soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     max_query_len: int | None,
     batch_invariant: bool,
     out: torch.Tensor,
@@ -286,8 +306,10 @@ def _paged_attention(
         logits_soft_cap,
         alibi_slopes,
         sinks,
-        max_query_len=max_query_len,
-        batch_invariant=batch_invariant,
+        k_scale,
+        v_scale,
+        max_query_len,
+        batch_invariant,
     )
     backend = backends.for_device(kv_cache.device.type)
     backend.paged_attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params)

@@ -21,8 +21,8 @@ class AttentionParams:
     logits_soft_cap: float | None = None
     alibi_slopes: torch.Tensor | None = None  # float32 [H]
     sinks: torch.Tensor | None = None  # float32 [H]: one more logit a head, with no value
-    k_scale: torch.Tensor | None = None  # float32 [Hkv]; only with a quantised cache
-    v_scale: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None  # float32 [Hkv]; with a quantised cache, and only then
+    v_scale: torch.Tensor | None = None  # the same
     # Which kernel and how it divides the work; the result is right whatever they say.
     max_query_len: int | None = None  # query tokens of the longest query, None if not known
     batch_invariant: bool = True

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..params import AttentionParams
+from ..quantisation import LARGEST
 from . import cpu_attention, cpu_decode, cpu_memory, cpu_prefill, cpu_simd, cpu_work
 
 # numba has no bfloat16: it goes by the name of uint16 and is widened by a shift.
@@ -65,6 +66,13 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _refuse_quantised(kv_cache: torch.Tensor) -> None:
+    if kv_cache.dtype in LARGEST:
+        raise NotImplementedError(
+            f"the cpu backend has no cache of {kv_cache.dtype} yet; use a float32, float16 or bfloat16 cache"
+        )
+
+
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -75,6 +83,7 @@ def paged_attention(
     lse: torch.Tensor | None,
     params: AttentionParams,
 ) -> None:
+    _refuse_quantised(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     size = query.element_size()
@@ -121,6 +130,7 @@ def reshape_and_cache(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
+    _refuse_quantised(kv_cache)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     size = kv_cache.element_size()
     tokens = cpu_memory.Tokens(

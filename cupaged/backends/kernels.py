@@ -18,6 +18,7 @@ import torch
 from .. import compile as kernel_compiler
 from ..compile import HEAD_TILES, KernelSpec
 from ..params import AttentionParams
+from ..quantisation import LARGEST
 
 Dim3 = tuple[int, int, int]
 # A tensor stands for its address, None for a null pointer; numbers carry their width.
@@ -399,6 +400,10 @@ def _rows_aligned(tensor: torch.Tensor) -> bool:
 
 
 def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
+    if kv_cache.dtype in LARGEST:
+        raise NotImplementedError(
+            f"the cuda backend has no cache of {kv_cache.dtype} yet; use a float32, float16 or bfloat16 cache"
+        )
     stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
     if kv_cache.data_ptr() % 16 or (kv_cache.shape[0] > 1 and stride_bytes % 16):
         raise ValueError(

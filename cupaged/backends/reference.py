@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..params import AttentionParams
+from ..quantisation import LARGEST, dequantise, quantise
 
 
 def reshape_and_cache(
@@ -19,8 +20,14 @@ def reshape_and_cache(
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
     block, offset = slots // block_size, slots % block_size
-    kv_cache[block, 0, :, offset] = key[keep]
-    kv_cache[block, 1, :, offset] = value[keep]
+    for i, (rows, scale) in enumerate(((key[keep], k_scale), (value[keep], v_scale))):
+        if scale is not None:
+            # Not every version of torch can write float8 by index.
+            kv_cache.view(torch.uint8)[block, i, :, offset] = quantise(rows, scale, kv_cache.dtype).view(
+                torch.uint8
+            )
+        else:
+            kv_cache[block, i, :, offset] = rows
 
 
 def paged_attention(
@@ -68,7 +75,7 @@ def attend(
         if length == 0 or num_rows == 0:
             continue
         first = _first_visible(length - num_rows, params.sliding_window)
-        keys, values, start = _gather(kv_cache, block_tables[s], first, length, compute_dtype)
+        keys, values, start = _gather(kv_cache, block_tables[s], first, length, params, compute_dtype)
         out[rows], lse[rows] = _attend_one(query[rows].to(compute_dtype), keys, values, start, length, params)
     return out, lse
 
@@ -78,15 +85,25 @@ def _first_visible(first_position: int, window: int | None) -> int:
 
 
 def _gather(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, first: int, length: int, dtype: torch.dtype
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    first: int,
+    length: int,
+    params: AttentionParams,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Keys and values [Hkv, length - start, D] from the block that holds ``first``, and ``start``."""
     block_size = kv_cache.shape[3]
     start_block = min(first // block_size, (length - 1) // block_size)
     blocks = block_table[start_block : (length + block_size - 1) // block_size].long()
     start = start_block * block_size
-    kv = kv_cache[blocks].transpose(0, 1).transpose(1, 2).flatten(2, 3)[:, :, : length - start].to(dtype)
-    return kv[0], kv[1], start
+    if params.k_scale is not None and params.v_scale is not None:
+        codes = kv_cache.view(torch.uint8)[blocks].view(kv_cache.dtype)
+        pair = (dequantise(codes[:, i], s, dtype) for i, s in enumerate((params.k_scale, params.v_scale)))
+    else:
+        pair = (kv_cache[blocks, i].to(dtype) for i in range(2))
+    keys, values = (x.transpose(0, 1).flatten(1, 2)[:, : length - start] for x in pair)
+    return keys, values, start
 
 
 def _attend_one(
@@ -138,6 +155,8 @@ def merge_attention_states(
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    if kv_cache.dtype in LARGEST:
+        kv_cache = kv_cache.view(torch.uint8)
     kv_cache[block_mapping[:, 1]] = kv_cache[block_mapping[:, 0]]
 
 

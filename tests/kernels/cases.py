@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from cupaged.backends import reference
 from cupaged.params import AttentionParams
+from cupaged.quantisation import LARGEST, dequantise, quantise
 
 TABLE_POISON = 2147480000
+# What no sequence covers: NaN, and for int8 the code that quantising never gives.
+CODE_POISON = {torch.float8_e4m3fn: (0x7F, 0xFF), torch.float8_e5m2: (0x7F, 0xFE), torch.int8: (0x80,)}
 
 
 @dataclass
 class Problem:
-    """One batch. Every slot of ``kv_cache`` that no sequence covers is NaN."""
+    """One batch. Every slot of ``kv_cache`` that no sequence covers is NaN, or `CODE_POISON`."""
 
     query: torch.Tensor
     kv_cache: torch.Tensor
@@ -39,16 +45,28 @@ class Problem:
         return AttentionParams(**options)
 
     def expected(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference with inputs and arithmetic in ``dtype``."""
+        """The reference over the dequantised cache, with inputs and arithmetic in ``dtype``."""
+        kv_cache, params = self.kv_cache, self.params()
+        if params.k_scale is not None and params.v_scale is not None:
+            kv_cache = torch.stack(
+                [dequantise(kv_cache[:, i], s, torch.float64) for i, s in enumerate(scales_of(params))], 1
+            )
+            params = replace(params, k_scale=None, v_scale=None)
         return reference.attend(
             self.query.to(dtype),
-            self.kv_cache.to(dtype),
+            kv_cache.to(dtype),
             self.block_tables,
             self.seq_lens,
             self.query_start_loc,
-            self.params(),
+            params,
             compute_dtype=dtype,
         )
+
+
+def scales_of(params: AttentionParams) -> tuple[torch.Tensor, torch.Tensor]:
+    assert params.k_scale is not None
+    assert params.v_scale is not None
+    return params.k_scale, params.v_scale
 
 
 def draw(
@@ -64,6 +82,7 @@ def draw(
     padding_rows: int = 0,
     block_stride_factor: int = 1,
     features: tuple[str, ...] = (),
+    cache_dtype: torch.dtype | None = None,
 ) -> Problem:
     """Draw a batch.
 
@@ -71,6 +90,7 @@ def draw(
         query_lens: query tokens of each sequence; None means decode.
         block_stride_factor: the layer's view has every n-th chunk of a wider allocation.
         features: of "window", "cap", "alibi", "sinks", "full" (not causal).
+        cache_dtype: of a quantised cache; the scales, one a head, are drawn around what just holds it.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +100,8 @@ def draw(
     wide = torch.full(
         (num_blocks, block_stride_factor, 2, num_kv_heads, block_size, head_size), float("nan"), dtype=dtype
     )
-    kv_cache = wide[:, rng.randrange(block_stride_factor)]
+    layer = rng.randrange(block_stride_factor)
+    kv_cache = wide[:, layer]
     block_tables = torch.full((len(seq_lens), max_blocks), TABLE_POISON, dtype=torch.int32)
     free = list(range(num_blocks))
     rng.shuffle(free)
@@ -110,12 +131,40 @@ def draw(
         options["sinks"] = torch.randn(num_heads, generator=generator)
     if "full" in features:
         options["causal"] = False
+    if cache_dtype is not None:
+        wide, scales = quantise_cache(wide, cache_dtype, rng)
+        kv_cache = wide[:, layer]
+        options["k_scale"], options["v_scale"] = scales
     problem = Problem(
         query, kv_cache, block_tables, torch.tensor(seq_lens, dtype=torch.int32), starts, options
     )
     if "window" in features:
         _poison_before_window(problem)
     return problem
+
+
+@contextmanager
+def skips_what_is_missing() -> Iterator[None]:
+    """Skip the test where the backend says that it does not have this yet."""
+    try:
+        yield
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+def quantise_cache(
+    wide: torch.Tensor, dtype: torch.dtype, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of [num_blocks, n, 2, Hkv, B, D] where NaN becomes poison, and scales [2, Hkv]: with some of
+    them the largest values saturate, with others only a part of the codes is used."""
+    largest = wide.nan_to_num(nan=0.0).abs().amax(dim=(0, 1, 4, 5)).float()
+    scales = largest.clamp(min=0.1) / LARGEST[dtype]
+    scales *= torch.tensor([[rng.uniform(0.7, 3.0) for _ in row] for row in scales.tolist()])
+    codes = torch.stack(
+        [quantise(wide[:, :, i].transpose(2, 3), scales[i], dtype).transpose(2, 3) for i in range(2)], 2
+    ).view(torch.uint8)
+    poison = torch.tensor(rng.choice(CODE_POISON[dtype]), dtype=torch.uint8)
+    return torch.where(wide.isnan(), poison, codes).view(dtype), scales
 
 
 def _poison_before_window(problem: Problem) -> None:

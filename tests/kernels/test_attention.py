@@ -9,9 +9,10 @@ import torch
 
 import cupaged
 
-from .cases import Problem, check, draw
+from .cases import Problem, check, draw, skips_what_is_missing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CACHE_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
 HEAD_SIZES = [32, 64, 80, 96, 112, 120, 128, 192, 256]
 FEATURES = [(), ("window",), ("cap",), ("alibi",), ("sinks",), ("window", "cap", "alibi", "sinks")]
 
@@ -19,16 +20,17 @@ FEATURES = [(), ("window",), ("cap",), ("alibi",), ("sinks",), ("window", "cap",
 def run(problem: Problem, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     p = problem.to(device)
     out = torch.full_like(p.query, float("nan"))
-    result, lse = cupaged.paged_attention(
-        p.query,
-        p.kv_cache,
-        p.block_tables,
-        p.seq_lens,
-        p.query_start_loc,
-        **p.options,
-        out=out,
-        return_lse=True,
-    )
+    with skips_what_is_missing():
+        result, lse = cupaged.paged_attention(
+            p.query,
+            p.kv_cache,
+            p.block_tables,
+            p.seq_lens,
+            p.query_start_loc,
+            **p.options,
+            out=out,
+            return_lse=True,
+        )
     assert result.data_ptr() == out.data_ptr()
     return result, lse
 
@@ -109,6 +111,47 @@ def test_head_ratios(backend, seed, mode, num_kv_heads, group):
         group=group,
         seq_lens=[37, 5],
         query_lens=None if mode == "decode" else [19, 5],
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "head_size"), [(torch.float16, 128), (torch.bfloat16, 64)], ids=str)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_quantised_cache(backend, seed, mode, dtype, head_size, cache_dtype):
+    rng = random.Random(seed)
+    seq_lens = sizes(rng, 700)
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=head_size,
+        block_size=rng.choice([8, 16, 32, 64, 128]),
+        num_kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 2, 4, 5, 8]),
+        seq_lens=seq_lens,
+        query_lens=None if mode == "decode" else [rng.randrange(min(n, 1), min(n, 60) + 1) for n in seq_lens],
+        block_stride_factor=rng.choice([1, 3]),
+        features=rng.choice(FEATURES),
+        cache_dtype=cache_dtype,
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_quantised_cache_under_any_query(backend, seed, mode, cache_dtype):
+    """Queries in float32 and head sizes whose rows are an odd number of 16-byte pieces."""
+    rng = random.Random(seed)
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=rng.choice([32, 80, 112, 256]),
+        block_size=16,
+        num_kv_heads=2,
+        group=rng.choice([1, 3]),
+        seq_lens=[1, 300, 37],
+        query_lens=None if mode == "decode" else [1, 40, 37],
+        cache_dtype=cache_dtype,
     )
     check(*_swap(run(problem, backend[1]), problem))
 

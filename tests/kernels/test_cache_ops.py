@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import cupaged
+from cupaged.quantisation import LARGEST
+
+from .cases import skips_what_is_missing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -46,7 +49,73 @@ def test_reshape_and_cache(backend, seed, dtype, head_size, layout):
     assert same(actual, expected)
 
 
+# Where rounding, saturation and the change to subnormals happen, in units of the scale.
+EDGES = [0.0, 2**-10, 2**-9, 3 * 2**-10, 2**-7, 2**-6, 2**-17, 2**-16, 3 * 2**-17, 2**-15, 2**-14, 0.5, 1.5]
+EDGES += [2.5, 17.0, 18.0, 19.0, 126.5, 127.0, 127.5, 432.0, 447.0, 448.0, 449.0, 464.0, 465.0, 480.0, 1e-9]
+EDGES += [53248.0, 57344.0, 57345.0, 61440.0, 65504.0, float("inf"), float("nan")]
+
+
+def codes_of(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Nearest codes by looking at all of them: values [T, Hkv, D], scale [Hkv] -> uint8 [T, Hkv, D]."""
+    scaled = (values.float() * (1.0 / scale)[:, None]).double()
+    table = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    usable = torch.nonzero(table.abs() <= LARGEST[dtype])[:, 0]
+    usable = usable[torch.argsort(table[usable], stable=True)]
+    ordered = table[usable]
+    above = torch.searchsorted(ordered, scaled.nan_to_num(0.0)).clamp(0, len(usable) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = ordered[above] - scaled, scaled - ordered[below]
+    even = usable[above] % 2 == 0
+    nearest = usable[torch.where((up < down) | ((up == down) & even), above, below)]
+    nearest = torch.where(scaled.isinf(), usable[torch.where(scaled > 0, len(usable) - 1, 0)], nearest)
+    if dtype == torch.int8:
+        return nearest.masked_fill(scaled.isnan(), 0).to(torch.uint8)
+    negative = torch.signbit(scaled) & (table[nearest] == 0)
+    nearest = torch.where(table[nearest] == 0, torch.where(negative, 0x80, 0), nearest)
+    return nearest.masked_fill(scaled.isnan(), 0x7F).to(torch.uint8)
+
+
+@pytest.mark.parametrize("cache_dtype", list(LARGEST), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "unaligned"])
+def test_reshape_and_cache_quantises(backend, seed, dtype, cache_dtype, layout):
+    rng = random.Random(seed)
+    device = backend[1]
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks, num_kv_heads, block_size = 5, rng.choice([1, 2, 5]), rng.choice([8, 16, 64])
+    head_size = rng.choice([32, 64, 80, 128, 256])
+    codes = torch.full((num_blocks, 2, 2, num_kv_heads, block_size, head_size), 0xAB, dtype=torch.uint8)
+    num_tokens = rng.randrange(2, 40)
+    slots = torch.tensor(rng.sample(range(num_blocks * block_size), num_tokens))
+    slots[torch.rand(num_tokens, generator=generator) < 0.2] = -1
+    scales = torch.rand(2, num_kv_heads, generator=generator) * 0.1 + 0.001
+    scales[:, 0] = 0.25
+    padding = int(layout == "unaligned")
+    qkv = torch.randn(num_tokens, 3 * num_kv_heads, head_size + padding, generator=generator)
+    qkv *= 10.0 ** torch.randint(-4, 4, qkv.shape, generator=generator)
+    edges = 0.25 * torch.tensor(EDGES)
+    edges = torch.cat([edges, -edges])[torch.randperm(2 * len(EDGES), generator=generator)]
+    picked = torch.rand(qkv.shape, generator=generator) < 0.5
+    qkv[picked] = edges.repeat(qkv.numel() // len(edges) + 1)[: int(picked.sum())]
+    qkv = qkv.to(dtype)
+    parts = [slice(a, a + num_kv_heads) for a in (num_kv_heads, 2 * num_kv_heads)]
+    expected = codes.clone()
+    for i, part in enumerate(parts):
+        new = codes_of(qkv[:, part, padding:], scales[i], cache_dtype)
+        for t, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                expected[slot // block_size, 1, i, :, slot % block_size] = new[t]
+    actual = codes.view(cache_dtype).to(device)
+    key, value = (qkv.to(device)[:, part, padding:] for part in parts)
+    if layout == "contiguous":
+        key, value = key.contiguous(), value.contiguous()
+    k_scale, v_scale = scales.to(device)
+    with skips_what_is_missing():
+        cupaged.reshape_and_cache(key, value, actual[:, 1], slots.to(device), k_scale, v_scale)
+    assert torch.equal(actual.cpu().view(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *LARGEST], ids=str)
 @pytest.mark.parametrize("block_shape", [(2, 2, 8, 32), (3, 2, 1, 16, 64), (2, 1, 8, 8)])
 def test_copy_blocks(backend, seed, dtype, block_shape):
     rng = random.Random(seed)
@@ -62,7 +131,7 @@ def test_copy_blocks(backend, seed, dtype, block_shape):
     assert same(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, *LARGEST], ids=str)
 @pytest.mark.parametrize("direction", ["out", "in"])
 def test_swap_blocks(backend, seed, dtype, direction):
     rng = random.Random(seed)

@@ -8,6 +8,7 @@ import torch
 import cupaged
 from cupaged import backends, checks
 from cupaged.backends import reference
+from cupaged.quantisation import quantise
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,9 @@ def batch(**changes) -> dict:
     arguments.update(changes)
     return arguments
 
+
+QUANTISED = torch.zeros(5, 2, 2, 8, 32).to(torch.float8_e4m3fn)
+CACHE_DTYPES = [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
 
 BAD_ATTENTION = {
     "rank": ({"query": torch.randn(4, 32)}, "query must have 3 dimensions"),
@@ -83,6 +87,25 @@ BAD_ATTENTION = {
     "slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes must be .* with H = 4"),
     "sinks": ({"sinks": torch.ones(4).half()}, "sinks must be torch.float32"),
     "scale": ({"k_scale": torch.ones(2)}, "k_scale is for quantised caches"),
+    "value scale": ({"v_scale": torch.ones(2)}, "v_scale is for quantised caches; kv_cache is torch.float32"),
+    "no scales": ({"kv_cache": QUANTISED}, "k_scale is missing: a kv_cache of torch.float8_e4m3fn needs"),
+    "one scale": ({"kv_cache": QUANTISED, "k_scale": torch.ones(2)}, "v_scale is missing"),
+    "scale of heads": (
+        {"kv_cache": QUANTISED, "k_scale": torch.ones(2), "v_scale": torch.ones(4)},
+        r"v_scale must be \[Hkv\] with Hkv = 2",
+    ),
+    "scale dtype": (
+        {"kv_cache": QUANTISED, "k_scale": torch.ones(2).half(), "v_scale": torch.ones(2)},
+        "k_scale must be torch.float32",
+    ),
+    "quantised head size": (
+        {"query": torch.randn(2, 4, 24), "kv_cache": torch.zeros(5, 2, 2, 8, 24, dtype=torch.int8)},
+        "head size 24; a cache of torch.int8 needs a multiple of 16",
+    ),
+    "int8 query": (
+        {"query": torch.ones(2, 4, 32).to(torch.int8), "kv_cache": QUANTISED},
+        "query must be torch.float32 or torch.float16 or torch.bfloat16, got torch.int8",
+    ),
     "out": ({"out": torch.empty(2, 4, 32).half()}, "out must be torch.float32"),
 }
 
@@ -104,6 +127,12 @@ def test_other_bad_input_is_named():
         cupaged.reshape_and_cache(key, key, cache, slots.int())
     with pytest.raises(ValueError, match="slot_mapping must be from -1 to 39, got values from 0 to 40"):
         cupaged.reshape_and_cache(key, key, cache, torch.tensor([0, 40, 1]))
+    with pytest.raises(ValueError, match=r"value must be torch\.float32, got torch\.float16"):
+        cupaged.reshape_and_cache(key, key.half(), QUANTISED, slots, torch.ones(2), torch.ones(2))
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        scale = torch.tensor([1.0, bad])
+        with pytest.raises(ValueError, match="v_scale must be positive and finite"):
+            cupaged.reshape_and_cache(key, key, QUANTISED, slots, torch.ones(2), scale)
     with pytest.raises(ValueError, match=r"block_mapping must be \[N, 2\]"):
         cupaged.copy_blocks(cache, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"block_mapping\[:, 1\] \(destination\) must be from 0 to 4"):
@@ -122,43 +151,63 @@ def test_ids_are_not_read_on_a_gpu_unless_asked(monkeypatch):
         assert checks.device_checks_enabled() is expected
 
 
+def opcheck(op, arguments) -> None:
+    """torch.library's own tests. That of the schema compares tensors with arithmetic float8 lacks."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    float8 = any(isinstance(a, torch.Tensor) and str(a.dtype).startswith("torch.float8") for a in arguments)
+    torch.library.opcheck(op, arguments, test_utils=checks[1:] if float8 else checks)
+
+
+def quantised_batch(cache_dtype) -> tuple[dict, torch.Tensor | None, torch.Tensor | None]:
+    """A batch with a cache of any dtype, and its scales."""
+    b = batch()
+    if cache_dtype == torch.float32:
+        return b, None, None
+    scales = torch.tensor([[0.02, 0.05], [0.04, 0.03]])
+    codes = [quantise(b["kv_cache"][:, i].transpose(1, 2), scales[i], cache_dtype) for i in range(2)]
+    return {**b, "kv_cache": torch.stack(codes, 1).transpose(2, 3).contiguous()}, scales[0], scales[1]
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("prefill", [False, True])
-def test_opcheck_attention(return_lse, prefill):
-    b = batch()
+def test_opcheck_attention(return_lse, prefill, cache_dtype):
+    b, k_scale, v_scale = quantised_batch(cache_dtype)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32) if prefill else None
     out = torch.zeros_like(b["query"])
     lse = torch.zeros(2, 4) if return_lse else None
-    torch.library.opcheck(
+    opcheck(
         torch.ops.cupaged.paged_attention.default,
-        (*b.values(), starts, 0.2, True, None, None, None, None, 2, True, out, lse),
+        (*b.values(), starts, 0.2, True, None, None, None, None, k_scale, v_scale, 2, True, out, lse),
     )
 
 
-def test_opcheck_others():
-    cache = torch.randn(5, 2, 2, 8, 32)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+def test_opcheck_others(cache_dtype):
+    b, k_scale, v_scale = quantised_batch(cache_dtype)
+    cache = b["kv_cache"]
     key = torch.randn(3, 2, 32)
-    torch.library.opcheck(
-        torch.ops.cupaged.reshape_and_cache.default, (key, key, cache, torch.tensor([3, -1, 7]))
+    opcheck(
+        torch.ops.cupaged.reshape_and_cache.default,
+        (key, key, cache, torch.tensor([3, -1, 7]), k_scale, v_scale),
     )
-    torch.library.opcheck(torch.ops.cupaged.copy_blocks.default, (cache, torch.tensor([[0, 1]])))
-    torch.library.opcheck(
-        torch.ops.cupaged.swap_blocks.default, (cache, torch.zeros_like(cache), torch.tensor([[0, 1]]))
-    )
-    torch.library.opcheck(
-        torch.ops.cupaged.merge_attention_states.default, (torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2))
-    )
+    opcheck(torch.ops.cupaged.copy_blocks.default, (cache, torch.tensor([[0, 1]])))
+    opcheck(torch.ops.cupaged.swap_blocks.default, (cache, torch.zeros_like(cache), torch.tensor([[0, 1]])))
+    opcheck(torch.ops.cupaged.merge_attention_states.default, (torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2)))
 
 
-def test_compile_without_graph_break():
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+def test_compile_without_graph_break(cache_dtype):
     """A layer's write and read, traced as one graph, equal the eager result."""
 
     def layer(query, key, value, kv_cache, block_tables, seq_lens, slots):
-        cupaged.reshape_and_cache(key * 2, value, kv_cache, slots)
-        out, lse = cupaged.paged_attention(query, kv_cache, block_tables, seq_lens, return_lse=True)
+        cupaged.reshape_and_cache(key * 2, value, kv_cache, slots, k_scale, v_scale)
+        out, lse = cupaged.paged_attention(
+            query, kv_cache, block_tables, seq_lens, k_scale=k_scale, v_scale=v_scale, return_lse=True
+        )
         return out + 1, lse
 
-    b = batch()
+    b, k_scale, v_scale = quantised_batch(cache_dtype)
     key, value = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
     slots = torch.tensor([11, 18])
     eager_cache, compiled_cache = b["kv_cache"].clone(), b["kv_cache"].clone()
@@ -167,6 +216,7 @@ def test_compile_without_graph_break():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(
         b["query"], key, value, compiled_cache, *arguments
     )
-    assert torch.equal(eager_cache, compiled_cache)
+    assert torch.equal(eager_cache.view(torch.uint8), compiled_cache.view(torch.uint8))
+    assert not torch.equal(eager_cache.view(torch.uint8), b["kv_cache"].view(torch.uint8))
     for e, c in zip(eager, compiled):
         torch.testing.assert_close(e, c)
