@@ -4,8 +4,9 @@
 // compiles the same text for the CPU, with a header included first that defines the CUDA keywords
 // and built-in variables; only this file and ptx.cuh tell the two apart.
 //
-// Macros passed with -D: CUPAGED_DTYPE, one of the three names below, is the type of queries, cache
-// and outputs. The others are named at the head of the kernel that takes them.
+// Macros passed with -D: CUPAGED_DTYPE, one of the three names below, is the type of queries and
+// outputs, and of the cache unless CUPAGED_CACHE_DTYPE (quant.cuh) says otherwise. The others are
+// named at the head of the kernel that takes them.
 #pragma once
 
 #define CUPAGED_FP32 0

@@ -102,6 +102,24 @@ CUPAGED_MMA_M16N8K16(__nv_bfloat16, "bf16")
 #endif
 #undef CUPAGED_MMA_M16N8K16
 
+#if __CUDA_ARCH__ >= 890
+#define CUPAGED_HAS_FP8 1
+
+// The nearest 8-bit floats of two floats, ties to even, saturating; the first in the low byte.
+__device__ __forceinline__ unsigned cvt_e4m3x2(float first, float second) {
+    unsigned short codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+    return codes;
+}
+__device__ __forceinline__ unsigned cvt_e5m2x2(float first, float second) {
+    unsigned short codes;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+    return codes;
+}
+#else
+#define CUPAGED_HAS_FP8 0
+#endif
+
 }  // namespace cupaged
 
 #endif  // CUPAGED_HOST

@@ -1,34 +1,59 @@
-// Write the keys and values of T tokens into their slots of the paged cache.
+// Write the keys and values of T tokens into their slots of the paged cache, quantising them where
+// the cache is quantised.
 //
-//   key, value    [T, Hkv, D], contiguous in D
-//   cache         [num_blocks, 2, Hkv, B, D]
-//   slot_mapping  int64 [T]: block * B + offset, -1 to skip the token
+//   key, value        [T, Hkv, D], contiguous in D
+//   cache             [num_blocks, 2, Hkv, B, D]
+//   slot_mapping      int64 [T]: block * B + offset, -1 to skip the token
+//   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //
 // Grid (T): one block writes one token, each thread 16 bytes at a time of a key and the value
-// beside it. No shared memory.
+// beside it: with a quantised cache, 16 codes of 32 or 64 bytes. No shared memory.
 //
-// Macro CUPAGED_DTYPE. D is a multiple of 8.
+// Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE. D is a multiple of 8, of 16 with a quantised cache.
 #include "common.cuh"
 #include "paged.cuh"
+#include "quant.cuh"
 #include "vec.cuh"
+
+namespace cupaged {
+
+constexpr int kVec = kVecSize<cache_t>;
+constexpr int kSourceVec = kVecSize<scalar_t>;
+
+// kVec elements of a row, as the cache keeps them.
+__device__ __forceinline__ uint4 load_codes(const scalar_t* source, float inverse_scale,
+                                            bool aligned) {
+#ifdef CUPAGED_CACHE_DTYPE
+    float x[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; i += kSourceVec)
+        unpack<scalar_t>(load_vec(source + i, aligned), x + i);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] *= inverse_scale;
+    return pack<cache_t>(x);
+#else
+    return load_vec(source, aligned);
+#endif
+}
+
+}  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(128)
     reshape_and_cache(const scalar_t* __restrict__ key, const scalar_t* __restrict__ value,
-                      scalar_t* __restrict__ cache_data,
+                      cache_t* __restrict__ cache_data,
                       const cupaged::int64* __restrict__ slot_mapping,
+                      const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                       cupaged::int64 key_token_stride, cupaged::int64 key_head_stride,
                       cupaged::int64 value_token_stride, cupaged::int64 value_head_stride,
                       cupaged::int64 block_stride, int num_kv_heads, int head_size, int block_shift,
                       int aligned) {
     using namespace cupaged;
-    constexpr int kVec = kVecSize<scalar_t>;
-    const int chunks = head_size / kVec;  // of 16 bytes in a row
+    const int chunks = head_size / kVec;  // of 16 bytes in a row of the cache
 
     const int64 token = blockIdx.x;
     const int64 slot = slot_mapping[token];
     if (slot < 0) return;
-    const PagedCache<scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                     head_size};
+    const PagedCache<cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift, head_size};
     const int64 block = slot >> block_shift;
     const int offset = static_cast<int>(slot & ((1 << block_shift) - 1));
     key += token * key_token_stride;
@@ -37,9 +62,11 @@ extern "C" __global__ void __launch_bounds__(128)
     for (int i = threadIdx.x; i < num_kv_heads * chunks; i += blockDim.x) {
         const int head = i / chunks;
         const int element = (i % chunks) * kVec;
-        scalar_t* const target = cache.key(block, head, offset) + element;
-        const uint4 k = load_vec(key + head * key_head_stride + element, aligned);
-        const uint4 v = load_vec(value + head * value_head_stride + element, aligned);
+        cache_t* const target = cache.key(block, head, offset) + element;
+        const float inverse_k = k_scale == nullptr ? 1.0f : 1.0f / k_scale[head];
+        const float inverse_v = v_scale == nullptr ? 1.0f : 1.0f / v_scale[head];
+        const uint4 k = load_codes(key + head * key_head_stride + element, inverse_k, aligned);
+        const uint4 v = load_codes(value + head * value_head_stride + element, inverse_v, aligned);
         store_vec(target, k, true);
         store_vec(target + cache.value_offset(), v, true);
     }

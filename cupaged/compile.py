@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 
 DTYPES = ("fp32", "fp16", "bf16")
+CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
 HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
@@ -92,8 +93,8 @@ class Compiled:
     hit: bool  # found in the cache
 
 
-def spec_reshape_and_cache(dtype: str) -> KernelSpec:
-    return KernelSpec("reshape_and_cache.cu", "reshape_and_cache", _defines(dtype))
+def spec_reshape_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
+    return KernelSpec("reshape_and_cache.cu", "reshape_and_cache", _defines(dtype, cache_dtype))
 
 
 def spec_copy_blocks(unit_bytes: int) -> KernelSpec:
@@ -142,7 +143,8 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     when they are met."""
     specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
     for dtype in DTYPES:
-        specs += [spec_reshape_and_cache(dtype), spec_merge_splits(dtype), spec_merge_states(dtype)]
+        specs += [spec_merge_splits(dtype), spec_merge_states(dtype)]
+        specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
         for head_size in HEAD_SIZES:
             # One query head is left to CUDA cores where there are tensor cores for more.
@@ -154,8 +156,10 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     return tuple(specs)
 
 
-def _defines(dtype: str, **values: int) -> tuple[tuple[str, str], ...]:
-    named = tuple((f"CUPAGED_{name}", str(value)) for name, value in values.items())
+def _defines(dtype: str, cache_dtype: str = "", **values: int) -> tuple[tuple[str, str], ...]:
+    named = [(f"CUPAGED_{name}", str(value)) for name, value in values.items()]
+    if cache_dtype in CACHE_DTYPES:
+        named.insert(0, ("CUPAGED_CACHE_DTYPE", f"CUPAGED_{cache_dtype.upper()}"))
     return (("CUPAGED_DTYPE", f"CUPAGED_{dtype.upper()}"), *named)
 
 

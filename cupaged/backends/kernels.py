@@ -39,6 +39,11 @@ DECODE_BLOCKS_PER_SM = 8
 MAX_DECODE_QUERY_LEN = 8
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CACHE_DTYPE_NAMES = DTYPE_NAMES | {
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
 
 
 class Launcher(Protocol):
@@ -82,7 +87,7 @@ class Kernels:
         _require_aligned_cache(kv_cache)
         num_tokens, num_kv_heads, head_size = key.shape
         self._launcher.launch(
-            kernel_compiler.spec_reshape_and_cache(DTYPE_NAMES[key.dtype]),
+            kernel_compiler.spec_reshape_and_cache(DTYPE_NAMES[key.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]),
             (num_tokens, 1, 1),
             (128, 1, 1),
             0,
@@ -91,6 +96,8 @@ class Kernels:
                 value,
                 kv_cache,
                 slot_mapping,
+                k_scale,
+                v_scale,
                 np.int64(key.stride(0)),
                 np.int64(key.stride(1)),
                 np.int64(value.stride(0)),
@@ -130,6 +137,10 @@ class Kernels:
         lse: torch.Tensor | None,
         params: AttentionParams,
     ) -> None:
+        if kv_cache.dtype in LARGEST:
+            raise NotImplementedError(
+                f"the cuda backend has no attention over {kv_cache.dtype} yet; use a 16-bit cache"
+            )
         _require_aligned_cache(kv_cache)
         longest_query = params.max_query_len or MAX_DECODE_QUERY_LEN + 1
         if query_start_loc is None:
@@ -400,10 +411,6 @@ def _rows_aligned(tensor: torch.Tensor) -> bool:
 
 
 def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
-    if kv_cache.dtype in LARGEST:
-        raise NotImplementedError(
-            f"the cuda backend has no cache of {kv_cache.dtype} yet; use a float32, float16 or bfloat16 cache"
-        )
     stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
     if kv_cache.data_ptr() % 16 or (kv_cache.shape[0] > 1 and stride_bytes % 16):
         raise ValueError(

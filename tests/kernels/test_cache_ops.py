@@ -115,6 +115,29 @@ def test_reshape_and_cache_quantises(backend, seed, dtype, cache_dtype, layout):
     assert torch.equal(actual.cpu().view(torch.uint8), expected)
 
 
+@pytest.mark.parametrize("cache_dtype", list(LARGEST), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_is_quantised_to_the_nearest_code(backend, seed, dtype, cache_dtype):
+    """All numbers of 16 bits, NaN of every sign and payload included; as many drawn ones of 32."""
+    device = backend[1]
+    if dtype == torch.float32:
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.randint(-(2**31), 2**31, (65536,), generator=generator).to(torch.int32)
+        bits = torch.where(bits & 1 == 0, bits, bits & 0x83FFFFFF | 0x3C000000)  # half of them near 1
+    else:
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    key = bits.view(dtype).view(256, 1, 256)
+    cache = torch.full((2, 2, 1, 128, 256), 0xAB, dtype=torch.uint8).view(cache_dtype).to(device)
+    one = torch.ones(1)
+    slots = torch.arange(256, device=device)
+    with skips_what_is_missing():
+        keys, ones = key.to(device), one.to(device)
+        cupaged.reshape_and_cache(keys, -keys, cache, slots, ones, ones)
+    actual = cache.cpu().view(torch.uint8).transpose(0, 1).reshape(2, 256, 1, 256)
+    assert torch.equal(actual[0], codes_of(key, one, cache_dtype))
+    assert torch.equal(actual[1], codes_of(-key, one, cache_dtype))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, *LARGEST], ids=str)
 @pytest.mark.parametrize("block_shape", [(2, 2, 8, 32), (3, 2, 1, 16, 64), (2, 1, 8, 8)])
 def test_copy_blocks(backend, seed, dtype, block_shape):

@@ -15,8 +15,9 @@ MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 
 # (kernel, what its code must have).
 TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
-    (kc.spec_reshape_and_cache("bf16"), WIDE),
-    (kc.spec_reshape_and_cache("fp32"), WIDE),
+    (kc.spec_reshape_and_cache("bf16", "bf16"), WIDE),
+    (kc.spec_reshape_and_cache("fp32", "fp32"), WIDE),
+    (kc.spec_reshape_and_cache("bf16", "fp8_e4m3"), WIDE),
     (kc.spec_copy_blocks(16), WIDE),
     (kc.spec_copy_blocks(1), ()),
     (kc.spec_merge_splits("bf16"), WIDE),

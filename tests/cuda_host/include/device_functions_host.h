@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
@@ -135,6 +136,19 @@ inline float __uint_as_float(unsigned x) {
 }
 inline float __int_as_float(int x) {
     return cupaged_host_bits<float>(x);
+}
+// Byte i of the result is the byte of y:x that nibble i of the selector names; its high bit asks
+// for eight copies of that byte's sign instead.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned nibble = selector >> (4 * i);
+        unsigned byte = static_cast<unsigned>(bytes >> (8 * (nibble & 7))) & 0xff;
+        if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;
+        result |= byte << (8 * i);
+    }
+    return result;
 }
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);

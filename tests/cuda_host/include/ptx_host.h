@@ -4,6 +4,9 @@
 #include "host_runtime.h"
 #include "mma_host.h"
 
+// The conversions of sm_89; kernels have the same in plain arithmetic.
+#define CUPAGED_HAS_FP8 0
+
 namespace cupaged {
 
 inline void cp_async_16(void* smem, const void* gmem) {
