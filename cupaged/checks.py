@@ -6,8 +6,11 @@ D head size, B block size); a letter binds to the first size seen and must agree
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from functools import cache
+from numbers import Integral, Real
 
 import torch
 
@@ -134,14 +137,12 @@ def attention(
     query_start_loc: torch.Tensor | None,
     out: torch.Tensor | None,
     *,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Everything about a call of `paged_attention` that shapes alone decide."""
+    """Everything about the tensors of a `paged_attention` that shapes alone decide."""
     sizes: dict[str, int] = {}
     layer_cache("kv_cache", kv_cache, sizes)
     device = kv_cache.device
@@ -176,10 +177,54 @@ def attention(
             tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
             last_dim_contiguous(name, value)
     scales(k_scale, v_scale, kv_cache, sizes)
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap must be positive or None, got {logits_soft_cap}")
+
+
+def attention_settings(
+    scale: float | None,
+    causal: bool,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    max_query_len: int | None,
+) -> None:
+    """The arguments of `paged_attention` that are no tensors."""
+    if scale is not None and not _is_finite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False, got {causal!r}")
+    if sliding_window is not None and (not _is_integer(sliding_window) or sliding_window < 1):
+        raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {sliding_window!r}")
+    if logits_soft_cap is not None and (not _is_finite(logits_soft_cap) or logits_soft_cap <= 0):
+        raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
+    if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
+        raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
+
+
+# Under torch.compile a number may be a symbol.
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    known = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    return known and -math.inf < value < math.inf  # type: ignore[operator]
+
+
+def states(name: str, value: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor [N, ...] of what was given as one or as a sequence of N."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(state, torch.Tensor) for state in value):
+        raise ValueError(f"{name} must be a torch.Tensor or a sequence of them, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} holds no state to merge; pass at least one")
+    first = value[0]
+    for index, state in enumerate(value):
+        if (state.shape, state.dtype, state.device) != (first.shape, first.dtype, first.device):
+            raise ValueError(
+                f"{name}[{index}] must be like {name}[0], {list(first.shape)} of {first.dtype} on "
+                f"{first.device}, got {list(state.shape)} of {state.dtype} on {state.device}"
+            )
+    return torch.stack(tuple(value))
 
 
 def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> None:

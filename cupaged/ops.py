@@ -113,6 +113,7 @@ def paged_attention(
         ValueError: an argument has the wrong shape, dtype, strides or device. Lengths and block ids
             are checked on the CPU, and on a GPU when ``CUPAGED_CHECK=1`` is set.
     """
+    checks.attention_settings(scale, causal, sliding_window, logits_soft_cap, max_query_len)
     checks.attention(
         query,
         kv_cache,
@@ -120,15 +121,11 @@ def paged_attention(
         seq_lens,
         query_start_loc,
         out,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    if max_query_len is not None and max_query_len < 1:
-        raise ValueError(f"max_query_len must be at least 1 or None, got {max_query_len}")
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = None
@@ -173,8 +170,7 @@ def merge_attention_states(
     Raises:
         ValueError: shapes, dtypes or devices do not agree.
     """
-    stacked_outs = outs if isinstance(outs, torch.Tensor) else torch.stack(tuple(outs))
-    stacked_lses = lses if isinstance(lses, torch.Tensor) else torch.stack(tuple(lses))
+    stacked_outs, stacked_lses = checks.states("outs", outs), checks.states("lses", lses)
     sizes: dict[str, int] = {}
     checks.tensor("outs", stacked_outs, "N T H D", sizes, dtype=checks.DTYPES)
     checks.tensor("lses", stacked_lses, "N T H", sizes, dtype=torch.float32, device=stacked_outs.device)

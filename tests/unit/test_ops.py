@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -82,8 +85,6 @@ BAD_ATTENTION = {
         },
         "seq_lens counts the query's own tokens",
     ),
-    "window": ({"sliding_window": 0}, "sliding_window must be at least 1"),
-    "cap": ({"logits_soft_cap": -1.0}, "logits_soft_cap must be positive"),
     "slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes must be .* with H = 4"),
     "sinks": ({"sinks": torch.ones(4).half()}, "sinks must be torch.float32"),
     "scale": ({"k_scale": torch.ones(2)}, "k_scale is for quantised caches"),
@@ -115,6 +116,81 @@ def test_bad_attention_input_is_named(name):
     changes, message = BAD_ATTENTION[name]
     with pytest.raises(ValueError, match=message):
         cupaged.paged_attention(**batch(**changes))
+
+
+BAD_SETTINGS = {
+    "scale": ["x", [1.0], math.nan, math.inf, True, torch.ones(2)],
+    "causal": [None, 1, "no", torch.tensor(True)],
+    "sliding_window": [0, -3, 2.5, True, "8", torch.tensor(8)],
+    "logits_soft_cap": [0.0, -1.0, math.nan, math.inf, True, "30", torch.ones(2)],
+    "max_query_len": [0, -1, 1.5, True, "2"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_are_named(name):
+    for value in BAD_SETTINGS[name]:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got "):
+            cupaged.paged_attention(**batch(**{name: value}))
+
+
+def test_settings_may_be_numpys():
+    settings = {"scale": np.float32(0.25), "sliding_window": np.int64(3), "logits_soft_cap": np.float64(2)}
+    b = batch()
+    expected = cupaged.paged_attention(**b, scale=0.25, sliding_window=3, logits_soft_cap=2.0)
+    assert torch.equal(cupaged.paged_attention(**b, **settings), expected)
+
+
+OPS = {
+    cupaged.paged_attention: batch(query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32)),
+    cupaged.reshape_and_cache: {
+        "key": torch.randn(3, 2, 32),
+        "value": torch.randn(3, 2, 32),
+        "kv_cache": torch.randn(5, 2, 2, 8, 32),
+        "slot_mapping": torch.arange(3),
+    },
+    cupaged.merge_attention_states: {"outs": torch.randn(2, 3, 2, 8), "lses": torch.randn(2, 3, 2)},
+    cupaged.copy_blocks: {"kv_cache": torch.randn(5, 2, 2, 8, 32), "block_mapping": torch.tensor([[0, 1]])},
+    cupaged.swap_blocks: {
+        "src": torch.randn(5, 2, 2, 8, 32),
+        "dst": torch.randn(5, 2, 2, 8, 32),
+        "block_mapping": torch.tensor([[0, 1]]),
+    },
+}
+
+
+@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+def test_what_is_no_tensor_or_of_no_fitting_shape_is_named(function):
+    """Every tensor argument of every function in turn."""
+    optional = ("query_start_loc",)
+    function(**OPS[function])
+    for name in OPS[function]:
+        bad = [
+            5,
+            True,
+            2.5,
+            "x",
+            [],
+            [1, 2],
+            torch.tensor(1.0),
+            torch.zeros(0),
+            torch.zeros(7, dtype=torch.int8),
+        ]
+        for value in bad if name in optional else [None, *bad]:
+            with pytest.raises(ValueError, match=rf"\b{name}\b"):
+                function(**{**OPS[function], name: value})
+
+
+def test_states_to_merge_that_differ_are_named():
+    outs, lses = [torch.randn(3, 2, 8)] * 2, [torch.randn(3, 2)] * 2
+    cupaged.merge_attention_states(outs, lses)
+    for other in (torch.randn(2, 2, 8), outs[0].half(), outs[0].to("meta")):
+        with pytest.raises(
+            ValueError, match=r"outs\[1\] must be like outs\[0\], \[3, 2, 8\] of torch.float32 on"
+        ):
+            cupaged.merge_attention_states([outs[0], other], lses)
+    with pytest.raises(ValueError, match="lses must be a torch"):
+        cupaged.merge_attention_states(outs, [None, None])
 
 
 def test_other_bad_input_is_named():
@@ -220,3 +296,17 @@ def test_compile_without_graph_break(cache_dtype):
     assert not torch.equal(eager_cache.view(torch.uint8), b["kv_cache"].view(torch.uint8))
     for e, c in zip(eager, compiled):
         torch.testing.assert_close(e, c)
+
+
+def test_settings_may_be_symbols():
+    """With ``dynamic`` the numbers are traced; they are still checked and still work."""
+
+    def attend(query, kv_cache, block_tables, seq_lens, scale, window, cap):
+        return cupaged.paged_attention(
+            query, kv_cache, block_tables, seq_lens, scale=scale, sliding_window=window, logits_soft_cap=cap
+        )
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    b = batch()
+    for settings in ((0.2, 3, 10.0), (0.3, 5, 20.0), (0.4, 2, 30.0)):
+        torch.testing.assert_close(compiled(*b.values(), *settings), attend(*b.values(), *settings))
