@@ -27,6 +27,10 @@ using scalar_t = __nv_bfloat16;
 #endif
 #endif
 
+#ifdef CUPAGED_CACHE_DTYPE  // codes of 8 bits become fp16
+#include <cuda_fp16.h>
+#endif
+
 #ifdef CUPAGED_HOST
 #define CUPAGED_DYNAMIC_SMEM(name) unsigned char* const name = cupaged_host_dynamic_smem()
 #else

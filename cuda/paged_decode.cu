@@ -6,6 +6,7 @@
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence
+//   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
 //
@@ -22,11 +23,16 @@
 // no barrier. Shared memory: 32 KiB of stages (reused for the merge) + 1 KiB of block ids + 0.5 KiB
 // of the planner + 0.3 KiB.
 //
-// Macros CUPAGED_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256), CUPAGED_HEAD_TILE.
+// The scales of a quantised cache become factors of the query and of the output.
+//
+// Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, or of 16 with a
+// quantised cache, at most 256), CUPAGED_HEAD_TILE (at most 4 with a quantised cache, where a lane
+// holds twice the elements).
 #include "common.cuh"
 #include "decode_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
+#include "quant.cuh"
 #include "softmax.cuh"
 #include "vec.cuh"
 #include "work.cuh"
@@ -37,7 +43,8 @@ constexpr int kHeadSize = CUPAGED_HEAD_SIZE;
 constexpr int kHeadTile = CUPAGED_HEAD_TILE;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kVec = kVecSize<scalar_t>;
+constexpr int kVec = kVecSize<cache_t>;
+constexpr int kQueryVec = kVecSize<scalar_t>;
 constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
 constexpr int kLanes = kChunks < kWarpSize ? next_power_of_two(kChunks) : kWarpSize;
 constexpr int kChunksPerLane = ceil_div(kChunks, kLanes);
@@ -48,7 +55,10 @@ constexpr int kStepTokens = kUnroll * kWarps * kRows;  // tokens of one step of 
 constexpr int kStages = kChunksPerLane == 1 ? 4 : 2;
 // Blocks of a multiprocessor that registers allow for. Without it ptxas aims at a round number of
 // registers and spills a few.
-constexpr int kMinBlocks = kHeadTile == 1 ? 5 : kHeadTile == 2 ? 4 : kHeadTile == 4 ? 3 : 2;
+constexpr int kMinBlocks = kHeadTile == 1                          ? 5
+                           : kHeadTile == 2                        ? 4
+                           : kHeadTile == 4 && sizeof(cache_t) > 1 ? 3
+                                                                   : 2;
 constexpr int kMaxIds = 256;  // block ids in shared memory; longer pieces are done in several runs
 
 union Shared {
@@ -73,13 +83,13 @@ __device__ __forceinline__ int token_of(int step, int u) {
 
 // Begin copying this lane's parts of the keys and values of one step. Beyond the run, and in lanes
 // beyond D, they become zeros.
-__device__ __forceinline__ void copy_step(const PagedCache<const scalar_t>& cache, const int* ids,
+__device__ __forceinline__ void copy_step(const PagedCache<const cache_t>& cache, const int* ids,
                                           int first_index, int kv_head, int begin, int tokens,
                                           int step, uint4 (*stage)[2][kChunksPerLane][kThreads]) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         const int t = token_of(step, u);
-        const scalar_t* key = cache.data;
+        const cache_t* key = cache.data;
         if (t < tokens) {
             const int token = begin + t;
             key = cache.key(ids[cache.table_index(token) - first_index], kv_head,
@@ -89,7 +99,7 @@ __device__ __forceinline__ void copy_step(const PagedCache<const scalar_t>& cach
         for (int c = 0; c < kChunksPerLane; ++c) {
             const int chunk = c * kLanes + lane_in_row();
             const bool valid = t < tokens && chunk < kChunks;
-            const scalar_t* const source = valid ? key + chunk * kVec : cache.data;
+            const cache_t* const source = valid ? key + chunk * kVec : cache.data;
             const int64 to_value = valid ? cache.value_offset() : 0;
             cp_async_16_zfill(&stage[u][0][c][threadIdx.x], source, valid);
             cp_async_16_zfill(&stage[u][1][c][threadIdx.x], source + to_value, valid);
@@ -116,7 +126,7 @@ __device__ __forceinline__ void attend_step(const float (*query)[kElems], const 
 #pragma unroll
         for (int c = 0; c < kChunksPerLane; ++c) {
             float key[kVec];
-            unpack<scalar_t>(stage[u][0][c][threadIdx.x], key);
+            unpack<cache_t>(stage[u][0][c][threadIdx.x], key);
 #pragma unroll
             for (int g = 0; g < kHeadTile; ++g)
 #pragma unroll
@@ -155,7 +165,7 @@ __device__ __forceinline__ void attend_step(const float (*query)[kElems], const 
 #pragma unroll
         for (int c = 0; c < kChunksPerLane; ++c) {
             float value[kVec];
-            unpack<scalar_t>(stage[u][1][c][threadIdx.x], value);
+            unpack<cache_t>(stage[u][1][c][threadIdx.x], value);
 #pragma unroll
             for (int g = 0; g < kHeadTile; ++g)
 #pragma unroll
@@ -183,10 +193,11 @@ __device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
-    paged_decode(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
+    paged_decode(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
                  const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                  const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-                 const float* __restrict__ sinks, scalar_t* __restrict__ out,
+                 const float* __restrict__ sinks, const float* __restrict__ k_scale,
+                 const float* __restrict__ v_scale, scalar_t* __restrict__ out,
                  float* __restrict__ lse, float* __restrict__ partial_out,
                  float* __restrict__ partial_lse, int* __restrict__ split_size,
                  cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
@@ -203,8 +214,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
     const int group = num_heads / num_kv_heads;
     const int tiles = (group + kHeadTile - 1) / kHeadTile;
-    const PagedCache<const scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                           kHeadSize};
+    const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
+                                          kHeadSize};
     const DecodeOutput output{out,
                               lse,
                               partial_out,
@@ -233,6 +244,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int heads = min(kHeadTile, group - head_in_group);  // of this tile that exist
         const int* const table = block_tables + item.sequence * table_stride;
 
+        const float key_factor = query_scale * unpacked_factor(k_scale, kv_head);
+        const float value_factor = unpacked_factor(v_scale, kv_head);
         float q[kHeadTile][kElems];
         Logits logits;
         logits.soft_cap_log2 = soft_cap_log2;
@@ -245,15 +258,18 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
             for (int c = 0; c < kChunksPerLane; ++c) {
                 const int chunk = c * kLanes + lane_in_row();
-                uint4 raw = make_uint4(0, 0, 0, 0);
-                if (g < heads && chunk < kChunks)
-                    raw = load_vec(query + token * query_token_stride +
-                                       (first_head + g) * query_head_stride + chunk * kVec,
-                                   query_aligned);
-                unpack<scalar_t>(raw, &q[g][c * kVec]);
+#pragma unroll
+                for (int i = 0; i < kVec; i += kQueryVec) {
+                    uint4 raw = make_uint4(0, 0, 0, 0);
+                    if (g < heads && chunk < kChunks)
+                        raw = load_vec(query + token * query_token_stride +
+                                           (first_head + g) * query_head_stride + chunk * kVec + i,
+                                       query_aligned);
+                    unpack<scalar_t>(raw, &q[g][c * kVec + i]);
+                }
             }
 #pragma unroll
-            for (int i = 0; i < kElems; ++i) q[g][i] *= query_scale;
+            for (int i = 0; i < kElems; ++i) q[g][i] *= key_factor;
             acc.state[g] = softmax_empty();
 #pragma unroll
             for (int i = 0; i < kElems; ++i) acc.out[g][i] = 0.0f;
@@ -313,21 +329,24 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         __syncthreads();
 
         // Every thread takes 16 bytes of the result of one head.
-        for (int i = threadIdx.x; i < heads * kChunks; i += kThreads) {
-            const int g = i / kChunks;
-            const int element = i % kChunks * kVec;
+        constexpr int kQueryChunks = kHeadSize / kQueryVec;
+        for (int i = threadIdx.x; i < heads * kQueryChunks; i += kThreads) {
+            const int g = i / kQueryChunks;
+            const int element = i % kQueryChunks * kQueryVec;
             SoftmaxState state = softmax_empty();
-            float result[kVec];
+            float result[kQueryVec];
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) result[j] = 0.0f;
+            for (int j = 0; j < kQueryVec; ++j) result[j] = 0.0f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) {
                 const float2 factors = softmax_merge(state, warp_state[w][g]);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j)
+                for (int j = 0; j < kQueryVec; ++j)
                     result[j] =
                         result[j] * factors.x + shared.warp_out[w][g][element + j] * factors.y;
             }
+#pragma unroll
+            for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
             store_piece(output, token, first_head + g, item.piece, plan.count, element, state,
                         result);
         }

@@ -5,6 +5,7 @@
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence
+//   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
 //
@@ -19,16 +20,25 @@
 // next product takes, in registers. Each warp has its own softmax state; they are merged at the
 // end, through shared memory.
 //
-// Rows in shared memory are an odd number of 16-byte chunks apart, so that the 8 rows of a matrix
-// lie in different banks. Dynamic shared memory, with C = 2 * ceil(D / 16) + 1 chunks a row:
-// 16 * C * (16 + kWarps * kStages * 2 * kTileKeys) bytes, 102 KiB at D = 128 (4 warps, 3 stages)
-// and 99 KiB at D = 256 (2 warps, 3 stages). Static: 4.6 KiB.
+// A quantised cache stays in its codes up to the registers, and becomes fp16 there: the tensor
+// cores multiply fp16, with the scales as factors of logits and outputs. A matrix of 8 rows of 16
+// bytes is then 8x16 codes. Of each 4 codes that a lane gets of a key, the product takes the first
+// two from one half of the 16 and the others from the other half: the order of a dot product is
+// free, and the query is stored to match. Of the values it gets 2 keys at 2 neighbouring elements:
+// the even ones and the odd ones are two matrices.
 //
-// Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256).
+// Rows in shared memory are an odd number of 16-byte chunks apart, so that the 8 rows of a matrix
+// lie in different banks. Dynamic shared memory: kTileRows rows of the query, and kWarps * kStages
+// * 2 tiles of kTileKeys rows of 16 * kRowChunks bytes: 106 KiB at D = 128 in 16 bits (4 warps, 3
+// stages), 59 KiB in 8 bits. Static: 3 KiB.
+//
+// Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_CACHE_DTYPE (quant.cuh), CUPAGED_HEAD_SIZE (D, a
+// multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES.
 #include "common.cuh"
 #include "decode_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
+#include "quant.cuh"
 #include "softmax.cuh"
 #include "vec.cuh"
 #include "work.cuh"
@@ -41,12 +51,15 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTileRows = 16;
 constexpr int kTileKeys = 16;  // of a warp
 constexpr int kStages = CUPAGED_STAGES;
-constexpr int kVec = kVecSize<scalar_t>;
-constexpr int kChunks = kHeadSize / kVec;        // 16-byte chunks of a row
-constexpr int kSteps = ceil_div(kHeadSize, 16);  // of 16 elements
-constexpr int kTileChunks = 2 * kSteps;          // beyond kChunks they are zeros
-constexpr int kRowChunks = kTileChunks + 1;      // from row to row in shared memory
-constexpr int kTile = kTileKeys * kRowChunks;    // chunks of a tile of keys or values
+constexpr int kVec = kVecSize<cache_t>;
+constexpr int kChunks = kHeadSize / kVec;              // 16-byte chunks of a row of the cache
+constexpr int kTileChunks = 2 * ceil_div(kChunks, 2);  // beyond kChunks they are zeros
+constexpr int kRowChunks = kTileChunks + 1;            // from row to row in shared memory
+constexpr int kTile = kTileKeys * kRowChunks;          // chunks of a tile of keys or values
+constexpr int kSteps = kTileChunks * kVec / 16;        // of 16 elements
+constexpr int kQueryVec = kVecSize<scalar_t>;
+constexpr int kQueryChunks = kHeadSize / kQueryVec;  // of a row of the query
+constexpr int kQueryRowChunks = 2 * kSteps + 1;
 constexpr int kMaxIds = 512;  // block ids in shared memory; longer pieces are done in several runs
 // Larger heads read the query again for every tile, as the registers are full of sums.
 constexpr bool kQueryInRegisters = kHeadSize <= 128;
@@ -55,8 +68,21 @@ constexpr bool kQueryInRegisters = kHeadSize <= 128;
 // registers and spills a few.
 constexpr int kMinBlocks = kHeadSize <= 64 ? 4 : 2;
 
+#ifdef CUPAGED_CACHE_DTYPE
+using matrix_t = __half;
+__device__ __forceinline__ unsigned pack_pair(const float* x) {
+    return bit_cast<unsigned>(__floats2half2_rn(x[0], x[1]));
+}
+#else
+using matrix_t = scalar_t;
+__device__ __forceinline__ unsigned pack_pair(const float* x) {
+    return pack_word(x, scalar_t());
+}
+#endif
+constexpr bool kQuantised = sizeof(cache_t) == 1;
+
 struct Shared {
-    uint4 query[kTileRows * kRowChunks];
+    uint4 query[kTileRows * kQueryRowChunks];
     union {
         uint4 tiles[kWarps][kStages][2][kTile];  // 2: keys, values
         float warp_out[kWarps][kTileRows][kHeadSize];
@@ -79,7 +105,7 @@ struct Rows {
 
 // The keys of a run, whose block ids are in shared memory.
 struct Run {
-    PagedCache<const scalar_t> cache;
+    PagedCache<const cache_t> cache;
     const int* ids;
     int first_index;
     int kv_head;
@@ -97,7 +123,7 @@ __device__ __forceinline__ void copy_tile(const Run& run, int begin, uint4 (*til
         const int chunk = i % kTileChunks;
         const int token = begin + row;
         const bool valid = token < run.end && chunk < kChunks;
-        const scalar_t* source = run.cache.data;
+        const cache_t* source = run.cache.data;
         int64 to_value = 0;
         if (valid) {
             source = run.cache.key(run.ids[run.cache.table_index(token) - run.first_index],
@@ -111,19 +137,56 @@ __device__ __forceinline__ void copy_tile(const Run& run, int begin, uint4 (*til
     }
 }
 
-// This lane's address of a row for ldmatrix_x4 on the 16x16 elements at chunks 2 * step and
-// 2 * step + 1. Matrices in the order: rows 0-7 and 8-15 of the first chunk, then of the second;
-// with chunks_first: both chunks of rows 0-7, then of rows 8-15.
-__device__ __forceinline__ const uint4* matrix_row(const uint4* tile, int step, bool chunks_first) {
+// Put the tile's query rows into shared memory, in the order that the keys' codes come in.
+__device__ __forceinline__ void load_query(const scalar_t* query, const Rows& rows,
+                                           int64 token_stride, int64 head_stride, bool aligned,
+                                           uint4* target) {
+    for (int i = threadIdx.x; i < kTileRows * 2 * kSteps; i += kThreads) {
+        const int row = i / (2 * kSteps);
+        const int chunk = i % (2 * kSteps);
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (row < rows.count && chunk < kQueryChunks)
+            raw = load_vec(query + rows.token(row) * token_stride + rows.head(row) * head_stride +
+                               chunk * kQueryVec,
+                           aligned);
+#ifdef CUPAGED_CACHE_DTYPE
+        constexpr float kLargest = 65504.0f;  // in fp16
+        float x[kQueryVec];
+        unpack<scalar_t>(raw, x);
+#pragma unroll
+        for (int j = 0; j < kQueryVec; ++j) x[j] = fminf(fmaxf(x[j], -kLargest), kLargest);
+        unsigned* const words =
+            reinterpret_cast<unsigned*>(target + row * kQueryRowChunks + chunk / 2 * 2);
+#pragma unroll
+        for (int j = 0; j < kQueryVec; j += 2) {
+            const int pair = 4 * (chunk % 2) + j / 2;  // of the 8 pairs of 16 elements
+            words[pair / 2 + 4 * (pair % 2)] = pack_pair(x + j);
+        }
+#else
+        target[row * kQueryRowChunks + chunk] = raw;
+#endif
+    }
+}
+
+// This lane's address of a row for ldmatrix_x4 on 16 rows at chunks 2 * pair and 2 * pair + 1.
+// Matrices in the order: rows 0-7 and 8-15 of the first chunk, then of the second; with
+// chunks_first: both chunks of rows 0-7, then of rows 8-15.
+template <int kStride>
+__device__ __forceinline__ const uint4* matrix_row(const uint4* rows, int pair, bool chunks_first) {
     const int lane = threadIdx.x % kWarpSize;
     const int low = lane / 8 % 2, high = lane / 16;
     const int row = lane % 8 + 8 * (chunks_first ? high : low);
-    const int chunk = 2 * step + (chunks_first ? low : high);
-    return tile + row * kRowChunks + chunk;
+    const int chunk = 2 * pair + (chunks_first ? low : high);
+    return rows + row * kStride + chunk;
+}
+
+__device__ __forceinline__ void load_query_step(unsigned (&q)[4], const uint4* query, int step) {
+    ldmatrix_x4(q, matrix_row<kQueryRowChunks>(query, step, false));
 }
 
 // What a lane holds of 16 rows, as mma.m16n8k16 lays them out: of rows g and g + 8 (g = lane / 4),
-// columns 2t and 2t + 1 (t = lane % 4) of every 8.
+// columns 2t and 2t + 1 (t = lane % 4) of every 8. Of 16 elements of a quantised row, the first 8
+// columns are the even ones.
 struct Accumulator {
     SoftmaxState state[2];  // of the rows; the maximum of the row, the sum of this lane's keys
     float out[2 * kSteps][4];
@@ -186,18 +249,30 @@ __device__ __forceinline__ void attend_tile(const unsigned (*query_registers)[4]
                                             Accumulator& acc) {
     float score[2][4] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        unsigned q[4], k[4];
-        if (kQueryInRegisters) {
+    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
+        unsigned k[4];
+        ldmatrix_x4(k, matrix_row<kRowChunks>(tile[0], pair, true));
+        constexpr int kPairSteps = kQuantised ? 2 : 1;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) q[i] = query_registers[step][i];
-        } else {
-            ldmatrix_x4(q, matrix_row(query, step, false));
+        for (int i = 0; i < kPairSteps; ++i) {
+            const int step = pair * kPairSteps + i;
+            unsigned q[4];
+            if (kQueryInRegisters) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) q[j] = query_registers[step][j];
+            } else {
+                load_query_step(q, query, step);
+            }
+#ifdef CUPAGED_CACHE_DTYPE
+            unsigned low[2], high[2];
+            unpack_halves<cache_t>(k[i], low);
+            unpack_halves<cache_t>(k[2 + i], high);
+#else
+            const unsigned low[2] = {k[0], k[1]}, high[2] = {k[2], k[3]};
+#endif
+            mma_m16n8k16<matrix_t>(score[0], q, low);
+            mma_m16n8k16<matrix_t>(score[1], q, high);
         }
-        ldmatrix_x4(k, matrix_row(tile[0], step, true));
-        const unsigned low[2] = {k[0], k[1]}, high[2] = {k[2], k[3]};
-        mma_m16n8k16<scalar_t>(score[0], q, low);
-        mma_m16n8k16<scalar_t>(score[1], q, high);
     }
     form_logits(logits, begin, end, score);
 
@@ -225,26 +300,56 @@ __device__ __forceinline__ void attend_tile(const unsigned (*query_registers)[4]
 #pragma unroll
             for (int i = 0; i < 4; ++i) acc.out[n][i] *= factor[i / 2];
     }
-    const unsigned p[4] = {pack_word(&score[0][0], scalar_t()), pack_word(&score[0][2], scalar_t()),
-                           pack_word(&score[1][0], scalar_t()),
-                           pack_word(&score[1][2], scalar_t())};
+    const unsigned p[4] = {pack_pair(&score[0][0]), pack_pair(&score[0][2]),
+                           pack_pair(&score[1][0]), pack_pair(&score[1][2])};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
         unsigned v[4];
-        ldmatrix_x4_trans(v, matrix_row(tile[1], step, false));
+        ldmatrix_x4_trans(v, matrix_row<kRowChunks>(tile[1], pair, false));
+#ifdef CUPAGED_CACHE_DTYPE
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            unsigned first[2], second[2];  // keys 0 to 7 and 8 to 15: even elements, odd ones
+            unpack_halves<cache_t>(__byte_perm(v[2 * i], 0, 0x3120), first);
+            unpack_halves<cache_t>(__byte_perm(v[2 * i + 1], 0, 0x3120), second);
+            const unsigned even[2] = {first[0], second[0]}, odd[2] = {first[1], second[1]};
+            mma_m16n8k16<matrix_t>(acc.out[4 * pair + 2 * i], p, even);
+            mma_m16n8k16<matrix_t>(acc.out[4 * pair + 2 * i + 1], p, odd);
+        }
+#else
         const unsigned low[2] = {v[0], v[1]}, high[2] = {v[2], v[3]};
-        mma_m16n8k16<scalar_t>(acc.out[2 * step], p, low);
-        mma_m16n8k16<scalar_t>(acc.out[2 * step + 1], p, high);
+        mma_m16n8k16<matrix_t>(acc.out[2 * pair], p, low);
+        mma_m16n8k16<matrix_t>(acc.out[2 * pair + 1], p, high);
+#endif
+    }
+}
+
+// Put one of the lane's rows into shared memory.
+__device__ __forceinline__ void store_row_sums(const Accumulator& acc, int r, float* row) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; n += 2) {
+        const float2 low = make_float2(acc.out[n][2 * r], acc.out[n][2 * r + 1]);
+        const float2 high = make_float2(acc.out[n + 1][2 * r], acc.out[n + 1][2 * r + 1]);
+        if (kQuantised) {
+            if (8 * n < kHeadSize)
+                *reinterpret_cast<float4*>(row + 8 * n + 4 * t) =
+                    make_float4(low.x, high.x, low.y, high.y);
+        } else {
+            if (8 * n < kHeadSize) *reinterpret_cast<float2*>(row + 8 * n + 2 * t) = low;
+            if (8 * n + 8 < kHeadSize) *reinterpret_cast<float2*>(row + 8 * n + 8 + 2 * t) = high;
+        }
     }
 }
 
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma(
-    const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
+    const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
     const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
     const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-    const float* __restrict__ sinks, scalar_t* __restrict__ out, float* __restrict__ lse,
+    const float* __restrict__ sinks, const float* __restrict__ k_scale,
+    const float* __restrict__ v_scale, scalar_t* __restrict__ out, float* __restrict__ lse,
     float* __restrict__ partial_out, float* __restrict__ partial_lse, int* __restrict__ split_size,
     cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
     cupaged::int64 out_token_stride, cupaged::int64 out_head_stride, cupaged::int64 block_stride,
@@ -311,20 +416,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
 #pragma unroll
                 for (int i = 0; i < 4; ++i) acc.out[n][i] = 0.0f;
 
-            if (first < end) {
-                for (int i = threadIdx.x; i < kTileRows * kTileChunks; i += kThreads) {
-                    const int row = i / kTileChunks;
-                    const int chunk = i % kTileChunks;
-                    uint4 raw = make_uint4(0, 0, 0, 0);
-                    if (row < rows.count && chunk < kChunks)
-                        raw = load_vec(query + rows.token(row) * query_token_stride +
-                                           rows.head(row) * query_head_stride + chunk * kVec,
-                                       query_aligned);
-                    shared.query[row * kRowChunks + chunk] = raw;
-                }
-            }
+            if (first < end)
+                load_query(query, rows, query_token_stride, query_head_stride, query_aligned,
+                           shared.query);
             Logits logits;
-            logits.scale = query_scale;
+            logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
             logits.soft_cap_log2 = soft_cap_log2;
             logits.window = window;
             logits.causal = causal;
@@ -364,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
                 if (kQueryInRegisters && begin == first) {
 #pragma unroll
                     for (int step = 0; step < kSteps; ++step)
-                        ldmatrix_x4(query_registers[step], matrix_row(shared.query, step, false));
+                        load_query_step(query_registers[step], shared.query, step);
                 }
                 int stage = 0;
                 for (int tile = warp_begin; tile < run.end; tile += stride) {
@@ -392,31 +488,29 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
                 const int row = lane / 4 + 8 * r;
                 if (row >= rows.count) continue;
                 if (lane % 4 == 0) warp_state[warp][row] = acc.state[r];
-#pragma unroll
-                for (int n = 0; n < 2 * kSteps; ++n)
-                    if (8 * n < kHeadSize)
-                        *reinterpret_cast<float2*>(
-                            &shared.warp_out[warp][row][8 * n + 2 * (lane % 4)]) =
-                            make_float2(acc.out[n][2 * r], acc.out[n][2 * r + 1]);
+                store_row_sums(acc, r, shared.warp_out[warp][row]);
             }
             __syncthreads();
 
             // Every thread takes 16 bytes of the result of one row.
-            for (int i = threadIdx.x; i < rows.count * kChunks; i += kThreads) {
-                const int row = i / kChunks;
-                const int element = i % kChunks * kVec;
+            const float value_factor = unpacked_factor(v_scale, run.kv_head);
+            for (int i = threadIdx.x; i < rows.count * kQueryChunks; i += kThreads) {
+                const int row = i / kQueryChunks;
+                const int element = i % kQueryChunks * kQueryVec;
                 SoftmaxState state = softmax_empty();
-                float result[kVec];
+                float result[kQueryVec];
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) result[j] = 0.0f;
+                for (int j = 0; j < kQueryVec; ++j) result[j] = 0.0f;
 #pragma unroll
                 for (int w = 0; w < kWarps; ++w) {
                     const float2 factors = softmax_merge(state, warp_state[w][row]);
 #pragma unroll
-                    for (int j = 0; j < kVec; ++j)
+                    for (int j = 0; j < kQueryVec; ++j)
                         result[j] = result[j] * factors.x +
                                     shared.warp_out[w][row][element + j] * factors.y;
                 }
+#pragma unroll
+                for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
                 store_piece(output, rows.token(row), rows.head(row), item.piece, plan.count,
                             element, state, result);
             }

@@ -6,6 +6,7 @@
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
+//   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //
 // A block takes one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair
 // of the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and
@@ -19,14 +20,19 @@
 // probabilities, which pass through shared memory, no block barrier. Copies are asynchronous: the
 // next keys arrive under the softmax and the values, the next values under the logits.
 //
+// A quantised cache lies in shared memory as it is. Its scales become factors of the logits and of
+// the output.
+//
 // Shared memory for D bytes a row: queries, keys, values with 16 bytes of padding where that
 // spreads the rows over the banks, and the probabilities in float; at most 44 KiB, see
 // kSharedBytes.
 //
-// Macros CUPAGED_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256).
+// Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, or of 16 with a
+// quantised cache, at most 256).
 #include "common.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
+#include "quant.cuh"
 #include "softmax.cuh"
 #include "vec.cuh"
 
@@ -44,13 +50,16 @@ constexpr int kThreadKeys = kThreadRows;
 constexpr int kTileRows = kThreadsY * kThreadRows;
 constexpr int kTileKeys = kThreadsX * kThreadKeys;
 constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
+constexpr int kCacheVec = kVecSize<cache_t>;
+constexpr int kCacheChunks = kHeadSize / kCacheVec;
 // Rows an odd number of chunks apart: 8 rows at the same chunk then lie in different banks.
 constexpr int kRowChunks = kChunks % 2 == 0 ? kChunks + 1 : kChunks;
+constexpr int kCacheRowChunks = kCacheChunks % 2 == 0 ? kCacheChunks + 1 : kCacheChunks;
 // Rows of probabilities: 4 rows' float4 lie in different banks.
 constexpr int kProbStride = kTileKeys + 4;
 
 constexpr int kSharedBytes =
-    16 * kRowChunks * (kTileRows + 2 * kTileKeys) + 4 * kProbStride * kTileRows;
+    16 * (kRowChunks * kTileRows + 2 * kCacheRowChunks * kTileKeys) + 4 * kProbStride * kTileRows;
 static_assert(kSharedBytes <= 48 * 1024, "static shared memory");
 
 // What a block works on.
@@ -86,29 +95,50 @@ __device__ __forceinline__ Tile find_tile(int index, int tile_tokens, const int*
 
 // Begin copying kTileKeys keys (or, with an offset, values) into shared memory; zeros from `end`
 // on.
-__device__ __forceinline__ void copy_tile(const PagedCache<const scalar_t>& cache, const int* table,
+__device__ __forceinline__ void copy_tile(const PagedCache<const cache_t>& cache, const int* table,
                                           int kv_head, int begin, int end, int64 offset,
                                           uint4* target) {
-    for (int i = threadIdx.x; i < kTileKeys * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const int chunk = i % kChunks;
+    for (int i = threadIdx.x; i < kTileKeys * kCacheChunks; i += kThreads) {
+        const int row = i / kCacheChunks;
+        const int chunk = i % kCacheChunks;
         const int token = begin + row;
-        const scalar_t* source = cache.data;
+        const cache_t* source = cache.data;
         if (token < end)
             source =
                 cache.key(table[cache.table_index(token)], kv_head, cache.offset_in_block(token)) +
-                offset + chunk * kVec;
-        cp_async_16_zfill(target + row * kRowChunks + chunk, source, token < end);
+                offset + chunk * kCacheVec;
+        cp_async_16_zfill(target + row * kCacheRowChunks + chunk, source, token < end);
+    }
+}
+
+// The kVec elements of a key or value in shared memory that lie beside those of a chunk of a query.
+__device__ __forceinline__ void unpack_chunk(const uint4* rows, int row, int chunk, float* x) {
+    const uint4* const first = rows + row * kCacheRowChunks;
+    if constexpr (kVec == kCacheVec) {
+        unpack<cache_t>(first[chunk], x);
+    } else {
+        constexpr int kWords = kVec * static_cast<int>(sizeof(cache_t)) / 4;
+        unsigned words[kWords];
+        if constexpr (kWords == 2) {
+            const uint2 pair = reinterpret_cast<const uint2*>(first)[chunk];
+            words[0] = pair.x;
+            words[1] = pair.y;
+        } else {
+            words[0] = reinterpret_cast<const unsigned*>(first)[chunk];
+        }
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) unpack_word(words[i], x + 4 * i, cache_t());
     }
 }
 
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
-    paged_prefill(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
+    paged_prefill(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
                   const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                   const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-                  const float* __restrict__ sinks, scalar_t* __restrict__ out,
+                  const float* __restrict__ sinks, const float* __restrict__ k_scale,
+                  const float* __restrict__ v_scale, scalar_t* __restrict__ out,
                   float* __restrict__ lse, cupaged::int64 query_token_stride,
                   cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
                   cupaged::int64 out_head_stride, cupaged::int64 block_stride,
@@ -117,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                   float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
-    __shared__ uint4 shared_key[kTileKeys * kRowChunks];
-    __shared__ uint4 shared_value[kTileKeys * kRowChunks];
+    __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
+    __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
     __shared__ float4 shared_prob[kTileRows * kProbStride / 4];
 
     const int tx = threadIdx.x % kThreadsX;
@@ -173,10 +203,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     const int key_end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
     const int key_begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
 
-    const PagedCache<const scalar_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                           kHeadSize};
+    const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
+                                          kHeadSize};
     const int* const table = block_tables + tile.seq * table_stride;
     const int64 to_value = cache.value_offset();
+    const float logit_factor = query_scale * unpacked_factor(k_scale, kv_head);
+    const float value_factor = unpacked_factor(v_scale, kv_head);
 
     if (key_begin < key_end) {
         copy_tile(cache, table, kv_head, key_begin, key_end, 0, shared_key);
@@ -203,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 #pragma unroll
             for (int j = 0; j < kThreadKeys; ++j) {
                 float k[kVec];
-                unpack<scalar_t>(shared_key[(tx + j * kThreadsX) * kRowChunks + chunk], k);
+                unpack_chunk(shared_key, tx + j * kThreadsX, chunk, k);
 #pragma unroll
                 for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
@@ -217,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= query_scale;
+            for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= logit_factor;
         if (soft_cap_log2 > 0.0f) {
 #pragma unroll
             for (int i = 0; i < kThreadRows; ++i)
@@ -276,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                     const int chunk = tx + k * kThreadsX;
                     if (chunk >= kChunks) continue;
                     float v[kVec];
-                    unpack<scalar_t>(shared_value[(key + j) * kRowChunks + chunk], v);
+                    unpack_chunk(shared_value, key + j, chunk, v);
 #pragma unroll
                     for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
@@ -301,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         float factor = 1.0f;
         if (sinks != nullptr && !softmax_is_empty(state[i]))
             factor = softmax_add_sink(state[i], sinks[head] * kLog2E);
-        factor *= softmax_normaliser(state[i]);
+        factor *= softmax_normaliser(state[i]) * value_factor;
         if (lse != nullptr && tx == 0)
             lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
         scalar_t* const target = out + token * out_token_stride + head * out_head_stride;

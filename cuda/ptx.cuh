@@ -95,7 +95,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));  \
     }
-#if defined(CUPAGED_DTYPE) && CUPAGED_DTYPE == CUPAGED_FP16
+#if (defined(CUPAGED_DTYPE) && CUPAGED_DTYPE == CUPAGED_FP16) || defined(CUPAGED_CACHE_DTYPE)
 CUPAGED_MMA_M16N8K16(__half, "f16")
 #elif defined(CUPAGED_DTYPE) && CUPAGED_DTYPE == CUPAGED_BF16
 CUPAGED_MMA_M16N8K16(__nv_bfloat16, "bf16")

@@ -26,8 +26,6 @@ constexpr float kUnpackedScale = 1.0f;
 using cache_t = scalar_t;
 #else
 
-#include <cuda_fp16.h>
-
 namespace cupaged {
 
 struct fp8_e4m3 {
@@ -156,3 +154,12 @@ using cache_t = cupaged::int8_code;
 #error "CUPAGED_CACHE_DTYPE must be CUPAGED_FP8_E4M3, CUPAGED_FP8_E5M2 or CUPAGED_INT8"
 #endif
 #endif  // CUPAGED_CACHE_DTYPE
+
+namespace cupaged {
+
+// What the unpacked keys or values of one KV head are to be multiplied by.
+__device__ __forceinline__ float unpacked_factor(const float* scale, int kv_head) {
+    return scale == nullptr ? 1.0f : scale[kv_head] * kUnpackedScale<cache_t>;
+}
+
+}  // namespace cupaged

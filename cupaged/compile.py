@@ -28,6 +28,7 @@ from types import ModuleType
 DTYPES = ("fp32", "fp16", "bf16")
 CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
+QUANTISED_HEAD_SIZES = (64, 128, 256)  # that quantised caches are compiled for ahead of time
 HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 
@@ -101,8 +102,8 @@ def spec_copy_blocks(unit_bytes: int) -> KernelSpec:
     return KernelSpec("copy_blocks.cu", "copy_blocks", (("CUPAGED_UNIT_BYTES", str(unit_bytes)),))
 
 
-def spec_paged_decode(dtype: str, head_size: int, head_tile: int) -> KernelSpec:
-    defines = _defines(dtype, HEAD_SIZE=head_size, HEAD_TILE=head_tile)
+def spec_paged_decode(dtype: str, cache_dtype: str, head_size: int, head_tile: int) -> KernelSpec:
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, HEAD_TILE=head_tile)
     return KernelSpec("paged_decode.cu", "paged_decode", defines)
 
 
@@ -111,23 +112,32 @@ def has_mma(arch: str) -> bool:
     return int(arch.rstrip("af")) >= 80
 
 
-def decode_mma(dtype: str, head_size: int, arch: str) -> tuple[KernelSpec, int, int]:
+def decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> tuple[KernelSpec, int, int]:
     """The tensor core decode kernel, its threads, and its bytes of dynamic shared memory.
 
     With three stages of keys and values where they fit, else two.
     """
     warps = 4 if head_size <= 128 else 2
-    row_bytes = 16 * (2 * -(-head_size // 16) + 1)
+    chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes in a cache row
+    elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
     for stages in (3, 2):
-        shared_bytes = row_bytes * (16 + warps * stages * 2 * 16)
+        shared_bytes = 16 * 16 * (elements // 8 + 1) + 16 * warps * stages * 2 * 16 * (chunks + 1)
         if shared_bytes + DECODE_MMA_STATIC <= SHARED_MEMORY[arch.rstrip("af")]:
             break
-    defines = _defines(dtype, HEAD_SIZE=head_size, STAGES=stages)
+    shared_bytes = max(shared_bytes, 16 * 16 * (elements // 8 + 1) + 4 * warps * 16 * head_size)
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, STAGES=stages)
     return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines), 32 * warps, shared_bytes
 
 
-def spec_paged_prefill(dtype: str, head_size: int) -> KernelSpec:
-    return KernelSpec("paged_prefill.cu", "paged_prefill", _defines(dtype, HEAD_SIZE=head_size))
+def spec_paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size)
+    return KernelSpec("paged_prefill.cu", "paged_prefill", defines)
+
+
+def head_tiles(cache_dtype: str) -> tuple[int, ...]:
+    """Query heads that one block of paged_decode can handle. With 8-bit codes a lane holds twice the
+    elements of a row, and 8 heads of them do not fit in registers."""
+    return HEAD_TILES[:-1] if cache_dtype in CACHE_DTYPES else HEAD_TILES
 
 
 def spec_merge_splits(dtype: str) -> KernelSpec:
@@ -139,20 +149,24 @@ def spec_merge_states(dtype: str) -> KernelSpec:
 
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
-    """Every kernel that an architecture uses, for the head sizes that models have; other sizes are compiled
-    when they are met."""
+    """Every kernel that an architecture uses for the head sizes that models have, over quantised caches for
+    the most common of them and 16-bit queries.
+
+    The others are compiled when they are met.
+    """
     specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
     for dtype in DTYPES:
         specs += [spec_merge_splits(dtype), spec_merge_states(dtype)]
         specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
-        for head_size in HEAD_SIZES:
+        for cache_dtype in (dtype,) if dtype == "fp32" else (dtype, *CACHE_DTYPES):
             # One query head is left to CUDA cores where there are tensor cores for more.
-            tiles = HEAD_TILES[:1] if tensor_cores else HEAD_TILES
-            specs += [spec_paged_decode(dtype, head_size, tile) for tile in tiles]
-            if tensor_cores:
-                specs.append(decode_mma(dtype, head_size, arch)[0])
-            specs.append(spec_paged_prefill(dtype, head_size))
+            tiles = HEAD_TILES[:1] if tensor_cores else head_tiles(cache_dtype)
+            for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
+                specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
+                if tensor_cores:
+                    specs.append(decode_mma(dtype, cache_dtype, head_size, arch)[0])
+                specs.append(spec_paged_prefill(dtype, cache_dtype, head_size))
     return tuple(specs)
 
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from .. import compile as kernel_compiler
-from ..compile import HEAD_TILES, KernelSpec
+from ..compile import KernelSpec
 from ..params import AttentionParams
-from ..quantisation import LARGEST
 
 Dim3 = tuple[int, int, int]
 # A tensor stands for its address, None for a null pointer; numbers carry their width.
@@ -137,10 +136,6 @@ class Kernels:
         lse: torch.Tensor | None,
         params: AttentionParams,
     ) -> None:
-        if kv_cache.dtype in LARGEST:
-            raise NotImplementedError(
-                f"the cuda backend has no attention over {kv_cache.dtype} yet; use a 16-bit cache"
-            )
         _require_aligned_cache(kv_cache)
         longest_query = params.max_query_len or MAX_DECODE_QUERY_LEN + 1
         if query_start_loc is None:
@@ -167,10 +162,10 @@ class Kernels:
         num_tokens, num_heads, head_size = query.shape
         num_seqs = seq_lens.shape[0]
         num_kv_heads, block_size = kv_cache.shape[2:4]
-        dtype = DTYPE_NAMES[query.dtype]
+        dtype, cache_dtype = DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]
         group = num_heads // num_kv_heads
         arch = self._launcher.arch(query.device)
-        kernel = _decode_kernel(dtype, head_size, group, longest_query, arch)
+        kernel = _decode_kernel(dtype, cache_dtype, head_size, group, longest_query, arch)
         window = params.sliding_window or 0
         split_tokens = SPLIT_TOKENS if params.batch_invariant else 0
         # The width of the table bounds the pieces, but never changes how a sequence is divided.
@@ -201,6 +196,8 @@ class Kernels:
                 query_start_loc,
                 params.alibi_slopes,
                 params.sinks,
+                params.k_scale,
+                params.v_scale,
                 out,
                 lse,
                 partial_out,
@@ -277,7 +274,9 @@ class Kernels:
         tiles = num_tokens // (rows // tile_heads) + num_seqs + 1
         query_scale, soft_cap = _logit_factors(params)
         self._launcher.launch(
-            kernel_compiler.spec_paged_prefill(DTYPE_NAMES[query.dtype], head_size),
+            kernel_compiler.spec_paged_prefill(
+                DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size
+            ),
             (tiles, num_kv_heads * _ceil_div(group, tile_heads), 1),
             (THREADS, 1, 1),
             0,
@@ -289,6 +288,8 @@ class Kernels:
                 query_start_loc,
                 params.alibi_slopes,
                 params.sinks,
+                params.k_scale,
+                params.v_scale,
                 out,
                 lse,
                 np.int64(query.stride(0)),
@@ -352,17 +353,20 @@ class DecodeKernel:
 
 
 @cache
-def _decode_kernel(dtype: str, head_size: int, group: int, longest_query: int, arch: str) -> DecodeKernel:
+def _decode_kernel(
+    dtype: str, cache_dtype: str, head_size: int, group: int, longest_query: int, arch: str
+) -> DecodeKernel:
     """The choice between the two decode kernels.
 
     Tensor cores where they take 16 bits and where keys serve more than one query row; else CUDA cores.
     """
     if dtype != "fp32" and group * longest_query > 1 and kernel_compiler.has_mma(arch):
-        spec, threads, shared_bytes = kernel_compiler.decode_mma(dtype, head_size, arch)
+        spec, threads, shared_bytes = kernel_compiler.decode_mma(dtype, cache_dtype, head_size, arch)
         heads = min(group, DECODE_TILE_ROWS)
         return DecodeKernel(spec, threads, shared_bytes, DECODE_TILE_ROWS // heads, _ceil_div(group, heads))
-    tile = next((tile for tile in HEAD_TILES if tile >= group), HEAD_TILES[-1])
-    spec = kernel_compiler.spec_paged_decode(dtype, head_size, tile)
+    tiles = kernel_compiler.head_tiles(cache_dtype)
+    tile = next((tile for tile in tiles if tile >= group), tiles[-1])
+    spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
     return DecodeKernel(spec, THREADS, 0, 1, _ceil_div(group, tile))
 
 

@@ -156,6 +156,29 @@ def test_quantised_cache_under_any_query(backend, seed, mode, cache_dtype):
     check(*_swap(run(problem, backend[1]), problem))
 
 
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_every_code_reads_as_its_number(backend, mode, cache_dtype):
+    """A sequence of one token attends to nothing else: the output is its value, code * scale."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    usable = codes.view(cache_dtype).float().isfinite()
+    cache = torch.zeros(3, 2, 1, 8, 256, dtype=torch.uint8)
+    cache[2, 1, 0, 0] = codes.masked_fill(~usable, 0)
+    device = backend[1]
+    scale = torch.tensor([0.375], device=device)
+    with skips_what_is_missing():
+        out = cupaged.paged_attention(
+            torch.randn(1, 1, 256, device=device),
+            cache.to(device).view(cache_dtype),
+            torch.tensor([[2]], dtype=torch.int32, device=device),
+            torch.ones(1, dtype=torch.int32, device=device),
+            None if mode == "decode" else torch.tensor([0, 1], dtype=torch.int32, device=device),
+            k_scale=scale,
+            v_scale=scale,
+        )
+    assert torch.equal(out.cpu()[0, 0], cache[2, 1, 0, 0].view(cache_dtype).float() * 0.375)
+
+
 def test_long_decode_is_split(backend, seed):
     """Long enough that a sequence is cut into several parts and merged."""
     rng = random.Random(seed)

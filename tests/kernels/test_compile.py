@@ -71,6 +71,12 @@ def test_the_variants_are_what_the_readme_promises():
                         assert f"paged_decode[{of}, head_tile={tile}]" in names
                 else:
                     assert {f"paged_decode_mma[{of}, stages={n}]" for n in (2, 3)} & names
+            for cache_dtype in ("fp8_e4m3", "fp8_e5m2", "int8"):
+                assert f"reshape_and_cache[dtype={dtype}, cache_dtype={cache_dtype}]" in names
+                for head_size in (64, 128, 256) if dtype != "fp32" else ():
+                    sizes = f"dtype={dtype}, cache_dtype={cache_dtype}, head_size={head_size}"
+                    assert f"paged_prefill[{sizes}]" in names
+                    assert f"paged_decode[{sizes}, head_tile=1]" in names
     sources = {spec.source for arch in kc.ARCHS for spec in kc.variants(arch)}
     assert sources == {p.name for p in kc.cuda_dir().glob("*.cu")}
 

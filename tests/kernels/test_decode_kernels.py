@@ -32,18 +32,34 @@ def emulated_arch(request, monkeypatch, seed) -> str:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "group", "longest_query", "arch", "name"),
+    ("dtype", "cache", "group", "longest_query", "arch", "name"),
     [
-        ("bf16", 4, 1, "90a", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
-        ("fp16", 8, 1, "86", "paged_decode_mma[dtype=fp16, head_size=128, stages=2]"),
-        ("bf16", 1, 4, "80", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
-        ("bf16", 1, 1, "90a", "paged_decode[dtype=bf16, head_size=128, head_tile=1]"),
-        ("bf16", 4, 1, "75", "paged_decode[dtype=bf16, head_size=128, head_tile=4]"),
-        ("fp32", 12, 1, "90a", "paged_decode[dtype=fp32, head_size=128, head_tile=8]"),
+        ("bf16", "bf16", 4, 1, "90a", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
+        ("fp16", "fp16", 8, 1, "86", "paged_decode_mma[dtype=fp16, head_size=128, stages=2]"),
+        ("bf16", "bf16", 1, 4, "80", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
+        (
+            "bf16",
+            "int8",
+            4,
+            1,
+            "86",
+            "paged_decode_mma[dtype=bf16, cache_dtype=int8, head_size=128, stages=3]",
+        ),
+        ("bf16", "bf16", 1, 1, "90a", "paged_decode[dtype=bf16, head_size=128, head_tile=1]"),
+        ("bf16", "bf16", 4, 1, "75", "paged_decode[dtype=bf16, head_size=128, head_tile=4]"),
+        ("fp32", "fp32", 12, 1, "90a", "paged_decode[dtype=fp32, head_size=128, head_tile=8]"),
+        (
+            "bf16",
+            "int8",
+            9,
+            1,
+            "75",
+            "paged_decode[dtype=bf16, cache_dtype=int8, head_size=128, head_tile=4]",
+        ),
     ],
 )
-def test_the_choice(dtype, group, longest_query, arch, name):
-    assert str(kernels._decode_kernel(dtype, 128, group, longest_query, arch).spec) == name
+def test_the_choice(dtype, cache, group, longest_query, arch, name):
+    assert str(kernels._decode_kernel(dtype, cache, 128, group, longest_query, arch).spec) == name
 
 
 def draw_few(seed: int, **options):
@@ -112,6 +128,25 @@ def test_on_every_generation(emulated_arch, seed, group, features):
         num_kv_heads=1,
         group=group,
         features=features,
+    )
+    problem.options["max_query_len"] = 8
+    out, lse = run(problem, "cpu")
+    del problem.options["max_query_len"]
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_quantised_caches_on_every_generation(emulated_arch, seed, cache_dtype, head_size):
+    rng = random.Random(seed)
+    problem = draw_few(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        cache_dtype=cache_dtype,
+        head_size=head_size,
+        num_kv_heads=2,
+        group=rng.choice([2, 6, 16]),
+        features=rng.choice(FEATURES),
     )
     problem.options["max_query_len"] = 8
     out, lse = run(problem, "cpu")

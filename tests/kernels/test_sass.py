@@ -22,12 +22,12 @@ TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
     (kc.spec_copy_blocks(1), ()),
     (kc.spec_merge_splits("bf16"), WIDE),
     (kc.spec_merge_states("fp16"), WIDE),
-    (kc.spec_paged_decode("bf16", 128, 1), WIDE),
-    (kc.spec_paged_decode("bf16", 128, 8), WIDE),
-    (kc.spec_paged_decode("fp16", 64, 4), WIDE),
-    (kc.spec_paged_decode("fp32", 256, 2), WIDE),
-    (kc.spec_paged_prefill("bf16", 128), WIDE),
-    (kc.spec_paged_prefill("fp16", 80), WIDE),
+    (kc.spec_paged_decode("bf16", "bf16", 128, 1), WIDE),
+    (kc.spec_paged_decode("bf16", "bf16", 128, 8), WIDE),
+    (kc.spec_paged_decode("fp16", "fp16", 64, 4), WIDE),
+    (kc.spec_paged_decode("fp32", "fp32", 256, 2), WIDE),
+    (kc.spec_paged_prefill("bf16", "bf16", 128), WIDE),
+    (kc.spec_paged_prefill("fp16", "fp16", 80), WIDE),
 )
 
 
@@ -38,9 +38,12 @@ def test_machine_code(spec, needs, arch):
 
 
 @pytest.mark.parametrize("arch", ["80", "86", "90a", "120"])
-@pytest.mark.parametrize(("dtype", "head_size"), [("bf16", 128), ("fp16", 64), ("bf16", 256)])
-def test_machine_code_of_tensor_core_decode(dtype, head_size, arch):
-    spec = kc.decode_mma(dtype, head_size, arch)[0]
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "head_size"),
+    [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
+)
+def test_machine_code_of_tensor_core_decode(dtype, cache_dtype, head_size, arch):
+    spec = kc.decode_mma(dtype, cache_dtype, head_size, arch)[0]
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
 
 
