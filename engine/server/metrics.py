@@ -28,7 +28,7 @@ class Metrics:
             return metric.labels(model_name)
 
         self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", _LONG)
-        self._next = histogram("time_per_output_token_seconds", "Between tokens of a sequence.", _SHORT)
+        self._next = histogram("inter_token_latency_seconds", "Between tokens of a sequence.", _SHORT)
         self._whole = histogram("e2e_request_latency_seconds", "Arrival to last token.", _LONG)
         self._finished = Counter(
             "vllm:request_success",
@@ -80,7 +80,7 @@ class _EngineCollector(Collector):
             ("num_requests_running", "Requests that run.", stats.num_running),
             ("num_requests_waiting", "Requests that wait to be run.", stats.num_waiting),
             ("num_requests_swapped", "Requests in the CPU swap space.", stats.num_swapped),
-            ("gpu_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", stats.gpu_cache_usage),
+            ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", stats.gpu_cache_usage),
             ("cpu_cache_usage_perc", "Share of the swap blocks in use; 1 is all.", stats.cpu_cache_usage),
         ):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])

@@ -43,9 +43,9 @@ def test_metrics_count_exactly(llama_dir):
     assert metrics['vllm:request_success_total{finished_reason="length"}'] == 5
     assert metrics["vllm:e2e_request_latency_seconds_count"] == 4
     assert metrics["vllm:time_to_first_token_seconds_count"] == 4
-    assert metrics["vllm:time_per_output_token_seconds_count"] == 3 * 6 + 4
+    assert metrics["vllm:inter_token_latency_seconds_count"] == 3 * 6 + 4
     assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
-    assert metrics["vllm:gpu_cache_usage_perc"] == metrics["vllm:num_preemptions_total"] == 0
+    assert metrics["vllm:kv_cache_usage_perc"] == metrics["vllm:num_preemptions_total"] == 0
 
 
 def test_two_servers_in_one_process_count_apart(llama_dir):
