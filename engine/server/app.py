@@ -20,7 +20,7 @@ from .async_engine import AsyncEngine, EngineDeadError
 from .chat import chat_prompt
 from .completions import CHAT, TEXT, Completions
 from .metrics import Metrics
-from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body
+from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body, shown
 
 
 def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
@@ -106,11 +106,21 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        # The position of a value in a JSON text is of no use to a caller; field names are.
-        place = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid")
+        kind, fields = first["type"], first["loc"][1:]
         message = first["msg"].removeprefix("Value error, ")
-        known = place or _parameter_of(message)
-        return respond(400, f"{place}: {message}" if place else message, param=known)
+        if kind == "json_invalid":  # its place is a position in the text, not a field
+            return respond(400, f"the body is not JSON: {first['ctx']['error']}")
+        if not fields and kind != "value_error":
+            return respond(400, "the body must be a JSON object, sent with Content-Type: application/json")
+        place = ""
+        for field in fields:
+            place += f"[{field}]" if isinstance(field, int) else f".{field}"
+        place = place.removeprefix(".")
+        if kind not in ("missing", "value_error"):
+            message = f"{message}, got {shown(first['input'])}"
+        return respond(
+            400, f"{place}: {message}" if place else message, param=place or _parameter_of(message)
+        )
 
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:

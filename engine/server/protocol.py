@@ -5,18 +5,52 @@ A field that would change the answer and is not supported is refused; other unkn
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from ..sampling_params import SamplingParams
 
 
-class StreamOptions(BaseModel):
+def shown(value: Any) -> str:
+    """A value of a request as JSON, cut short, for a message about it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _must_be(description: str) -> WrapValidator:
+    """One message for a field of several types, instead of one for each of them."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {description}, got {shown(value)}") from None
+
+    return WrapValidator(validate)
+
+
+class _Strict(BaseModel):
+    """JSON's own types: true is no number, and neither is "1"."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Sampling(BaseModel):
+class _Sampling(_Strict):
     """The fields that both endpoints share."""
 
     model: str
@@ -26,7 +60,7 @@ class _Sampling(BaseModel):
     n: int = Field(default=1, le=128)
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, _must_be("a string or a list of strings")] = None
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -44,6 +78,12 @@ class _Sampling(BaseModel):
                 if value is not None and not any(same):
                     raise ValueError(f"{name} is not supported; leave it out")
         return data
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> _Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; set stream to true or leave it out")
+        return self
 
     def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
         """Raises ValueError naming the parameter that is out of range."""
@@ -63,11 +103,18 @@ class _Sampling(BaseModel):
 
 # Fields that change the answer and are not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
     "allowed_token_ids": ([],),
+    "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
     "echo": (False,),
     "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
@@ -80,12 +127,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "min_p": (0,),
     "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
     "presence_penalty": (0,),
+    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": ({},),
     "suffix": ("",),
@@ -94,12 +145,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "web_search_options": (),
 }
 
 
-class Message(BaseModel):
+class Message(_Strict):
     role: str
-    content: str | None = None
+    content: str
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -133,7 +185,10 @@ class ChatCompletionRequest(_Sampling):
 
 
 class CompletionRequest(_Sampling):
-    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    prompt: Annotated[
+        str | list[int] | list[str] | list[list[int]],
+        _must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
+    ]
 
     def prompts(self) -> list[str | dict[str, list[int]]]:
         """One engine prompt for each that was given.

@@ -11,6 +11,8 @@ import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
+from cupaged.engine import engine as engine_module
+from tests import tiny_models
 
 from .conftest import MODEL, wait_until
 
@@ -121,19 +123,80 @@ def test_text_parts_are_joined(client):
     assert by_parts.choices[0].message.content == by_string.choices[0].message.content
 
 
-def test_many_streams_at_once_get_the_texts_of_one_at_a_time(server, offline):
-    prompts = [f"request {i} " * (i % 5 + 1) for i in range(24)]
-    expected = offline(prompts)
+def test_many_clients_at_once_get_what_each_gets_alone(server, offline):
+    """Conversations and texts, streamed and whole, among requests that are refused and clients that leave.
 
-    async def one(client, prompt):
-        stream = await client.completions.create(model=MODEL, prompt=prompt, stream=True, **GREEDY)
-        return "".join([chunk.choices[0].text async for chunk in stream])
+    The expected texts come from the engine without a server, one prompt at a time.
+    """
+    contents = [f"páging №{i} " * (i % 5 + 1) for i in range(24)]
+    templated = [f"<start>user: {content}<end><start>assistant: " for content in contents]
+    expected = [offline([text])[0] for text in (*templated, *contents)]
+
+    async def chat(client, content, stream):
+        messages = [{"role": "user", "content": content}]
+        answer = await client.chat.completions.create(model=MODEL, messages=messages, stream=stream, **GREEDY)
+        if not stream:
+            return answer.choices[0].message.content
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+    async def text(client, prompt, stream):
+        answer = await client.completions.create(model=MODEL, prompt=prompt, stream=stream, **GREEDY)
+        if not stream:
+            return answer.choices[0].text
+        return "".join([chunk.choices[0].text async for chunk in answer])
+
+    async def refused(client, **change):
+        with pytest.raises(openai.BadRequestError):
+            await client.completions.create(**{"model": MODEL, "prompt": "x", **change})
+
+    async def leaves(client):
+        stream = await client.completions.create(
+            model=MODEL, prompt="x", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        await anext(aiter(stream))
+        await stream.close()
 
     async def all_of_them():
         async with server.async_client() as client:
-            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+            wanted = [chat(client, content, i % 2 == 0) for i, content in enumerate(contents)]
+            wanted += [text(client, content, i % 2 == 0) for i, content in enumerate(contents)]
+            others = [leaves(client) for _ in range(4)]
+            others += [refused(client, prompt="x" * 5000), refused(client, prompt=["x", ""], stream=True)]
+            others += [refused(client, temperature=-1), refused(client, n=100, max_tokens=200)]
+            answers = await asyncio.gather(*wanted, *others)
+            return answers[: len(wanted)]
 
     assert asyncio.run(all_of_them()) == expected
+    wait_until(lambda: server.async_engine.stats().num_running == 0)
+    assert server.async_engine.stats().gpu_cache_usage == 0.0
+    server.engine.check_integrity()
+
+
+def test_several_choices_of_a_conversation(client):
+    settings = {"model": MODEL, "messages": CHAT, "n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 12}
+    whole = client.chat.completions.create(**settings)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    streamed, reasons = [""] * 3, [None] * 3
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        choice = chunk.choices[0]
+        streamed[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert streamed == texts
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+
+
+def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
+    """The engine is made to say text whose characters take 1 to 4 tokens each."""
+    said = "añ☃😀é" * 4
+    tokens = iter([*server.engine.tokenizer(said)["input_ids"], tiny_models.EOS])
+    monkeypatch.setattr(engine_module, "sample", lambda logits, scheduled: [[next(tokens)]])
+    chunks = client.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
+    pieces = [chunk.choices[0].text for chunk in chunks]
+    assert "".join(pieces) == said
+    assert "\ufffd" not in "".join(pieces)
+    assert len([piece for piece in pieces if piece]) == len(said)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +219,23 @@ def test_many_streams_at_once_get_the_texts_of_one_at_a_time(server, offline):
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"max_tokens": 5.0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"n": True}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": ["fine", ""]}, "prompt"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"extra_body": {"stop_token_ids": ["a"]}}, "stop_token_ids[0]"),
+        ({"extra_body": {"ignore_eos": "yes"}}, "ignore_eos"),
+        ({"extra_body": {"stream": 1}}, "stream"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
@@ -166,8 +246,55 @@ def test_bad_requests_are_refused_in_openais_shape(client, change, param):
     body = error.value.body
     assert set(body) == {"message", "type", "param", "code"}
     assert body["type"] == "invalid_request_error"
-    assert param is None or body["param"] == param
-    assert body["message"]
+    assert body["param"] == param
+    assert param in body["message"]
+    assert "Value error" not in body["message"]
+
+
+CHAT_FIELDS = [
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [5]}, "messages[0]"),
+    ({"messages": [{"content": "hello"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"max_completion_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": "9"}, "max_completion_tokens"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"continue_final_message": True}, "continue_final_message"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), CHAT_FIELDS, ids=lambda v: v if isinstance(v, str) else None)
+def test_bad_conversations_are_refused_by_name(server, change, param):
+    body = {"model": MODEL, "messages": CHAT, **change}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"null", b'"x"', b"5", b"{", b"\xff\xfe", b'{"model": "a" "b"}']
+)
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_no_json_object(server, body, kind):
+    """curl without a header sends the second kind."""
+    for path in ("completions", "chat/completions"):
+        response = httpx.post(f"{server.url}/v1/{path}", content=body, headers={"Content-Type": kind})
+        assert response.status_code == 400
+        assert "JSON" in response.json()["error"]["message"]
+
+
+def test_max_completion_tokens_is_the_newer_name(client):
+    response = client.chat.completions.create(
+        model=MODEL, messages=CHAT, max_completion_tokens=3, extra_body={"ignore_eos": True}
+    )
+    assert response.usage.completion_tokens == 3
 
 
 def test_what_asks_for_nothing_is_accepted(client):
