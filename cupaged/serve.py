@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--served-model-name", help="what requests call the model; --model if not given")
     found.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    found.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for a free one")
+    found.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
     engine = found.add_argument_group("engine")
     hints, texts = get_type_hints(EngineConfig), _setting_texts()
     for field in dataclasses.fields(EngineConfig):
@@ -48,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
             help=texts[field.name].replace("%", "%%"),
         )
     return found
+
+
+def port_number(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not from 0 to 65535")
+    return port
 
 
 def _setting_texts() -> dict[str, str]:
@@ -71,7 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         raise RuntimeError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port (make serve PORT=...)"
         ) from error
     return found
 
@@ -83,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _serve(options)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -1,0 +1,64 @@
+"""The command line: what it says when it cannot start, and that every setting can be given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cupaged import serve
+from cupaged.engine import EngineConfig
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """What is printed before anything is loaded: no model is called so."""
+    assert serve.main(["--model", "./no-such-model", "--device", "cpu", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded(capsys):
+    with serve.listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        error = error_of(capsys, "--port", str(port))
+    assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (Address already in use): choose")
+
+
+def test_a_host_that_is_not_ours(capsys):
+    assert "cannot listen on no.such.host.invalid" in error_of(capsys, "--host", "no.such.host.invalid")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "http"])
+def test_a_port_that_is_none(capsys, port):
+    with pytest.raises(SystemExit):
+        serve.main([f"--port={port}"])
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("python -m cupaged.serve: error: argument --port")
+    )
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert "model './no-such-model' does not exist" in error_of(capsys, "--port", "0")
+
+
+def test_a_setting_out_of_range(capsys):
+    assert error_of(capsys, "--block-size", "12").startswith("error: block_size must be")
+
+
+def test_a_cache_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "file"))
+    assert serve.main(["--device", "cpu", "--port", "0"]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_every_setting_of_the_engine_is_an_option_with_a_text():
+    options = {action.dest: action for action in serve.parser()._actions}
+    defaults = serve.parser().parse_args([])
+    for field in dataclasses.fields(EngineConfig):
+        if field.name == "check_integrity":
+            continue
+        assert options[field.name].help
+        assert getattr(defaults, field.name) == field.default
+    given = serve.parser().parse_args(["--swap-space", "0.5", "--max-model-len", "64", "--dtype", "float16"])
+    assert (given.swap_space, given.max_model_len, given.dtype) == (0.5, 64, "float16")
