@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,22 +33,51 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        found["cuda"] = torch.version.cuda
+        found |= _gpu(device)
     return found
 
 
-def write(out: Path, name: str, device: torch.device, results: Any) -> Path:
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+    }
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        found["driver"] = done.stdout.strip().partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        found["driver"] = "unknown"
+    try:
+        from cupaged.compile import nvrtc_version
+
+        found["nvrtc"] = ".".join(map(str, nvrtc_version()))
+    except ImportError:
+        found["nvrtc"] = "none"
+    return found
+
+
+def result_name(benchmark: str, device: torch.device) -> str:
+    """Of the file: ``kernels-cpu``, ``kernels-nvidia-h200``."""
+    name = "cpu"
+    if device.type == "cuda":
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return f"{benchmark}-{name}"
+
+
+def write(out: Path, name: str, environment: dict[str, Any], results: Any) -> Path:
     """Write one run as JSON; gives the file."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(device), "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
     return path
 
 
@@ -62,5 +92,8 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip()

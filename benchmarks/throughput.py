@@ -157,7 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         setting = {"model": options.model or "SmolLM2-135M-Instruct", "dtype": str(dense.dtype)}
         setting |= {"requests": options.requests, "new_tokens": options.tokens, "runs": results}
-        common.write(options.out, f"throughput-{options.device}", torch.device(options.device), setting)
+        device = torch.device(options.device)
+        common.write(
+            options.out, common.result_name("throughput", device), common.environment(device), setting
+        )
     return wrong
 
 

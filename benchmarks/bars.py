@@ -1,0 +1,135 @@
+"""What the kernels are held to on a GPU, as ratios within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .report import Result, Row
+
+
+def ratios(row: Row) -> dict[str, float]:
+    """Of a decode or prefill row: bandwidth over a copy's, and others' times over ours."""
+    seconds = row["seconds"]
+    if "cupaged" not in seconds:
+        return {}
+    ours = seconds["cupaged"]
+    found = {}
+    if row.get("copy_bytes_per_s"):
+        found["of_copy"] = row["bytes"] / ours / row["copy_bytes_per_s"]
+    for group in ("sdpa", "flashinfer"):
+        times = [s for name, s in seconds.items() if name.startswith(group)]
+        if times:
+            found[group] = min(times) / ours
+    return found
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``measure`` gives the worst ratio of the rows the bar is about, None if there is none."""
+
+    name: str
+    target: float
+    measure: Callable[[dict[str, Result]], float | None]
+
+
+def _plain(row: Row) -> bool:
+    return row["cache_dtype"] is None and not row["shared_prefix"] and row["query_tokens"] == 1
+
+
+def _decode(ratio: str, *conditions: Callable[[Row], bool]) -> Callable[[dict[str, Result]], float | None]:
+    def measure(results: dict[str, Result]) -> float | None:
+        rows = results["decode"].rows if "decode" in results else []
+        chosen = [ratios(row) for row in rows if all(condition(row) for condition in conditions)]
+        return min((r[ratio] for r in chosen if ratio in r), default=None)
+
+    return measure
+
+
+def _group(row: Row) -> int:
+    return row["num_heads"] // row["num_kv_heads"]
+
+
+def _large(row: Row) -> bool:
+    return row["num_seqs"] >= 32 and row["context"] >= 4096 and row["block_size"] == 16
+
+
+def _page_sizes(results: dict[str, Result]) -> float | None:
+    """The slowest page size from 16 on over the fastest, of one shape."""
+    by_shape: dict[tuple, list[float]] = {}
+    for row in results["decode"].rows if "decode" in results else []:
+        if _plain(row) and "cupaged" in row["seconds"]:
+            shape = tuple(row[k] for k in ("dtype", "num_seqs", "context", "num_heads", "num_kv_heads"))
+            by_shape.setdefault((*shape, row["head_size"]), []).append(row["seconds"]["cupaged"])
+    return min((min(times) / max(times) for times in by_shape.values() if len(times) > 1), default=None)
+
+
+def _quantised(results: dict[str, Result]) -> float | None:
+    """The time over a bf16 cache by the time over an fp8 one, at long context."""
+    times: dict[tuple, dict[str | None, float]] = {}
+    for row in results["decode"].rows if "decode" in results else []:
+        plain = row["query_tokens"] == 1 and not row["shared_prefix"] and row["block_size"] == 16
+        if plain and row["dtype"] == "bfloat16" and row["context"] >= 8192 and "cupaged" in row["seconds"]:
+            shape = tuple(row[k] for k in ("num_seqs", "context", "num_heads", "num_kv_heads", "head_size"))
+            times.setdefault(shape, {})[row["cache_dtype"]] = row["seconds"]["cupaged"]
+    found = [
+        both[None] / s
+        for both in times.values()
+        for name, s in both.items()
+        if None in both and name and name.startswith("float8")
+    ]
+    return min(found, default=None)
+
+
+def _memory(
+    name: str, ratio: str, condition: Callable[[Row], bool]
+) -> Callable[[dict[str, Result]], float | None]:
+    def measure(results: dict[str, Result]) -> float | None:
+        rows = results["memory"].rows if "memory" in results else []
+        chosen = [row for row in rows if row["name"].startswith(name) and ratio in row and condition(row)]
+        return min((row[ratio] for row in chosen), default=None)
+
+    return measure
+
+
+BARS = (
+    Bar(
+        "decode, GQA 4 to 8, >= 32 x >= 4k, page 16: of copy",
+        0.90,
+        _decode("of_copy", _plain, _large, lambda row: 4 <= _group(row) <= 8),
+    ),
+    Bar(
+        "decode, MHA, >= 32 x >= 4k, page 16: of copy",
+        0.90,
+        _decode("of_copy", _plain, _large, lambda row: _group(row) == 1),
+    ),
+    Bar(
+        "decode, 1 x 64k: of copy",
+        0.80,
+        _decode("of_copy", _plain, lambda row: row["num_seqs"] == 1 and row["context"] >= 65536),
+    ),
+    Bar("decode, page sizes 16 to 128: slowest over fastest", 0.97, _page_sizes),
+    Bar("decode: dense SDPA's time over ours", 1.0, _decode("sdpa")),
+    Bar("decode: FlashInfer's time over ours", 1.0, _decode("flashinfer")),
+    Bar("decode, >= 8k: bf16 cache's time over fp8's", 1.6, _quantised),
+    Bar(
+        "copy_blocks, >= 64 MB: of copy",
+        0.90,
+        _memory("copy_blocks", "of_copy", lambda row: row["bytes"] >= 64 << 20),
+    ),
+    Bar(
+        "reshape_and_cache, >= 64 MB: of copy",
+        0.90,
+        _memory("reshape_and_cache", "of_copy", lambda row: row["bytes"] >= 64 << 20),
+    ),
+    Bar(
+        "swap_blocks, 2 MB blocks: of a pinned copy",
+        0.90,
+        _memory("swap_blocks", "of_pinned", lambda row: row["block_bytes"] == 2 << 20),
+    ),
+    Bar(
+        "swap_blocks, 32 KB blocks: of a pinned copy",
+        0.50,
+        _memory("swap_blocks", "of_pinned", lambda row: row["block_bytes"] == 32 << 10),
+    ),
+)

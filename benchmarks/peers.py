@@ -1,0 +1,153 @@
+"""What the kernels are compared with. Each gives one call for every set of a batch, [T, H, D] from it.
+
+A peer that is not installed is left out; one that raises is a failure in its own row and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .problems import Batch, Case
+
+PeerRun = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``prepare`` does what a user would do once for a batch; what it returns is timed."""
+
+    name: str
+    prepare: Callable[[Batch], list[PeerRun]]
+    applies: Callable[[Case, torch.device], bool]
+
+
+def peers() -> tuple[Peer, ...]:
+    found = [Peer("sdpa", sdpa, lambda case, device: device.type == "cpu")]
+    for backend in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ):
+        name = backend.name.removesuffix("_ATTENTION").lower()
+        applies = partial(_sdpa_applies, backend)
+        found.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
+    found.append(Peer("flex", flex, _flex_applies))
+    if importlib.util.find_spec("flashinfer") is not None:
+        for tensor_cores in (False, True):
+            name = "flashinfer tc" if tensor_cores else "flashinfer"
+            prepare = partial(flashinfer, tensor_cores=tensor_cores)
+            found.append(Peer(name, prepare, partial(_flashinfer_applies, tensor_cores)))
+    return tuple(found)
+
+
+def sdpa(batch: Batch, backend: SDPBackend | None = None) -> list[PeerRun]:
+    """torch's attention over contiguous keys and values, in one of its implementations."""
+    case = batch.case
+    mask = None
+    if 1 < case.query_tokens < case.context:
+        mask = _visible(batch)
+
+    def run(s: int) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            batch.dense_query(s),
+            batch.key[s],
+            batch.value[s],
+            attn_mask=mask,
+            is_causal=case.query_tokens == case.context > 1,
+            enable_gqa=case.num_heads != case.num_kv_heads,
+        )
+        return _rows(out)
+
+    def chosen(s: int) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return run(s)
+
+    return [partial(run if backend is None else chosen, s) for s in range(batch.num_sets)]
+
+
+def flex(batch: Batch) -> list[PeerRun]:
+    """torch's FlexAttention, compiled for this shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case = batch.case
+    block_mask = None
+    if case.query_tokens > 1:
+        first = case.context - case.query_tokens
+        block_mask = create_block_mask(
+            lambda b, h, q, k: q + first >= k, None, None, case.query_tokens, case.context, batch.device
+        )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    gqa = case.num_heads != case.num_kv_heads
+
+    def run(s: int) -> torch.Tensor:
+        query, key, value = batch.dense_query(s), batch.key[s], batch.value[s]
+        return _rows(compiled(query, key, value, block_mask=block_mask, enable_gqa=gqa))
+
+    return [partial(run, s) for s in range(batch.num_sets)]
+
+
+def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
+    """FlashInfer on the same paged cache, planned beforehand."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+
+    case = batch.case
+    blocks = -(-case.context // case.block_size)
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=batch.device)
+    pages = torch.arange(case.num_seqs + 1, dtype=torch.int32, device=batch.device) * blocks
+    last = torch.full_like(batch.seq_lens, case.context - (blocks - 1) * case.block_size)
+    heads = (case.num_heads, case.num_kv_heads, case.head_size, case.block_size)
+    dtypes = {"q_data_type": batch.dtype, "kv_data_type": batch.kv_cache.dtype}
+    scales = {} if batch.scale is None else {"k_scale": batch.scale, "v_scale": batch.scale}
+
+    def planned(s: int) -> PeerRun:
+        indices = batch.block_tables[s].flatten()
+        if case.query_tokens == 1:
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=tensor_cores)
+            wrapper.plan(pages, indices, last, *heads, **dtypes)
+        else:
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+            wrapper.plan(batch.query_start_loc, pages, indices, last, *heads, causal=True, **dtypes)
+        return lambda: wrapper.run(batch.query[s], batch.kv_cache, **scales)
+
+    return [planned(s) for s in range(batch.num_sets)]
+
+
+def _sdpa_applies(backend: SDPBackend, case: Case, device: torch.device) -> bool:
+    if device.type == "cpu" or case.cache_dtype:
+        return False
+    # The plain product keeps every logit in memory.
+    return backend != SDPBackend.MATH or case.query_tokens * case.context <= 1 << 20
+
+
+def _flex_applies(case: Case, device: torch.device) -> bool:
+    """Where it compiles for long: on a GPU, for one shape of each head size and ratio."""
+    shapes = {(32, 1, 4096), (1, 1, 65536), (1, 8192, 8192)}
+    shape = (case.num_seqs, case.query_tokens, case.context)
+    plain = case.block_size == 16 and not case.cache_dtype and not case.shared_prefix
+    return device.type == "cuda" and plain and shape in shapes and case.head_size == 128
+
+
+def _flashinfer_applies(tensor_cores: bool, case: Case, device: torch.device) -> bool:
+    if device.type != "cuda" or case.cache_dtype == "int8" or case.head_size not in (64, 128, 256):
+        return False
+    return tensor_cores or case.query_tokens == 1
+
+
+def _visible(batch: Batch) -> torch.Tensor:
+    """Boolean [query_tokens, context]: the queries are the last tokens."""
+    case = batch.case
+    ones = torch.ones(case.query_tokens, case.context, dtype=torch.bool, device=batch.device)
+    return ones.tril(case.context - case.query_tokens)
+
+
+def _rows(out: torch.Tensor) -> torch.Tensor:
+    """[S, H, query_tokens, D] as [T, H, D]."""
+    return out.transpose(1, 2).flatten(0, 1)

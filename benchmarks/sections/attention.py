@@ -1,0 +1,150 @@
+"""Decode and prefill: every shape checked, then timed beside the peers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+from ..peers import Peer, peers
+from ..problems import Batch, Case, name_of, quantised_dtypes
+from ..report import Context, Row, reason
+
+# Seconds that a peer may take in one run of the report to get ready; one that compiles longer is left out.
+SETUP_S = 75.0
+MAX_KV_BYTES = 12 << 30  # of a case; the dense copy is as large again
+
+LLAMA_8B, LLAMA_70B, MHA = (32, 8, 128), (64, 8, 128), (32, 32, 128)
+
+
+def decode_cases(context: Context) -> list[Case]:
+    """The most telling first: what does not fit the time is left out at the end."""
+    if context.quick:
+        return [
+            Case("float32", 2, 1, 96, 4, 2, 64),
+            Case("bfloat16", 2, 1, 96, 4, 2, 64),
+            Case("float32", 2, 3, 90, 4, 2, 64, shared_prefix=32),
+        ]
+    if not context.on_gpu:
+        return _cpu_cases([(32, 1, 160), (8, 1, 2048), (1, 1, 8192)])
+    base = Case("bfloat16", 32, 1, 4096, *LLAMA_8B)
+    found = [
+        Case("bfloat16", seqs, 1, length, *heads)
+        for heads in (LLAMA_8B, LLAMA_70B, MHA)
+        for seqs, length in ((32, 4096), (64, 8192), (1, 65536))
+    ]
+    found += [replace(base, block_size=size) for size in (32, 64, 128)]
+    for dtype in quantised_dtypes():
+        found += [
+            replace(base, num_seqs=seqs, context=length, cache_dtype=name_of(dtype))
+            for seqs, length in ((64, 8192), (1, 65536))
+        ]
+    found += [replace(base, query_tokens=tokens) for tokens in (2, 4, 8)]
+    found.append(replace(base, num_seqs=64, context=8192, shared_prefix=7168))
+    found += [replace(base, head_size=size) for size in (64, 256)]
+    found.append(replace(base, dtype="float16"))
+    shapes = [(1, 512), (1, 4096), (8, 512), (8, 16384), (32, 512), (32, 16384)]
+    shapes += [(128, 512), (128, 4096), (256, 512), (256, 4096), (8, 65536), (128, 16384)]
+    grid = [
+        Case("bfloat16", seqs, 1, length, *heads)
+        for seqs, length in shapes
+        for heads in (LLAMA_8B, LLAMA_70B, MHA)
+    ]
+    return found + [case for case in grid if case.kv_bytes <= MAX_KV_BYTES]
+
+
+def prefill_cases(context: Context) -> list[Case]:
+    if context.quick:
+        return [Case("float32", 1, 48, 48, 4, 2, 64)]
+    if not context.on_gpu:
+        return _cpu_cases([(1, 512, 512), (1, 2048, 2048)])
+    return [
+        Case("bfloat16", seqs, query, length, *heads)
+        for heads in (LLAMA_8B, LLAMA_70B, MHA)
+        for seqs, query, length in ((8, 2048, 2048), (1, 8192, 8192), (4, 512, 8192))
+    ]
+
+
+def _cpu_cases(shapes: Sequence[tuple[int, int, int]]) -> list[Case]:
+    """A layer of the demo model and one of Llama 3 8B."""
+    return [
+        Case(dtype, seqs, query, length, *heads)
+        for dtype in ("float32", "bfloat16")
+        for heads in ((9, 3, 64), LLAMA_8B)
+        for seqs, query, length in shapes
+    ]
+
+
+def decode(context: Context) -> None:
+    _measure(context, decode_cases(context))
+
+
+def prefill(context: Context) -> None:
+    _measure(context, prefill_cases(context))
+
+
+def _measure(context: Context, cases: list[Case]) -> None:
+    context.result.notes.append(f"copy: {context.copy_bandwidth / 1e9:,.1f} GB/s")
+    contenders = Contenders(peers(), context)
+    for case in context.within_budget(cases):
+        context.progress(f"  {case}")
+        context.result.rows.append(measure(context, case, contenders))
+
+
+class Contenders:
+    """The peers of one run, less those that have taken too long to get ready."""
+
+    def __init__(self, known: Sequence[Peer], context: Context) -> None:
+        self._known = known
+        self._context = context
+        self._setup_s = dict.fromkeys((peer.name for peer in known), 0.0)
+
+    def of(self, case: Case) -> Iterator[Peer]:
+        for peer in self._known:
+            if peer.applies(case, self._context.device):
+                if self._setup_s[peer.name] <= SETUP_S:
+                    yield peer
+                else:
+                    self._context.result.left_out.append(f"{peer.name} on {case}: slow to get ready")
+
+    def took(self, peer: Peer, seconds: float) -> None:
+        self._setup_s[peer.name] += seconds
+
+
+def measure(context: Context, case: Case, contenders: Contenders) -> Row:
+    """One row. Without a right result it has no time, of ours or of a peer."""
+    row: Row = {**asdict(case), "bytes": case.kv_bytes, "flop": case.flop, "seconds": {}, "spread": {}}
+    row |= {"method": {}, "failed": {}, "copy_bytes_per_s": context.copy_bandwidth}
+    try:
+        batch = Batch(case, context.device, context.rotation_bytes, context.seed)
+        wrong = batch.complaint(batch.paged)
+        if wrong is None:
+            _time(context, row, "cupaged", batch.runs())
+    except Exception as error:
+        wrong = reason(error)
+    if wrong:
+        row["wrong"] = wrong
+        context.result.wrong.append(f"{case}: {wrong}")
+        return row
+    for peer in contenders.of(case):
+        start = time.perf_counter()
+        try:
+            runs = peer.prepare(batch)
+            # Peers may hold probabilities in 16 bits, so theirs is the wider tolerance.
+            wrong = batch.complaint(lambda s, runs=runs: runs[s](), slack=4.0, floor=1e-3)
+            contenders.took(peer, time.perf_counter() - start)
+            if wrong:
+                row["failed"][peer.name] = wrong
+            else:
+                _time(context, row, peer.name, runs)
+        except Exception as error:
+            contenders.took(peer, time.perf_counter() - start)
+            row["failed"][peer.name] = reason(error)
+    return row
+
+
+def _time(context: Context, row: Row, name: str, runs: list) -> None:
+    timing = context.timer(runs, context.sample_s)
+    row["seconds"][name] = timing.median_s
+    row["spread"][name] = round(timing.spread, 4)
+    row["method"][name] = timing.method

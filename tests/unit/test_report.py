@@ -1,0 +1,390 @@
+"""`benchmarks/kernels.py`: it runs for real on a CPU, and no wrong result gets a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import cupaged
+from benchmarks import bars, kernels, peers, plots, tables
+from benchmarks.problems import Batch, Case
+from benchmarks.report import Context, Result, Section, run_section
+from benchmarks.sections import SECTIONS, attention, check, host, memory
+from cupaged.backends import reference
+from cupaged.params import AttentionParams
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def context():
+    return Context(CPU, quick=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The command as a user types it: its output, and the folder it left."""
+    folder = tmp_path_factory.mktemp("report")
+    command = [sys.executable, "benchmarks/kernels.py", "--report", str(folder), "--quick", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder
+
+
+def test_the_report_has_every_section(report):
+    out, folder = report
+    written = json.loads((folder / "kernels-cpu.json").read_text())
+    sections = written["results"]["sections"]
+    assert list(sections) == [section.name for section in SECTIONS]
+    assert all(section["rows"] for name, section in sections.items() if name != "host")
+    assert sections["host"]["left_out"] == ["all of it: there is no GPU"]
+    assert not [section["wrong"] for section in sections.values() if section["wrong"]]
+    for name in ("decode", "prefill"):
+        for row in sections[name]["rows"]:
+            assert row["seconds"]["cupaged"] > 0
+            assert row["seconds"]["sdpa"] > 0
+    assert out.rstrip().splitlines()[-1].startswith("matmul")  # the summary is last
+    assert written["environment"]["versions"]["torch"]
+
+
+def test_what_is_written_names_no_machine(report):
+    _, folder = report
+    text = (folder / "kernels-cpu.json").read_text()
+    assert str(folder) not in text
+    assert str(ROOT) not in text
+    assert str(Path.home()) + "/" not in text
+
+
+def test_the_report_draws_what_it_measured(report):
+    out, folder = report
+    for path in (folder / f"{name}.png" for name in plots.PLOTS):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert path.name in out
+
+
+def test_without_matplotlib_there_are_no_plots_and_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    assert (
+        kernels.main(["--section", "ceilings", "--report", str(tmp_path), "--quick", "--device", "cpu"]) == 0
+    )
+    assert "matplotlib is missing" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_plain_use_times_decode_and_prefill_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert kernels.main(["--quick", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "decode:" in out
+    assert "prefill:" in out
+    assert "check:" not in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sections_are_listed(capsys):
+    assert kernels.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(tables.FORMATS)
+
+
+@pytest.fixture
+def off_by_a_little(monkeypatch):
+    """The first output element is wrong."""
+    right = cupaged.paged_attention
+
+    def wrong(query, *args, out, **options):
+        found = right(query, *args, out=out, **options)
+        if out.numel():
+            out[0, 0, 0] += 0.5
+        return found
+
+    monkeypatch.setattr(cupaged, "paged_attention", wrong)
+
+
+@pytest.mark.usefixtures("off_by_a_little")
+def test_a_wrong_kernel_gets_no_time(capsys, tmp_path):
+    assert kernels.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: maximum error" in out
+    assert "sdpa" not in out.partition("copy:")[0]
+    sections = json.loads((tmp_path / "kernels-cpu.json").read_text())["results"]["sections"]
+    rows = sections["decode"]["rows"] + sections["prefill"]["rows"]
+    assert rows
+    assert not [row for row in rows if row["seconds"]]
+
+
+@pytest.mark.usefixtures("off_by_a_little")
+def test_a_wrong_check_says_what_and_stops_the_clocks(capsys):
+    arguments = ["--quick", "--device", "cpu", "--section", "check", "--section", "decode"]
+    assert kernels.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: decode torch.float32 D=64 (seed " in out
+    assert "no times while check is wrong" in out
+    assert "of copy" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("reshape_and_cache", lambda args: args[2].view(torch.uint8).flatten()[:1].bitwise_xor_(1)),
+        ("copy_blocks", lambda args: args[0].view(torch.uint8).flatten()[:1].bitwise_xor_(1)),
+        ("swap_blocks", lambda args: args[1].view(torch.uint8).flatten()[:1].bitwise_xor_(1)),
+    ],
+)
+def test_the_checks_notice_one_wrong_bit(monkeypatch, context, name, damage):
+    right = getattr(cupaged, name)
+
+    def wrong(*args):
+        right(*args)
+        damage(args)
+
+    monkeypatch.setattr(cupaged, name, wrong)
+    checks = [(text, run) for text, run in check.checks_of(context) if text.startswith(name)]
+    assert checks
+    for _, run in checks:
+        with pytest.raises(AssertionError, match="1 bytes differ"):
+            run(CPU, 5)
+
+
+def test_a_result_that_depends_on_the_batch_is_noticed(monkeypatch, context):
+    right = cupaged.paged_attention
+
+    def wrong(query, *args, out=None, **options):
+        found = right(query, *args, out=out, **options)
+        return found if out is not None else found * (1 + 2**-20)
+
+    monkeypatch.setattr(cupaged, "paged_attention", wrong)
+    with pytest.raises(AssertionError, match="other bits"):
+        check.invariance(CPU, 1, "decode")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float32", 3, 1, 70, 4, 2, 64),
+        Case("bfloat16", 2, 1, 64, 6, 2, 32, block_size=8, shared_prefix=32),
+        Case("float32", 2, 5, 33, 4, 4, 64),
+        Case("float32", 2, 40, 40, 4, 1, 64),
+    ],
+    ids=str,
+)
+def test_the_problems_are_the_same_dense_and_paged(case):
+    """By the reference in float64 over the paged cache, in every set, and with poison around."""
+    batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
+    assert batch.num_sets == 2
+    for s in range(2):
+        expected, _ = reference.attend(
+            batch.query[s].double(),
+            batch.kv_cache.double(),
+            batch.block_tables[s],
+            batch.seq_lens,
+            batch.query_start_loc,
+            AttentionParams(scale=case.head_size**-0.5),
+            compute_dtype=torch.float64,
+        )
+        dense = peers.sdpa(batch)[s]().double()
+        torch.testing.assert_close(dense, expected, atol=0.03 if case.dtype == "bfloat16" else 1e-4, rtol=0)
+        assert batch.complaint(lambda s: peers.sdpa(batch)[s](), slack=4.0, floor=1e-3) is None
+    shared = case.shared_prefix // case.block_size
+    tables_ = batch.block_tables
+    assert (tables_[:, :, :shared] == tables_[:, :1, :shared]).all()
+    used = torch.cat([tables_[:, :1, :shared].flatten(), tables_[:, :, shared:].flatten()])
+    assert len(used.unique()) == len(used)
+    filled = ~batch.kv_cache.isnan().all(dim=-1)
+    blocks = -(-case.context // case.block_size)
+    unused = 2 * case.num_seqs * (blocks * case.block_size - case.context)
+    assert int((~filled[:, 0, 0]).sum()) == unused
+
+
+@pytest.mark.parametrize("rows", ["first", "last"])
+def test_a_wrong_row_of_a_large_query_is_noticed(rows):
+    """Only a sample is looked at, which has the last rows of the last sequence."""
+    batch = Batch(Case("float32", 2, 100, 100, 2, 1, 32), CPU)
+
+    def run(s):
+        out = batch.paged(s).clone()
+        out[-1, 0, 0] = 0.3 if rows == "last" else float("nan")
+        return out
+
+    assert batch.complaint(run)
+
+
+def test_a_peer_that_raises_fails_in_its_own_row(context):
+    def broken(batch):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    def wrong(batch):
+        return [lambda: torch.zeros_like(batch.out[0])] * batch.num_sets
+
+    def anywhere(case, device):
+        return True
+
+    known = (
+        peers.Peer("broken", broken, anywhere),
+        peers.Peer("wrong", wrong, anywhere),
+        *(p for p in peers.peers() if p.name == "sdpa"),
+    )
+    row = attention.measure(
+        context, Case("float32", 2, 1, 40, 2, 1, 32), attention.Contenders(known, context)
+    )
+    assert row["failed"]["broken"] == "RuntimeError: no kernel image"
+    assert row["failed"]["wrong"].startswith("maximum error")
+    assert set(row["seconds"]) == {"cupaged", "sdpa"}
+    assert context.result.wrong == []
+    assert "broken failed: RuntimeError" in "".join(tables.lines_of("decode", Result(rows=[row])))
+
+
+def test_a_peer_that_is_slow_to_get_ready_is_left_out(context):
+    peer = peers.Peer("slow", peers.sdpa, lambda case, device: True)
+    contenders = attention.Contenders([peer], context)
+    case = Case("float32", 2, 1, 40, 2, 1, 32)
+    contenders.took(peer, attention.SETUP_S + 1)
+    assert "slow" not in attention.measure(context, case, contenders)["seconds"]
+    assert "slow" in context.result.left_out[0]
+
+
+def test_flashinfer_is_given_what_its_interface_asks_for(monkeypatch):
+    """A stand-in with FlashInfer's interface that reads the pages by its own arguments."""
+
+    class Wrapper:
+        def __init__(self, workspace, kv_layout, use_tensor_cores=None):
+            assert kv_layout == "HND"
+            assert workspace.dtype == torch.uint8
+
+        def run(self, query, cache):
+            starts, pages, indices, last, heads, kv_heads, head_size, page_size = self.planned
+            out = torch.empty_like(query)
+            assert cache.shape[1:] == (2, kv_heads, page_size, head_size)
+            for s in range(len(pages) - 1):
+                ids = indices[pages[s] : pages[s + 1]].long()
+                length = (len(ids) - 1) * page_size + int(last[s])
+                key, value = (cache[ids, i].transpose(0, 1).flatten(1, 2)[:, :length] for i in range(2))
+                rows = slice(int(starts[s]), int(starts[s + 1]))
+                positions = torch.arange(length - (rows.stop - rows.start), length)
+                group = heads // kv_heads
+                for h in range(kv_heads):
+                    some = slice(h * group, (h + 1) * group)
+                    out[rows, some] = attention_of(query[rows, some], key[h], value[h], positions)
+            return out
+
+    def attention_of(*args):
+        from benchmarks.problems import attention
+
+        return attention(*args, torch.float32)
+
+    class Decode(Wrapper):
+        def plan(self, indptr, indices, last, *heads, q_data_type, kv_data_type):
+            self.planned = (torch.arange(len(indptr)), indptr, indices, last, *heads)
+
+    class Prefill(Wrapper):
+        def plan(self, qo_indptr, indptr, indices, last, *heads, causal, q_data_type, kv_data_type):
+            assert causal
+            self.planned = (qo_indptr, indptr, indices, last, *heads)
+
+    module = types.ModuleType("flashinfer")
+    module.BatchDecodeWithPagedKVCacheWrapper = Decode
+    module.BatchPrefillWithPagedKVCacheWrapper = Prefill
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    for case in (Case("float32", 3, 1, 70, 4, 2, 64), Case("float32", 2, 5, 33, 4, 2, 64)):
+        batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
+        runs = peers.flashinfer(batch, tensor_cores=True)
+        assert batch.complaint(lambda s, runs=runs: runs[s]()) is None
+
+
+def test_time_that_is_over_leaves_out_the_rest_by_name(context):
+    def run(context):
+        for case in context.within_budget(["a", "b", "c"]):
+            context.result.rows.append({"name": case})
+            context.deadline = 0.0
+
+    result = run_section(Section("x", "", 10.0, run), context, end=float("inf"))
+    assert [row["name"] for row in result.rows] == ["a"]
+    assert result.left_out == ["b", "c"]
+
+
+def test_a_section_that_stops_is_wrong_and_the_report_goes_on(context):
+    def run(context):
+        raise RuntimeError("out of paper")
+
+    result = run_section(Section("x", "", 10.0, run), context, end=float("inf"))
+    assert result.wrong == ["x stopped: RuntimeError: out of paper"]
+
+
+def test_both_layouts_are_measured_or_one(context):
+    for layouts in (("block",), ("layer",), ("block", "layer")):
+        context.layouts = layouts
+        context.result = Result()
+        memory.run(context)
+        names = [row["name"] for row in context.result.rows if row["name"].endswith("major")]
+        assert names == [f"{layout}-major" for layout in layouts]
+
+
+def test_host_time_of_a_call_and_of_its_launches(context, monkeypatch):
+    """Over the emulation: the same backend, with a launcher that runs on the CPU."""
+    emulator = pytest.importorskip("tests.cuda_host.emulator")
+    backend = emulator.backend(3)
+    launched = []
+
+    class Launcher:
+        sm_count, empty = backend._launcher.sm_count, backend._launcher.empty
+
+        def launch(self, spec, *args):
+            launched.append(spec.entry)
+
+    monkeypatch.setattr(host, "launcher", Launcher)
+    host.run(context)
+    rows = {row["name"]: row for row in context.result.rows}
+    assert list(rows) == ["decode", "decode, split", "prefill", "reshape_and_cache"]
+    assert rows["decode, split"]["launches"] == 2
+    assert rows["decode"]["launches"] == 1
+    for row in rows.values():
+        assert set(row["seconds"]) == {"call", "backend", "launches"}
+    assert {"paged_decode", "merge_splits", "paged_prefill", "reshape_and_cache"} <= set(launched)
+
+
+def row(**changes) -> dict:
+    base = {"dtype": "bfloat16", "num_seqs": 32, "query_tokens": 1, "context": 4096, "num_heads": 32}
+    base |= {"num_kv_heads": 8, "head_size": 128, "block_size": 16, "cache_dtype": None, "shared_prefix": 0}
+    base |= {"bytes": 900, "flop": 1, "copy_bytes_per_s": 1000.0, "seconds": {"cupaged": 1.0}, "failed": {}}
+    return base | changes
+
+
+def test_the_bars_take_the_worst_row_they_are_about():
+    rows = [
+        row(seconds={"cupaged": 1.0, "sdpa flash": 3.0, "sdpa math": 9.0, "flashinfer": 0.5}),
+        row(num_seqs=64, bytes=950),
+        row(num_heads=8, bytes=800),  # MHA
+        row(num_seqs=1, context=65536, bytes=700),
+        row(block_size=64, seconds={"cupaged": 1.25}),
+        row(num_seqs=64, context=8192, seconds={"cupaged": 2.0}, bytes=1900),
+        row(num_seqs=64, context=8192, cache_dtype="float8_e4m3fn", seconds={"cupaged": 1.0}),
+        row(num_seqs=64, context=8192, seconds={}),  # wrong: no time
+    ]
+    blocks = [
+        {"name": "swap_blocks out", "block_bytes": 2 << 20, "bytes": 1, "seconds": 1.0, "of_pinned": 0.95},
+        {"name": "swap_blocks in", "block_bytes": 2 << 20, "bytes": 1, "seconds": 1.0, "of_pinned": 0.91},
+        {"name": "copy_blocks", "block_bytes": 8192, "bytes": 1 << 20, "seconds": 1.0, "of_copy": 0.1},
+        {"name": "copy_blocks", "block_bytes": 8192, "bytes": 64 << 20, "wrong": "blocks differ"},
+    ]
+    results = {"decode": Result(rows=rows), "memory": Result(rows=blocks)}
+    found = {bar.name: bar.measure(results) for bar in bars.BARS}
+    assert [value for value in found.values() if value is not None] == pytest.approx(
+        [0.9, 0.8, 0.7, 0.8, 3.0, 0.5, 2.0, 0.91]
+    )
+    environment = {"device": "GPU", "driver": "1", "versions": {}, "commit": "c", "modified": False}
+    text = "\n".join(tables.summary(environment, results))
+    assert text.count(" met") == 4
+    assert text.count(" MISSED") == 4
