@@ -123,8 +123,11 @@ def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
 def _sdpa_applies(backend: SDPBackend, case: Case, device: torch.device) -> bool:
     if device.type == "cpu" or case.cache_dtype:
         return False
-    # The plain product keeps every logit in memory.
-    return backend != SDPBackend.MATH or case.query_tokens * case.context <= 1 << 20
+    if backend != SDPBackend.MATH:
+        return True
+    # It keeps every logit in memory, and a copy of the keys and values for every query head.
+    repeated = case.kv_bytes * case.num_heads // case.num_kv_heads
+    return case.query_tokens * case.context <= 1 << 20 and repeated <= 8 << 30
 
 
 def _flex_applies(case: Case, device: torch.device) -> bool:
