@@ -19,7 +19,7 @@ import torch
 
 from ..params import AttentionParams
 from ..quantisation import LARGEST
-from . import cpu_attention, cpu_decode, cpu_memory, cpu_prefill, cpu_simd, cpu_work
+from . import cpu_attention, cpu_decode, cpu_memory, cpu_prefill, cpu_simd, cpu_tiles, cpu_work
 
 # numba has no bfloat16: it goes by the name of uint16 and is widened by a shift.
 _DTYPES = {
@@ -42,7 +42,7 @@ def _jit(function: Any) -> Any:
 @cache
 def _version() -> str:
     digest = hashlib.sha256()
-    for module in (cpu_simd, cpu_work, cpu_decode, cpu_prefill, cpu_attention, cpu_memory):
+    for module in (cpu_simd, cpu_tiles, cpu_work, cpu_decode, cpu_prefill, cpu_attention, cpu_memory):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

@@ -16,21 +16,21 @@ Each item runs FlashAttention's online softmax in base 2 over tiles of KEYS keys
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .cpu_decode import few_rows
 from .cpu_prefill import many_rows
-from .cpu_simd import HALF, fetch_add, load_scalar, splat, store, store_float
+from .cpu_simd import HALF, fetch_add, inner, load_scalar, splat, store, store_float
 from .cpu_work import FEW_ROWS, I32, INFINITY, ROWS, Item, merge_row, plan
 
 
-@njit
+@inner
 def _item(items, index):
     row = items[index]
     return Item(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
 
 
-@njit
+@inner
 def _clear(dtype, batch, first, last):
     """Rows that see nothing: zeros and -inf."""
     itemsize = batch.row_bytes // batch.head_size
@@ -43,7 +43,7 @@ def _clear(dtype, batch, first, last):
                 store_float(batch.lse + 4 * (token * batch.num_heads + h), -INFINITY)
 
 
-@njit
+@inner
 def _clear_empty(dtype, batch):
     owned = batch.num_seqs
     for s in range(batch.num_seqs):
@@ -57,7 +57,7 @@ def _clear_empty(dtype, batch):
     _clear(dtype, batch, owned, batch.num_tokens)
 
 
-@njit
+@inner
 def _work(dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
     """One thread: take items until none is left. The last items come first: they are the longest."""
     tasks = len(items) * batch.num_kv_heads
@@ -68,7 +68,7 @@ def _work(dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
         item = _item(items, task // batch.num_kv_heads)
         head = task % batch.num_kv_heads
         if item.rows <= FEW_ROWS:
-            few_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse)
+            few_rows(dtype, dtype, batch, item, head, q_scale, cap, partials, partial_lse)
         else:
             many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse)
 
@@ -92,9 +92,9 @@ def build(version: str, jit):
         slots = num_partials * batch.num_kv_heads * ROWS
         memory = np.empty(slots * batch.head_size, np.float32)
         partial_lse = np.empty(slots, np.float32)
-        partials = memory.ctypes.data
+        partials = np.int64(memory.ctypes.data)
         counter = np.zeros(1, np.int64)
-        address = counter.ctypes.data
+        address = np.int64(counter.ctypes.data)
         for _ in prange(num_threads):
             _work(dtype, batch, items, address, q_scale, cap, partials, partial_lse)
         if num_partials > 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from .cpu_simd import HALF, copy_bytes, fma, load, load_scalar, splat, store, store_float
+from .cpu_simd import HALF, copy_bytes, fma, inner, load, load_scalar, splat, store, store_float
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 CHUNK = 1 << 18  # bytes of a block that one thread copies at a time
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     block_size: int
 
 
-@njit
+@inner
 def _write_token(tokens, token):
     slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
     if slot < 0:
@@ -83,7 +83,7 @@ def build_move_blocks(version: str, jit):
     return move_blocks
 
 
-@njit
+@inner
 def _merge(dtype, itemsize, outs, lses, num_states, rows, size, row, out, lse):
     largest = np.float32(-np.inf)
     for n in range(num_states):

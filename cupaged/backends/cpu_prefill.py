@@ -7,7 +7,6 @@ softmax needs no sums across lanes.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .cpu_simd import (
     HALF,
@@ -16,6 +15,7 @@ from .cpu_simd import (
     add,
     exp2,
     fma,
+    inner,
     load,
     load_scalar,
     maximum,
@@ -30,7 +30,7 @@ from .cpu_simd import (
 from .cpu_work import F32, INFINITY, KEYS, ROWS, aligned, finish_row, key_addresses, row_addresses, row_limits
 
 
-@njit
+@inner
 def _logits_tile(query, keys, count, size, logits, column, like):
     """logits[k, rows] = sum over d of keys[k, d] * query[d, rows]."""
     for k in range(0, count, 4):
@@ -52,7 +52,7 @@ def _logits_tile(query, keys, count, size, logits, column, like):
         store(F32, at + 12 * ROWS, c3)
 
 
-@njit
+@inner
 def _values_tile(weights, values, count, size, out, column, alpha, like):
     """out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows]."""
     scale = load(F32, alpha + 4 * column, like)
@@ -77,7 +77,7 @@ def _values_tile(weights, values, count, size, out, column, alpha, like):
         store(F32, at + 12 * ROWS, c3)
 
 
-@njit
+@inner
 def _widen(dtype, itemsize, size, addresses, count, padded, target):
     """Copy rows as float32 to `target` and let `addresses` name the copies. float32 rows stay in place."""
     if itemsize == 4:
@@ -92,7 +92,7 @@ def _widen(dtype, itemsize, size, addresses, count, padded, target):
         addresses[k] = addresses[count - 1]
 
 
-@njit
+@inner
 def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
     """Turn logits [k, rows] into weights, and advance the running maximum, sum and rescaling factor."""
     lower, upper, position, slope, top, total, alpha = state
@@ -132,7 +132,7 @@ def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
         store(F32, top + 4 * column, largest)
 
 
-@njit
+@inner
 def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     size = batch.head_size
     itemsize = batch.row_bytes // size
@@ -147,7 +147,7 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     rows = np.zeros((7, ROWS), np.float32)  # lower, upper, position, slope, top, total, alpha
     rows[1] = -INFINITY
     rows[4] = -INFINITY
-    row_state = rows.ctypes.data
+    row_state = np.int64(rows.ctypes.data)
     state = (
         row_state,
         row_state + 4 * ROWS,
@@ -183,7 +183,9 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     for start in range(item.low, item.high, KEYS):
         count = min(KEYS, item.high - start)
         padded = (count + 3) // 4 * 4
-        key_addresses(batch, item, head, start, count, padded, keys, values)
+        key_addresses(batch, item, head, start, count, padded, keys)
+        for k in range(padded):
+            values[k] = keys[k] + batch.value_offset
         _widen(dtype, itemsize, size, keys, count, padded, wide_keys)
         _widen(dtype, itemsize, size, values, count, padded, wide_values)
         masked = start < full_low or start + count > full_high

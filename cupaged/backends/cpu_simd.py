@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -23,8 +24,23 @@ from numba.extending import intrinsic, models, register_model
 BFLOAT16 = np.dtype(np.uint16)
 LANES = 16
 HALF = LANES // 2  # head sizes are multiples of this
+
+
+def _has(feature: str) -> bool:
+    """Whether numba compiles for a CPU with this feature."""
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if chosen is not None:
+        return f"+{feature}" in chosen.split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
+
+
+NATIVE = 16 if _has("avx512f") else 8  # float32 lanes of a machine register
 # Four rows of WIDE lanes must fit the register file as accumulators, with a few registers to spare.
-WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 16
+WIDE = 64 if NATIVE == LANES else 16
+
+# What only other kernels call: without the wrappers that Python and C would need, which take as long to
+# compile as the function itself.
+inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
@@ -295,11 +311,13 @@ def max_lanes(typingctx, a):
     """The largest lane. NaN lanes may be passed over."""
 
     def codegen(context, builder, signature, args):
-        kind = args[0].type
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_F32, [kind]), f"llvm.vector.reduce.fmax.v{kind.count}f32"
-        )
-        return builder.call(function, [args[0]])
+        # llvm.vector.reduce.fmax would go through the lanes one after the other, minding NaN.
+        (value,) = args
+        while (half := value.type.count // 2) > 0:
+            masks = [ir.Constant(_vector(_I32, half), list(range(i, i + half))) for i in (0, half)]
+            low, high = (builder.shuffle_vector(value, value, mask) for mask in masks)
+            value = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(value, _I32(0))
 
     return types.float32(a), codegen
 
@@ -350,85 +368,6 @@ def tanh(typingctx, x):
         return builder.fdiv(e, builder.fadd(e, _constant(2.0, value)))
 
     return x(x), codegen
-
-
-def _sum_each(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """One vector whose lane i is the sum of vectors[i]: a binary tree of shuffles, 3 operations a pair."""
-    lanes = vectors[0].type.count
-    group = lanes
-    while len(vectors) > 1:
-        half = group // 2
-        low = [g + i for g in range(0, 2 * lanes, group) for i in range(half)]
-        merged = []
-        for a, b in zip(vectors[::2], vectors[1::2]):
-            parts = [
-                builder.shuffle_vector(a, b, ir.Constant(_vector(_I32, lanes), [i + shift for i in low]))
-                for shift in (0, half)
-            ]
-            merged.append(builder.fadd(*parts))
-        vectors, group = merged, half
-    return vectors[0]
-
-
-@intrinsic(prefer_literal=True)
-def dot_tile(typingctx, dtype, rows, a, a_stride, b_addresses, size, out, out_stride):
-    """out[r, k] = sum over d < size of a[r, d] * b[k, d], for `rows` (1, 2 or 4) times 16 / rows.
-
-    The 16 accumulators stay in registers and are summed across their lanes together at the end.
-
-    Args:
-        dtype: of b; a and out are float32.
-        a, a_stride: address and byte stride of rows padded with zeros to a multiple of LANES.
-        b_addresses: address of an int64 array with the address of each b[k].
-        size: a multiple of 8.
-        out, out_stride: address and byte stride of out's rows.
-    """
-    if not isinstance(rows, types.IntegerLiteral):
-        return None
-    num_rows = rows.literal_value
-    num_keys = LANES // num_rows
-    itemsize = {types.float32: 4}.get(dtype.dtype, 2)
-
-    def codegen(context, builder, signature, args):
-        a, a_stride, b_addresses, size, out, out_stride = args[2:]
-        a_rows = [builder.add(a, builder.mul(a_stride, _I64(r))) for r in range(num_rows)]
-        b_rows = [
-            builder.load(_pointer(builder, builder.add(b_addresses, _I64(8 * k)), _I64))
-            for k in range(num_keys)
-        ]
-        float32 = types.DType(types.float32)
-        zero = ir.Constant(_vector(_F32, LANES), [_F32(0.0)] * LANES)
-        cells = [cgutils.alloca_once_value(builder, zero) for _ in range(LANES)]
-        for cell in cells:
-            builder.store(zero, cell)
-
-        def step(d: ir.Value, lanes: int) -> None:
-            mask = ir.Constant(_vector(_I32, LANES), list(range(LANES)))
-            at = builder.mul(d, _I64(itemsize))
-            keys = [_load(builder, dtype, builder.add(b, at), lanes) for b in b_rows]
-            if lanes < LANES:
-                nothing = ir.Constant(_vector(_F32, lanes), [_F32(0.0)] * lanes)
-                keys = [builder.shuffle_vector(k, nothing, mask) for k in keys]
-            for r, row in enumerate(a_rows):
-                query = _load(builder, float32, builder.add(row, builder.mul(d, _I64(4))), LANES)
-                for k, key in enumerate(keys):
-                    cell = cells[r * num_keys + k]
-                    builder.store(_fma(builder, query, key, builder.load(cell)), cell)
-
-        whole = builder.and_(size, _I64(-LANES))
-        with cgutils.for_range_slice(builder, _I64(0), whole, _I64(LANES)) as (d, _):
-            step(d, LANES)
-        with builder.if_then(builder.icmp_signed("<", whole, size)):
-            step(whole, LANES // 2)
-        sums = _sum_each(builder, [builder.load(cell) for cell in cells])
-        for r in range(num_rows):
-            lanes = ir.Constant(_vector(_I32, num_keys), [r * num_keys + k for k in range(num_keys)])
-            part = builder.shuffle_vector(sums, sums, lanes)
-            _store(builder, float32, builder.add(out, builder.mul(out_stride, _I64(r))), part)
-        return context.get_dummy_value()
-
-    ints = [types.int64] * 6
-    return types.void(dtype, rows, *ints), codegen
 
 
 @intrinsic

@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from .cpu_simd import LANES, fma, load, load_head, load_scalar, mul, splat, store_float, store_head
+from .cpu_simd import LANES, fma, inner, load, load_head, load_scalar, mul, splat, store_float, store_head
 
 KEYS = 64  # keys of one softmax step
 ROWS = 64  # rows of one tile
@@ -64,7 +63,7 @@ class Item(NamedTuple):
     partial: int  # index of the partial result, -1 when this is the whole
 
 
-@njit
+@inner
 def plan(batch, items):
     """Fill `items` (or only count, when it is empty): (number of items, number of partial results)."""
     group = batch.num_heads // batch.num_kv_heads
@@ -108,14 +107,14 @@ def plan(batch, items):
     return count, partials
 
 
-@njit
+@inner
 def aligned(size):
     """Scratch memory of at least `size` bytes: the array that owns it, and an address divisible by 64."""
     memory = np.empty(size + 64, np.uint8)
-    return memory, (memory.ctypes.data + 63) // 64 * 64
+    return memory, (np.int64(memory.ctypes.data) + 63) // 64 * 64  # a mixed sum of signs would be float64
 
 
-@njit
+@inner
 def row_limits(batch, item, head, lower, upper, position, slope):
     """What each row sees (lower < j <= upper), where it stands, and its ALiBi slope in base 2."""
     group = batch.num_heads // batch.num_kv_heads
@@ -131,16 +130,16 @@ def row_limits(batch, item, head, lower, upper, position, slope):
             slope[r] = np.float32(load_scalar(F32, batch.alibi_slopes + 4 * h) * LOG2E)
 
 
-@njit
+@inner
 def row_addresses(batch, item, r, head, base, token_stride, head_stride):
     group = batch.num_heads // batch.num_kv_heads
     token = item.token + (item.row + r) // group
     return base + token * token_stride + (head * group + (item.row + r) % group) * head_stride
 
 
-@njit
-def key_addresses(batch, item, head, start, count, padded, keys, values):
-    """Addresses of the rows of K and V at positions start to start + count; the rest repeats the last."""
+@inner
+def key_addresses(batch, item, head, start, count, padded, keys):
+    """Addresses of the rows of K at positions start to start + count; the rest repeats the last."""
     table = batch.block_tables + item.seq * batch.table_stride
     block = start // batch.block_size
     offset = start - block * batch.block_size
@@ -152,17 +151,15 @@ def key_addresses(batch, item, head, start, count, padded, keys, values):
         address += offset * batch.row_bytes
         for _ in range(min(batch.block_size - offset, count - k)):
             keys[k] = address
-            values[k] = address + batch.value_offset
             address += batch.row_bytes
             k += 1
         offset = 0
         block += 1
     for rest in range(count, padded):
         keys[rest] = keys[count - 1]
-        values[rest] = values[count - 1]
 
 
-@njit
+@inner
 def finish_row(dtype, batch, item, r, head, accumulated, top, total, partials, partial_lse):
     """Write one row: float32 sums at `accumulated`, its running maximum (base 2) and denominator."""
     group = batch.num_heads // batch.num_kv_heads
@@ -206,9 +203,9 @@ def finish_row(dtype, batch, item, r, head, accumulated, top, total, partials, p
         store_float(batch.lse + 4 * (token * batch.num_heads + h), value)
 
 
-@njit
+@inner
 def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
-    """Merge the `parts` partial results of one row that begin with item's."""
+    """Merge the `parts` partial results of one row that begin with item's; their lse become weights."""
     group = batch.num_heads // batch.num_kv_heads
     stride = batch.num_kv_heads * ROWS
     index = (item.partial * batch.num_kv_heads + head) * ROWS + r
@@ -229,13 +226,16 @@ def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
     if not empty and batch.sinks != 0:
         denominator += 2.0 ** (float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E - float(largest))
     inverse = 0.0 if empty else 1.0 / denominator
+    for p in range(parts):
+        at = index + p * stride
+        partial_lse[at] = 2.0 ** float(partial_lse[at] - largest) * inverse
     target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
     for d in range(0, size, LANES):
         total = splat(np.float32(0.0), LANES)
         for p in range(parts):
             at = index + p * stride
-            weight = np.float32(2.0 ** float(partial_lse[at] - largest) * inverse)
-            total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), splat(weight, LANES), total)
+            weight = splat(partial_lse[at], LANES)
+            total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), weight, total)
         store_head(dtype, target + itemsize * d, total, size - d)
     if batch.lse != 0:
         token = item.token + (item.row + r) // group
