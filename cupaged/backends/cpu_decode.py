@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_simd import (
+    HALF,
     LANES,
     add,
     exp2,
@@ -162,7 +163,7 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
     sums = out + FEW_ROWS * stride
     weights = sums + FEW_ROWS * SUMS_STRIDE
     total = weights + FEW_ROWS * WEIGHTS_STRIDE
-    keys = np.empty((2, KEYS), np.int64)
+    keys = np.empty((2, KEYS + HALF), np.int64)
     rows = np.zeros((7, LANES), np.float32)  # lower, upper, position, slope, top, alpha, shift
     rows[4] = -INFINITY
     row_state = np.int64(rows.ctypes.data)
@@ -197,20 +198,19 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
     full_high = np.int64(rows[1, 0]) + 1
 
     count = min(KEYS, item.high - item.low)
-    key_addresses(batch, item, head, item.low, count, KEYS, keys[0])
     current = np.int64(keys.ctypes.data)
-    ahead = current + 8 * KEYS
-    turn = 0
+    ahead = current + 8 * (KEYS + HALF)
+    key_addresses(batch, item, head, item.low, count, KEYS, current)
     for start in range(item.low, item.high, KEYS):
         count = min(KEYS, item.high - start)
         following = min(KEYS, item.high - start - count)
         if following > 0:
-            key_addresses(batch, item, head, start + count, following, KEYS, keys[1 - turn])
+            key_addresses(batch, item, head, start + count, following, KEYS, ahead)
         _scores(kv_dtype, batch, item.rows, query, stride, current, count, sums)
         masked = start < full_low or start + count > full_high or count % LANES != 0
         _softmax(batch, item.rows, q_scale, cap, start, count, masked, sums, weights, state)
         _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, state[6])
-        current, ahead, turn = ahead, current, 1 - turn
+        current, ahead = ahead, current
 
     for r in range(item.rows):
         reorder_output(kv_dtype, out + r * stride, padded)

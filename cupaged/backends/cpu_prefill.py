@@ -142,7 +142,7 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     wide_keys = logits + 4 * ROWS * KEYS
     wide_values = wide_keys + 4 * KEYS * size
     row_buffer = wide_values + 4 * KEYS * size
-    keys = np.empty(KEYS, np.int64)
+    keys = np.empty(KEYS + HALF, np.int64)
     values = np.empty(KEYS, np.int64)
     rows = np.zeros((7, ROWS), np.float32)  # lower, upper, position, slope, top, total, alpha
     rows[1] = -INFINITY
@@ -183,7 +183,7 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     for start in range(item.low, item.high, KEYS):
         count = min(KEYS, item.high - start)
         padded = (count + 3) // 4 * 4
-        key_addresses(batch, item, head, start, count, padded, keys)
+        key_addresses(batch, item, head, start, count, padded, np.int64(keys.ctypes.data))
         for k in range(padded):
             values[k] = keys[k] + batch.value_offset
         _widen(dtype, itemsize, size, keys, count, padded, wide_keys)

@@ -226,6 +226,20 @@ def store_float(typingctx, address, value):
     return types.void(types.int64, types.float32), codegen
 
 
+@intrinsic
+def store_ramp(typingctx, address, start, step):
+    """Write the int64 start, start + step, ..., HALF of them."""
+
+    def codegen(context, builder, signature, args):
+        address, start, step = args
+        ramp = ir.Constant(_vector(_I64, HALF), list(range(HALF)))
+        values = builder.add(_splat(builder, start, HALF), builder.mul(_splat(builder, step, HALF), ramp))
+        builder.store(values, _pointer(builder, address, values.type), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def splat(typingctx, value, lanes):
     """`value` in every lane."""

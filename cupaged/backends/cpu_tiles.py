@@ -83,11 +83,12 @@ def _load_register(builder: ir.IRBuilder, address: ir.Value, bytes_left: ir.Valu
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Into the second-level cache: straight into the first there are too few lines in flight."""
     pointer = _pointer(builder, address, _I8)
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
     )
-    builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+    builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
 
 
 def _load_floats(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

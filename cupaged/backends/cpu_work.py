@@ -7,14 +7,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cpu_simd import LANES, fma, inner, load, load_head, load_scalar, mul, splat, store_float, store_head
+from .cpu_simd import (
+    HALF,
+    LANES,
+    fma,
+    inner,
+    load,
+    load_head,
+    load_scalar,
+    mul,
+    splat,
+    store_float,
+    store_head,
+    store_ramp,
+)
 
 KEYS = 64  # keys of one softmax step
 ROWS = 64  # rows of one tile
 FEW_ROWS = 8  # up to here a tile runs in the decode form
 PART = 512  # keys of one part of a split sequence
 
-F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
+F32, I32, I64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 LOG2E = math.log2(math.e)
 INFINITY = np.float32(np.inf)
 
@@ -139,24 +152,28 @@ def row_addresses(batch, item, r, head, base, token_stride, head_stride):
 
 @inner
 def key_addresses(batch, item, head, start, count, padded, keys):
-    """Addresses of the rows of K at positions start to start + count; the rest repeats the last."""
+    """Write the addresses of the rows of K at positions start to start + count; up to `padded` the last again.
+
+    Args:
+        keys: address of an int64 array of `padded` + HALF.
+    """
     table = batch.block_tables + item.seq * batch.table_stride
     block = start // batch.block_size
     offset = start - block * batch.block_size
     k = 0
-    address = np.int64(0)
     while k < count:
         number = np.int64(load_scalar(I32, table + 4 * block))
         address = batch.cache + number * batch.block_stride + head * batch.kv_head_stride
         address += offset * batch.row_bytes
-        for _ in range(min(batch.block_size - offset, count - k)):
-            keys[k] = address
-            address += batch.row_bytes
-            k += 1
+        rows = min(batch.block_size - offset, count - k)
+        for i in range(0, rows, HALF):  # what goes too far is written over
+            store_ramp(keys + 8 * (k + i), address + i * batch.row_bytes, batch.row_bytes)
+        k += rows
         offset = 0
         block += 1
-    for rest in range(count, padded):
-        keys[rest] = keys[count - 1]
+    last = load_scalar(I64, keys + 8 * (count - 1))
+    for rest in range(count, padded, HALF):
+        store_ramp(keys + 8 * rest, last, 0)
 
 
 @inner
