@@ -117,6 +117,8 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     from .engine.server.async_engine import AsyncEngine
 
     engine = LLMEngine(options.model, config)
+    print("cupaged: warming up (the first start compiles kernels)", flush=True)
+    engine.warm_up()
     name = options.served_model_name or engine.model_name
     host = "localhost" if options.host in ("127.0.0.1", "0.0.0.0", "::") else options.host
     address = f"http://{host}:{bound.getsockname()[1]}"

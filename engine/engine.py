@@ -142,6 +142,18 @@ class LLMEngine:
             self.check_integrity()
         return outputs
 
+    def warm_up(self) -> None:
+        """Run a small request, so that what is compiled at its first use delays no real one.
+
+        To be called before there are requests. The totals of `stats` are as before.
+        """
+        totals = self._prompt_tokens, self._generation_tokens
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
+        self.add_request("warm-up", {"prompt_token_ids": [0, 0]}, params)
+        while self.has_unfinished():
+            self.step()
+        self._prompt_tokens, self._generation_tokens = totals
+
     def stats(self) -> EngineStats:
         scheduler, gpu, cpu = self._scheduler, self._blocks.gpu, self._blocks.cpu
         swapped = sum(group.status is Status.SWAPPED for group in scheduler.preempted)

@@ -56,6 +56,19 @@ def test_the_largest_request_that_fits_runs(llama_dir):
     assert outputs["a"].outputs[0].finish_reason == "length"
 
 
+def test_a_warm_up_leaves_no_trace(llama_dir):
+    """Not in the totals, not in the blocks, and not in what requests without a seed draw."""
+    drawn = SamplingParams(temperature=1, max_tokens=8, ignore_eos=True)
+    cold, warm = small_engine(llama_dir), small_engine(llama_dir)
+    steps = []
+    step, warm.step = warm.step, lambda: steps.append(1) or step()
+    warm.warm_up()
+    assert len(steps) == 2, "a prompt and a decoded token are computed"
+    assert_clean(warm)
+    assert warm.stats() == cold.stats()
+    assert run(warm, {"x": (prompt(5), drawn)}) == run(cold, {"x": (prompt(5), drawn)})
+
+
 def test_ids_may_be_used_again(llama_dir):
     engine = small_engine(llama_dir)
     first = run(engine, {"x": (prompt(5), GREEDY)})
