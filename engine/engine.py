@@ -15,6 +15,7 @@ from . import demo_model, memory
 from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
+from .cpu_linear import pack_linears
 from .kv_cache import KVCache
 from .loader import load_model
 from .model_runner import ModelRunner
@@ -48,6 +49,8 @@ class LLMEngine:
         loaded, self.tokenizer = load_model(
             model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
         )
+        if self.device.type == "cpu":
+            pack_linears(loaded)
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size)
         model_len = getattr(self._runner.config, "max_position_embeddings", None)

@@ -30,7 +30,8 @@ def sample(logits: torch.Tensor, scheduled: Sequence[ScheduledSequence]) -> list
     if not sampling:
         return [[] for _ in scheduled]
     if all(item.group.params.greedy for item in sampling):
-        tokens = logits.argmax(-1).tolist()
+        # On a CPU max is several times as fast as argmax, and gives the first of equals as well.
+        tokens = logits.max(-1).indices.tolist()
         draws = iter([[token] * item.num_samples for token, item in zip(tokens, sampling)])
     else:
         tokens = _draw(logits, sampling).tolist()

@@ -1,0 +1,71 @@
+"""Packed linear layers: the bits of torch's own, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cupaged.engine.cpu_linear import PackedLinear, pack_linears
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (576, 1536), (7, 13), (1, 1), (100, 33)])
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 33), (2, 3)])
+def test_close_to_float64_as_a_plain_layer(bias, out_features, in_features, shape):
+    linear = torch.nn.Linear(in_features, out_features, bias=bias).bfloat16().requires_grad_(False)
+    x = torch.randn(*shape, in_features).bfloat16()
+    exact = torch.nn.functional.linear(
+        x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    )
+    with torch.inference_mode():
+        packed = PackedLinear(linear)(x)
+        plain = linear(x)
+    assert packed.shape == plain.shape
+    assert packed.dtype == torch.bfloat16
+    error = (plain.double() - exact).abs().max()
+    assert (packed.double() - exact).abs().max() <= 2 * error + 1e-5
+
+
+class Derived(torch.nn.Linear):
+    """May compute anything: not ours to replace."""
+
+
+class Model(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 16)
+        self.inner = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
+        self.again = self.inner[0]
+        self.other = Derived(16, 3)
+        self.head = torch.nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embedding.weight
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(self.embedding(ids)))
+
+
+@torch.inference_mode()
+def test_a_model_computes_the_same_and_keeps_its_embedding():
+    torch.manual_seed(0)
+    model = Model(torch.bfloat16)
+    ids = torch.arange(9)[None]
+    before, embedding = model(ids), model.embedding.weight.data_ptr()
+    assert pack_linears(model) == 3
+    assert model.inner[0] is model.again
+    assert [type(m) for m in (model.inner[0], model.inner[2], model.head)] == 3 * [PackedLinear]
+    assert model.embedding.weight.data_ptr() == embedding
+    torch.testing.assert_close(model(ids), before, rtol=0.02, atol=0.02)
+    # The plain weights are gone.
+    assert {name for name, _ in model.named_parameters()} == {
+        "embedding.weight",
+        "other.weight",
+        "other.bias",
+    }
+    assert pack_linears(model) == 0
+
+
+def test_other_dtypes_are_left_alone():
+    model = Model(torch.float32)
+    assert pack_linears(model) == 0
+    assert type(model.head) is torch.nn.Linear
