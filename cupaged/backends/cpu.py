@@ -1,4 +1,4 @@
-"""The CPU backend: numba, float32, float16 and bfloat16 caches, read in place.
+"""The CPU backend: numba, caches of every dtype, read in place.
 
 Kernels are compiled at their first use and cached on disk by numba (beside this file, in NUMBA_CACHE_DIR
 or in the user's cache directory). They run on numba's threads, as many as torch uses.
@@ -18,17 +18,39 @@ import numpy as np
 import torch
 
 from ..params import AttentionParams
-from ..quantisation import LARGEST
-from . import cpu_attention, cpu_decode, cpu_memory, cpu_prefill, cpu_simd, cpu_tiles, cpu_work
+from . import (
+    cpu_attention,
+    cpu_decode,
+    cpu_formats,
+    cpu_ir,
+    cpu_memory,
+    cpu_prefill,
+    cpu_simd,
+    cpu_tiles,
+    cpu_work,
+)
 
-# numba has no bfloat16: it goes by the name of uint16 and is widened by a shift.
 _DTYPES = {
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
-    torch.bfloat16: cpu_simd.BFLOAT16,
+    torch.bfloat16: cpu_formats.BFLOAT16,
+    torch.float8_e4m3fn: cpu_formats.FLOAT8_E4M3,
+    torch.float8_e5m2: cpu_formats.FLOAT8_E5M2,
+    torch.int8: cpu_formats.INT8,
 }
 # numba's fallback thread pool aborts when two threads enter it, and two callers would only share the cores.
 _LOCK = threading.Lock()
+_SOURCES = (
+    cpu_ir,
+    cpu_formats,
+    cpu_simd,
+    cpu_tiles,
+    cpu_work,
+    cpu_decode,
+    cpu_prefill,
+    cpu_attention,
+    cpu_memory,
+)
 
 
 def _jit(function: Any) -> Any:
@@ -42,7 +64,7 @@ def _jit(function: Any) -> Any:
 @cache
 def _version() -> str:
     digest = hashlib.sha256()
-    for module in (cpu_simd, cpu_tiles, cpu_work, cpu_decode, cpu_prefill, cpu_attention, cpu_memory):
+    for module in _SOURCES:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -66,13 +88,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _refuse_quantised(kv_cache: torch.Tensor) -> None:
-    if kv_cache.dtype in LARGEST:
-        raise NotImplementedError(
-            f"the cpu backend has no cache of {kv_cache.dtype} yet; use a float32, float16 or bfloat16 cache"
-        )
-
-
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -83,17 +98,16 @@ def paged_attention(
     lse: torch.Tensor | None,
     params: AttentionParams,
 ) -> None:
-    _refuse_quantised(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    size = query.element_size()
+    query_size, size = query.element_size(), kv_cache.element_size()
     batch = cpu_work.Batch(
         query=query.data_ptr(),
-        query_token_stride=query.stride(0) * size,
-        query_head_stride=query.stride(1) * size,
+        query_token_stride=query.stride(0) * query_size,
+        query_head_stride=query.stride(1) * query_size,
         out=out.data_ptr(),
-        out_token_stride=out.stride(0) * size,
-        out_head_stride=out.stride(1) * size,
+        out_token_stride=out.stride(0) * query_size,
+        out_head_stride=out.stride(1) * query_size,
         lse=_address(lse),
         cache=kv_cache.data_ptr(),
         block_stride=kv_cache.stride(0) * size,
@@ -106,11 +120,14 @@ def paged_attention(
         query_start_loc=_address(query_start_loc),
         alibi_slopes=_address(params.alibi_slopes),
         sinks=_address(params.sinks),
+        k_scale=_address(params.k_scale),
+        v_scale=_address(params.v_scale),
         num_seqs=seq_lens.shape[0],
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
+        itemsize=query_size,
         block_size=block_size,
         causal=int(params.causal),
         window=params.sliding_window or 0,
@@ -119,7 +136,8 @@ def paged_attention(
     q_scale, cap = params.scale * math.log2(math.e), 0.0
     if params.logits_soft_cap is not None:
         q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
-    _run(cpu_attention.build, _DTYPES[query.dtype], batch, np.float32(q_scale), np.float32(cap))
+    dtypes = _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]
+    _run(cpu_attention.build, *dtypes, batch, np.float32(q_scale), np.float32(cap))
 
 
 def reshape_and_cache(
@@ -130,16 +148,15 @@ def reshape_and_cache(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    _refuse_quantised(kv_cache)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    size = kv_cache.element_size()
+    key_size, size = key.element_size(), kv_cache.element_size()
     tokens = cpu_memory.Tokens(
         key=key.data_ptr(),
-        key_token_stride=key.stride(0) * size,
-        key_head_stride=key.stride(1) * size,
+        key_token_stride=key.stride(0) * key_size,
+        key_head_stride=key.stride(1) * key_size,
         value=value.data_ptr(),
-        value_token_stride=value.stride(0) * size,
-        value_head_stride=value.stride(1) * size,
+        value_token_stride=value.stride(0) * key_size,
+        value_head_stride=value.stride(1) * key_size,
         cache=kv_cache.data_ptr(),
         block_stride=kv_cache.stride(0) * size,
         value_offset=num_kv_heads * block_size * head_size * size,
@@ -149,8 +166,15 @@ def reshape_and_cache(
         num_tokens=key.shape[0],
         num_kv_heads=num_kv_heads,
         block_size=block_size,
+        head_size=head_size,
+        itemsize=key_size,
+        k_scale=_address(k_scale),
+        v_scale=_address(v_scale),
     )
-    _run(cpu_memory.build_reshape_and_cache, tokens)
+    if k_scale is None:
+        _run(cpu_memory.build_reshape_and_cache, tokens)
+    else:
+        _run(cpu_memory.build_quantise, _DTYPES[key.dtype], _DTYPES[kv_cache.dtype], tokens)
 
 
 def merge_attention_states(

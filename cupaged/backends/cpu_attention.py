@@ -10,7 +10,8 @@ Each item runs FlashAttention's online softmax in base 2 over tiles of KEYS keys
   through registers once for up to four rows at a time.
 - many rows (prefill): a vector holds one number of many rows. Q is transposed once, logits and output stay
   transposed, keys and values enter one scalar at a time, and the softmax needs no sums across lanes.
-16-bit keys and values are widened in registers (decode) or a tile at a time (prefill).
+Keys and values of 16 or 8 bits are widened in registers (decode) or a tile at a time (prefill). The scales of
+8-bit ones enter with the scale of the logits and at the end of a row.
 """
 
 from __future__ import annotations
@@ -33,12 +34,11 @@ def _item(items, index):
 @inner
 def _clear(dtype, batch, first, last):
     """Rows that see nothing: zeros and -inf."""
-    itemsize = batch.row_bytes // batch.head_size
     for token in range(first, last):
         for h in range(batch.num_heads):
             at = batch.out + token * batch.out_token_stride + h * batch.out_head_stride
             for d in range(0, batch.head_size, HALF):
-                store(dtype, at + itemsize * d, splat(np.float32(0.0), HALF))
+                store(dtype, at + batch.itemsize * d, splat(np.float32(0.0), HALF))
             if batch.lse != 0:
                 store_float(batch.lse + 4 * (token * batch.num_heads + h), -INFINITY)
 
@@ -58,7 +58,7 @@ def _clear_empty(dtype, batch):
 
 
 @inner
-def _work(dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
+def _work(dtype, kv_dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
     """One thread: take items until none is left. The last items come first: they are the longest."""
     tasks = len(items) * batch.num_kv_heads
     while True:
@@ -68,9 +68,9 @@ def _work(dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
         item = _item(items, task // batch.num_kv_heads)
         head = task % batch.num_kv_heads
         if item.rows <= FEW_ROWS:
-            few_rows(dtype, dtype, batch, item, head, q_scale, cap, partials, partial_lse)
+            few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse)
         else:
-            many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse)
+            many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse)
 
 
 def build(version: str, jit):
@@ -83,7 +83,7 @@ def build(version: str, jit):
     """
 
     @jit
-    def attention(dtype, batch, q_scale, cap, num_threads):
+    def attention(dtype, kv_dtype, batch, q_scale, cap, num_threads):
         version  # noqa: B018  holds it in the closure
         count, num_partials = plan(batch, np.empty((0, 8), np.int64))
         items = np.empty((count, 8), np.int64)
@@ -96,7 +96,7 @@ def build(version: str, jit):
         counter = np.zeros(1, np.int64)
         address = np.int64(counter.ctypes.data)
         for _ in prange(num_threads):
-            _work(dtype, batch, items, address, q_scale, cap, partials, partial_lse)
+            _work(dtype, kv_dtype, batch, items, address, q_scale, cap, partials, partial_lse)
         if num_partials > 0:
             for task in prange(count * batch.num_kv_heads):
                 index = task // batch.num_kv_heads

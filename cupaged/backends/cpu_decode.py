@@ -51,6 +51,7 @@ from .cpu_work import (
     key_addresses,
     row_addresses,
     row_limits,
+    unit_of,
 )
 
 SUMS_STRIDE = 4 * KEYS * QUAD
@@ -156,7 +157,7 @@ def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state
 def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     size = batch.head_size
     padded = padded_size(kv_dtype, size)
-    itemsize = batch.row_bytes // size
+    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
     stride = 4 * padded
     memory, query = aligned(FEW_ROWS * (2 * stride + SUMS_STRIDE + WEIGHTS_STRIDE + 4 * LANES))
     out = query + FEW_ROWS * stride
@@ -186,7 +187,7 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
             store(F32, out + r * stride + 4 * d, zero)
             part = zero
             if d < size:
-                part = load_head(dtype, source + itemsize * d, size - d)
+                part = load_head(dtype, source + batch.itemsize * d, size - d)
             store(F32, query + r * stride + 4 * d, part)
         reorder_query(kv_dtype, query + r * stride, padded)
         store(F32, total + 4 * LANES * r, zero)
@@ -208,12 +209,13 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
             key_addresses(batch, item, head, start + count, following, KEYS, ahead)
         _scores(kv_dtype, batch, item.rows, query, stride, current, count, sums)
         masked = start < full_low or start + count > full_high or count % LANES != 0
-        _softmax(batch, item.rows, q_scale, cap, start, count, masked, sums, weights, state)
+        _softmax(batch, item.rows, scale, cap, start, count, masked, sums, weights, state)
         _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, state[6])
         current, ahead = ahead, current
 
     for r in range(item.rows):
+        unit = unit_of(kv_dtype, batch.v_scale, head)
         reorder_output(kv_dtype, out + r * stride, padded)
         top, below = rows[4, r], sum_lanes(load(F32, total + 4 * LANES * r, LANES))
-        finish_row(dtype, batch, item, r, head, out + r * stride, top, below, partials, partial_lse)
+        finish_row(dtype, batch, item, r, head, out + r * stride, unit, top, below, partials, partial_lse)
     return memory.size + keys.size + rows.size  # keeps the scratch alive until here

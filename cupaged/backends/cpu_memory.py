@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from .cpu_simd import HALF, copy_bytes, fma, inner, load, load_scalar, splat, store, store_float
+from .cpu_simd import HALF, LANES, copy_bytes, fma, inner, load, load_scalar, mul, splat, store, store_float
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 CHUNK = 1 << 18  # bytes of a block that one thread copies at a time
@@ -31,19 +31,48 @@ class Tokens(NamedTuple):
     num_tokens: int
     num_kv_heads: int
     block_size: int
+    head_size: int
+    itemsize: int  # of key and value
+    k_scale: int
+    v_scale: int
+
+
+@inner
+def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
+    reciprocal = splat(np.float32(1.0) / load_scalar(F32, scale), LANES)
+    for d in range(0, tokens.head_size, LANES):
+        row = load(dtype, source + tokens.itemsize * d, LANES)
+        store(kv_dtype, target + d, mul(row, reciprocal))
+
+
+@inner
+def _quantise_token(dtype, kv_dtype, tokens, token):
+    target, key, value = _places(tokens, token)
+    for head in range(tokens.num_kv_heads if target != 0 else 0):
+        _quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
+        _quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
+        target += tokens.kv_head_stride
+        key += tokens.key_head_stride
+        value += tokens.value_head_stride
+
+
+@inner
+def _places(tokens, token):
+    """Addresses of the token's first row in the cache, 0 when it has none, in `key` and in `value`."""
+    slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
+    key = tokens.key + token * tokens.key_token_stride
+    value = tokens.value + token * tokens.value_token_stride
+    if slot < 0:
+        return np.int64(0), key, value
+    block = slot // tokens.block_size
+    target = tokens.cache + block * tokens.block_stride
+    return target + (slot - block * tokens.block_size) * tokens.row_bytes, key, value
 
 
 @inner
 def _write_token(tokens, token):
-    slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
-    if slot < 0:
-        return
-    block = slot // tokens.block_size
-    target = tokens.cache + block * tokens.block_stride
-    target += (slot - block * tokens.block_size) * tokens.row_bytes
-    key = tokens.key + token * tokens.key_token_stride
-    value = tokens.value + token * tokens.value_token_stride
-    for _ in range(tokens.num_kv_heads):
+    target, key, value = _places(tokens, token)
+    for _ in range(tokens.num_kv_heads if target != 0 else 0):
         copy_bytes(target, key, tokens.row_bytes)
         copy_bytes(target + tokens.value_offset, value, tokens.row_bytes)
         target += tokens.kv_head_stride
@@ -63,6 +92,20 @@ def build_reshape_and_cache(version: str, jit):
                 _write_token(tokens, token)
 
     return reshape_and_cache
+
+
+def build_quantise(version: str, jit):
+    @jit
+    def quantise(dtype, kv_dtype, tokens, num_threads):
+        version  # noqa: B018
+        if tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes < CHUNK // 8:
+            for token in range(tokens.num_tokens):
+                _quantise_token(dtype, kv_dtype, tokens, token)
+        else:
+            for token in prange(tokens.num_tokens):
+                _quantise_token(dtype, kv_dtype, tokens, token)
+
+    return quantise
 
 
 def build_move_blocks(version: str, jit):

@@ -27,7 +27,18 @@ from .cpu_simd import (
     tanh,
     where_between,
 )
-from .cpu_work import F32, INFINITY, KEYS, ROWS, aligned, finish_row, key_addresses, row_addresses, row_limits
+from .cpu_work import (
+    F32,
+    INFINITY,
+    KEYS,
+    ROWS,
+    aligned,
+    finish_row,
+    key_addresses,
+    row_addresses,
+    row_limits,
+    unit_of,
+)
 
 
 @inner
@@ -133,9 +144,11 @@ def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
 
 
 @inner
-def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     size = batch.head_size
     itemsize = batch.row_bytes // size
+    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
+    unit = unit_of(kv_dtype, batch.v_scale, head)
     memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
     out = query + 4 * ROWS * size
     logits = out + 4 * ROWS * size
@@ -170,8 +183,8 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
             batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
         )
         for d in range(size):
-            value = load_scalar(dtype, source + itemsize * d)
-            store_float(query + 4 * (d * ROWS + r), np.float32(value * q_scale))
+            value = load_scalar(dtype, source + batch.itemsize * d)
+            store_float(query + 4 * (d * ROWS + r), np.float32(value * scale))
 
     # Keys from `full_low` to `full_high` are seen by every row of the tile.
     full_low = item.low
@@ -186,8 +199,8 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
         key_addresses(batch, item, head, start, count, padded, np.int64(keys.ctypes.data))
         for k in range(padded):
             values[k] = keys[k] + batch.value_offset
-        _widen(dtype, itemsize, size, keys, count, padded, wide_keys)
-        _widen(dtype, itemsize, size, values, count, padded, wide_values)
+        _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
+        _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
         masked = start < full_low or start + count > full_high
         if narrow:
             _logits_tile(query, keys, padded, size, logits, 0, lanes)
@@ -204,5 +217,7 @@ def many_rows(dtype, batch, item, head, q_scale, cap, partials, partial_lse):
     for r in range(item.rows):
         for d in range(size):
             store_float(row_buffer + 4 * d, load_scalar(F32, out + 4 * (d * ROWS + r)))
-        finish_row(dtype, batch, item, r, head, row_buffer, rows[4, r], rows[5, r], partials, partial_lse)
+        finish_row(
+            dtype, batch, item, r, head, row_buffer, unit, rows[4, r], rows[5, r], partials, partial_lse
+        )
     return memory.size

@@ -21,6 +21,7 @@ from .cpu_simd import (
     store_head,
     store_ramp,
 )
+from .cpu_tiles import code_unit
 
 KEYS = 64  # keys of one softmax step
 ROWS = 64  # rows of one tile
@@ -53,11 +54,14 @@ class Batch(NamedTuple):
     query_start_loc: int
     alibi_slopes: int
     sinks: int
+    k_scale: int
+    v_scale: int
     num_seqs: int
     num_tokens: int
     num_heads: int
     num_kv_heads: int
     head_size: int
+    itemsize: int  # of query and out
     block_size: int
     causal: int
     window: int
@@ -152,7 +156,7 @@ def row_addresses(batch, item, r, head, base, token_stride, head_stride):
 
 @inner
 def key_addresses(batch, item, head, start, count, padded, keys):
-    """Write the addresses of the rows of K at positions start to start + count; up to `padded` the last again.
+    """Write the addresses of the rows of K at positions start to start + count, the last up to `padded`.
 
     Args:
         keys: address of an int64 array of `padded` + HALF.
@@ -177,8 +181,16 @@ def key_addresses(batch, item, head, start, count, padded, keys):
 
 
 @inner
-def finish_row(dtype, batch, item, r, head, accumulated, top, total, partials, partial_lse):
-    """Write one row: float32 sums at `accumulated`, its running maximum (base 2) and denominator."""
+def unit_of(kv_dtype, scales, head):
+    """What the keys or values of one KV head are to be multiplied by once they are floats."""
+    if scales == 0:
+        return np.float32(1.0)
+    return load_scalar(F32, scales + 4 * head) * code_unit(kv_dtype)
+
+
+@inner
+def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, partials, partial_lse):
+    """Write one row: float32 sums in `unit` at `accumulated`, running maximum (base 2) and denominator."""
     group = batch.num_heads // batch.num_kv_heads
     h = head * group + (item.row + r) % group
     size = batch.head_size
@@ -187,7 +199,7 @@ def finish_row(dtype, batch, item, r, head, accumulated, top, total, partials, p
         inverse = np.float32(0.0)
         partial_lse[index] = -INFINITY
         if total != 0.0:
-            inverse = np.float32(1.0) / total
+            inverse = unit / total
             partial_lse[index] = top + np.float32(math.log2(total))
         target = partials + index * size * 4
         for d in range(0, size, LANES):
@@ -203,15 +215,14 @@ def finish_row(dtype, batch, item, r, head, accumulated, top, total, partials, p
             sink = float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E
             larger = max(largest, sink)
             denominator = denominator * 2.0 ** (largest - larger) + 2.0 ** (sink - larger)
-            inverse = np.float32(2.0 ** (largest - larger) / denominator)
+            inverse = np.float32(2.0 ** (largest - larger) * unit / denominator)
             largest = larger
         else:
-            inverse = np.float32(1.0 / denominator)
+            inverse = np.float32(unit / denominator)
     target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
-    itemsize = batch.row_bytes // size
     for d in range(0, size, LANES):
         scaled = mul(load(F32, accumulated + 4 * d, LANES), splat(inverse, LANES))
-        store_head(dtype, target + itemsize * d, scaled, size - d)
+        store_head(dtype, target + batch.itemsize * d, scaled, size - d)
     if batch.lse != 0:
         token = item.token + (item.row + r) // group
         value = -INFINITY
@@ -228,7 +239,6 @@ def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
     index = (item.partial * batch.num_kv_heads + head) * ROWS + r
     h = head * group + (item.row + r) % group
     size = batch.head_size
-    itemsize = batch.row_bytes // size
     largest = -INFINITY
     for p in range(parts):
         largest = max(largest, partial_lse[index + p * stride])
@@ -253,7 +263,7 @@ def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
             at = index + p * stride
             weight = splat(partial_lse[at], LANES)
             total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), weight, total)
-        store_head(dtype, target + itemsize * d, total, size - d)
+        store_head(dtype, target + batch.itemsize * d, total, size - d)
     if batch.lse != 0:
         token = item.token + (item.row + r) // group
         value = -INFINITY

@@ -1,0 +1,56 @@
+"""The pieces of LLVM that the CPU kernels' intrinsics are made of.
+
+A vector of any number of lanes is an LLVM vector: 16 lanes are one AVX-512 register, two AVX2 registers or
+four NEON registers; LLVM splits it. Memory is addressed by integers (bytes).
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding
+import numba
+from llvmlite import ir
+from numba.core import cgutils
+
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _has(feature: str) -> bool:
+    """Whether numba compiles for a CPU with this feature."""
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if chosen is not None:
+        return f"+{feature}" in chosen.split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
+
+
+NATIVE = 16 if _has("avx512f") else 8  # float32 lanes of a machine register
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    one = builder.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(vector(I32, lanes), [0] * lanes))
+
+
+def constant(value: float, like: ir.Value) -> ir.Constant:
+    return ir.Constant(like.type, [ir.Constant(like.type.element, value)] * like.type.count)
+
+
+def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """An LLVM intrinsic overloaded on the type of its first argument."""
+    kind = args[0].type
+    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [a.type for a in args]), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(function, args)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return call(builder, "fmuladd", a, b, c)  # fused where the CPU can, never a library call
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, element.as_pointer())
