@@ -87,14 +87,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _compile_ahead(device: torch.device) -> None:
     """Every kernel in parallel processes, which takes seconds; one after the other it would be minutes."""
     from cupaged import compile as kernel_compiler
+    from cupaged.precompile import compile_all
 
     start = time.perf_counter()
     arch = kernel_compiler.arch_for_capability(
         *torch.cuda.get_device_capability(device), kernel_compiler.nvrtc_archs()
     )
-    specs, cache = kernel_compiler.variants(), kernel_compiler.cache_dir()
+    work = [(spec, arch) for spec in kernel_compiler.variants(arch)]
     try:
-        count = len(list(kernel_compiler.compile_all(specs, [arch], cache)))
+        count = len(list(compile_all(work, kernel_compiler.cache_dir())))
     except RuntimeError as error:  # whatever needs that kernel will say so in its place
         print(f"not every kernel compiles: {reason(error)}", flush=True)
     else:

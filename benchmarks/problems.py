@@ -9,17 +9,11 @@ from functools import partial
 import torch
 
 import cupaged
-from cupaged import checks
 
 # Scales of quantised caches: powers of two, so that a 16-bit float holds code * scale exactly.
 SCALES = {torch.int8: 2.0**-4}
 FP8_SCALE = 2.0**-6
 SAMPLED_ROWS = 64  # query rows of a sequence that a check looks at
-
-
-def quantised_dtypes() -> tuple[torch.dtype, ...]:
-    """The 8-bit cache types that this version has."""
-    return tuple(getattr(checks, "QUANTISED", ()))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -116,6 +110,7 @@ class Batch:
             self.block_tables[s],
             self.seq_lens,
             self.query_start_loc,
+            max_query_len=self.case.query_tokens,
             out=self.out[s],
             **self._scales,
         )

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
+from cupaged import checks
+
 from ..peers import Peer, peers
-from ..problems import Batch, Case, name_of, quantised_dtypes
+from ..problems import Batch, Case, name_of
 from ..report import Context, Row, reason
 
 # Seconds that a peer may take in one run of the report to get ready; one that compiles longer is left out.
@@ -34,7 +36,7 @@ def decode_cases(context: Context) -> list[Case]:
         for seqs, length in ((32, 4096), (64, 8192), (1, 65536))
     ]
     found += [replace(base, block_size=size) for size in (32, 64, 128)]
-    for dtype in quantised_dtypes():
+    for dtype in checks.QUANTISED:
         found += [
             replace(base, num_seqs=seqs, context=length, cache_dtype=name_of(dtype))
             for seqs, length in ((64, 8192), (1, 65536))

@@ -37,7 +37,10 @@ class Recorder:
 
     def __init__(self, real: Launcher) -> None:
         self.launches: list[tuple] = []
-        self.sm_count, self.empty = real.sm_count, real.empty
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
     def launch(self, *args: Any) -> None:
         self.launches.append(args)

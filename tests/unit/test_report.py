@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 
 import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
-from benchmarks.problems import Batch, Case
+from benchmarks.problems import Batch, Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
 from benchmarks.sections import SECTIONS, attention, check, host, memory
+from cupaged import backends, checks
 from cupaged.backends import reference
 from cupaged.params import AttentionParams
 
@@ -152,11 +154,35 @@ def test_the_checks_notice_one_wrong_bit(monkeypatch, context, name, damage):
         damage(args)
 
     monkeypatch.setattr(cupaged, name, wrong)
-    checks = [(text, run) for text, run in check.checks_of(context) if text.startswith(name)]
-    assert checks
-    for _, run in checks:
+    found = [run for text, run in check.checks_of(context) if text.startswith(name)]
+    assert found
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)  # it has every dtype
+    for run in found:
         with pytest.raises(AssertionError, match="1 bytes differ"):
             run(CPU, 5)
+
+
+def test_quantised_caches_are_checked_and_measured(monkeypatch, context):
+    """By the reference: the CPU backend need not have them."""
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)
+    for text, run in check.checks_of(context):
+        if "float8" in text or "int8" in text:
+            run(CPU, 5)
+    for dtype in checks.QUANTISED:
+        case = Case("bfloat16", 2, 1, 40, 4, 2, 64, cache_dtype=name_of(dtype))
+        assert case.kv_bytes == 2 * 2 * 40 * 2 * 64
+        row = attention.measure(context, case, attention.Contenders(peers.peers(), context))
+        assert row["seconds"]["cupaged"] > 0, row
+    right = reference.paged_attention
+
+    def wrong_scale(*args):
+        right(*args[:-1], replace(args[-1], v_scale=1.1 * args[-1].v_scale))
+
+    monkeypatch.setattr(reference, "paged_attention", wrong_scale)
+    row = attention.measure(context, case, attention.Contenders(peers.peers(), context))
+    assert "maximum error" in row["wrong"]
+    with pytest.raises(AssertionError, match="maximum error"):
+        check.quantised(CPU, 5, "decode", checks.QUANTISED[0])
 
 
 def test_a_result_that_depends_on_the_batch_is_noticed(monkeypatch, context):
@@ -339,7 +365,8 @@ def test_host_time_of_a_call_and_of_its_launches(context, monkeypatch):
     launched = []
 
     class Launcher:
-        sm_count, empty = backend._launcher.sm_count, backend._launcher.empty
+        def __getattr__(self, name):
+            return getattr(backend._launcher, name)
 
         def launch(self, spec, *args):
             launched.append(spec.entry)
@@ -352,7 +379,8 @@ def test_host_time_of_a_call_and_of_its_launches(context, monkeypatch):
     assert rows["decode"]["launches"] == 1
     for row in rows.values():
         assert set(row["seconds"]) == {"call", "backend", "launches"}
-    assert {"paged_decode", "merge_splits", "paged_prefill", "reshape_and_cache"} <= set(launched)
+    assert {"merge_splits", "paged_prefill", "reshape_and_cache"} <= set(launched)
+    assert any(entry.startswith("paged_decode") for entry in launched)
 
 
 def row(**changes) -> dict:

@@ -46,8 +46,7 @@ def full(context):
     return context
 
 
-def test_every_bar_of_decode_has_a_shape_that_it_is_about(full, monkeypatch):
-    monkeypatch.setattr(attention, "quantised_dtypes", lambda: (torch.float8_e4m3fn, torch.int8))
+def test_every_bar_of_decode_has_a_shape_that_it_is_about(full):
     seconds = {"cupaged": 1.0, "sdpa flash": 2.0, "flashinfer": 3.0}
     rows = [
         {**asdict(case), "bytes": 1, "flop": 1, "copy_bytes_per_s": 1.0, "seconds": seconds, "failed": {}}
@@ -60,8 +59,7 @@ def test_every_bar_of_decode_has_a_shape_that_it_is_about(full, monkeypatch):
     assert len(list(tables.FORMATS["decode"](rows))) == len(rows) + 1
 
 
-def test_every_shape_fits_a_gpus_memory_with_its_dense_copy(full, monkeypatch):
-    monkeypatch.setattr(attention, "quantised_dtypes", lambda: (torch.float8_e4m3fn, torch.int8))
+def test_every_shape_fits_a_gpus_memory_with_its_dense_copy(full):
     cases = attention.decode_cases(full) + attention.prefill_cases(full)
     assert len(set(cases)) == len(cases)
     for case in cases:
