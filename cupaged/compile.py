@@ -62,11 +62,16 @@ DECODE_MMA_STATIC = 4 * 1024
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel to compile: a source in `cuda/`, its ``extern "C"`` entry point and its macros."""
+    """One kernel to compile: a source in `cuda/`, its ``extern "C"`` entry point and its macros.
+
+    Also what it is launched with: the threads of a block, and its bytes of dynamic shared memory.
+    """
 
     source: str
     entry: str
     defines: tuple[tuple[str, str], ...] = ()
+    threads: int = 128
+    dynamic_shared_memory: int = 0
 
     def __str__(self) -> str:
         values = (f"{name.removeprefix('CUPAGED_').lower()}={value}" for name, value in self.defines)
@@ -99,7 +104,8 @@ def spec_reshape_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
 
 
 def spec_copy_blocks(unit_bytes: int) -> KernelSpec:
-    return KernelSpec("copy_blocks.cu", "copy_blocks", (("CUPAGED_UNIT_BYTES", str(unit_bytes)),))
+    defines = (("CUPAGED_UNIT_BYTES", str(unit_bytes)),)
+    return KernelSpec("copy_blocks.cu", "copy_blocks", defines, threads=256)
 
 
 def spec_paged_decode(dtype: str, cache_dtype: str, head_size: int, head_tile: int) -> KernelSpec:
@@ -112,11 +118,8 @@ def has_mma(arch: str) -> bool:
     return int(arch.rstrip("af")) >= 80
 
 
-def decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> tuple[KernelSpec, int, int]:
-    """The tensor core decode kernel, its threads, and its bytes of dynamic shared memory.
-
-    With three stages of keys and values where they fit, else two.
-    """
+def spec_paged_decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
+    """With three stages of keys and values where they fit, else two."""
     warps = 4 if head_size <= 128 else 2
     chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes in a cache row
     elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
@@ -126,7 +129,7 @@ def decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> tuple
             break
     shared_bytes = max(shared_bytes, 16 * 16 * (elements // 8 + 1) + 4 * warps * 16 * head_size)
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, STAGES=stages)
-    return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines), 32 * warps, shared_bytes
+    return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines, 32 * warps, shared_bytes)
 
 
 def spec_paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
@@ -165,7 +168,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
             for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
                 specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
                 if tensor_cores:
-                    specs.append(decode_mma(dtype, cache_dtype, head_size, arch)[0])
+                    specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
                 specs.append(spec_paged_prefill(dtype, cache_dtype, head_size))
     return tuple(specs)
 

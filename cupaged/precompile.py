@@ -21,6 +21,7 @@ from .compile import (
     cubin,
     variants,
 )
+from .occupancy import occupancy
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Row:
         limit = min(STATIC_SHARED_MEMORY, SHARED_MEMORY[self.arch.rstrip("af")])
         if self.usage.shared_memory > limit:
             found.append(f"needs {self.usage.shared_memory} bytes of shared memory, the limit is {limit}")
+        elif occupancy(self.spec, self.usage, self.arch).blocks == 0:
+            found.append("needs more than a multiprocessor has: no block of it can run")
         return found
 
 
@@ -62,14 +65,19 @@ def _compile_row(job: tuple[KernelSpec, str, Path]) -> Row:
     return Row(spec, arch, compiled.usage[spec.entry], compiled.compile_ms)
 
 
-HEADER = f"{'kernel':<52} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} {'ms':>7}"
+HEADER = (
+    f"{'kernel':<58} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} "
+    f"{'blocks':>6} {'occupancy':>9} {'limited by':<13} {'ms':>6}"
+)
 
 
 def format_row(row: Row) -> str:
-    used = row.usage
+    used, held = row.usage, occupancy(row.spec, row.usage, row.arch)
+    shared_memory = used.shared_memory + row.spec.dynamic_shared_memory
     return (
-        f"{row.spec!s:<52} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
-        f"{used.spill_stores + used.spill_loads:>7} {used.shared_memory:>7} {row.compile_ms:>7.0f}"
+        f"{row.spec!s:<58} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
+        f"{used.spill_stores + used.spill_loads:>7} {shared_memory:>7} "
+        f"{held.blocks:>6} {held.share:>9.0%} {held.limit:<13} {row.compile_ms:>6.0f}"
     )
 
 

@@ -186,8 +186,8 @@ class Kernels:
         self._launcher.launch(
             kernel.spec,
             (min(items, DECODE_BLOCKS_PER_SM * self._launcher.sm_count(query.device)), 1, 1),
-            (kernel.threads, 1, 1),
-            kernel.shared_bytes,
+            (kernel.spec.threads, 1, 1),
+            kernel.spec.dynamic_shared_memory,
             (
                 query,
                 kv_cache,
@@ -346,8 +346,6 @@ class DecodeKernel:
     """A decode kernel and how it tiles the query rows of a KV head."""
 
     spec: KernelSpec
-    threads: int
-    shared_bytes: int  # dynamic
     tile_tokens: int  # query tokens of a tile
     head_tiles: int  # tiles that the query heads of a KV head take
 
@@ -361,13 +359,13 @@ def _decode_kernel(
     Tensor cores where they take 16 bits and where keys serve more than one query row; else CUDA cores.
     """
     if dtype != "fp32" and group * longest_query > 1 and kernel_compiler.has_mma(arch):
-        spec, threads, shared_bytes = kernel_compiler.decode_mma(dtype, cache_dtype, head_size, arch)
+        spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
         heads = min(group, DECODE_TILE_ROWS)
-        return DecodeKernel(spec, threads, shared_bytes, DECODE_TILE_ROWS // heads, _ceil_div(group, heads))
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads))
     tiles = kernel_compiler.head_tiles(cache_dtype)
     tile = next((tile for tile in tiles if tile >= group), tiles[-1])
     spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
-    return DecodeKernel(spec, THREADS, 0, 1, _ceil_div(group, tile))
+    return DecodeKernel(spec, 1, _ceil_div(group, tile))
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[tuple[int, int, int]]:

@@ -43,7 +43,7 @@ def test_machine_code(spec, needs, arch):
     [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
 )
 def test_machine_code_of_tensor_core_decode(dtype, cache_dtype, head_size, arch):
-    spec = kc.decode_mma(dtype, cache_dtype, head_size, arch)[0]
+    spec = kc.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
 
 
