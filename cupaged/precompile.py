@@ -66,7 +66,7 @@ def _compile_row(job: tuple[KernelSpec, str, Path]) -> Row:
 
 
 HEADER = (
-    f"{'kernel':<58} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} "
+    f"{'kernel':<76} {'arch':>5} {'regs':>5} {'stack':>6} {'spills':>7} {'smem':>7} "
     f"{'blocks':>6} {'occupancy':>9} {'limited by':<13} {'ms':>6}"
 )
 
@@ -75,7 +75,7 @@ def format_row(row: Row) -> str:
     used, held = row.usage, occupancy(row.spec, row.usage, row.arch)
     shared_memory = used.shared_memory + row.spec.dynamic_shared_memory
     return (
-        f"{row.spec!s:<58} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
+        f"{row.spec!s:<76} {row.arch:>5} {used.registers:>5} {used.stack:>6} "
         f"{used.spill_stores + used.spill_loads:>7} {shared_memory:>7} "
         f"{held.blocks:>6} {held.share:>9.0%} {held.limit:<13} {row.compile_ms:>6.0f}"
     )

@@ -76,7 +76,8 @@ def checks_of(context: Context) -> Iterator[tuple[str, Check]]:
             yield f"reshape_and_cache {dtype} D={head_size}", partial(write, dtype=dtype, head_size=head_size)
     for dtype in checks.QUANTISED:
         for mode in MODES:
-            yield f"{mode} over {dtype}", partial(quantised, mode=mode, cache_dtype=dtype)
+            fixed = {"dtype": torch.bfloat16, "cache_dtype": dtype}
+            yield f"{mode} over {dtype}", partial(attention, mode=mode, **fixed)
     for shape in ((2, 2, 8, 32), (3, 2, 1, 16, 64), (1, 3)):
         yield f"copy_blocks {shape}", partial(copy, shape=shape)
         for out in (True, False):
@@ -96,6 +97,7 @@ def draw(
     block_size: int | None = None,
     features: tuple[str, ...] | None = None,
     longest: int = 700,
+    cache_dtype: torch.dtype | None = None,
 ) -> cases.Problem:
     """A problem; what is not given is drawn."""
     rng = random.Random(seed)
@@ -116,6 +118,7 @@ def draw(
         padding_rows=0 if queries is None else rng.choice([0, 3]),
         block_stride_factor=rng.choice([1, 3]),
         features=rng.choice(FEATURES) if features is None else features,
+        cache_dtype=cache_dtype,
     )
     if mode == "few":  # said so, they are decoded
         problem.options["max_query_len"] = most
@@ -195,29 +198,6 @@ def write(device: torch.device, seed: int, dtype: torch.dtype, head_size: int) -
     )
     reference.reshape_and_cache(pair[:, :heads, padding:], pair[:, heads:, padding:], cache, slots, *scales)
     _same(actual, cache)
-
-
-def quantised(device: torch.device, seed: int, mode: str, cache_dtype: torch.dtype) -> None:
-    """Attention over the codes of a problem's keys and values."""
-    from ..problems import FP8_SCALE, SCALES
-
-    problem = draw(seed, mode, dtype=torch.bfloat16)
-    codes = problem.kv_cache.float() / SCALES.get(cache_dtype, FP8_SCALE)
-    if cache_dtype == torch.int8:
-        codes = codes.nan_to_num(nan=100.0).round().clamp(-127, 127)
-    problem.kv_cache = codes.to(cache_dtype)
-    scale = torch.full((problem.kv_cache.shape[2],), SCALES.get(cache_dtype, FP8_SCALE))
-    problem.options |= {"k_scale": scale, "v_scale": scale}
-    out, _ = _call(problem.to(str(device)))
-    dense = cases.Problem(
-        problem.query,
-        problem.kv_cache.to(torch.float32) * scale[0],
-        problem.block_tables,
-        problem.seq_lens,
-        problem.query_start_loc,
-        {k: v for k, v in problem.options.items() if not k.endswith("_scale")},
-    )
-    cases.close(out, dense.expected(torch.bfloat16)[0], dense.expected(torch.float64)[0])
 
 
 def _pairs(seed: int, num_src: int, num_dst: int, count: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import torch
 
 import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
-from benchmarks.problems import Batch, Case, name_of
+from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
 from benchmarks.sections import SECTIONS, attention, check, host, memory
 from cupaged import backends, checks
 from cupaged.backends import reference
-from cupaged.params import AttentionParams
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -45,6 +43,17 @@ def report(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, folder
+
+
+def test_a_bare_machine_has_what_it_imports():
+    """torch, CuPy and NumPy; matplotlib where it is there."""
+    program = "import sys, benchmarks.kernels; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"pytest", "numba", "transformers", "matplotlib", "PIL", "fastapi", "hypothesis"}
 
 
 def test_the_report_has_every_section(report):
@@ -182,7 +191,7 @@ def test_quantised_caches_are_checked_and_measured(monkeypatch, context):
     row = attention.measure(context, case, attention.Contenders(peers.peers(), context))
     assert "maximum error" in row["wrong"]
     with pytest.raises(AssertionError, match="maximum error"):
-        check.quantised(CPU, 5, "decode", checks.QUANTISED[0])
+        check.attention(CPU, 5, "decode", dtype=torch.bfloat16, cache_dtype=checks.QUANTISED[0])
 
 
 def test_a_result_that_depends_on_the_batch_is_noticed(monkeypatch, context):
@@ -195,57 +204,6 @@ def test_a_result_that_depends_on_the_batch_is_noticed(monkeypatch, context):
     monkeypatch.setattr(cupaged, "paged_attention", wrong)
     with pytest.raises(AssertionError, match="other bits"):
         check.invariance(CPU, 1, "decode")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("float32", 3, 1, 70, 4, 2, 64),
-        Case("bfloat16", 2, 1, 64, 6, 2, 32, block_size=8, shared_prefix=32),
-        Case("float32", 2, 5, 33, 4, 4, 64),
-        Case("float32", 2, 40, 40, 4, 1, 64),
-    ],
-    ids=str,
-)
-def test_the_problems_are_the_same_dense_and_paged(case):
-    """By the reference in float64 over the paged cache, in every set, and with poison around."""
-    batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
-    assert batch.num_sets == 2
-    for s in range(2):
-        expected, _ = reference.attend(
-            batch.query[s].double(),
-            batch.kv_cache.double(),
-            batch.block_tables[s],
-            batch.seq_lens,
-            batch.query_start_loc,
-            AttentionParams(scale=case.head_size**-0.5),
-            compute_dtype=torch.float64,
-        )
-        dense = peers.sdpa(batch)[s]().double()
-        torch.testing.assert_close(dense, expected, atol=0.03 if case.dtype == "bfloat16" else 1e-4, rtol=0)
-        assert batch.complaint(lambda s: peers.sdpa(batch)[s](), slack=4.0, floor=1e-3) is None
-    shared = case.shared_prefix // case.block_size
-    tables_ = batch.block_tables
-    assert (tables_[:, :, :shared] == tables_[:, :1, :shared]).all()
-    used = torch.cat([tables_[:, :1, :shared].flatten(), tables_[:, :, shared:].flatten()])
-    assert len(used.unique()) == len(used)
-    filled = ~batch.kv_cache.isnan().all(dim=-1)
-    blocks = -(-case.context // case.block_size)
-    unused = 2 * case.num_seqs * (blocks * case.block_size - case.context)
-    assert int((~filled[:, 0, 0]).sum()) == unused
-
-
-@pytest.mark.parametrize("rows", ["first", "last"])
-def test_a_wrong_row_of_a_large_query_is_noticed(rows):
-    """Only a sample is looked at, which has the last rows of the last sequence."""
-    batch = Batch(Case("float32", 2, 100, 100, 2, 1, 32), CPU)
-
-    def run(s):
-        out = batch.paged(s).clone()
-        out[-1, 0, 0] = 0.3 if rows == "last" else float("nan")
-        return out
-
-    assert batch.complaint(run)
 
 
 def test_a_peer_that_raises_fails_in_its_own_row(context):
@@ -280,54 +238,6 @@ def test_a_peer_that_is_slow_to_get_ready_is_left_out(context):
     contenders.took(peer, attention.SETUP_S + 1)
     assert "slow" not in attention.measure(context, case, contenders)["seconds"]
     assert "slow" in context.result.left_out[0]
-
-
-def test_flashinfer_is_given_what_its_interface_asks_for(monkeypatch):
-    """A stand-in with FlashInfer's interface that reads the pages by its own arguments."""
-
-    class Wrapper:
-        def __init__(self, workspace, kv_layout, use_tensor_cores=None):
-            assert kv_layout == "HND"
-            assert workspace.dtype == torch.uint8
-
-        def run(self, query, cache):
-            starts, pages, indices, last, heads, kv_heads, head_size, page_size = self.planned
-            out = torch.empty_like(query)
-            assert cache.shape[1:] == (2, kv_heads, page_size, head_size)
-            for s in range(len(pages) - 1):
-                ids = indices[pages[s] : pages[s + 1]].long()
-                length = (len(ids) - 1) * page_size + int(last[s])
-                key, value = (cache[ids, i].transpose(0, 1).flatten(1, 2)[:, :length] for i in range(2))
-                rows = slice(int(starts[s]), int(starts[s + 1]))
-                positions = torch.arange(length - (rows.stop - rows.start), length)
-                group = heads // kv_heads
-                for h in range(kv_heads):
-                    some = slice(h * group, (h + 1) * group)
-                    out[rows, some] = attention_of(query[rows, some], key[h], value[h], positions)
-            return out
-
-    def attention_of(*args):
-        from benchmarks.problems import attention
-
-        return attention(*args, torch.float32)
-
-    class Decode(Wrapper):
-        def plan(self, indptr, indices, last, *heads, q_data_type, kv_data_type):
-            self.planned = (torch.arange(len(indptr)), indptr, indices, last, *heads)
-
-    class Prefill(Wrapper):
-        def plan(self, qo_indptr, indptr, indices, last, *heads, causal, q_data_type, kv_data_type):
-            assert causal
-            self.planned = (qo_indptr, indptr, indices, last, *heads)
-
-    module = types.ModuleType("flashinfer")
-    module.BatchDecodeWithPagedKVCacheWrapper = Decode
-    module.BatchPrefillWithPagedKVCacheWrapper = Prefill
-    monkeypatch.setitem(sys.modules, "flashinfer", module)
-    for case in (Case("float32", 3, 1, 70, 4, 2, 64), Case("float32", 2, 5, 33, 4, 2, 64)):
-        batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
-        runs = peers.flashinfer(batch, tensor_cores=True)
-        assert batch.complaint(lambda s, runs=runs: runs[s]()) is None
 
 
 def test_time_that_is_over_leaves_out_the_rest_by_name(context):
