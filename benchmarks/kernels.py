@@ -77,6 +77,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few small shapes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seed", type=int, help="of what is drawn (default: a fresh one)")
+    parser.add_argument("--commit", help="what is measured, where the checkout is a copy without git")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON alone")
     options = parser.parse_args(arguments)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
@@ -104,6 +105,8 @@ def _compile_ahead(device: torch.device) -> None:
 
 def _write(options: argparse.Namespace, device: torch.device, seed: int, results: dict[str, Result]) -> None:
     environment = common.environment(device)
+    if options.commit and environment["commit"] == "unknown":
+        environment["commit"] = options.commit
     if folder := options.report or options.out:
         sections = {name: asdict(result) for name, result in results.items()}
         path = common.write(

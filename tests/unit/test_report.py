@@ -96,6 +96,16 @@ def test_without_matplotlib_there_are_no_plots_and_it_says_so(monkeypatch, tmp_p
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path, capsys):
+    arguments = ["--section", "ceilings", "--out", str(tmp_path), "--quick", "--device", "cpu"]
+    for git, expected in (("", "abc123"), ("0123", "0123")):
+        monkeypatch.setattr(kernels.common, "_git", lambda *args, git=git: git)
+        assert kernels.main([*arguments, "--commit", "abc123"]) == 0
+        written = json.loads((tmp_path / "kernels-cpu.json").read_text())
+        assert written["environment"]["commit"] == expected
+        assert f"commit {expected}" in capsys.readouterr().out
+
+
 def test_plain_use_times_decode_and_prefill_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert kernels.main(["--quick", "--device", "cpu"]) == 0
