@@ -14,6 +14,7 @@ from numbers import Integral, Real
 
 import torch
 
+from .dlpack import Array, as_tensor
 from .quantisation import LARGEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -209,11 +210,15 @@ def _is_finite(value: object) -> bool:
     return known and -math.inf < value < math.inf  # type: ignore[operator]
 
 
-def states(name: str, value: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+def states(name: str, value: Array | Sequence[Array]) -> torch.Tensor:
     """One tensor [N, ...] of what was given as one or as a sequence of N."""
+    if isinstance(value, (list, tuple)):
+        value = [as_tensor(f"{name}[{index}]", state) for index, state in enumerate(value)]
+    else:
+        value = as_tensor(name, value)  # type: ignore[arg-type]  # not a sequence
     if isinstance(value, torch.Tensor):
         return value
-    if not isinstance(value, (list, tuple)) or not all(isinstance(state, torch.Tensor) for state in value):
+    if not isinstance(value, list) or not all(isinstance(state, torch.Tensor) for state in value):
         raise ValueError(f"{name} must be a torch.Tensor or a sequence of them, got {value!r}")
     if not value:
         raise ValueError(f"{name} holds no state to merge; pass at least one")
@@ -224,7 +229,7 @@ def states(name: str, value: torch.Tensor | Sequence[torch.Tensor]) -> torch.Ten
                 f"{name}[{index}] must be like {name}[0], {list(first.shape)} of {first.dtype} on "
                 f"{first.device}, got {list(state.shape)} of {state.dtype} on {state.device}"
             )
-    return torch.stack(tuple(value))
+    return torch.stack(value)
 
 
 def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> None:

@@ -2,25 +2,33 @@
 
 Each is registered with `torch.library`, so `torch.compile` traces through it without a graph break.
 Letters in shapes: T tokens, S sequences, H query heads, Hkv KV heads, D head size, B block size.
+
+Besides torch tensors, every array argument may be one with ``__dlpack__`` (CuPy, NumPy, JAX). It is not
+copied: what a function writes lands in the caller's memory. Results are torch tensors, which have
+``__dlpack__`` too, unless ``out`` was given. JAX arrays are for arguments that are only read: JAX takes them
+to be immutable. NumPy and CuPy pass neither bfloat16 nor fp8: pass a view of their integers, as in
+``torch.from_dlpack(x.view("uint16")).view(torch.bfloat16)``. Keep an array on a GPU until the kernel has run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
 from . import backends, checks
+from .dlpack import Array, as_tensor
 from .params import AttentionParams
 
 
 def reshape_and_cache(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    key: Array,
+    value: Array,
+    kv_cache: Array,
+    slot_mapping: Array,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
 ) -> None:
     """Write the keys and values of T tokens into their slots of the cache. Mutates ``kv_cache``.
 
@@ -39,6 +47,11 @@ def reshape_and_cache(
         ValueError: an argument has the wrong shape, dtype, strides or device. Slots and scales are checked
             on the CPU, and on a GPU when ``CUPAGED_CHECK=1`` is set.
     """
+    key, value = as_tensor("key", key), as_tensor("value", value)
+    kv_cache = as_tensor("kv_cache", kv_cache, written=True)
+    slot_mapping = as_tensor("slot_mapping", slot_mapping)
+    k_scale = None if k_scale is None else as_tensor("k_scale", k_scale)
+    v_scale = None if v_scale is None else as_tensor("v_scale", v_scale)
     sizes: dict[str, int] = {}
     checks.layer_cache("kv_cache", kv_cache, sizes)
     checks.tensor("key", key, "T Hkv D", sizes, dtype=checks.model_dtypes(kv_cache), device=kv_cache.device)
@@ -52,23 +65,23 @@ def reshape_and_cache(
 
 
 def paged_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor | None = None,
+    query: Array,
+    kv_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    query_start_loc: Array | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     max_query_len: int | None = None,
     batch_invariant: bool = True,
-    out: torch.Tensor | None = None,
+    out: Array | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch of sequences over their paged KV cache (PagedAttention, section 4.1).
@@ -102,7 +115,7 @@ def paged_attention(
             through the decode kernel. A hint: what it says decides the speed only.
         batch_invariant: a sequence's result has the same bits in whatever batch it is. False lets a long
             sequence be divided by the load of the GPU, which can be faster for few sequences.
-        out: [T, H, D] to write into, in query's dtype.
+        out: [T, H, D] to write into, in query's dtype; returned as it was given.
         return_lse: also return the natural logarithm of the softmax's denominator.
 
     Returns:
@@ -113,6 +126,14 @@ def paged_attention(
         ValueError: an argument has the wrong shape, dtype, strides or device. Lengths and block ids
             are checked on the CPU, and on a GPU when ``CUPAGED_CHECK=1`` is set.
     """
+    query, kv_cache = as_tensor("query", query), as_tensor("kv_cache", kv_cache)
+    block_tables, seq_lens = as_tensor("block_tables", block_tables), as_tensor("seq_lens", seq_lens)
+    query_start_loc = None if query_start_loc is None else as_tensor("query_start_loc", query_start_loc)
+    alibi_slopes = None if alibi_slopes is None else as_tensor("alibi_slopes", alibi_slopes)
+    sinks = None if sinks is None else as_tensor("sinks", sinks)
+    k_scale = None if k_scale is None else as_tensor("k_scale", k_scale)
+    v_scale = None if v_scale is None else as_tensor("v_scale", v_scale)
+    out_tensor = None if out is None else as_tensor("out", out, written=True)
     checks.attention_settings(scale, causal, sliding_window, logits_soft_cap, max_query_len)
     checks.attention(
         query,
@@ -120,14 +141,14 @@ def paged_attention(
         block_tables,
         seq_lens,
         query_start_loc,
-        out,
+        out_tensor,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out_tensor is None:
+        out = out_tensor = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = None
     if return_lse:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
@@ -147,14 +168,15 @@ def paged_attention(
         v_scale,
         max_query_len,
         batch_invariant,
-        out,
+        out_tensor,
         lse,
     )
-    return out if lse is None else (out, lse)
+    result = cast(torch.Tensor, out)  # or what array the caller gave
+    return result if lse is None else (result, lse)
 
 
 def merge_attention_states(
-    outs: torch.Tensor | Sequence[torch.Tensor], lses: torch.Tensor | Sequence[torch.Tensor]
+    outs: Array | Sequence[Array], lses: Array | Sequence[Array]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge N attentions of the same queries over disjoint keys into the attention over all of them.
 
@@ -181,7 +203,7 @@ def merge_attention_states(
     return torch.ops.cupaged.merge_attention_states(stacked_outs.contiguous(), stacked_lses.contiguous())
 
 
-def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+def copy_blocks(kv_cache: Array, block_mapping: Array) -> None:
     """Copy whole blocks inside a cache, for copy-on-write (section 4.4). Mutates ``kv_cache``.
 
     Args:
@@ -193,12 +215,14 @@ def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     Raises:
         ValueError: an argument has the wrong shape, dtype, strides or device.
     """
+    kv_cache = as_tensor("kv_cache", kv_cache, written=True)
+    block_mapping = as_tensor("block_mapping", block_mapping)
     _check_block_cache("kv_cache", kv_cache)
     checks.block_mapping("block_mapping", block_mapping, kv_cache.device)
     torch.ops.cupaged.copy_blocks(kv_cache, block_mapping)
 
 
-def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
+def swap_blocks(src: Array, dst: Array, block_mapping: Array) -> None:
     """Copy whole blocks from one cache to another, GPU to CPU or back (section 4.5). Mutates ``dst``.
 
     Runs on the current stream and does not wait: the CPU cache should be pinned, and must not be read
@@ -211,6 +235,8 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
     Raises:
         ValueError: an argument has the wrong shape, dtype, strides or device.
     """
+    src, dst = as_tensor("src", src), as_tensor("dst", dst, written=True)
+    block_mapping = as_tensor("block_mapping", block_mapping)
     _check_block_cache("src", src)
     _check_block_cache("dst", dst)
     if src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:

@@ -310,3 +310,82 @@ def test_settings_may_be_symbols():
     b = batch()
     for settings in ((0.2, 3, 10.0), (0.3, 5, 20.0), (0.4, 2, 30.0)):
         torch.testing.assert_close(compiled(*b.values(), *settings), attend(*b.values(), *settings))
+
+
+def test_arrays_of_other_libraries_are_used_in_place():
+    """NumPy in place of any tensor: the same results, and writes land in the caller's memory."""
+    b, key, slots = batch(), torch.randn(3, 2, 32), torch.tensor([5, -1, 39])
+    cache = b["kv_cache"].numpy().copy()
+    original = cache.copy()
+    cupaged.reshape_and_cache(key.numpy(), key, cache, slots.numpy())
+    cupaged.reshape_and_cache(key, key, b["kv_cache"], slots)
+    assert np.array_equal(cache, b["kv_cache"].numpy())
+    assert not np.array_equal(cache, original)
+
+    expected, expected_lse = cupaged.paged_attention(**b, sinks=torch.ones(4), return_lse=True)
+    arrays = {name: value.numpy() for name, value in b.items()}
+    for name in arrays:  # mixed
+        mixed = {**b, name: arrays[name]}
+        assert torch.equal(
+            cupaged.paged_attention(**mixed, sinks=np.ones(4, np.float32), return_lse=True)[0], expected
+        )
+    out = np.zeros((2, 4, 32), np.float32)
+    starts = np.array([0, 1, 2], np.int32)
+    result, lse = cupaged.paged_attention(
+        **arrays, query_start_loc=starts, sinks=np.ones(4, np.float32), out=out, return_lse=True
+    )
+    assert result is out
+    assert isinstance(lse, torch.Tensor)
+    np.testing.assert_allclose(out, expected.numpy())
+    torch.testing.assert_close(lse, expected_lse)
+    assert isinstance(cupaged.paged_attention(**arrays), torch.Tensor)
+
+    states = (torch.stack([expected, expected]), torch.stack([lse, lse]))
+    merged = cupaged.merge_attention_states(*states)
+    for outs, lses in ((states[0].numpy(), states[1].numpy()), ([out, expected], [lse.numpy(), lse])):
+        for got, wanted in zip(cupaged.merge_attention_states(outs, lses), merged):
+            torch.testing.assert_close(got, wanted)
+
+    cupaged.copy_blocks(cache, np.array([[0, 1]]))
+    assert np.array_equal(cache[1], cache[0])
+    other = np.zeros_like(cache)
+    cupaged.swap_blocks(cache, other, np.array([[0, 4]]))
+    assert np.array_equal(other[4], cache[0])
+    assert not other[:4].any()
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def test_read_only_arrays_are_read_and_not_written():
+    written = {
+        cupaged.reshape_and_cache: "kv_cache",
+        cupaged.copy_blocks: "kv_cache",
+        cupaged.swap_blocks: "dst",
+    }
+    for function, name in written.items():
+        arrays = {key: read_only(value.numpy()) for key, value in OPS[function].items()}
+        with pytest.raises(ValueError, match=f"{name} is written, but the ndarray is read-only; pass a copy"):
+            function(**arrays)
+        function(**{**arrays, name: OPS[function][name].numpy().copy()})
+    b = {name: read_only(value.numpy()) for name, value in batch().items()}
+    cupaged.paged_attention(**b)
+    with pytest.raises(ValueError, match="out is written"):
+        cupaged.paged_attention(**b, out=read_only(b["query"]))
+
+
+@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+def test_arrays_that_dlpack_cannot_pass_are_named(function):
+    class Broken:
+        def __dlpack__(self, **_):
+            raise RuntimeError("no")
+
+    for name, good in OPS[function].items():
+        shape = good.shape
+        bad = [np.zeros(shape, object), np.zeros(shape, ">f4"), np.zeros(shape)[::-1], Broken()]
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"^{name} "):
+                function(**{**OPS[function], name: value})
