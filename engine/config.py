@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .validation import is_integer, is_number
+
 PREEMPTION_MODES = ("recompute", "swap")
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def _count(value: Any) -> bool:
+    return is_integer(value) and value >= 1
+
+
+def _count_or_none(value: Any) -> bool:
+    return value is None or _count(value)
+
+
+# What a setting may be, and in words.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "block_size": (lambda v: is_integer(v) and v in BLOCK_SIZES, "a power of two from 8 to 256"),
+    "gpu_memory_utilization": (lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "num_gpu_blocks_override": (_count_or_none, "an integer of at least 1 or None"),
+    "swap_space": (lambda v: is_number(v) and v >= 0, "a number of GiB, at least 0"),
+    "max_num_seqs": (_count, "an integer of at least 1"),
+    "max_num_batched_tokens": (_count, "an integer of at least 1"),
+    "max_model_len": (_count_or_none, "an integer of at least 1 or None"),
+    "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
+    "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "seed": (is_integer, "an integer"),
+    "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,30 +77,15 @@ class EngineConfig:
     check_integrity: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_size not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"block_size must be a power of two from 8 to 256, got {self.block_size}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        if self.swap_space < 0:
-            raise ValueError(f"swap_space must be at least 0 GiB, got {self.swap_space}")
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_gpu_blocks_override", "max_model_len"):
+        for name, (fits, wanted) in _RULES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+            if not fits(value):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence decodes one token a step"
             )
-        if self.preemption_mode not in PREEMPTION_MODES:
-            raise ValueError(
-                f"preemption_mode must be one of {PREEMPTION_MODES}, got {self.preemption_mode!r}"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 
     @classmethod
     def from_kwargs(cls, kwargs: dict[str, Any]) -> EngineConfig:

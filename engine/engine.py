@@ -97,7 +97,9 @@ class LLMEngine:
         Raises:
             ValueError: the request is malformed or could never run. Nothing else is affected.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already running")
         text, token_ids = self._tokenize(prompt)

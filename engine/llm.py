@@ -52,8 +52,14 @@ class LLM:
         """
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a prompt or a sequence of prompts, got {prompts!r}")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if not isinstance(sampling_params, Sequence):
+            raise ValueError(
+                f"sampling_params must be SamplingParams, one or several, got {sampling_params!r}"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"sampling_params must be one, or one for each of the {len(prompts)} prompts, "

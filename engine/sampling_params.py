@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
+
+from .validation import is_integer, is_number
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class SamplingParams:
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         for name, wanted in (
-            ("n", _is_integer(self.n) and self.n >= 1),
-            ("temperature", _is_number(self.temperature) and self.temperature >= 0),
-            ("top_k", _is_integer(self.top_k) and self.top_k >= -1),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1),
-            ("seed", self.seed is None or _is_integer(self.seed)),
+            ("n", is_integer(self.n) and self.n >= 1),
+            ("temperature", is_number(self.temperature) and self.temperature >= 0),
+            ("top_k", is_integer(self.top_k) and self.top_k >= -1),
+            ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("seed", self.seed is None or is_integer(self.seed)),
             (
                 "max_tokens",
-                self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
+                self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1),
             ),
             ("stop", all(isinstance(s, str) and s for s in self.stop)),
-            ("stop_token_ids", all(map(_is_integer, self.stop_token_ids))),
+            ("stop_token_ids", all(map(is_integer, self.stop_token_ids))),
         ):
             if not wanted:
                 raise ValueError(f"{name} must be {_RANGES[name]}, got {getattr(self, name)!r}")
@@ -62,18 +62,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    """A real number that is finite as a float."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
-        return False
 
 
 def _as_tuple(name: str, value: Any) -> tuple:

@@ -32,6 +32,7 @@ BAD_REQUESTS = {
     "too long a prompt": (prompt(128), GREEDY, "max_model_len"),
     "too many outputs": (prompt(4), SamplingParams(n=9), "max_num_seqs"),
     "outputs too long for the pool": (prompt(4), SamplingParams(n=8, max_tokens=100), "blocks"),
+    "params of another type": (prompt(4), {"temperature": 0}, "sampling_params"),
     "an id in use": (prompt(4), GREEDY, "request_id"),
 }
 
@@ -84,6 +85,12 @@ def test_generate_with_one_bad_prompt_leaves_the_engine_clean(llama_dir):
     assert_clean(llm.engine)
     with pytest.raises(ValueError, match="sampling_params"):
         llm.generate(good, [GREEDY], use_tqdm=False)
+    for params in ({"temperature": 0}, 5, "x"):
+        with pytest.raises(ValueError, match="sampling_params"):
+            llm.generate(good[:1], params, use_tqdm=False)
+    for prompts in (None, 5, iter(good)):
+        with pytest.raises(ValueError, match="prompts must be a prompt or a sequence"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [out.outputs for out in llm.generate(good, GREEDY, use_tqdm=False)] == before
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 

@@ -1,0 +1,112 @@
+"""The engine's settings: what is refused, and that each is honoured."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cupaged.engine import LLM, EngineConfig, memory
+from cupaged.engine.kv_cache import KVShape
+from tests import tiny_models
+
+BAD = {
+    "block_size": [0, 12, 512, 16.0, "16", None, True],
+    "gpu_memory_utilization": [0, -0.1, 1.5, math.nan, "0.9", None, True],
+    "num_gpu_blocks_override": [0, -1, 2.5, "8", True],
+    "swap_space": [-1, math.nan, math.inf, "4", None, True],
+    "max_num_seqs": [0, 1.5, None, "8", True],
+    "max_num_batched_tokens": [0, 2048.0, None, True],
+    "max_model_len": [0, -5, 1.5, "128", True],
+    "preemption_mode": ["drop", None, 1],
+    "dtype": ["int8", "half", None, torch.float16],
+    "seed": [1.5, "x", None, True],
+    "device": [5, True, torch.device("cpu")],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_setting_is_refused_by_name(name):
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got "):
+            EngineConfig(**{name: value})
+
+
+def test_settings_that_contradict_each_other_or_do_not_exist():
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens \(100\) must be at least max_num_seqs"):
+        EngineConfig(max_num_batched_tokens=100)
+    with pytest.raises(ValueError, match="no setting is called 'tensor_parallel'; there are block_size, "):
+        LLM("no-such-model", tensor_parallel=2)
+
+
+SHAPE = KVShape(num_layers=30, num_kv_heads=3, block_size=16, head_size=64, dtype=torch.bfloat16)
+
+
+def test_swap_space_is_gib_and_never_more_than_the_cache():
+    def blocks(gib: float, gpu_blocks: int = 10**6, mode: str = "swap") -> int:
+        config = EngineConfig(swap_space=gib, preemption_mode=mode)
+        return memory.num_cpu_blocks(config, SHAPE, gpu_blocks)
+
+    assert SHAPE.block_bytes == 30 * 2 * 3 * 16 * 64 * 2
+    assert blocks(1) == 2**30 // SHAPE.block_bytes
+    assert blocks(2.5) == int(2.5 * 2**30) // SHAPE.block_bytes
+    assert blocks(4, gpu_blocks=100) == 100
+    assert blocks(0) == 0
+    assert blocks(4, mode="recompute") == 0
+
+
+def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
+    """Weights and the largest step take 30 GiB of 80, other processes 5."""
+    gib = 2**30
+    runner = SimpleNamespace(device=torch.device("cuda"), run=lambda *_: None)
+    cache = SimpleNamespace(blocks=SimpleNamespace(nbytes=2 * gib))
+    monkeypatch.setattr(memory, "KVCache", lambda *_: cache)
+    for name, value in {
+        "reset_peak_memory_stats": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "max_memory_allocated": 32 * gib,  # the profiling run's own cache included
+        "memory_reserved": 33 * gib,
+        "mem_get_info": (42 * gib, 80 * gib),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    def blocks(share: float) -> int:
+        config = EngineConfig(gpu_memory_utilization=share, max_num_seqs=2048)
+        return memory.num_gpu_blocks(config, runner, SHAPE, max_model_len=8192)
+
+    assert blocks(0.9) == int((80 * 0.9 - 30 - 5) * gib) // SHAPE.block_bytes
+    assert blocks(0.5) == int((80 * 0.5 - 30 - 5) * gib) // SHAPE.block_bytes
+    with pytest.raises(ValueError, match=r"no memory is left .* raise gpu_memory_utilization"):
+        blocks(0.4)
+
+
+def test_the_cache_is_no_larger_than_the_sequences_can_use(monkeypatch):
+    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 64 * 2**30)
+    runner = SimpleNamespace(device=torch.device("cpu"))
+    small = EngineConfig(max_num_seqs=3)
+    assert memory.num_gpu_blocks(small, runner, SHAPE, max_model_len=100) == 3 * 7
+    assert memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 4 * 2**30 // SHAPE.block_bytes
+    assert memory.num_gpu_blocks(EngineConfig(num_gpu_blocks_override=5), runner, SHAPE, 8192) == 5
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory) -> str:
+    return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama")))
+
+
+def test_the_engine_follows_its_settings(llama_dir):
+    settings = {"device": "cpu", "block_size": 32, "num_gpu_blocks_override": 6, "dtype": "bfloat16"}
+    engine = LLM(llama_dir, **settings, preemption_mode="swap", swap_space=0.001).engine
+    assert engine._cache.blocks.shape == (6, 3, 2, 2, 32, 16)
+    assert engine._cache.blocks.dtype == torch.bfloat16
+    assert engine._cache.swap_space.shape[0] == min(6, int(0.001 * 2**30) // engine._cache.shape.block_bytes)
+    assert engine.max_model_len == 6 * 32  # less than the model's 256: what the cache holds
+    assert LLM(llama_dir, device="cpu", max_model_len=64).engine.max_model_len == 64
+    assert LLM(llama_dir, device="cpu").engine._cache.blocks.dtype == torch.float32  # as the checkpoint
+    with pytest.raises(ValueError, match="max_model_len is 300, and the model was made for 256 tokens"):
+        LLM(llama_dir, device="cpu", max_model_len=300)
+    with pytest.raises(ValueError, match="max_model_len is 200, and the KV cache holds 192 tokens"):
+        LLM(llama_dir, **settings, max_model_len=200)
