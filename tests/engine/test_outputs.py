@@ -44,6 +44,7 @@ EOS = tiny_models.EOS
         (("hello",), {"max_tokens": 5}, "hello", 5, "length", None),
         (("hello", EOS), {"max_tokens": 6}, "hello", 6, "stop", None),
         (("hello", 259), {"stop_token_ids": [259]}, "hello", 6, "stop", 259),
+        (("hello!",), {"stop_token_ids": [0]}, "hello", 6, "stop", 0),  # "!", a token with a text
         (("hello", EOS), {"stop_token_ids": [EOS]}, "hello", 6, "stop", EOS),
         (("hello", EOS), {"stop_token_ids": [EOS], "ignore_eos": True}, "hello", 6, "stop", EOS),
         (("one, two",), {"stop": ","}, "one", 4, "stop", ","),
