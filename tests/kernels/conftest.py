@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import random
 import shutil
 
 import pytest
@@ -43,11 +41,3 @@ def backend(request, monkeypatch, seed):
         module = importlib.import_module(f"cupaged.backends.{name}")
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     return name, device
-
-
-@pytest.fixture
-def seed(request) -> int:
-    """Fresh at every run, printed when the test fails; CUPAGED_TEST_SEED repeats one."""
-    value = int(os.environ.get("CUPAGED_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"CUPAGED_TEST_SEED={value}")
-    return value

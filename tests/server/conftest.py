@@ -13,7 +13,6 @@ from cupaged.engine import EngineConfig, LLMEngine
 from cupaged.engine.server.app import create_app
 from cupaged.engine.server.async_engine import AsyncEngine
 from cupaged.serve import listen
-from tests import tiny_models
 
 MODEL = "tiny-llama"
 
@@ -54,11 +53,6 @@ def wait_until(condition, timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-
-
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory) -> str:
-    return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")

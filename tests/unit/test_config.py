@@ -10,7 +10,6 @@ import torch
 
 from cupaged.engine import LLM, EngineConfig, memory
 from cupaged.engine.kv_cache import KVShape
-from tests import tiny_models
 
 BAD = {
     "block_size": [0, 12, 512, 16.0, "16", None, True],
@@ -90,11 +89,6 @@ def test_the_cache_is_no_larger_than_the_sequences_can_use(monkeypatch):
     assert memory.num_gpu_blocks(small, runner, SHAPE, max_model_len=100) == 3 * 7
     assert memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 4 * 2**30 // SHAPE.block_bytes
     assert memory.num_gpu_blocks(EngineConfig(num_gpu_blocks_override=5), runner, SHAPE, 8192) == 5
-
-
-@pytest.fixture(scope="module")
-def llama_dir(tmp_path_factory) -> str:
-    return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama")))
 
 
 def test_the_engine_follows_its_settings(llama_dir):

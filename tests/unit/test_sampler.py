@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import numpy as np
@@ -16,14 +15,6 @@ from cupaged.engine.scheduler import ScheduledSequence
 
 VOCABULARY = 50
 CLOSE = 1e-5  # a draw nearer than this to the border of two tokens may fall on either side
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh at every run, printed when the test fails; CUPAGED_TEST_SEED repeats one."""
-    value = int(os.environ.get("CUPAGED_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"CUPAGED_TEST_SEED={value}")
-    return value
 
 
 def expected_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
