@@ -32,3 +32,39 @@ def test_the_tables_are_what_the_results_say(tmp_path):
     assert readme_table.main(["--check"], changed) == 1
     assert readme_table.main([], changed) == 0
     assert changed.read_text() == README
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_every_environment_variable_is_listed():
+    table = README.partition("## Environment variables")[2]
+    read = {
+        name
+        for path in sources("cupaged", "engine", "tests", "benchmarks")
+        for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text())
+    }
+    assert {"CUPAGED_CACHE_DIR", "CUPAGED_BACKEND", "CXX"} <= read, "the search finds them"
+    assert not [name for name in sorted(read - {"PATH"}) if f"`{name}" not in table]
+    listed = set(re.findall(r"^\| .*?`(CUPAGED_\w+)", table, re.MULTILINE))
+    assert listed <= read, "one that nothing reads is listed"
+
+
+def test_the_tree_is_the_tree():
+    """What it names is there, and every module of the package is in it."""
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    folder, named = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        within = folder if name == folder else folder + name if name.endswith("/") else folder
+        assert (ROOT / (name if name == folder else folder + name)).exists(), line
+        for file in re.findall(r"[\w*]+\.py", line):
+            found = list((ROOT / within).glob(file))
+            assert found, f"{file} in {line!r}"
+            named |= set(found)
+    modules = {p for p in sources("cupaged", "engine") if p.name != "__init__.py"}
+    modules -= {p for p in modules if p.parent.name == "server"}
+    assert sorted(p.name for p in modules - named) == []
