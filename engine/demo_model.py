@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def demo_model_dir() -> Path:
     if is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
     # Made under another name and renamed: whoever looks sees a whole model or none.
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as folder:
         work = Path(folder)
@@ -128,6 +130,13 @@ def _publish(converted: Path, target: Path) -> None:
     except OSError:
         if not is_whole(target):
             raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What a process that was killed left behind; after a day none is still at it."""
+    for path in folder.glob(f".{NAME}.*"):
+        if time.time() - path.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

