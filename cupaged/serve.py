@@ -13,9 +13,9 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 from .device import choose_device
-from .engine.config import DTYPES, PREEMPTION_MODES, EngineConfig
+from .engine.config import DTYPES, KV_CACHE_DTYPES, PREEMPTION_MODES, EngineConfig
 
-_CHOICES = {"preemption_mode": PREEMPTION_MODES, "dtype": DTYPES}
+_CHOICES = {"preemption_mode": PREEMPTION_MODES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES}
 _HIDDEN = ("check_integrity",)
 
 

@@ -24,6 +24,7 @@ class AttentionMetadata:
 
     Args:
         kv_caches: a layer's view of the cache each, ``[num_blocks, 2, Hkv, B, D]``.
+        kv_scales: of a quantised cache: a layer's for keys and for values each, float32 ``[Hkv]``; else None.
         slot_mapping: int64 ``[T]``, where each token's key and value go.
         block_tables: int32 ``[S, max_blocks]``.
         seq_lens: int32 ``[S]``, tokens of each sequence, those of this step included.
@@ -31,6 +32,7 @@ class AttentionMetadata:
     """
 
     kv_caches: tuple[torch.Tensor, ...]
+    kv_scales: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
@@ -70,9 +72,16 @@ def paged_attention_forward(
             f"a model with the {ATTENTION_NAME!r} attention was called without the argument `paged` "
             "(AttentionMetadata): run it through cupaged.engine.LLM, or load it with another attention"
         )
-    kv_cache = paged.kv_caches[module.layer_idx]  # type: ignore[index]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    kv_cache = paged.kv_caches[layer]
+    k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]
     cupaged.reshape_and_cache(
-        key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1), kv_cache, paged.slot_mapping
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        kv_cache,
+        paged.slot_mapping,
+        k_scale,
+        v_scale,
     )
     out = cupaged.paged_attention(
         query.squeeze(0).transpose(0, 1),
@@ -84,5 +93,7 @@ def paged_attention_forward(
         sliding_window=sliding_window,
         logits_soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.float(),
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return out.unsqueeze(0), None

@@ -11,6 +11,7 @@ from .validation import is_integer, is_number
 PREEMPTION_MODES = ("recompute", "swap")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 
 
 def _count(value: Any) -> bool:
@@ -32,6 +33,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_model_len": (_count_or_none, "an integer of at least 1 or None"),
     "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
@@ -54,7 +56,10 @@ class EngineConfig:
             cache holds where that is less.
         preemption_mode: what becomes of a request that loses its blocks: "recompute" drops them, "swap" moves
             them to the swap space (and drops them when that is full).
-        dtype: of weights and KV cache; "auto" follows the checkpoint.
+        dtype: of the weights; "auto" follows the checkpoint.
+        kv_cache_dtype: of the KV cache; "auto" is the weights'. "fp8" ("fp8_e4m3"), "fp8_e5m2" and "int8"
+            hold twice the tokens of 16 bits in the same memory, at a small loss. Their scales are found at
+            the start from a drawn prompt; what lies far beyond its keys and values saturates.
         seed: of requests that bring none.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: verify the block manager's books after every step (for tests).
@@ -72,6 +77,7 @@ class EngineConfig:
     max_model_len: int | None = None
     preemption_mode: str = "recompute"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     seed: int = 0
     device: str | None = None
     check_integrity: bool = False

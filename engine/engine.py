@@ -17,6 +17,7 @@ from .block_manager import BlockManager
 from .config import EngineConfig
 from .cpu_linear import pack_linears
 from .kv_cache import KVCache
+from .kv_scales import calibrate
 from .loader import load_model
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
@@ -52,7 +53,7 @@ class LLMEngine:
         if self.device.type == "cpu":
             pack_linears(loaded)
         self._runner = ModelRunner(loaded)
-        shape = self._runner.kv_shape(config.block_size)
+        shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
         model_len = getattr(self._runner.config, "max_position_embeddings", None)
         wanted = config.max_model_len or model_len
         if wanted is None:
@@ -70,7 +71,10 @@ class LLMEngine:
         self.model_name = model or demo_model.NAME
         self._vocab_size = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
-        self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device)
+        scales = calibrate(
+            self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
+        )
+        self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device, scales)
         self._scheduler = Scheduler(
             self._blocks,
             config.max_num_seqs,

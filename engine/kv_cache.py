@@ -39,12 +39,19 @@ class KVCache:
         shape: of a block.
         num_gpu_blocks: on ``device``.
         num_cpu_blocks: of the swap space, in pinned memory where there is a GPU.
+        scales: of a quantised cache, float32 ``[num_layers, 2, num_kv_heads]``, keys before values.
     """
 
     def __init__(
-        self, shape: KVShape, num_gpu_blocks: int, num_cpu_blocks: int, device: torch.device
+        self,
+        shape: KVShape,
+        num_gpu_blocks: int,
+        num_cpu_blocks: int,
+        device: torch.device,
+        scales: torch.Tensor | None = None,
     ) -> None:
         self.shape = shape
+        self.scales = None if scales is None else tuple((layer[0], layer[1]) for layer in scales)
         self.blocks = torch.empty((num_gpu_blocks, *shape.block_shape), dtype=shape.dtype, device=device)
         self.swap_space = torch.empty(
             (num_cpu_blocks, *shape.block_shape), dtype=shape.dtype, pin_memory=device.type == "cuda"

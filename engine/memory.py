@@ -6,13 +6,10 @@ import os
 
 import torch
 
-from .block_manager import BlockManager
 from .config import EngineConfig
-from .kv_cache import KVCache, KVShape
+from .dry_run import dry_run
+from .kv_cache import KVShape
 from .model_runner import ModelRunner
-from .request import Sequence, SequenceGroup
-from .sampling_params import SamplingParams
-from .scheduler import ScheduledSequence
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 4 * GIB
@@ -28,7 +25,7 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     if runner.device.type == "cuda":
-        free = _free_gpu_bytes(config, runner, shape)
+        free = _free_gpu_bytes(config, runner)
     else:
         free = min(CPU_CACHE_BYTES, _available_cpu_bytes() // 4)
     usable = config.max_num_seqs * -(-max_model_len // shape.block_size)
@@ -49,16 +46,10 @@ def num_cpu_blocks(config: EngineConfig, shape: KVShape, gpu_blocks: int) -> int
     return min(int(config.swap_space * GIB) // shape.block_bytes, gpu_blocks)
 
 
-def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, shape: KVShape) -> int:
+def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner) -> int:
     """What ``gpu_memory_utilization`` leaves after the peak of a step with the most tokens."""
     torch.cuda.reset_peak_memory_stats(runner.device)
-    num_tokens = config.max_num_batched_tokens
-    blocks = BlockManager(-(-num_tokens // shape.block_size), 0, shape.block_size)
-    cache = KVCache(shape, blocks.gpu.num_blocks, 0, runner.device)
-    seq = Sequence(0, 0, [0] * num_tokens, num_tokens, 0)
-    group = SequenceGroup("profile", None, seq.token_ids, SamplingParams(), 1, 0, [seq])
-    blocks.append(0, 0, num_tokens)
-    runner.run((ScheduledSequence(group, seq, 0, num_tokens, 1),), blocks, cache)
+    cache = dry_run(runner, runner.kv_shape(config.block_size), [0] * config.max_num_batched_tokens)
     torch.cuda.synchronize(runner.device)
     peak = torch.cuda.max_memory_allocated(runner.device) - cache.blocks.nbytes
     del cache

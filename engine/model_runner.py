@@ -12,6 +12,13 @@ from .block_manager import BlockManager
 from .kv_cache import KVCache, KVShape
 from .scheduler import ScheduledSequence
 
+_CACHE_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+
 
 class ModelRunner:
     """Runs a transformers decoder loaded with the "cupaged" attention.
@@ -29,16 +36,26 @@ class ModelRunner:
         if getattr(self.config, "attention_chunk_size", None):
             raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
 
-    def kv_shape(self, block_size: int) -> KVShape:
-        """The shape of a block of this model's cache."""
+    def kv_shape(self, block_size: int, kv_cache_dtype: str = "auto") -> KVShape:
+        """The shape of a block of this model's cache.
+
+        Raises:
+            ValueError: a quantised cache does not take this model's heads.
+        """
         config = self.config
         heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if kv_cache_dtype != "auto" and head_size % 16:
+            raise ValueError(
+                f"kv_cache_dtype {kv_cache_dtype!r} needs a head size that is a multiple of 16, and "
+                f"{config.model_type} has {head_size}; use 'auto'"
+            )
         return KVShape(
             num_layers=config.num_hidden_layers,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             block_size=block_size,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=next(self._model.parameters()).dtype,
+            head_size=head_size,
+            dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,
         )
 
     @torch.inference_mode()
@@ -71,6 +88,7 @@ class ModelRunner:
 
         metadata = AttentionMetadata(
             kv_caches=cache.layers,
+            kv_scales=cache.scales,
             slot_mapping=self._tensor(slots),
             block_tables=self._tensor(block_tables),
             seq_lens=self._tensor((starts + counts).astype(np.int32)),

@@ -1,4 +1,4 @@
-"""An engine over a tiny model, with NaN in every block that nobody holds."""
+"""An engine over a tiny model, with poison in every block that nobody holds."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ SMALL: dict[str, Any] = {
 
 
 class PoisonedEngine(LLMEngine):
-    """Fills free blocks, on the GPU and in the swap space, with NaN before every step."""
+    """Fills free blocks, on the GPU and in the swap space, with NaN before every step; a cache of int8 with
+    -128, which is no code."""
 
     def step(self) -> list[RequestOutput]:
         memories = (self._cache.blocks, self._blocks.gpu), (self._cache.swap_space, self._blocks.cpu)
         for memory, pool in memories:
             free = [block for block, count in enumerate(pool.ref_counts) if count == 0]
-            memory[free] = torch.nan
+            if memory.dtype.itemsize == 1:
+                memory.view(torch.uint8)[free] = 0x80 if memory.dtype == torch.int8 else 0x7F
+            else:
+                memory[free] = torch.nan
         return super().step()
 
 
