@@ -30,24 +30,30 @@ def pack_linears(model: torch.nn.Module) -> int:
     """Replace a CPU model's bfloat16 `torch.nn.Linear` layers, in place; others are left alone.
 
     A replaced weight is freed, unless another layer has it too: a head tied to the embedding costs its size
-    once more. Where torch has no oneDNN, nothing is replaced.
+    once more. Where oneDNN does not multiply bfloat16, nothing is replaced.
 
     Returns:
         How many layers were replaced.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return 0
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is torch.nn.Linear
-        and child.weight.dtype == torch.bfloat16
-        and child.weight.device.type == "cpu"
-    ]
-    packed: dict[torch.nn.Linear, PackedLinear] = {}
-    for parent, name, child in places:
-        if child not in packed:
-            packed[child] = PackedLinear(child)
-        setattr(parent, name, packed[child])
+    packed: dict[torch.nn.Module, PackedLinear] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # named_children() would tell of a shared one once
+            if child is None or not _can_pack(child):
+                continue
+            if child not in packed:
+                packed[child] = PackedLinear(child)  # type: ignore[arg-type]
+            setattr(parent, name, packed[child])
     return len(packed)
+
+
+def _can_pack(module: torch.nn.Module) -> bool:
+    if type(module) is not torch.nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module.weight
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

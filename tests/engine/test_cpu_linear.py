@@ -8,6 +8,11 @@ import torch
 from cupaged.engine.cpu_linear import PackedLinear, pack_linears
 
 
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bfloat16 on this CPU"
+)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (576, 1536), (7, 13), (1, 1), (100, 33)])
 @pytest.mark.parametrize("shape", [(1,), (5,), (1, 33), (2, 3)])
@@ -35,7 +40,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(50, 16)
         self.inner = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
-        self.again = self.inner[0]
+        self.again = self.third = self.inner[0]
         self.other = Derived(16, 3)
         self.head = torch.nn.Linear(16, 50, bias=False)
         self.head.weight = self.embedding.weight
@@ -52,7 +57,7 @@ def test_a_model_computes_the_same_and_keeps_its_embedding():
     ids = torch.arange(9)[None]
     before, embedding = model(ids), model.embedding.weight.data_ptr()
     assert pack_linears(model) == 3
-    assert model.inner[0] is model.again
+    assert model.inner[0] is model.again is model.third
     assert [type(m) for m in (model.inner[0], model.inner[2], model.head)] == 3 * [PackedLinear]
     assert model.embedding.weight.data_ptr() == embedding
     torch.testing.assert_close(model(ids), before, rtol=0.02, atol=0.02)
@@ -63,6 +68,13 @@ def test_a_model_computes_the_same_and_keeps_its_embedding():
         "other.bias",
     }
     assert pack_linears(model) == 0
+
+
+def test_a_layer_with_a_hook_is_left_alone():
+    model = Model(torch.bfloat16)
+    model.head.register_forward_hook(lambda module, args, output: output * 2)
+    assert pack_linears(model) == 2
+    assert type(model.head) is torch.nn.Linear
 
 
 def test_other_dtypes_are_left_alone():
