@@ -8,10 +8,13 @@ SOURCES := cupaged engine tests benchmarks
 # The extra for the NVIDIA driver: cuda13, cuda12, or nothing without one.
 CUDA := $(shell $(PYTHON) -m cupaged.device)
 CONSTRAINTS := .ci/constraints.txt
-# A driver for CUDA 12 needs the builds of torch for it, which are on PyTorch's own index, and CUDA 12's
-# compiler and headers instead of the tested ones.
+# A driver for CUDA 12 needs the builds of torch for it, which are on an index of their own (TORCH_INDEX), and
+# CUDA 12's compiler and headers instead of the tested ones.
 ifeq ($(CUDA),cuda12)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cu126
+ifndef TORCH_INDEX
+NO_INDEX := @echo "The driver is for CUDA 12, the usual build of torch for CUDA 13. Name the index of PyTorch's" \
+  "builds for CUDA 12 (https://pytorch.org/get-started/locally): make TORCH_INDEX=URL ..." >&2; exit 1
+endif
 TEST_EXTRAS := cuda12,test-tools,lint
 CONSTRAINTS := $(VENV)/constraints.txt
 else
@@ -33,6 +36,7 @@ $(VENV)/constraints.txt: .ci/constraints.txt | $(BIN)/python
 
 # torch first and by its exact pin; everything else is satisfied by it. Not quietly: it can be gigabytes.
 $(SERVING): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(NO_INDEX)
 	$(INSTALL) $(addprefix --extra-index-url ,$(TORCH_INDEX)) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
 	$(INSTALL) -q -c $(CONSTRAINTS) -e ".$(addsuffix ],$(addprefix [,$(CUDA)))"
 	@touch $@

@@ -100,10 +100,15 @@ def test_make_installs_what_fits_the_driver(nvidia_smi, tmp_path):
 
     # Another driver: CuPy is changed, whatever has been installed before. The tested set holds CUDA 13.
     nvidia_smi(BANNERS["old"].format("12.4"))
-    commands = make(checkout, "test")
+    commands = make(checkout, "test", "TORCH_INDEX=http://index.example/cu12")
     assert '-c .venv/constraints.txt -e ".[cuda12]"' in commands
     assert '-e ".[cuda12,test-tools,lint]"' in commands
-    assert "/cu126" in commands
+    assert "--extra-index-url http://index.example/cu12" in commands
+    told = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", "serve"], cwd=checkout, capture_output=True, text=True
+    )
+    assert told.returncode != 0
+    assert "make TORCH_INDEX=URL" in told.stderr
     pinned = subprocess.run(
         ["make", f"PYTHON={sys.executable}", ".venv/constraints.txt"],
         cwd=checkout,
