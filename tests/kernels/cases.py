@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -140,17 +138,6 @@ def draw(
     if "window" in features:
         _poison_before_window(problem)
     return problem
-
-
-@contextmanager
-def skips_what_is_missing() -> Iterator[None]:
-    """Skip the test where the backend says that it does not have this yet."""
-    try:
-        yield
-    except NotImplementedError as error:
-        import pytest  # only here: benchmarks draw these problems on machines without it
-
-        pytest.skip(str(error))
 
 
 def quantise_cache(

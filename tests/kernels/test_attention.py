@@ -9,7 +9,7 @@ import torch
 
 import cupaged
 
-from .cases import Problem, check, draw, skips_what_is_missing
+from .cases import Problem, check, draw
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CACHE_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
@@ -20,17 +20,16 @@ FEATURES = [(), ("window",), ("cap",), ("alibi",), ("sinks",), ("window", "cap",
 def run(problem: Problem, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     p = problem.to(device)
     out = torch.full_like(p.query, float("nan"))
-    with skips_what_is_missing():
-        result, lse = cupaged.paged_attention(
-            p.query,
-            p.kv_cache,
-            p.block_tables,
-            p.seq_lens,
-            p.query_start_loc,
-            **p.options,
-            out=out,
-            return_lse=True,
-        )
+    result, lse = cupaged.paged_attention(
+        p.query,
+        p.kv_cache,
+        p.block_tables,
+        p.seq_lens,
+        p.query_start_loc,
+        **p.options,
+        out=out,
+        return_lse=True,
+    )
     assert result.data_ptr() == out.data_ptr()
     return result, lse
 
@@ -166,16 +165,15 @@ def test_every_code_reads_as_its_number(backend, mode, cache_dtype):
     cache[2, 1, 0, 0] = codes.masked_fill(~usable, 0)
     device = backend[1]
     scale = torch.tensor([0.375], device=device)
-    with skips_what_is_missing():
-        out = cupaged.paged_attention(
-            torch.randn(1, 1, 256, device=device),
-            cache.to(device).view(cache_dtype),
-            torch.tensor([[2]], dtype=torch.int32, device=device),
-            torch.ones(1, dtype=torch.int32, device=device),
-            None if mode == "decode" else torch.tensor([0, 1], dtype=torch.int32, device=device),
-            k_scale=scale,
-            v_scale=scale,
-        )
+    out = cupaged.paged_attention(
+        torch.randn(1, 1, 256, device=device),
+        cache.to(device).view(cache_dtype),
+        torch.tensor([[2]], dtype=torch.int32, device=device),
+        torch.ones(1, dtype=torch.int32, device=device),
+        None if mode == "decode" else torch.tensor([0, 1], dtype=torch.int32, device=device),
+        k_scale=scale,
+        v_scale=scale,
+    )
     assert torch.equal(out.cpu()[0, 0], cache[2, 1, 0, 0].view(cache_dtype).float() * 0.375)
 
 
