@@ -21,6 +21,7 @@ BAD = {
     "max_model_len": [0, -5, 1.5, "128", True],
     "preemption_mode": ["drop", None, 1],
     "dtype": ["int8", "half", None, torch.float16],
+    "kv_cache_dtype": ["bfloat16", "int4", None, torch.int8],
     "seed": [1.5, "x", None, True],
     "device": [5, True, torch.device("cpu")],
 }
@@ -59,9 +60,9 @@ def test_swap_space_is_gib_and_never_more_than_the_cache():
 def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
     """Weights and the largest step take 30 GiB of 80, other processes 5."""
     gib = 2**30
-    runner = SimpleNamespace(device=torch.device("cuda"), run=lambda *_: None)
+    runner = SimpleNamespace(device=torch.device("cuda"), kv_shape=lambda *_: SHAPE)
     cache = SimpleNamespace(blocks=SimpleNamespace(nbytes=2 * gib))
-    monkeypatch.setattr(memory, "KVCache", lambda *_: cache)
+    monkeypatch.setattr(memory, "dry_run", lambda *_: cache)
     for name, value in {
         "reset_peak_memory_stats": None,
         "synchronize": None,
