@@ -29,7 +29,10 @@ class Peer:
 
 
 def peers() -> tuple[Peer, ...]:
-    found = [Peer("sdpa", sdpa, lambda case, device: device.type == "cpu")]
+    found = [
+        Peer("sdpa", sdpa, lambda case, device: device.type == "cpu" and not case.cache_dtype),
+        Peer("gather, sdpa", gather_sdpa, _gather_applies),
+    ]
     for backend in (
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
@@ -50,27 +53,47 @@ def peers() -> tuple[Peer, ...]:
 
 def sdpa(batch: Batch, backend: SDPBackend | None = None) -> list[PeerRun]:
     """torch's attention over contiguous keys and values, in one of its implementations."""
-    case = batch.case
-    mask = None
-    if 1 < case.query_tokens < case.context:
-        mask = _visible(batch)
+    attend = _sdpa_of(batch)
 
     def run(s: int) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(
-            batch.dense_query(s),
-            batch.key[s],
-            batch.value[s],
-            attn_mask=mask,
-            is_causal=case.query_tokens == case.context > 1,
-            enable_gqa=case.num_heads != case.num_kv_heads,
-        )
-        return _rows(out)
+        return attend(s, batch.key[s], batch.value[s])
 
     def chosen(s: int) -> torch.Tensor:
         with sdpa_kernel(backend):
             return run(s)
 
     return [partial(run if backend is None else chosen, s) for s in range(batch.num_sets)]
+
+
+def gather_sdpa(batch: Batch) -> list[PeerRun]:
+    """What a paged cache takes without a kernel for it: copy the blocks together, then torch's attention."""
+    case, attend = batch.case, _sdpa_of(batch)
+
+    def run(s: int) -> torch.Tensor:
+        blocks = batch.kv_cache[batch.block_tables[s]]  # [S, max_blocks, 2, Hkv, B, D]
+        key, value = (blocks[:, :, i].transpose(1, 2).flatten(2, 3)[:, :, : case.context] for i in range(2))
+        return attend(s, key, value)
+
+    return [partial(run, s) for s in range(batch.num_sets)]
+
+
+def _sdpa_of(batch: Batch) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Attention of a set's queries to dense keys and values [S, Hkv, context, D]."""
+    case = batch.case
+    mask = _visible(batch) if 1 < case.query_tokens < case.context else None
+
+    def attend(s: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            batch.dense_query(s),
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=case.query_tokens == case.context > 1,
+            enable_gqa=case.num_heads != case.num_kv_heads,
+        )
+        return _rows(out)
+
+    return attend
 
 
 def flex(batch: Batch) -> list[PeerRun]:
@@ -118,6 +141,10 @@ def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
         return lambda: wrapper.run(batch.query[s], batch.kv_cache, **scales)
 
     return [planned(s) for s in range(batch.num_sets)]
+
+
+def _gather_applies(case: Case, device: torch.device) -> bool:
+    return device.type == "cpu" and case.query_tokens > 1 and not case.cache_dtype
 
 
 def _sdpa_applies(backend: SDPBackend, case: Case, device: torch.device) -> bool:

@@ -28,7 +28,12 @@ def decode_cases(context: Context) -> list[Case]:
             Case("float32", 2, 3, 90, 4, 2, 64, shared_prefix=32),
         ]
     if not context.on_gpu:
-        return _cpu_cases([(32, 1, 160), (8, 1, 2048), (1, 1, 8192)])
+        long = Case("bfloat16", 8, 1, 8192, *LLAMA_8B)
+        found = _cpu_cases([(32, 1, 160), (8, 1, 2048), (1, 1, 8192)])
+        return [
+            *found,
+            *(replace(long, cache_dtype=name) for name in (None, *map(name_of, checks.QUANTISED))),
+        ]
     base = Case("bfloat16", 32, 1, 4096, *LLAMA_8B)
     found = [
         Case("bfloat16", seqs, 1, length, *heads)
@@ -59,7 +64,7 @@ def prefill_cases(context: Context) -> list[Case]:
     if context.quick:
         return [Case("float32", 1, 48, 48, 4, 2, 64)]
     if not context.on_gpu:
-        return _cpu_cases([(1, 512, 512), (1, 2048, 2048)])
+        return _cpu_cases([(1, 512, 512), (1, 2048, 2048), (1, 512, 4608)])
     return [
         Case("bfloat16", seqs, query, length, *heads)
         for heads in (LLAMA_8B, LLAMA_70B, MHA)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cupaged.backends import cpu
+from cupaged.backends import cpu, cpu_ir
 
 from .cases import draw
 
@@ -96,3 +96,20 @@ def test_a_second_process_compiles_nothing(tmp_path):
         assert done.returncode == 0, done.stderr
         seen.append(done.stdout.strip())
     assert seen == ["0 1", "1 0"]
+
+
+@pytest.mark.parametrize(
+    "which", ["test_decode and 80 and bfloat16", "test_quantised_cache_under and decode and e4m3"]
+)
+def test_results_are_right_on_a_cpu_with_narrower_registers(which):
+    if cpu_ir.NATIVE != 16:
+        pytest.skip("this CPU has no AVX-512: every other test is this one")
+    features = ",".join(
+        f"+{f}" for f in ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "lzcnt", "sse4.2")
+    )
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_attention.py", "--backend", "cpu"]
+    done = subprocess.run([*command, "-k", which], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
