@@ -45,8 +45,8 @@ def table(name: str, run: dict[str, Any]) -> Iterator[str]:
         parts.append(f"{where['threads']} threads")
     parts += [f"{package} {versions[package]}" for package in ("torch", "numba") if package in versions]
     yield (
-        f"{', '.join(parts)}; a large copy reads and writes {copy / 1e9:,.0f} GB/s there together, decode's GB/s "
-        "are of keys and values read "
+        f"{', '.join(parts)}; a large copy reads and writes {copy / 1e9:,.0f} GB/s there together, "
+        "decode's GB/s are of keys and values read "
         f"([benchmarks/results/{name}.json](benchmarks/results/{name}.json))."
     )
     yield ""

@@ -2,6 +2,10 @@
 
 A row of K or V is read one machine register at a time and widened in registers, in an order that is cheap
 (see cpu_formats.order); the query is put in that order once, and the output put back at the end.
+
+Tried on an Emerald Rapids: bfloat16 products two at a time (vdpbf16ps) take as long as two FMAs, and decode
+of four rows took 1.5 times as long. Without prefetching large caches took 1.1 to 2 times as long; prefetched
+into the first-level cache instead of the second, up to 1.7 times.
 """
 
 from __future__ import annotations
