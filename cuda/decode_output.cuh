@@ -19,6 +19,26 @@ struct DecodeOutput {
     bool aligned;
 };
 
+// Merge what the warps of a block have of one row: kVecSize<scalar_t> elements of their weighted
+// sums. Each pointer is to the first warp's; the strides lead to the next warp's.
+template <int kWarps>
+__device__ __forceinline__ SoftmaxState merge_warps(const SoftmaxState* states, int state_stride,
+                                                    const float* sums, int sum_stride,
+                                                    float* result) {
+    constexpr int kVec = kVecSize<scalar_t>;
+    SoftmaxState state = softmax_empty();
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) result[i] = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        const float2 factors = softmax_merge(state, states[w * state_stride]);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i)
+            result[i] = result[i] * factors.x + sums[w * sum_stride + i] * factors.y;
+    }
+    return state;
+}
+
 // Write kVecSize<scalar_t> elements of one row, starting at `element`. `sums` are the weighted sums
 // of values that belong to `state`.
 __device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 token, int head,

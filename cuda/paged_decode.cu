@@ -228,10 +228,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                               max_splits,
                               out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
-    if (split_tokens == 0) {
-        batch.split_tokens = balanced_split<kThreads>(batch, 1, num_kv_heads * tiles, sums);
-        if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
-    }
+    balance_splits<kThreads>(batch, 1, num_kv_heads * tiles, split_size, sums);
 
     for_each_item<kThreads>(batch, 1, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
@@ -333,18 +330,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         for (int i = threadIdx.x; i < heads * kQueryChunks; i += kThreads) {
             const int g = i / kQueryChunks;
             const int element = i % kQueryChunks * kQueryVec;
-            SoftmaxState state = softmax_empty();
             float result[kQueryVec];
-#pragma unroll
-            for (int j = 0; j < kQueryVec; ++j) result[j] = 0.0f;
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                const float2 factors = softmax_merge(state, warp_state[w][g]);
-#pragma unroll
-                for (int j = 0; j < kQueryVec; ++j)
-                    result[j] =
-                        result[j] * factors.x + shared.warp_out[w][g][element + j] * factors.y;
-            }
+            const SoftmaxState state =
+                merge_warps<kWarps>(&warp_state[0][g], kHeadTile, &shared.warp_out[0][g][element],
+                                    kHeadTile * kHeadSize, result);
 #pragma unroll
             for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
             store_piece(output, token, first_head + g, item.piece, plan.count, element, state,

@@ -381,11 +381,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
                               max_splits,
                               out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
-    if (split_tokens == 0) {
-        batch.split_tokens =
-            balanced_split<kThreads>(batch, tile_tokens, num_kv_heads * tiles, sums);
-        if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
-    }
+    balance_splits<kThreads>(batch, tile_tokens, num_kv_heads * tiles, split_size, sums);
 
     for_each_item<kThreads>(
         batch, tile_tokens, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
@@ -497,18 +493,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
             for (int i = threadIdx.x; i < rows.count * kQueryChunks; i += kThreads) {
                 const int row = i / kQueryChunks;
                 const int element = i % kQueryChunks * kQueryVec;
-                SoftmaxState state = softmax_empty();
                 float result[kQueryVec];
-#pragma unroll
-                for (int j = 0; j < kQueryVec; ++j) result[j] = 0.0f;
-#pragma unroll
-                for (int w = 0; w < kWarps; ++w) {
-                    const float2 factors = softmax_merge(state, warp_state[w][row]);
-#pragma unroll
-                    for (int j = 0; j < kQueryVec; ++j)
-                        result[j] = result[j] * factors.x +
-                                    shared.warp_out[w][row][element + j] * factors.y;
-                }
+                const SoftmaxState state = merge_warps<kWarps>(&warp_state[0][row], kTileRows,
+                                                               &shared.warp_out[0][row][element],
+                                                               kTileRows * kHeadSize, result);
 #pragma unroll
                 for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
                 store_piece(output, rows.token(row), rows.head(row), item.piece, plan.count,

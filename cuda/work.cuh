@@ -136,11 +136,13 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, int tile_token
     }
 }
 
-// The tokens of a piece that give each block of the grid about the same number of keys to read.
-// For launches with split_tokens 0; the same in every block.
+// Where the launch leaves it open (split_tokens 0), choose pieces that give each block of the grid
+// about the same number of keys to read. The same in every block; left in split_size for
+// merge_splits.
 template <int kThreads>
-__device__ __forceinline__ int balanced_split(const Batch& batch, int tile_tokens, int head_tiles,
-                                              int* sums) {
+__device__ __forceinline__ void balance_splits(Batch& batch, int tile_tokens, int head_tiles,
+                                               int* split_size, int* sums) {
+    if (batch.split_tokens != 0) return;
     constexpr int kGranularity = 64;
     // In units of kGranularity tokens, so that the sum stays within 32 bits.
     int units = 0;
@@ -155,7 +157,8 @@ __device__ __forceinline__ int balanced_split(const Batch& batch, int tile_token
     block_scan<kThreads>(units, sums);
     const int64 total = static_cast<int64>(sums[kThreads - 1]) * head_tiles;
     const int share = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
-    return max(2, share) * kGranularity;
+    batch.split_tokens = max(2, share) * kGranularity;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
 }
 
 }  // namespace cupaged
