@@ -43,11 +43,13 @@ def peers() -> tuple[Peer, ...]:
         applies = partial(_sdpa_applies, backend)
         found.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
     found.append(Peer("flex", flex, _flex_applies))
+    found.append(Peer("cupaged unshared", unshared, _unshared_applies))
     if importlib.util.find_spec("flashinfer") is not None:
         for tensor_cores in (False, True):
             name = "flashinfer tc" if tensor_cores else "flashinfer"
             prepare = partial(flashinfer, tensor_cores=tensor_cores)
             found.append(Peer(name, prepare, partial(_flashinfer_applies, tensor_cores)))
+        found.append(Peer("flashinfer cascade", flashinfer_cascade, _cascade_applies))
     return tuple(found)
 
 
@@ -141,6 +143,55 @@ def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
         return lambda: wrapper.run(batch.query[s], batch.kv_cache, **scales)
 
     return [planned(s) for s in range(batch.num_sets)]
+
+
+def flashinfer_cascade(batch: Batch) -> list[PeerRun]:
+    """FlashInfer told of the shared prefix: one level for it, one for what each sequence has alone."""
+    from flashinfer import MultiLevelCascadeAttentionWrapper
+
+    case = batch.case
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=batch.device)
+    shared = case.shared_prefix // case.block_size
+    own = -(-case.context // case.block_size) - shared
+    last = case.context - (shared + own - 1) * case.block_size
+    each = torch.arange(case.num_seqs + 1, dtype=torch.int32, device=batch.device)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=batch.device)
+
+    def planned(s: int) -> PeerRun:
+        tables = batch.block_tables[s]
+        wrapper = MultiLevelCascadeAttentionWrapper(2, workspace, "HND")
+        wrapper.plan(
+            [ints(0, case.num_seqs), each],
+            [ints(0, shared), each * own],
+            [tables[0, :shared].contiguous(), tables[:, shared:].flatten()],
+            [ints(case.block_size), torch.full_like(batch.seq_lens, last)],
+            case.num_heads,
+            case.num_kv_heads,
+            case.head_size,
+            case.block_size,
+            q_data_type=batch.dtype,
+            kv_data_type=batch.kv_cache.dtype,
+        )
+        return lambda: wrapper.run(batch.query[s], batch.kv_cache)
+
+    return [planned(s) for s in range(batch.num_sets)]
+
+
+def unshared(batch: Batch) -> list[PeerRun]:
+    """Our own kernel without looking for a shared prefix."""
+    return [partial(batch.paged, s, False) for s in range(batch.num_sets)]
+
+
+def _unshared_applies(case: Case, device: torch.device) -> bool:
+    return device.type == "cuda" and case.shared_prefix > 0
+
+
+def _cascade_applies(case: Case, device: torch.device) -> bool:
+    """Its plan takes the shared prefix in whole blocks, and no scales."""
+    whole = case.shared_prefix > 0 and case.shared_prefix % case.block_size == 0
+    return device.type == "cuda" and whole and case.query_tokens == 1 and not case.cache_dtype
 
 
 def _gather_applies(case: Case, device: torch.device) -> bool:

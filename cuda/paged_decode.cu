@@ -230,11 +230,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
     balance_splits<kThreads>(batch, 1, num_kv_heads * tiles, split_size, sums);
 
-    for_each_item<kThreads>(batch, 1, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
+    const SharedPieces none{nullptr, nullptr, 0};
+    for_each_item<kThreads>(batch, none, 1, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
-        const int64 token = sequence.first_token + item.row_tile;
-        const int position = sequence.seq_len - sequence.query_len + item.row_tile;
+        const int64 token = item.first_token;
+        const int position =
+            sequence.seq_len - sequence.query_len + item.first_token - sequence.first_token;
         const int kv_head = item.head_tile / tiles;
         const int head_in_group = item.head_tile % tiles * kHeadTile;
         const int first_head = kv_head * group + head_in_group;

@@ -8,10 +8,14 @@
 //   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
+//   tile_counts      int32 [max_splits], tile_lists [max_splits, list_capacity], from
+//                    find_shared_pieces.cu; null: every sequence reads for itself
 //
 // A work item (work.cuh) is one KV head, one piece of a sequence, and a tile of 16 query rows: the
 // query heads of the KV head, for one token or as many as fit, are the rows M of mma.m16n8k16, so
-// that keys and values are read once for them all. Fewer rows leave the tensor cores half idle,
+// that keys and values are read once for them all. Sequences that have the same keys in the piece
+// put their rows into one tile. A row's result does not depend on the other rows, so it has the
+// same bits. Fewer rows leave the tensor cores half idle,
 // which does not matter: they wait for memory.
 //
 // Each warp of the block has every kWarps-th tile of kTileKeys keys to itself, with a ring of
@@ -93,14 +97,13 @@ struct Shared {
 struct Rows {
     int64 first_token;
     int first_head;
-    int first_position;
     int heads;
     int count;
+    int first_position, last_position;
+    bool of_several;  // sequences
 
     __device__ __forceinline__ int64 token(int row) const { return first_token + row / heads; }
     __device__ __forceinline__ int head(int row) const { return first_head + row % heads; }
-    __device__ __forceinline__ int position(int row) const { return first_position + row / heads; }
-    __device__ __forceinline__ int last_position() const { return position(count - 1); }
 };
 
 // The keys of a run, whose block ids are in shared memory.
@@ -344,18 +347,22 @@ __device__ __forceinline__ void store_row_sums(const Accumulator& acc, int r, fl
 
 }  // namespace cupaged
 
-extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma(
-    const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-    const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-    const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-    const float* __restrict__ sinks, const float* __restrict__ k_scale,
-    const float* __restrict__ v_scale, scalar_t* __restrict__ out, float* __restrict__ lse,
-    float* __restrict__ partial_out, float* __restrict__ partial_lse, int* __restrict__ split_size,
-    cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-    cupaged::int64 out_token_stride, cupaged::int64 out_head_stride, cupaged::int64 block_stride,
-    cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads, int num_kv_heads,
-    int block_shift, int causal, int window, int split_tokens, int max_splits, float query_scale,
-    float soft_cap_log2, int query_aligned, int out_aligned) {
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
+    paged_decode_mma(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
+                     const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
+                     const int* __restrict__ query_start_loc,
+                     const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
+                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
+                     scalar_t* __restrict__ out, float* __restrict__ lse,
+                     float* __restrict__ partial_out, float* __restrict__ partial_lse,
+                     int* __restrict__ split_size, const int* __restrict__ tile_counts,
+                     const int* __restrict__ tile_lists, cupaged::int64 query_token_stride,
+                     cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
+                     cupaged::int64 out_head_stride, cupaged::int64 block_stride,
+                     cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
+                     int num_kv_heads, int block_shift, int causal, int window, int split_tokens,
+                     int max_splits, int list_capacity, float query_scale, float soft_cap_log2,
+                     int query_aligned, int out_aligned) {
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -383,26 +390,30 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
     Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
     balance_splits<kThreads>(batch, tile_tokens, num_kv_heads * tiles, split_size, sums);
 
+    const SharedPieces shared_pieces{tile_counts, tile_lists, list_capacity};
     for_each_item<kThreads>(
-        batch, tile_tokens, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
+        batch, shared_pieces, tile_tokens, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
             const Sequence sequence = sequence_of(batch, item.sequence);
             const SplitPlan plan = plan_splits(batch, sequence);
             Run run{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize}, ids};
             run.kv_head = item.head_tile / tiles;
             const int head_in_group = item.head_tile % tiles * tile_heads;
-            const int first_row_token = item.row_tile * tile_tokens;
+            const int offset = item.first_token - sequence.first_token;
             Rows rows;
-            rows.first_token = sequence.first_token + first_row_token;
+            rows.first_token = item.first_token;
             rows.first_head = run.kv_head * group + head_in_group;
-            rows.first_position = sequence.seq_len - sequence.query_len + first_row_token;
             rows.heads = min(tile_heads, group - head_in_group);
-            rows.count = rows.heads * min(tile_tokens, sequence.query_len - first_row_token);
+            rows.count = rows.heads * item.num_tokens;
+            rows.first_position = sequence.seq_len - sequence.query_len + offset;
+            // Rows of several sequences see the whole piece; this is as good as any.
+            rows.of_several = offset + item.num_tokens > sequence.query_len;
+            rows.last_position = rows.first_position + (rows.of_several ? 0 : item.num_tokens - 1);
 
             // What the rows see of the piece.
             const int first = window > 0
                                   ? max(plan.begin_of(item.piece), rows.first_position - window + 1)
                                   : plan.begin_of(item.piece);
-            const int end = causal ? min(plan.end_of(item.piece), rows.last_position() + 1)
+            const int end = causal ? min(plan.end_of(item.piece), rows.last_position + 1)
                                    : plan.end_of(item.piece);
 
             Accumulator acc;
@@ -422,11 +433,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads) paged_decode_mma
             logits.causal = causal;
             logits.has_slopes = alibi_slopes != nullptr;
             logits.first_position = rows.first_position;
-            logits.last_position = rows.last_position();
+            logits.last_position = rows.last_position;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int row = min(lane / 4 + 8 * r, rows.count - 1);
-                logits.position[r] = rows.position(row);
+                logits.position[r] = rows.of_several ? position_of_token(batch, rows.token(row))
+                                                     : rows.first_position + row / rows.heads;
                 logits.slope_log2[r] =
                     alibi_slopes != nullptr ? alibi_slopes[rows.head(row)] * kLog2E : 0.0f;
             }

@@ -3,8 +3,9 @@
 // An item is one piece of a sequence's keys, for one KV head and one tile of query rows. How many
 // pieces a sequence has follows from its own length alone, so its result has the same bits in every
 // batch. The blocks walk the list of all items, which exists nowhere: each block counts the items
-// of kThreads sequences at a time, and goes on with every gridDim.x-th. Lengths are read on the
-// device only, so a CUDA graph may replay with others.
+// of kThreads sequences at a time, and goes on with every gridDim.x-th. Only where sequences may
+// share pieces is it written down before (find_shared_pieces.cu). Lengths are read on the device
+// only, so a CUDA graph may replay with others.
 #pragma once
 
 #include "common.cuh"
@@ -60,6 +61,11 @@ __device__ __forceinline__ int sequence_of_token(const Batch& batch, int token) 
     return low;
 }
 
+__device__ __forceinline__ int position_of_token(const Batch& batch, int token) {
+    const Sequence sequence = sequence_of(batch, sequence_of_token(batch, token));
+    return sequence.seq_len - sequence.query_len + token - sequence.first_token;
+}
+
 __device__ __forceinline__ SplitPlan plan_splits(const Batch& batch, const Sequence& sequence) {
     const int first_position = sequence.seq_len - sequence.query_len;
     const int first = batch.window > 0 ? max(0, first_position - batch.window + 1) : 0;
@@ -70,12 +76,35 @@ __device__ __forceinline__ SplitPlan plan_splits(const Batch& batch, const Seque
     return {first, sequence.seq_len, size, count};
 }
 
+// A tile of query rows against one piece of keys. The tokens of the tile are those of `sequence`,
+// or go on into the sequences after it, which then have the same keys in this piece and see them
+// all.
 struct WorkItem {
     int sequence;
-    int row_tile;  // of the sequence's query tokens
+    int first_token;
+    int num_tokens;
     int piece;
     int head_tile;  // of the launch's head tiles over all KV heads
 };
+
+// The work of a batch whose sequences may share pieces, as find_shared_pieces.cu leaves it.
+struct SharedPieces {
+    const int* counts;  // [max_splits], tiles of each piece; null: every sequence reads for itself
+    const int* tiles;   // [max_splits, capacity], packed by pack_tile
+    int capacity;
+};
+
+constexpr int kMaxTileTokens = 16;
+
+__device__ __forceinline__ int pack_tile(int first_token, int num_tokens) {
+    return first_token * kMaxTileTokens + num_tokens - 1;
+}
+
+__device__ __forceinline__ WorkItem unpack_tile(const Batch& batch, int tile, int piece,
+                                                int head_tile) {
+    const int token = tile / kMaxTileTokens;
+    return {sequence_of_token(batch, token), token, tile % kMaxTileTokens + 1, piece, head_tile};
+}
 
 // The sum of `value` over the threads up to this one. `sums` has kThreads elements; every thread
 // may read them until the next barrier, and they must not be in use before.
@@ -99,21 +128,29 @@ __device__ __forceinline__ void block_scan(int value, int* sums) {
 
 // Call body(item) for this block's items. All threads of the block call it together.
 template <int kThreads, typename Body>
-__device__ __forceinline__ void for_each_item(const Batch& batch, int tile_tokens, int head_tiles,
-                                              int* sums, Body body) {
+__device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPieces& shared,
+                                              int tile_tokens, int head_tiles, int* sums,
+                                              Body body) {
+    // The list goes sequence by sequence, or piece by piece where they are shared.
+    const bool by_piece = shared.counts != nullptr;
     const int num_sequences = batch.num_seqs + (batch.query_start_loc != nullptr ? 1 : 0);
-    int index = blockIdx.x;  // counted from the first item of the sequences at hand
-    for (int base = 0; base < num_sequences; base += kThreads) {
+    const int num_units = by_piece ? batch.max_splits : num_sequences;
+    int index = blockIdx.x;  // counted from the first item of the units at hand
+    for (int base = 0; base < num_units; base += kThreads) {
         const int mine = base + threadIdx.x;
         int count = 0;
-        if (mine < num_sequences) {
-            const Sequence sequence = sequence_of(batch, mine);
-            const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
-            // Rows that see nothing still need their zeros written.
-            count = tiles * max(1, plan_splits(batch, sequence).count) * head_tiles;
+        if (mine < num_units) {
+            if (by_piece) {
+                count = shared.counts[mine];
+            } else {
+                const Sequence sequence = sequence_of(batch, mine);
+                const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
+                // Rows that see nothing still need their zeros written.
+                count = tiles * max(1, plan_splits(batch, sequence).count);
+            }
         }
         __syncthreads();
-        block_scan<kThreads>(count, sums);
+        block_scan<kThreads>(count * head_tiles, sums);
         const int total = sums[kThreads - 1];
         for (; index < total; index += gridDim.x) {
             int low = 0, high = kThreads - 1;  // the first with sums > index
@@ -124,13 +161,23 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, int tile_token
                 else
                     low = middle + 1;
             }
-            const int sequence = base + low;
-            const int query_len = sequence_of(batch, sequence).query_len;
-            const int tiles = (query_len + tile_tokens - 1) / tile_tokens;
-            // Row tiles, then heads, then pieces: blocks that run together share keys and values.
+            const int unit = base + low;
             const int rest = index - (low > 0 ? sums[low - 1] : 0);
-            body(WorkItem{sequence, rest % tiles, rest / tiles / head_tiles,
-                          rest / tiles % head_tiles});
+            // Row tiles, then heads, then pieces: blocks that run together share keys and values.
+            WorkItem item;
+            if (by_piece) {
+                const int tiles = shared.counts[unit];
+                const int* const list = shared.tiles + static_cast<int64>(unit) * shared.capacity;
+                item = unpack_tile(batch, list[rest % tiles], unit, rest / tiles);
+            } else {
+                const Sequence sequence = sequence_of(batch, unit);
+                const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
+                const int first = rest % tiles * tile_tokens;
+                item = {unit, sequence.first_token + first,
+                        min(tile_tokens, sequence.query_len - first), rest / tiles / head_tiles,
+                        rest / tiles % head_tiles};
+            }
+            body(item);
         }
         index -= total;
     }

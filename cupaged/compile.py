@@ -132,6 +132,10 @@ def spec_paged_decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: st
     return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines, 32 * warps, shared_bytes)
 
 
+def spec_find_shared_pieces() -> KernelSpec:
+    return KernelSpec("find_shared_pieces.cu", "find_shared_pieces", ())
+
+
 def spec_paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size)
     return KernelSpec("paged_prefill.cu", "paged_prefill", defines)
@@ -158,6 +162,8 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     The others are compiled when they are met.
     """
     specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
+    if has_mma(arch):
+        specs.append(spec_find_shared_pieces())
     for dtype in DTYPES:
         specs += [spec_merge_splits(dtype), spec_merge_states(dtype)]
         specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]

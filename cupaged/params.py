@@ -26,3 +26,4 @@ class AttentionParams:
     # Which kernel and how it divides the work; the result is right whatever they say.
     max_query_len: int | None = None  # query tokens of the longest query, None if not known
     batch_invariant: bool = True
+    shared_prefix: bool = False  # look for blocks that neighbouring sequences share

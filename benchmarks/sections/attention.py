@@ -47,7 +47,9 @@ def decode_cases(context: Context) -> list[Case]:
             for seqs, length in ((64, 8192), (1, 65536))
         ]
     found += [replace(base, query_tokens=tokens) for tokens in (2, 4, 8)]
-    found.append(replace(base, num_seqs=64, context=8192, shared_prefix=7168))
+    found += [
+        Case("bfloat16", 64, 1, 8192, *heads, shared_prefix=7168) for heads in (LLAMA_8B, LLAMA_70B, MHA)
+    ]
     found += [replace(base, head_size=size) for size in (64, 256)]
     found.append(replace(base, dtype="float16"))
     shapes = [(1, 512), (1, 4096), (8, 512), (8, 16384), (32, 512), (32, 16384)]

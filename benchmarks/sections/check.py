@@ -67,6 +67,9 @@ def checks_of(context: Context) -> Iterator[tuple[str, Check]]:
     yield "decode of long sequences", partial(attention, mode="decode", longest=700 if quick else 40000)
     for mode in MODES:
         yield f"batch invariance of {mode}", partial(invariance, mode=mode)
+    for group in (1, 4, 8):
+        for mode in MODES[:2]:
+            yield f"shared prefix, {mode}, group {group}", partial(sharing, mode=mode, group=group)
     yield "merge_attention_states", merge
     for dtype in (*checks.DTYPES, *checks.QUANTISED):
         for head_size in (64,) if quick else (32, 64, 80, 128, 256):
@@ -158,6 +161,37 @@ def invariance(device: torch.device, seed: int, mode: str) -> None:
             raise AssertionError(f"sequence {s} has other bits alone than in the batch")
 
 
+def sharing(device: torch.device, seed: int, mode: str, group: int) -> None:
+    """Sequences with the same first blocks: right, and the same bits as without looking for them."""
+    rng = random.Random(seed)
+    prefix, count = 1024, 40 if device.type == "cuda" else 4
+    lengths = [prefix + rng.randrange(8, 600) for _ in range(count)]
+    problem = cases.draw(
+        seed,
+        dtype=torch.bfloat16,
+        head_size=64,
+        block_size=rng.choice(BLOCK_SIZES),
+        num_kv_heads=2,
+        group=group,
+        seq_lens=lengths,
+        query_lens=None if mode == "decode" else [rng.randrange(1, 9) for _ in lengths],
+        features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
+    )
+    loner = rng.randrange(count)
+    blocks = prefix // problem.kv_cache.shape[3]
+    for s in range(1, count):
+        if s != loner:
+            problem.block_tables[s, :blocks] = problem.block_tables[0, :blocks]
+    problem.options["max_query_len"] = 8
+    p = problem.to(str(device))
+    alone, _ = _call(p)
+    p.options["shared_prefix"] = True
+    out, lse = _call(p)
+    cases.check(_filled(problem, out), problem, lse)
+    if group > 1 and not torch.equal(out, alone):  # one head of one token has another kernel alone
+        raise AssertionError("sharing changed the result")
+
+
 def merge(device: torch.device, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     outs = torch.randn(3, 7, 4, 64, generator=generator)
@@ -231,6 +265,7 @@ def graph(device: torch.device, seed: int, mode: str) -> None:
     """A captured call, replayed with other queries and other lengths."""
     rng = random.Random(seed)
     problem = draw(seed, mode, dtype=torch.bfloat16, features=(), longest=3000)
+    problem.options["shared_prefix"] = True  # the search is captured as well
     p = problem.to(str(device))
     _call(p)  # compiles and loads
     torch.cuda.synchronize()

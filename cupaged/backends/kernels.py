@@ -165,9 +165,13 @@ class Kernels:
         dtype, cache_dtype = DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]
         group = num_heads // num_kv_heads
         arch = self._launcher.arch(query.device)
-        kernel = _decode_kernel(dtype, cache_dtype, head_size, group, longest_query, arch)
         window = params.sliding_window or 0
-        split_tokens = SPLIT_TOKENS if params.batch_invariant else 0
+        # A piece before a window is not whole, so there is nothing to share.
+        share = params.shared_prefix and not window
+        kernel = _decode_kernel(dtype, cache_dtype, head_size, group, longest_query, share, arch)
+        # Sequences can share pieces only if they are divided alike.
+        invariant = params.batch_invariant or share
+        split_tokens = SPLIT_TOKENS if invariant else 0
         # The width of the table bounds the pieces, but never changes how a sequence is divided.
         longest = block_tables.shape[1] * block_size
         visible = min(longest, window + longest_query - 1 if window else longest)
@@ -180,8 +184,22 @@ class Kernels:
             rows = (num_tokens, num_heads, max_splits)
             partial_out = self._launcher.empty((*rows, head_size), torch.float32, query.device)
             partial_lse = self._launcher.empty(rows, torch.float32, query.device)
-        if not params.batch_invariant:
+        if not invariant:
             split_size = self._launcher.empty((1,), torch.int32, query.device)
+        tile_arguments: tuple[Argument, ...] = ()
+        if kernel.can_share:
+            tile_arguments = (None, None)
+            if share and max_splits > 1 and kernel.tile_tokens > 1:
+                tile_arguments = self._find_shared_pieces(
+                    block_tables,
+                    seq_lens,
+                    query_start_loc,
+                    num_tokens,
+                    _block_shift(kv_cache),
+                    max_splits,
+                    kernel,
+                    row_tiles,
+                )
         query_scale, soft_cap = _logit_factors(params)
         self._launcher.launch(
             kernel.spec,
@@ -203,6 +221,7 @@ class Kernels:
                 partial_out,
                 partial_lse,
                 split_size,
+                *tile_arguments,
                 np.int64(query.stride(0)),
                 np.int64(query.stride(1)),
                 np.int64(out.stride(0)),
@@ -218,6 +237,7 @@ class Kernels:
                 np.int32(window),
                 np.int32(split_tokens),
                 np.int32(max_splits),
+                *((np.int32(row_tiles),) if kernel.can_share else ()),
                 query_scale,
                 soft_cap,
                 np.int32(_rows_aligned(query)),
@@ -252,6 +272,44 @@ class Kernels:
                 np.int32(_rows_aligned(out)),
             ),
         )
+
+    def _find_shared_pieces(
+        self,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        num_tokens: int,
+        block_shift: int,
+        max_splits: int,
+        kernel: DecodeKernel,
+        capacity: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tiles of query rows of every piece: their counts, and lists of ``capacity``."""
+        device = block_tables.device
+        counts = self._launcher.empty((max_splits,), torch.int32, device)
+        tiles = self._launcher.empty((max_splits, capacity), torch.int32, device)
+        self._launcher.launch(
+            kernel_compiler.spec_find_shared_pieces(),
+            (max_splits, 1, 1),
+            (THREADS, 1, 1),
+            0,
+            (
+                block_tables,
+                seq_lens,
+                query_start_loc,
+                counts,
+                tiles,
+                np.int64(block_tables.stride(0)),
+                np.int32(num_tokens),
+                np.int32(seq_lens.shape[0]),
+                np.int32(block_shift),
+                np.int32(SPLIT_TOKENS),
+                np.int32(max_splits),
+                np.int32(kernel.tile_tokens),
+                np.int32(capacity),
+            ),
+        )
+        return counts, tiles
 
     def _prefill(
         self,
@@ -348,24 +406,25 @@ class DecodeKernel:
     spec: KernelSpec
     tile_tokens: int  # query tokens of a tile
     head_tiles: int  # tiles that the query heads of a KV head take
+    can_share: bool  # a tile may hold query tokens of several sequences
 
 
 @cache
 def _decode_kernel(
-    dtype: str, cache_dtype: str, head_size: int, group: int, longest_query: int, arch: str
+    dtype: str, cache_dtype: str, head_size: int, group: int, longest_query: int, share: bool, arch: str
 ) -> DecodeKernel:
     """The choice between the two decode kernels.
 
     Tensor cores where they take 16 bits and where keys serve more than one query row; else CUDA cores.
     """
-    if dtype != "fp32" and group * longest_query > 1 and kernel_compiler.has_mma(arch):
+    if dtype != "fp32" and (group * longest_query > 1 or share) and kernel_compiler.has_mma(arch):
         spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
         heads = min(group, DECODE_TILE_ROWS)
-        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads))
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), True)
     tiles = kernel_compiler.head_tiles(cache_dtype)
     tile = next((tile for tile in tiles if tile >= group), tiles[-1])
     spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
-    return DecodeKernel(spec, 1, _ceil_div(group, tile))
+    return DecodeKernel(spec, 1, _ceil_div(group, tile), False)
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[tuple[int, int, int]]:

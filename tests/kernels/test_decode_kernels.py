@@ -59,7 +59,7 @@ def emulated_arch(request, monkeypatch, seed) -> str:
     ],
 )
 def test_the_choice(dtype, cache, group, longest_query, arch, name):
-    assert str(kernels._decode_kernel(dtype, cache, 128, group, longest_query, arch).spec) == name
+    assert str(kernels._decode_kernel(dtype, cache, 128, group, longest_query, False, arch).spec) == name
 
 
 def draw_few(seed: int, **options):

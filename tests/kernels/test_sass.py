@@ -20,6 +20,7 @@ TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
     (kc.spec_reshape_and_cache("bf16", "fp8_e4m3"), WIDE),
     (kc.spec_copy_blocks(16), WIDE),
     (kc.spec_copy_blocks(1), ()),
+    (kc.spec_find_shared_pieces(), ()),
     (kc.spec_merge_splits("bf16"), WIDE),
     (kc.spec_merge_states("fp16"), WIDE),
     (kc.spec_paged_decode("bf16", "bf16", 128, 1), WIDE),

@@ -254,7 +254,7 @@ def test_opcheck_attention(return_lse, prefill, cache_dtype):
     lse = torch.zeros(2, 4) if return_lse else None
     opcheck(
         torch.ops.cupaged.paged_attention.default,
-        (*b.values(), starts, 0.2, True, None, None, None, None, k_scale, v_scale, 2, True, out, lse),
+        (*b.values(), starts, 0.2, True, None, None, None, None, k_scale, v_scale, 2, True, True, out, lse),
     )
 
 

@@ -79,6 +79,8 @@ def test_which_peers_a_shape_meets_on_a_gpu(full, monkeypatch):
     first, speculation = attention.decode_cases(full)[0], "decode of 4   bfloat16   32 x 4096   32/8x128"
     assert met[str(first)] == sdpa | flashinfer | {"flex"}
     assert met[speculation] == sdpa | {"flashinfer tc"}
+    shared = "decode        bfloat16   64 x 8192   32/8x128 prefix 7168"
+    assert met[shared] == sdpa | flashinfer | {"cupaged unshared", "flashinfer cascade"}
     assert sum("flex" in names for names in met.values()) <= 8  # it compiles for seconds each time
 
 

@@ -108,3 +108,41 @@ def test_flashinfer_is_given_what_its_interface_asks_for(monkeypatch):
         batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
         runs = peers.flashinfer(batch, tensor_cores=True)
         assert batch.complaint(lambda s, runs=runs: runs[s]()) is None
+
+
+@pytest.mark.parametrize("context", [70, 80])
+def test_flashinfers_cascade_is_given_what_its_interface_asks_for(monkeypatch, context):
+    """A stand-in that reads each sequence's pages of both levels, one after the other."""
+
+    class Cascade:
+        def __init__(self, num_levels, workspace, kv_layout):
+            assert (num_levels, kv_layout) == (2, "HND")
+
+        def plan(self, starts, pages, indices, last, *heads, q_data_type, kv_data_type):
+            self.planned = (starts, pages, indices, last, *heads)
+
+        def run(self, query, cache):
+            starts, pages, indices, last, heads, kv_heads, _, page_size = self.planned
+            assert starts[0].tolist() == [0, len(query)]
+            assert starts[1].tolist() == list(range(len(query) + 1))
+            assert int(last[0][0]) == page_size
+            assert pages[0].tolist() == [0, len(indices[0])]
+            out = torch.empty_like(query)
+            group = heads // kv_heads
+            for s in range(len(query)):
+                ids = torch.cat([indices[0], indices[1][pages[1][s] : pages[1][s + 1]]]).long()
+                length = (len(ids) - 1) * page_size + int(last[1][s])
+                key, value = (cache[ids, i].transpose(0, 1).flatten(1, 2)[:, :length] for i in range(2))
+                for h in range(kv_heads):
+                    some = slice(h * group, (h + 1) * group)
+                    inputs = (query[s : s + 1, some], key[h], value[h])
+                    out[s : s + 1, some] = attention(*inputs, torch.tensor([length - 1]), torch.float32)
+            return out
+
+    module = types.ModuleType("flashinfer")
+    module.MultiLevelCascadeAttentionWrapper = Cascade
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    case = Case("float32", 3, 1, context, 4, 2, 64, shared_prefix=48)
+    batch = Batch(case, CPU, min_bytes=2 * case.kv_bytes)
+    runs = peers.flashinfer_cascade(batch)
+    assert batch.complaint(lambda s: runs[s]()) is None

@@ -1,0 +1,277 @@
+"""Sequences that share blocks: decode reads those once, and nobody's result changes by a bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+import cupaged
+from cupaged import backends
+from cupaged.backends import kernels
+
+from .cases import TABLE_POISON, Problem, check, draw
+from .test_attention import run
+
+PIECE = kernels.SPLIT_TOKENS
+TILE_TOKENS = kernels.DECODE_TILE_ROWS  # with one query head a KV head
+
+
+@pytest.fixture
+def emulation(monkeypatch, seed):
+    """The emulated kernels, with the arguments of all launches."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
+    from tests.cuda_host import emulator
+
+    launches: list[tuple[str, tuple]] = []
+
+    class Recorder(emulator.HostLauncher):
+        def launch(self, spec, grid, block, smem_bytes, args):
+            super().launch(spec, grid, block, smem_bytes, args)
+            launches.append((spec.entry, tuple(args)))
+
+    module = kernels.Kernels(Recorder(seed))
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+    return launches
+
+
+def share(problem: Problem, pairs: list[tuple[int, int, int]]) -> Problem:
+    """For each (from, to, tokens) give sequence ``to`` the whole blocks of ``from`` in its first tokens.
+
+    The blocks it had become poison.
+    """
+    block_size = problem.kv_cache.shape[3]
+    quantised = problem.kv_cache.dtype.itemsize == 1
+    for source, target, tokens in pairs:
+        for b in range(tokens // block_size):
+            lost = int(problem.block_tables[target, b])
+            problem.block_tables[target, b] = problem.block_tables[source, b]
+            if lost != TABLE_POISON and not (problem.block_tables == lost).any():
+                block = problem.kv_cache[lost]
+                if quantised:
+                    block.view(torch.uint8).fill_(0x80 if block.dtype == torch.int8 else 0x7F)
+                else:
+                    block.fill_(float("nan"))
+    return problem
+
+
+def draw_shared(seed: int, *, queries: str = "one", **options) -> Problem:
+    """Two families of sequences with prefixes in common, of which one has branches, and some loners."""
+    rng = random.Random(seed)
+    prefix = PIECE * rng.randrange(1, 3) + rng.choice([0, 1, 40])
+    branch = prefix // PIECE * PIECE + PIECE
+    lengths = [
+        *(prefix + rng.randrange(9, 600) for _ in range(3)),
+        rng.randrange(1, 700),
+        *(branch + rng.randrange(9, 80) for _ in range(4)),
+        0,
+        PIECE + 9,
+        PIECE + 8,
+    ]
+    problem = draw(
+        seed,
+        block_size=rng.choice([8, 32, 128]),
+        seq_lens=lengths,
+        query_lens=None if queries == "one" else [min(n, rng.randrange(1, 9)) for n in lengths],
+        padding_rows=0 if queries == "one" else rng.choice([0, 3]),
+        block_stride_factor=rng.choice([1, 2]),
+        **options,
+    )
+    pairs = [(0, 1, prefix), (0, 2, prefix)]
+    pairs += [(4, 5, branch), (4, 6, prefix), (6, 7, branch), (9, 10, PIECE)]
+    return share(problem, pairs)
+
+
+@pytest.mark.parametrize("queries", ["one", "few"])
+@pytest.mark.parametrize("features", [(), ("cap", "alibi"), ("sinks",), ("full",), ("window",)], ids="+".join)
+def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    rng = random.Random(seed)
+    problem = draw_shared(
+        seed,
+        queries=queries,
+        dtype=rng.choice([torch.float32, torch.float16, torch.bfloat16]),
+        head_size=rng.choice([32, 64]),
+        num_kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 3, 8, 12]),
+        features=() if "window" in features else features,
+    )
+    if "window" in features:
+        problem.options["sliding_window"] = 700
+    problem.options |= {"max_query_len": 8, "shared_prefix": True}
+    out, lse = run(problem, backend[1])
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize(("group", "queries"), [(2, "one"), (1, "few"), (4, "few"), (12, "one")])
+def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    rng = random.Random(seed)
+    problem = draw_shared(
+        seed,
+        queries=queries,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        cache_dtype=cache_dtype,
+        head_size=64,
+        num_kv_heads=rng.choice([1, 2]),
+        group=group,
+        features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
+    )
+    problem.options["max_query_len"] = 8
+    out, lse = run(problem, backend[1])
+    problem.options["shared_prefix"] = True
+    shared_out, shared_lse = run(problem, backend[1])
+    assert torch.equal(out, shared_out)
+    assert torch.equal(lse, shared_lse)
+
+
+def test_every_backend_takes_the_flag(backend, seed):
+    problem = draw(
+        seed,
+        dtype=torch.float32,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=1,
+        group=2,
+        seq_lens=[PIECE + 20, PIECE + 50],
+    )
+    share(problem, [(0, 1, PIECE)])
+    problem.options["shared_prefix"] = True
+    out, lse = run(problem, backend[1])
+    check(out, problem, lse)
+
+
+def tiles_of(launches: list[tuple[str, tuple]]) -> list[list[tuple[int, int]]]:
+    """(first token, tokens) of every tile of every piece."""
+    (args,) = [args for entry, args in launches if entry == "find_shared_pieces"]
+    counts, lists = args[3], args[4]
+    return [
+        [(int(tile) // 16, int(tile) % 16 + 1) for tile in tiles[:count]]
+        for count, tiles in zip(counts.tolist(), lists)
+    ]
+
+
+def expected_tiles(problem: Problem, tile_tokens: int, max_splits: int) -> list[list[tuple[int, int]]]:
+    """The same from the rules, one sequence after the other."""
+    block_size = problem.kv_cache.shape[3]
+    lengths = problem.seq_lens.tolist()
+    starts = problem.query_start_loc
+    starts = list(range(len(lengths) + 1)) if starts is None else starts.tolist()
+    num_tokens = problem.query.shape[0]
+    if problem.query_start_loc is not None:
+        lengths, starts = [*lengths, 0], [*starts, num_tokens]
+    found: list[list[tuple[int, int]]] = []
+    sizes = [max(1, -(-n // (PIECE * max_splits))) * PIECE for n in lengths]
+    first_positions = [n - max(1, b - a) for n, a, b in zip(lengths, starts, starts[1:])]
+    for piece in range(max_splits):
+        runs: list[list[int]] = []  # of sequences
+        for s, length in enumerate(lengths):
+            begin, end = piece * sizes[s], (piece + 1) * sizes[s]
+
+            if begin >= length and (piece or length):
+                continue
+            blocks = slice(begin // block_size, end // block_size)
+            joins = (
+                s % 32 > 0
+                and runs
+                and runs[-1][-1] == s - 1
+                and sizes[s] == sizes[s - 1]
+                and all(sizes[t] < lengths[t] and end <= first_positions[t] + 1 for t in (s - 1, s))
+                and torch.equal(problem.block_tables[s, blocks], problem.block_tables[s - 1, blocks])
+            )
+            if joins:
+                runs[-1].append(s)
+            else:
+                runs.append([s])
+        tiles = []
+        for run_ in runs:
+            first, end = starts[run_[0]], starts[run_[-1] + 1]
+            tiles += [(t, min(tile_tokens, end - t)) for t in range(first, end, tile_tokens)]
+        found.append(tiles)
+    return found
+
+
+@pytest.mark.parametrize("queries", ["one", "few"])
+@pytest.mark.parametrize("max_splits", [64, 2])
+def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
+    """Runs of any length over borders of 32 sequences and of 128, in the middle of other ones."""
+    monkeypatch.setattr(kernels, "MAX_SPLITS", max_splits)
+    rng = random.Random(seed)
+    count = rng.choice([5, 33, 140])
+    lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]
+    problem = draw(
+        seed,
+        dtype=torch.bfloat16,
+        head_size=32,
+        block_size=128,
+        num_kv_heads=1,
+        group=2,
+        seq_lens=lengths,
+        query_lens=None if queries == "one" else [min(n, rng.randrange(5)) for n in lengths],
+        padding_rows=0 if queries == "one" else rng.choice([0, 3]),
+    )
+    for s in range(1, count):  # any blocks of the sequence before, not only the first ones
+        if rng.random() < 0.7:
+            pieces = range(min(lengths[s - 1], lengths[s]) // PIECE)
+            for piece in (p for p in pieces if rng.random() < 0.8):
+                blocks = slice(piece * PIECE // 128, (piece + 1) * PIECE // 128 - (rng.random() < 0.1))
+                problem.block_tables[s, blocks] = problem.block_tables[s - 1, blocks]
+    problem.options |= {"max_query_len": 8, "shared_prefix": True}
+    out, lse = run(problem, "cpu")
+    assert tiles_of(emulation) == expected_tiles(problem, TILE_TOKENS // 2, len(tiles_of(emulation)))
+    check(out, problem, lse)
+
+
+def test_a_prefix_is_read_once(emulation, seed):
+    """By 16 sequences of one query head, a tile of the tensor cores."""
+    prefix = 2 * PIECE
+    problem = draw(
+        seed,
+        dtype=torch.float16,
+        head_size=32,
+        block_size=16,
+        num_kv_heads=1,
+        group=1,
+        seq_lens=[prefix + 10 + s for s in range(16)],
+    )
+    share(problem, [(0, s, prefix) for s in range(1, 16)])
+    problem.options["shared_prefix"] = True
+    out, lse = run(problem, "cpu")
+    assert [len(tiles) for tiles in tiles_of(emulation)] == [1, 1, 16]
+    check(out, problem, lse)
+
+
+def test_no_search_where_it_cannot_help(emulation, seed):
+    """One piece, more heads than half a tile, a window, float32."""
+    for options, feature in (
+        ({"seq_lens": [PIECE - 40] * 3}, {}),
+        ({"group": 9}, {}),
+        ({}, {"sliding_window": 600}),
+        ({"dtype": torch.float32}, {}),
+    ):
+        common = {
+            "dtype": torch.float16,
+            "head_size": 32,
+            "block_size": 64,
+            "num_kv_heads": 1,
+            "group": 2,
+            "seq_lens": [2 * PIECE + 8] * 3,
+        }
+        problem = draw(seed, **(common | options))
+        problem.block_tables = problem.block_tables[:, : -(-int(problem.seq_lens[0]) // 64)]
+        cupaged.paged_attention(
+            problem.query,
+            problem.kv_cache,
+            problem.block_tables,
+            problem.seq_lens,
+            shared_prefix=True,
+            **feature,
+        )
+    assert emulation
+    assert not [entry for entry, _ in emulation if entry == "find_shared_pieces"]
