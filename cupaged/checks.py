@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -21,12 +21,42 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
+LAYOUTS = 1024  # that are remembered to have passed a check
 
 
 @cache
 def device_checks_enabled() -> bool:
     """Whether ``CUPAGED_CHECK=1`` asks for ids to be checked on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
+
+
+class Layout:
+    """Shapes, strides, dtypes and devices of the tensors of a call: one object for each combination."""
+
+    passed = False  # the check
+
+
+def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:
+    """Make a check of shapes, strides, dtypes and devices once for each layout of its tensors.
+
+    What it gives is that `Layout`, a key to whatever the layout decides. For tensors with memory only: fake
+    ones have symbols for sizes.
+    """
+
+    @lru_cache(LAYOUTS)
+    def layout_of(*described: object) -> Layout:
+        return Layout()
+
+    def checked(*tensors: torch.Tensor | None) -> Layout:
+        layout = layout_of(
+            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        )
+        if not layout.passed:
+            check(*tensors)
+            layout.passed = True
+        return layout
+
+    return checked
 
 
 def tensor(
@@ -38,14 +68,12 @@ def tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Check one tensor: type, rank, the named sizes, dtype and device.
+    """Check one tensor: rank, the named sizes, dtype and device.
 
     Args:
         dims: the dimensions' names, separated by spaces: ``"T H D"``; a number must be met exactly.
         sizes: the sizes bound so far; grows by the names that are new.
     """
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     names = dims.split()
     shape = value.shape
     if len(shape) != len(names):
@@ -130,20 +158,42 @@ def scales(
             last_dim_contiguous(name, value)
 
 
+def cache_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Everything about the tensors of a `reshape_and_cache` that their layout decides."""
+    sizes: dict[str, int] = {}
+    layer_cache("kv_cache", kv_cache, sizes)
+    tensor("key", key, "T Hkv D", sizes, dtype=model_dtypes(kv_cache), device=kv_cache.device)
+    tensor("value", value, "T Hkv D", sizes, dtype=key.dtype, device=kv_cache.device)
+    last_dim_contiguous("key", key)
+    last_dim_contiguous("value", value)
+    tensor("slot_mapping", slot_mapping, "T", sizes, dtype=torch.int64, device=kv_cache.device)
+    last_dim_contiguous("slot_mapping", slot_mapping)
+    scales(k_scale, v_scale, kv_cache, sizes)
+
+
+cache_write_once = once_per_layout(cache_write)
+
+
 def attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor | None,
-    out: torch.Tensor | None,
-    *,
+    out: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Everything about the tensors of a `paged_attention` that shapes alone decide."""
+    """Everything about the tensors of a `paged_attention` that their layout decides."""
     sizes: dict[str, int] = {}
     layer_cache("kv_cache", kv_cache, sizes)
     device = kv_cache.device
@@ -170,14 +220,16 @@ def attention(
                 f"query_start_loc must be [S + 1] with S = {sizes['S']}, got [{sizes['S_plus_1']}]"
             )
         last_dim_contiguous("query_start_loc", query_start_loc)
-    if out is not None:
-        tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
-        last_dim_contiguous("out", out)
+    tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
+    last_dim_contiguous("out", out)
     for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if value is not None:
             tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
             last_dim_contiguous(name, value)
     scales(k_scale, v_scale, kv_cache, sizes)
+
+
+attention_once = once_per_layout(attention)
 
 
 def attention_settings(
@@ -186,6 +238,8 @@ def attention_settings(
     sliding_window: int | None,
     logits_soft_cap: float | None,
     max_query_len: int | None,
+    batch_invariant: bool,
+    shared_prefix: bool,
 ) -> None:
     """The arguments of `paged_attention` that are no tensors."""
     if scale is not None and not _is_finite(scale):
@@ -198,6 +252,9 @@ def attention_settings(
         raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
     if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
         raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
+    for name, value in (("batch_invariant", batch_invariant), ("shared_prefix", shared_prefix)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 # Under torch.compile a number may be a symbol.
@@ -206,30 +263,27 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
+    if type(value) is float:  # the others take a while
+        return -math.inf < value < math.inf
     known = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
     return known and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def states(name: str, value: Array | Sequence[Array]) -> torch.Tensor:
     """One tensor [N, ...] of what was given as one or as a sequence of N."""
-    if isinstance(value, (list, tuple)):
-        value = [as_tensor(f"{name}[{index}]", state) for index, state in enumerate(value)]
-    else:
-        value = as_tensor(name, value)  # type: ignore[arg-type]  # not a sequence
-    if isinstance(value, torch.Tensor):
-        return value
-    if not isinstance(value, list) or not all(isinstance(state, torch.Tensor) for state in value):
-        raise ValueError(f"{name} must be a torch.Tensor or a sequence of them, got {value!r}")
+    if not isinstance(value, (list, tuple)):
+        return as_tensor(name, value)  # type: ignore[arg-type]  # not a sequence
     if not value:
         raise ValueError(f"{name} holds no state to merge; pass at least one")
-    first = value[0]
-    for index, state in enumerate(value):
+    tensors = [as_tensor(f"{name}[{index}]", state) for index, state in enumerate(value)]
+    first = tensors[0]
+    for index, state in enumerate(tensors):
         if (state.shape, state.dtype, state.device) != (first.shape, first.dtype, first.device):
             raise ValueError(
                 f"{name}[{index}] must be like {name}[0], {list(first.shape)} of {first.dtype} on "
                 f"{first.device}, got {list(state.shape)} of {state.dtype} on {state.device}"
             )
-    return torch.stack(value)
+    return torch.stack(tensors)
 
 
 def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> None:

@@ -20,17 +20,21 @@ Array = torch.Tensor | SupportsDLPack
 
 
 def as_tensor(name: str, value: Array, *, written: bool = False) -> torch.Tensor:
-    """A tensor over the array's own memory, never a copy. What is no array is left to the checks.
+    """A tensor over the array's own memory, never a copy.
 
     Args:
         name: of the argument, for the message.
         written: the argument is one that the function writes into.
 
     Raises:
-        ValueError: DLPack cannot pass the array, or it is read-only and `written`.
+        ValueError: it is no array, or DLPack cannot pass it, or it is read-only and `written`.
     """
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
-        return value  # type: ignore[return-value]
+    if isinstance(value, torch.Tensor):
+        return value
+    if not hasattr(value, "__dlpack__"):
+        raise ValueError(
+            f"{name} must be a torch.Tensor or an array with __dlpack__, got {type(value).__name__}"
+        )
     if any(stride < 0 for stride in getattr(value, "strides", None) or ()):  # torch would end the process
         raise ValueError(f"{name} must not have negative strides; pass a copy")
     if written and not getattr(getattr(value, "flags", None), "writeable", True):

@@ -13,7 +13,7 @@ to be immutable. NumPy and CuPy pass neither bfloat16 nor fp8: pass a view of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -52,15 +52,6 @@ def reshape_and_cache(
     slot_mapping = as_tensor("slot_mapping", slot_mapping)
     k_scale = None if k_scale is None else as_tensor("k_scale", k_scale)
     v_scale = None if v_scale is None else as_tensor("v_scale", v_scale)
-    sizes: dict[str, int] = {}
-    checks.layer_cache("kv_cache", kv_cache, sizes)
-    checks.tensor("key", key, "T Hkv D", sizes, dtype=checks.model_dtypes(kv_cache), device=kv_cache.device)
-    checks.tensor("value", value, "T Hkv D", sizes, dtype=key.dtype, device=kv_cache.device)
-    checks.last_dim_contiguous("key", key)
-    checks.last_dim_contiguous("value", value)
-    checks.tensor("slot_mapping", slot_mapping, "T", sizes, dtype=torch.int64, device=kv_cache.device)
-    checks.last_dim_contiguous("slot_mapping", slot_mapping)
-    checks.scales(k_scale, v_scale, kv_cache, sizes)
     torch.ops.cupaged.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
 
 
@@ -139,22 +130,13 @@ def paged_attention(
     sinks = None if sinks is None else as_tensor("sinks", sinks)
     k_scale = None if k_scale is None else as_tensor("k_scale", k_scale)
     v_scale = None if v_scale is None else as_tensor("v_scale", v_scale)
-    out_tensor = None if out is None else as_tensor("out", out, written=True)
-    checks.attention_settings(scale, causal, sliding_window, logits_soft_cap, max_query_len)
-    checks.attention(
-        query,
-        kv_cache,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        out_tensor,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
+    checks.attention_settings(
+        scale, causal, sliding_window, logits_soft_cap, max_query_len, batch_invariant, shared_prefix
     )
-    if out_tensor is None:
+    if out is None:
         out = out_tensor = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    else:
+        out_tensor = as_tensor("out", out, written=True)
     lse = None
     if return_lse:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
@@ -164,17 +146,17 @@ def paged_attention(
         block_tables,
         seq_lens,
         query_start_loc,
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        None if scale is None else float(scale),
         causal,
         sliding_window,
-        logits_soft_cap,
+        None if logits_soft_cap is None else float(logits_soft_cap),
+        max_query_len,
+        batch_invariant,
+        shared_prefix,
         alibi_slopes,
         sinks,
         k_scale,
         v_scale,
-        max_query_len,
-        batch_invariant,
-        shared_prefix,
         out_tensor,
         lse,
     )
@@ -256,22 +238,22 @@ def swap_blocks(src: Array, dst: Array, block_mapping: Array) -> None:
 
 
 def _check_block_cache(name: str, cache: torch.Tensor) -> None:
-    if not isinstance(cache, torch.Tensor) or cache.dim() < 2:
+    if cache.dim() < 2:
         raise ValueError(f"{name} must be a tensor [num_blocks, ...] of at least 2 dimensions")
     checks.blocks_contiguous(name, cache)
 
 
-# The operators below run the backends. What needs the tensors' data is checked here, not above:
-# under torch.compile the functions above are traced with fake tensors, which have none.
+# The operators below check the tensors and run the backends. Under torch.compile the functions above are
+# traced with fake tensors, of which the fake operators check the layouts; their data only a run has.
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
 _SCHEMAS = (
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
     "Tensor? k_scale, Tensor? v_scale) -> ()",
     "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
-    "Tensor? query_start_loc, float scale, bool causal, int? sliding_window, float? logits_soft_cap, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, int? max_query_len, "
-    "bool batch_invariant, bool shared_prefix, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? query_start_loc, float? scale, bool causal, int? sliding_window, float? logits_soft_cap, "
+    "int? max_query_len, bool batch_invariant, bool shared_prefix, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
@@ -280,7 +262,12 @@ _SCHEMAS = (
 
 def _reads_data(tensor: torch.Tensor) -> bool:
     """On the CPU reading ids is cheap and a wrong one would crash; a GPU would have to synchronise."""
-    return tensor.device.type == "cpu" or checks.device_checks_enabled()
+    return tensor.is_cpu or checks.device_checks_enabled()
+
+
+def _backend(tensor: torch.Tensor) -> backends.Backend:
+    # Asking for the device's type takes a while.
+    return backends.for_device("cuda" if tensor.is_cuda else tensor.device.type)
 
 
 def _reshape_and_cache(
@@ -291,13 +278,13 @@ def _reshape_and_cache(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
+    layout = checks.cache_write_once(key, value, kv_cache, slot_mapping, k_scale, v_scale)
     if _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
     if key.shape[0]:
-        backend = backends.for_device(kv_cache.device.type)
-        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
+        _backend(kv_cache).reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
 
 
 def _paged_attention(
@@ -306,50 +293,69 @@ def _paged_attention(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
     causal: bool,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    max_query_len: int | None,
+    batch_invariant: bool,
+    shared_prefix: bool,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    max_query_len: int | None,
-    batch_invariant: bool,
-    shared_prefix: bool,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
+    layout = checks.attention_once(
+        query,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        out,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+    )
     if _reads_data(kv_cache):
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
-    if query.shape[0] == 0:
+    num_tokens, _, head_size = query.shape
+    if num_tokens == 0:
         return
-    if seq_lens.shape[0] == 0 or block_tables.shape[1] == 0:  # nothing but padding
+    if 0 in block_tables.shape:  # nothing but padding
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
         return
     params = AttentionParams(
-        scale,
+        head_size**-0.5 if scale is None else scale,
         causal,
         sliding_window,
         logits_soft_cap,
+        max_query_len,
+        batch_invariant,
+        shared_prefix,
         alibi_slopes,
         sinks,
         k_scale,
         v_scale,
-        max_query_len,
-        batch_invariant,
-        shared_prefix,
     )
-    backend = backends.for_device(kv_cache.device.type)
-    backend.paged_attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params)
+    _backend(kv_cache).paged_attention(
+        query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params, layout
+    )
+
+
+def _fake_attention(*arguments: Any) -> None:
+    batch, optional, out = arguments[:5], arguments[-6:-2], arguments[-2]
+    checks.attention(*[*batch, out, *optional])
 
 
 def _merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     if outs.shape[1]:
-        backends.for_device(outs.device.type).merge_attention_states(outs, lses, out, lse)
+        _backend(outs).merge_attention_states(outs, lses, out, lse)
     return out, lse
 
 
@@ -357,7 +363,7 @@ def _copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
     if _reads_data(kv_cache):
         checks.mapping_ids(block_mapping, kv_cache.shape[0], kv_cache.shape[0])
     if block_mapping.shape[0]:
-        backends.for_device(kv_cache.device.type).copy_blocks(kv_cache, block_mapping)
+        _backend(kv_cache).copy_blocks(kv_cache, block_mapping)
 
 
 def _swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -376,8 +382,8 @@ def _fake_mutation(*args: object) -> None:
 
 
 _IMPLEMENTATIONS: tuple[tuple[Callable[..., object], Callable[..., object]], ...] = (
-    (_reshape_and_cache, _fake_mutation),
-    (_paged_attention, _fake_mutation),
+    (_reshape_and_cache, checks.cache_write),
+    (_paged_attention, _fake_attention),
     (_merge_attention_states, _fake_merge),
     (_copy_blocks, _fake_mutation),
     (_swap_blocks, _fake_mutation),

@@ -7,7 +7,7 @@ dispatch), and the launches alone with everything worked out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import cupaged
-from cupaged.backends.kernels import Kernels, Launcher
+from cupaged.backends.kernels import Kernels, Launch, Launcher
 from cupaged.params import AttentionParams
 
 from ..problems import Batch, Case
@@ -33,17 +33,18 @@ def launcher() -> Launcher:
 
 
 class Recorder:
-    """A launcher that keeps what it was asked to launch."""
+    """A launcher that keeps what it was asked to launch, with the tensors."""
 
     def __init__(self, real: Launcher) -> None:
-        self.launches: list[tuple] = []
+        self.launches: list[tuple[Launch, Sequence[torch.Tensor | None]]] = []
         self._real = real
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def launch(self, *args: Any) -> None:
-        self.launches.append(args)
+    def prepare(self, *args: Any) -> Launch:
+        launch = self._real.prepare(*args)
+        return lambda tensors: self.launches.append((launch, tensors))
 
 
 def run(context: Context) -> None:
@@ -54,7 +55,7 @@ def run(context: Context) -> None:
         depths = {
             "call": public,
             "backend": partial(backend, Kernels(real)),
-            "launches": partial(_launch_all, real, recorder.launches),
+            "launches": partial(_launch_all, recorder.launches),
         }
         row = {"name": name, "launches": len(recorder.launches)}
         row["seconds"] = {depth: host_seconds(context, call) for depth, call in depths.items()}
@@ -74,9 +75,9 @@ def host_seconds(context: Context, call: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
-def _launch_all(real: Launcher, launches: list[tuple]) -> None:
-    for args in launches:
-        real.launch(*args)
+def _launch_all(launches: list[tuple[Launch, Sequence[torch.Tensor | None]]]) -> None:
+    for launch, tensors in launches:
+        launch(tensors)
 
 
 Call = tuple[str, Callable[[], object], Callable[[Kernels], object]]
@@ -89,7 +90,7 @@ def _calls(context: Context) -> list[Call]:
         batch = Batch(Case("bfloat16", 2, queries, length, 32, 8, 128), context.device)
         inputs = (batch.query[0], batch.kv_cache, batch.block_tables[0], batch.seq_lens)
         params = AttentionParams(scale=128**-0.5)
-        tail = (batch.query_start_loc, batch.out[0], None, params)
+        tail = (batch.query_start_loc, batch.out[0], None, params, name)  # a name stands for the layout
         found.append((name, batch.runs()[0], lambda kernels, a=(*inputs, *tail): kernels.paged_attention(*a)))
     key, value = torch.randn(2, 16, 8, 128, device=context.device, dtype=torch.bfloat16)
     cache = torch.zeros(8, 2, 8, 16, 128, device=context.device, dtype=torch.bfloat16)
@@ -99,7 +100,7 @@ def _calls(context: Context) -> list[Call]:
         (
             "reshape_and_cache",
             partial(cupaged.reshape_and_cache, *args),
-            lambda kernels: kernels.reshape_and_cache(*args, None, None),
+            lambda kernels: kernels.reshape_and_cache(*args, None, None, "layout"),
         )
     )
     return found

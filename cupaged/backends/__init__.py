@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Hashable
 from functools import cache
 from typing import Protocol, cast
 
@@ -19,7 +20,11 @@ NAMES = ("reference", "cpu", "cuda")
 
 
 class Backend(Protocol):
-    """What a backend module provides. Arguments are checked and outputs allocated by `cupaged.ops`."""
+    """What a backend module provides. Arguments are checked and outputs allocated by `cupaged.ops`.
+
+    A ``layout`` stands for the shapes, strides, dtypes and devices of a call's tensors: it is a key to what a
+    backend works out from them.
+    """
 
     def reshape_and_cache(
         self,
@@ -29,6 +34,7 @@ class Backend(Protocol):
         slot_mapping: torch.Tensor,
         k_scale: torch.Tensor | None,
         v_scale: torch.Tensor | None,
+        layout: Hashable,
     ) -> None: ...
 
     def paged_attention(
@@ -41,6 +47,7 @@ class Backend(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor | None,
         params: AttentionParams,
+        layout: Hashable,
     ) -> None: ...
 
     def merge_attention_states(

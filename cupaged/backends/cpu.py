@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     params: AttentionParams,
+    layout: Hashable = None,
 ) -> None:
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -147,6 +149,7 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    layout: Hashable = None,
 ) -> None:
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     key_size, size = key.element_size(), kv_cache.element_size()

@@ -1,18 +1,20 @@
-"""The CUDA backend: `Kernels` launched through CuPy on torch's current stream."""
+"""The CUDA backend: `Kernels` over CuPy's thin wrapper of the driver, on torch's current stream."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import compile as kernel_compiler
 from ..compile import KernelSpec
-from .kernels import Argument, Dim3, Kernels
+from .kernels import Kernels
+from .plans import KernelCall, Number
 
 
 def backend() -> Kernels:
@@ -25,61 +27,92 @@ def backend() -> Kernels:
 
 
 class CupyLauncher:
-    """Compiles a kernel at its first launch on a device, loads it, and launches it.
+    """Compiles and loads a kernel when it is first prepared on a device, and launches it.
 
-    Tensors are passed as their addresses: a DLPack capsule for each would cost more than the launch.
+    Tensors are passed as their addresses: a DLPack capsule for each would cost more than the launch. So would
+    `cupy.RawKernel`, which makes an object of each argument and of the stream at every launch.
     """
 
     def __init__(self) -> None:
-        self._cupy = kernel_compiler.import_cupy()
-        self._functions: dict[tuple[KernelSpec, int], Any] = {}
+        self._cuda = kernel_compiler.import_cupy().cuda
+        self._functions: dict[tuple[KernelSpec, int], int] = {}  # the driver's handles
         self._lock = threading.Lock()
 
     def sm_count(self, device: torch.device) -> int:
         return _sm_count(device)
 
     def arch(self, device: torch.device) -> str:
-        return _arch(device.index if device.index is not None else torch.cuda.current_device())
+        return _arch(device.index)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    def launch(
-        self, spec: KernelSpec, grid: Dim3, block: Dim3, smem_bytes: int, args: Sequence[Argument]
-    ) -> None:
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        with torch.cuda.device(device):
-            index = torch.cuda.current_device()
-            function = self._functions.get((spec, index)) or self._load(spec, index, smem_bytes)
-            stream = _TorchStream(torch.cuda.current_stream().cuda_stream)
-            with self._cupy.cuda.Stream.from_external(stream):
-                function(grid, block, tuple(map(_pass, args)), shared_mem=smem_bytes)
+    def prepare(self, call: KernelCall, device: torch.device) -> PreparedLaunch:
+        spec, index = call.spec, device.index
+        function = self._functions.get((spec, index)) or self._load(spec, index)
+        shape = (*call.grid, 1, spec.threads, 1, 1, spec.dynamic_shared_memory)
+        driver, runtime = self._cuda.driver, self._cuda.runtime
+        launch = partial(driver.launchKernel, function, *shape)
+        return PreparedLaunch(launch, partial(runtime.setDevice, index), call.numbers, index)
 
-    def _load(self, spec: KernelSpec, index: int, smem_bytes: int) -> Any:
-        with self._lock:
+    def _load(self, spec: KernelSpec, index: int) -> int:
+        """The kernel in the device's context. Modules are never unloaded."""
+        driver = self._cuda.driver
+        with self._lock, torch.cuda.device(index):
             if (spec, index) not in self._functions:
-                compiled = kernel_compiler.cubin(spec, _arch(index))
-                function = self._cupy.RawModule(path=str(compiled.path)).get_function(spec.entry)
-                if smem_bytes > kernel_compiler.STATIC_SHARED_MEMORY:
-                    function.max_dynamic_shared_size_bytes = smem_bytes
+                self._cuda.runtime.setDevice(index)
+                module = driver.moduleLoad(str(kernel_compiler.cubin(spec, _arch(index)).path))
+                function = driver.moduleGetFunction(module, spec.entry)
+                if spec.dynamic_shared_memory > kernel_compiler.STATIC_SHARED_MEMORY:
+                    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.funcSetAttribute(function, attribute, spec.dynamic_shared_memory)
                 self._functions[spec, index] = function
             return self._functions[spec, index]
 
 
-class _TorchStream:
-    """A stream by the CUDA stream protocol, which torch's own streams do not follow in every version."""
+class PreparedLaunch:
+    """A kernel with all its arguments in place but the addresses.
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    Args:
+        launch: `cupy.cuda.driver.launchKernel` with all that comes before the stream.
+        set_device: makes the device's context the thread's own, which the driver takes for granted.
+        numbers: the arguments after the pointers.
+        index: of the device.
+    """
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
+    def __init__(self, launch: Any, set_device: Any, numbers: Sequence[Number], index: int) -> None:
+        self._launch, self._set_device = launch, set_device
+        self._numbers, self._index = numbers, index
+        self._arguments: ctypes.Array[ctypes.c_uint64] | None = None
+        self._lock = threading.Lock()  # of the arguments, which the driver copies before it returns
 
+    def __call__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        index = self._index
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                self(tensors)
+            return
+        self._set_device()
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        with self._lock:
+            if self._arguments is None:
+                self._arguments = self._allocate(len(pointers))
+            self._pack(self._arguments, 0, *pointers)
+            self._launch(stream, self._addresses, 0)
 
-def _pass(arg: Argument) -> np.generic:
-    if isinstance(arg, torch.Tensor):
-        return np.uint64(arg.data_ptr())
-    return np.uint64(0) if arg is None else arg
+    def _allocate(self, num_pointers: int) -> ctypes.Array[ctypes.c_uint64]:
+        """Eight bytes an argument, then the address of each, which is what the driver takes."""
+        count = num_pointers + len(self._numbers)
+        arguments = (ctypes.c_uint64 * (2 * count))()
+        address = ctypes.addressof(arguments)
+        for i, number in enumerate(self._numbers, num_pointers):
+            ctypes.memmove(address + 8 * i, number.tobytes(), number.itemsize)
+        for i in range(count):
+            arguments[count + i] = address + 8 * i
+        self._pack = struct.Struct(f"={num_pointers}Q").pack_into
+        self._addresses = address + 8 * count
+        return arguments
 
 
 @cache

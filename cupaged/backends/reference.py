@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from ..params import AttentionParams
@@ -15,6 +17,7 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    layout: Hashable = None,
 ) -> None:
     block_size = kv_cache.shape[3]
     keep = slot_mapping >= 0
@@ -39,6 +42,7 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     params: AttentionParams,
+    layout: Hashable = None,
 ) -> None:
     compute = torch.promote_types(query.dtype, torch.float32)
     result, logsumexp = attend(

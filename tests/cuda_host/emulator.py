@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupaged.backends.kernels import Argument, Dim3, Kernels
+from cupaged.backends.kernels import Kernels, Launch
+from cupaged.backends.plans import KernelCall, Number
 from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec
 
 from .build import Module, load, runtime
 from .guarded import GuardedMemory
 
+Dim3 = tuple[int, int, int]
+Argument = torch.Tensor | Number | None
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED_MEMORY = 227 * 1024
@@ -62,6 +65,11 @@ class HostLauncher:
         result = torch.empty(tuple(shape), dtype=dtype, device=device)
         result.view(-1).view(torch.uint8).fill_(0xFF)
         return result
+
+    def prepare(self, call: KernelCall, device: torch.device) -> Launch:
+        spec = call.spec
+        shape = (*call.grid, 1), (spec.threads, 1, 1), spec.dynamic_shared_memory
+        return lambda tensors: self.launch(spec, *shape, (*tensors, *call.numbers))
 
     def launch(
         self, spec: KernelSpec, grid: Dim3, block: Dim3, smem_bytes: int, args: Sequence[Argument]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,7 +48,7 @@ class Problem:
             kv_cache = torch.stack(
                 [dequantise(kv_cache[:, i], s, torch.float64) for i, s in enumerate(scales_of(params))], 1
             )
-            params = replace(params, k_scale=None, v_scale=None)
+            params = params._replace(k_scale=None, v_scale=None)
         return reference.attend(
             self.query.to(dtype),
             kv_cache.to(dtype),

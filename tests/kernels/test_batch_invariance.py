@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cupaged
-from cupaged.backends import kernels
+from cupaged.backends import plans
 
 from .cases import check, draw
 
@@ -60,7 +60,7 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, se
     """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
-    monkeypatch.setattr(kernels, "MAX_SPLITS", 1)
+    monkeypatch.setattr(plans, "MAX_SPLITS", 1)
     problem = draw(
         seed,
         dtype=dtype,
@@ -78,8 +78,8 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, se
 def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
-    monkeypatch.setattr(kernels, "MAX_SPLITS", 3)
-    monkeypatch.setattr(kernels, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than pieces: they go round
+    monkeypatch.setattr(plans, "MAX_SPLITS", 3)
+    monkeypatch.setattr(plans, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than pieces: they go round
     problem = draw(
         seed,
         dtype=torch.float32,

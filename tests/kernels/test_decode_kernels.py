@@ -10,7 +10,7 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged.backends import kernels
+from cupaged.backends import plans
 
 from .cases import check, draw
 from .test_attention import FEATURES, run
@@ -59,7 +59,7 @@ def emulated_arch(request, monkeypatch, seed) -> str:
     ],
 )
 def test_the_choice(dtype, cache, group, longest_query, arch, name):
-    assert str(kernels._decode_kernel(dtype, cache, 128, group, longest_query, False, arch).spec) == name
+    assert str(plans.decode_kernel(dtype, cache, 128, group, longest_query, False, arch).spec) == name
 
 
 def draw_few(seed: int, **options):

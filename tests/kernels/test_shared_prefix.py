@@ -10,13 +10,13 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged.backends import kernels
+from cupaged.backends import kernels, plans
 
 from .cases import TABLE_POISON, Problem, check, draw
 from .test_attention import run
 
-PIECE = kernels.SPLIT_TOKENS
-TILE_TOKENS = kernels.DECODE_TILE_ROWS  # with one query head a KV head
+PIECE = plans.SPLIT_TOKENS
+TILE_TOKENS = plans.DECODE_TILE_ROWS  # with one query head a KV head
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def expected_tiles(problem: Problem, tile_tokens: int, max_splits: int) -> list[
 @pytest.mark.parametrize("max_splits", [64, 2])
 def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     """Runs of any length over borders of 32 sequences and of 128, in the middle of other ones."""
-    monkeypatch.setattr(kernels, "MAX_SPLITS", max_splits)
+    monkeypatch.setattr(plans, "MAX_SPLITS", max_splits)
     rng = random.Random(seed)
     count = rng.choice([5, 33, 140])
     lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]

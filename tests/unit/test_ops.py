@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_states_to_merge_that_differ_are_named():
             ValueError, match=r"outs\[1\] must be like outs\[0\], \[3, 2, 8\] of torch.float32 on"
         ):
             cupaged.merge_attention_states([outs[0], other], lses)
-    with pytest.raises(ValueError, match="lses must be a torch"):
+    with pytest.raises(ValueError, match=r"lses\[0\] must be a torch"):
         cupaged.merge_attention_states(outs, [None, None])
 
 
@@ -254,7 +255,7 @@ def test_opcheck_attention(return_lse, prefill, cache_dtype):
     lse = torch.zeros(2, 4) if return_lse else None
     opcheck(
         torch.ops.cupaged.paged_attention.default,
-        (*b.values(), starts, 0.2, True, None, None, None, None, k_scale, v_scale, 2, True, True, out, lse),
+        (*b.values(), starts, 0.2, True, None, None, 2, True, True, None, None, k_scale, v_scale, out, lse),
     )
 
 
@@ -312,8 +313,11 @@ def test_settings_may_be_symbols():
         torch.testing.assert_close(compiled(*b.values(), *settings), attend(*b.values(), *settings))
 
 
-def test_arrays_of_other_libraries_are_used_in_place():
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_arrays_of_other_libraries_are_used_in_place(name, monkeypatch):
     """NumPy in place of any tensor: the same results, and writes land in the caller's memory."""
+    module = importlib.import_module(f"cupaged.backends.{name}")
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     b, key, slots = batch(), torch.randn(3, 2, 32), torch.tensor([5, -1, 39])
     cache = b["kv_cache"].numpy().copy()
     original = cache.copy()
@@ -324,8 +328,8 @@ def test_arrays_of_other_libraries_are_used_in_place():
 
     expected, expected_lse = cupaged.paged_attention(**b, sinks=torch.ones(4), return_lse=True)
     arrays = {name: value.numpy() for name, value in b.items()}
-    for name in arrays:  # mixed
-        mixed = {**b, name: arrays[name]}
+    for argument in arrays:  # mixed
+        mixed = {**b, argument: arrays[argument]}
         assert torch.equal(
             cupaged.paged_attention(**mixed, sinks=np.ones(4, np.float32), return_lse=True)[0], expected
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,7 +194,8 @@ def test_quantised_caches_are_checked_and_measured(monkeypatch, context):
     right = reference.paged_attention
 
     def wrong_scale(*args):
-        right(*args[:-1], replace(args[-1], v_scale=1.1 * args[-1].v_scale))
+        *others, params, layout = args
+        right(*others, params._replace(v_scale=1.1 * params.v_scale), layout)
 
     monkeypatch.setattr(reference, "paged_attention", wrong_scale)
     row = attention.measure(context, case, attention.Contenders(peers.peers(), context))
@@ -288,8 +288,8 @@ def test_host_time_of_a_call_and_of_its_launches(context, monkeypatch):
         def __getattr__(self, name):
             return getattr(backend._launcher, name)
 
-        def launch(self, spec, *args):
-            launched.append(spec.entry)
+        def prepare(self, call, device):
+            return lambda tensors: launched.append(call.spec.entry)
 
     monkeypatch.setattr(host, "launcher", Launcher)
     host.run(context)

@@ -1,0 +1,333 @@
+"""What a call launches: which kernel in `cuda/`, on what grid, with which numbers.
+
+All of it follows from the layouts of the tensors, the settings and the GPU; nothing here reads memory or
+launches, so that `kernels.py` can keep a plan for the calls that are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from .. import compile as kernel_compiler
+from ..compile import KernelSpec
+from ..params import AttentionParams
+
+Number = np.int32 | np.int64 | np.float32  # carries its width
+
+LOG2E = 1.4426950408889634  # softmax is in base 2
+THREADS = 128  # of a block of every attention kernel
+
+# Decode (work.cuh): a sequence of up to MAX_SPLITS pieces has pieces of this many tokens, a longer one larger
+# pieces: the workspace stays bounded. Pieces that spread the batch evenly may be smaller.
+SPLIT_TOKENS = 512
+SMALLEST_SPLIT_TOKENS = 128
+MAX_SPLITS = 64
+DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
+# Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
+DECODE_BLOCKS_PER_SM = 8
+# Up to this many query tokens a sequence go through the decode kernels.
+MAX_DECODE_QUERY_LEN = 8
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CACHE_DTYPE_NAMES = DTYPE_NAMES | {
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A launch without its addresses, over blocks of ``spec.threads``."""
+
+    spec: KernelSpec
+    grid: tuple[int, int]
+    numbers: tuple[Number, ...]  # the entry point's parameters after its pointers
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What a decode launches, and the workspace that it needs."""
+
+    decode: KernelCall
+    can_share: bool  # the kernel takes lists of tiles, or none
+    balances: bool  # it divides sequences by the load, and writes how
+    merge: KernelCall | None = None  # of the pieces that sequences are divided into
+    partial_rows: tuple[int, int, int] | None = None  # [T, H, pieces]: a partial output and lse each
+    search: KernelCall | None = None  # for pieces that sequences share
+    tile_lists: tuple[int, int] | None = None  # [pieces, tiles] that it fills
+
+
+def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> KernelCall:
+    _require_aligned_cache(kv_cache)
+    num_tokens, num_kv_heads, head_size = key.shape
+    return KernelCall(
+        kernel_compiler.spec_reshape_and_cache(DTYPE_NAMES[key.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]),
+        (num_tokens, 1),
+        (
+            np.int64(key.stride(0)),
+            np.int64(key.stride(1)),
+            np.int64(value.stride(0)),
+            np.int64(value.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int32(num_kv_heads),
+            np.int32(head_size),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(_rows_aligned(key) and _rows_aligned(value)),
+        ),
+    )
+
+
+def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> KernelCall:
+    block_bytes = kv_cache.shape[1:].numel() * kv_cache.element_size()
+    stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
+    aligned = (block_bytes | stride_bytes | kv_cache.data_ptr()) % 16 == 0
+    unit_bytes = 16 if aligned else 1
+    units = block_bytes // unit_bytes
+    spec = kernel_compiler.spec_copy_blocks(unit_bytes)
+    # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
+    return KernelCall(
+        spec,
+        (block_mapping.shape[0], min(64, _ceil_div(units, 4 * spec.threads))),
+        (np.int64(stride_bytes // unit_bytes), np.int64(units)),
+    )
+
+
+def takes_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
+    """Whether a call is for the decode kernels."""
+    if query_start_loc is None:
+        return True
+    return params.max_query_len is not None and params.max_query_len <= MAX_DECODE_QUERY_LEN
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    out: torch.Tensor,
+    params: AttentionParams,
+    arch: str,
+    sm_count: int,
+) -> DecodePlan:
+    _require_aligned_cache(kv_cache)
+    num_tokens, num_heads, head_size = query.shape
+    num_seqs, table_width = block_tables.shape
+    num_kv_heads, block_size = kv_cache.shape[2:4]
+    longest_query = 1 if query_start_loc is None else params.max_query_len or MAX_DECODE_QUERY_LEN
+    dtype = DTYPE_NAMES[query.dtype]
+    window = params.sliding_window or 0
+    # A piece before a window is not whole, so there is nothing to share.
+    share = params.shared_prefix and not window
+    kernel = decode_kernel(
+        dtype,
+        CACHE_DTYPE_NAMES[kv_cache.dtype],
+        head_size,
+        num_heads // num_kv_heads,
+        longest_query,
+        share,
+        arch,
+    )
+    # Sequences can share pieces only if they are divided alike.
+    invariant = params.batch_invariant or share
+    split_tokens = SPLIT_TOKENS if invariant else 0
+    # The width of the table bounds the pieces, but never changes how a sequence is divided.
+    longest = table_width * block_size
+    visible = min(longest, window + longest_query - 1 if window else longest)
+    max_splits = min(MAX_SPLITS, _ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
+    # Each sequence can end in a partly filled tile of query tokens, and the padding is one more.
+    row_tiles = num_seqs if query_start_loc is None else num_tokens // kernel.tile_tokens + num_seqs + 1
+    items = row_tiles * num_kv_heads * kernel.head_tiles * max_splits
+    call = KernelCall(
+        kernel.spec,
+        (min(items, DECODE_BLOCKS_PER_SM * sm_count), 1),
+        (
+            np.int64(query.stride(0)),
+            np.int64(query.stride(1)),
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(params.causal),
+            np.int32(window),
+            np.int32(split_tokens),
+            np.int32(max_splits),
+            *((np.int32(row_tiles),) if kernel.can_share else ()),
+            *_logit_factors(params),
+            np.int32(_rows_aligned(query)),
+            np.int32(_rows_aligned(out)),
+        ),
+    )
+    if max_splits == 1:
+        return DecodePlan(call, kernel.can_share, not invariant)
+    merge = KernelCall(
+        kernel_compiler.spec_merge_splits(dtype),
+        (_ceil_div(out.numel() // 8, THREADS), 1),
+        (
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(head_size),
+            np.int32(window),
+            np.int32(split_tokens),
+            np.int32(max_splits),
+            np.int32(_rows_aligned(out)),
+        ),
+    )
+    plan = DecodePlan(call, kernel.can_share, not invariant, merge, (num_tokens, num_heads, max_splits))
+    if not share or kernel.tile_tokens == 1:
+        return plan
+    search = KernelCall(
+        kernel_compiler.spec_find_shared_pieces(),
+        (max_splits, 1),
+        (
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(SPLIT_TOKENS),
+            np.int32(max_splits),
+            np.int32(kernel.tile_tokens),
+            np.int32(row_tiles),
+        ),
+    )
+    return replace(plan, search=search, tile_lists=(max_splits, row_tiles))
+
+
+def prefill(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+    params: AttentionParams,
+) -> KernelCall:
+    _require_aligned_cache(kv_cache)
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads = kv_cache.shape[2]
+    num_seqs = block_tables.shape[0]
+    group = num_heads // num_kv_heads
+    rows = _prefill_tile_rows(head_size * query.element_size())
+    tile_heads = min(_next_power_of_two(group), rows)
+    # Each sequence can end in a partly filled tile, and the padding after the last is one more.
+    tiles = num_tokens // (rows // tile_heads) + num_seqs + 1
+    return KernelCall(
+        kernel_compiler.spec_paged_prefill(
+            DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size
+        ),
+        (tiles, num_kv_heads * _ceil_div(group, tile_heads)),
+        (
+            np.int64(query.stride(0)),
+            np.int64(query.stride(1)),
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(tile_heads),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(params.causal),
+            np.int32(params.sliding_window or 0),
+            *_logit_factors(params),
+            np.int32(_rows_aligned(query)),
+            np.int32(_rows_aligned(out)),
+        ),
+    )
+
+
+def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
+    num_states, num_tokens, num_heads, head_size = outs.shape
+    return KernelCall(
+        kernel_compiler.spec_merge_states(DTYPE_NAMES[outs.dtype]),
+        (_ceil_div(out.numel() // 8, THREADS), 1),
+        (
+            np.int64(num_tokens * num_heads),
+            np.int32(num_states),
+            np.int32(head_size),
+            np.int32(_rows_aligned(outs[0]) and _rows_aligned(out)),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A decode kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    head_tiles: int  # tiles that the query heads of a KV head take
+    can_share: bool  # a tile may hold query tokens of several sequences
+
+
+@cache
+def decode_kernel(
+    dtype: str, cache_dtype: str, head_size: int, group: int, longest_query: int, share: bool, arch: str
+) -> DecodeKernel:
+    """The choice between the two decode kernels.
+
+    Tensor cores where they take 16 bits and where keys serve more than one query row; else CUDA cores.
+    """
+    if dtype != "fp32" and (group * longest_query > 1 or share) and kernel_compiler.has_mma(arch):
+        spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
+        heads = min(group, DECODE_TILE_ROWS)
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), True)
+    tiles = kernel_compiler.head_tiles(cache_dtype)
+    tile = next((tile for tile in tiles if tile >= group), tiles[-1])
+    spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
+    return DecodeKernel(spec, 1, _ceil_div(group, tile), False)
+
+
+def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:
+    """The query's factor, and the soft cap or 0, such that logits come out in units of log2(e)."""
+    cap = params.logits_soft_cap or 0.0
+    return np.float32(params.scale / cap if cap else params.scale * LOG2E), np.float32(cap * LOG2E)
+
+
+def _prefill_tile_rows(row_bytes: int) -> int:
+    """Query rows of a tile of paged_prefill: as many as leave its shared memory below 48 KiB."""
+    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block_shift(kv_cache: torch.Tensor) -> int:
+    return kv_cache.shape[3].bit_length() - 1
+
+
+def misalignment(tensor: torch.Tensor) -> int:
+    """Bytes from the multiple of 16 before it, which plans depend on beside the layout."""
+    return tensor.data_ptr() % 16
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row [token, head] starts at a multiple of 16 bytes."""
+    strides = tensor.stride(0) | tensor.stride(1)
+    return misalignment(tensor) == 0 and strides * tensor.element_size() % 16 == 0
+
+
+def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
+    stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
+    if misalignment(kv_cache) or (kv_cache.shape[0] > 1 and stride_bytes % 16):
+        raise ValueError(
+            "kv_cache must start at a multiple of 16 bytes and have a block stride that is one, got address "
+            f"{kv_cache.data_ptr():#x} and a stride of {stride_bytes} bytes; allocate it with torch.empty"
+        )

@@ -1,0 +1,148 @@
+"""Plans that are kept: what a call launches is the same whether or not calls like it came before."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import cupaged
+from cupaged import backends
+from cupaged.backends import kernels
+from cupaged.backends.kernels import Kernels
+
+
+class Recorder:
+    """A launcher that keeps what it was told to launch, on which tensors."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+        self.prepared = 0
+
+    def arch(self, device):
+        return "90a"
+
+    def sm_count(self, device):
+        return 4
+
+    def empty(self, shape, dtype, device):
+        return torch.zeros(shape, dtype=dtype)
+
+    def prepare(self, call, device):
+        self.prepared += 1
+
+        def launch(tensors):
+            self.launches.append((call, device, [None if t is None else (t.dtype, t.shape) for t in tensors]))
+
+        return launch
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Makes the public functions launch on a new recorder, and gives it."""
+
+    def start() -> Recorder:
+        recorder = Recorder()
+        backend = Kernels(recorder)
+        monkeypatch.setattr(backends, "for_device", lambda device_type: backend)
+        return recorder
+
+    return start
+
+
+def misaligned(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """The same values ``by`` elements further into memory that starts at a multiple of 64 bytes."""
+    flat = torch.empty(tensor.numel() + by, dtype=tensor.dtype)
+    return flat[by:].view(tensor.shape).copy_(tensor)
+
+
+class Calls:
+    """Draws calls that differ in one thing or another, from few values each: many are alike."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._kept: dict[tuple, torch.Tensor] = {}
+
+    def _tensor(self, *shape: int, dtype: torch.dtype, by: int = 0) -> torch.Tensor:
+        """One tensor for each description, so that addresses are the same in every run."""
+        key = (shape, dtype, by)
+        if key not in self._kept:
+            self._kept[key] = misaligned(torch.zeros(shape, dtype=dtype), by)
+        return self._kept[key]
+
+    def attention(self):
+        pick = self._rng.choice
+        dtype, heads = pick([torch.float32, torch.bfloat16]), pick([2, 4])
+        seqs, width, block = pick([1, 3]), pick([4, 80]), pick([8, 16])
+        query_len = pick([None, None, 1, 4, 16])
+        tokens = seqs * (query_len or 1)
+        wide = self._tensor(tokens, heads, 2 * 64, dtype=dtype, by=pick([0, 0, 1]))
+        query = wide[..., :64] if pick([True, False]) else self._tensor(tokens, heads, 64, dtype=dtype)
+        quantised = pick([None, None, torch.int8])
+        cache = self._tensor(9, 2, 2, 2, block, 64, dtype=quantised or dtype)[:, pick([0, 1])]
+        one = self._tensor(2, dtype=torch.float32)
+        scales = {} if quantised is None else {"k_scale": one + 1, "v_scale": one + 1}
+        starts = None if query_len is None else torch.arange(seqs + 1, dtype=torch.int32) * query_len
+        out = pick([None, self._tensor(tokens, heads, 64, dtype=dtype, by=pick([0, 2]))])
+        options = {
+            "scale": pick([None, 0.5]),
+            "causal": pick([True, False]),
+            "sliding_window": pick([None, 20]),
+            "logits_soft_cap": pick([None, 30.0]),
+            "max_query_len": None if starts is None else pick([None, query_len]),
+            "batch_invariant": pick([True, False]),
+            "shared_prefix": pick([True, False]),
+            "return_lse": pick([True, False]),
+            **scales,
+        }
+        lengths = torch.full((seqs,), 16, dtype=torch.int32)
+        tables = self._tensor(seqs, width, dtype=torch.int32)
+        arguments = query, cache, tables, lengths, starts
+        return lambda: cupaged.paged_attention(*arguments, **options, out=out)
+
+    def cache_write(self):
+        pick = self._rng.choice
+        dtype, tokens = pick([torch.float16, torch.float32]), pick([1, 5])
+        cache = self._tensor(9, 2, 2, 2, 8, 64, dtype=dtype)[:, pick([0, 1])]
+        key, value = (self._tensor(tokens, 2, 64, dtype=dtype, by=pick([0, 0, 1])) for _ in range(2))
+        return lambda: cupaged.reshape_and_cache(key, value, cache, torch.arange(tokens))
+
+
+@pytest.mark.parametrize("kept", [kernels.PLANS, 3])
+def test_a_kept_plan_is_the_one_that_would_be_made(recorded, monkeypatch, seed, kept):
+    monkeypatch.setattr(kernels, "PLANS", kept)
+    draw = Calls(seed)
+    calls = [draw.attention() if i % 4 else draw.cache_write() for i in range(400)]
+    together = recorded()
+    for call in calls:
+        call()
+    alone = []
+    for call in calls:
+        recorder = recorded()
+        call()
+        alone += recorder.launches
+    assert together.launches == alone
+    if kept > 3:
+        assert together.prepared < len(alone)  # calls were alike
+
+
+def test_a_refused_layout_is_refused_again(recorded):
+    """What was wrong once is no known layout afterwards."""
+    recorded()
+    cache, key = torch.zeros(2, 2, 1, 8, 8), torch.zeros(3, 1, 8)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="slot_mapping must be"):
+            cupaged.reshape_and_cache(key, key, cache, torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_cache_that_is_not_aligned_is_refused_every_time(recorded):
+    recorded()
+    cache, key = torch.zeros(2, 2, 1, 8, 8), torch.zeros(3, 1, 8)
+    for by in (0, 1, 1, 0):
+        moved = misaligned(cache, by)
+        if by:
+            with pytest.raises(ValueError, match="kv_cache must start at a multiple of 16 bytes"):
+                cupaged.reshape_and_cache(key, key, moved, torch.arange(3))
+        else:
+            cupaged.reshape_and_cache(key, key, moved, torch.arange(3))
