@@ -88,10 +88,11 @@ def _memory(rows: list[Row]) -> Iterator[str]:
 
 
 def _host(rows: list[Row]) -> Iterator[str]:
-    yield f"{'host us of':<20} {'call':>8} {'backend':>8} {'launches':>9}"
+    depths = ("dispatched", "call", "backend", "launches")
+    yield f"{'host us of':<20}" + "".join(f"{depth:>11}" for depth in depths)
     for row in rows:
-        call, backend, launches = (row["seconds"][depth] * 1e6 for depth in ("call", "backend", "launches"))
-        yield f"{row['name']:<20} {call:>8.1f} {backend:>8.1f} {launches:>6.1f} ({row['launches']})"
+        times = "".join(f"{row['seconds'][depth] * 1e6:>11.1f}" for depth in depths)
+        yield f"{row['name']:<20}{times} ({row['launches']})"
 
 
 FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {

@@ -52,7 +52,7 @@ def reshape_and_cache(
     slot_mapping = as_tensor("slot_mapping", slot_mapping)
     k_scale = None if k_scale is None else as_tensor("k_scale", k_scale)
     v_scale = None if v_scale is None else as_tensor("v_scale", v_scale)
-    torch.ops.cupaged.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
+    _call("reshape_and_cache", key, value, kv_cache, slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
@@ -140,7 +140,8 @@ def paged_attention(
     lse = None
     if return_lse:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    torch.ops.cupaged.paged_attention(
+    _call(
+        "paged_attention",
         query,
         kv_cache,
         block_tables,
@@ -189,7 +190,7 @@ def merge_attention_states(
         raise ValueError("outs holds no state to merge; pass at least one")
     if sizes["D"] % 8:
         raise ValueError(f"outs has head size {sizes['D']}; it must be a multiple of 8")
-    return torch.ops.cupaged.merge_attention_states(stacked_outs.contiguous(), stacked_lses.contiguous())
+    return _call("merge_attention_states", stacked_outs.contiguous(), stacked_lses.contiguous())
 
 
 def copy_blocks(kv_cache: Array, block_mapping: Array) -> None:
@@ -208,7 +209,7 @@ def copy_blocks(kv_cache: Array, block_mapping: Array) -> None:
     block_mapping = as_tensor("block_mapping", block_mapping)
     _check_block_cache("kv_cache", kv_cache)
     checks.block_mapping("block_mapping", block_mapping, kv_cache.device)
-    torch.ops.cupaged.copy_blocks(kv_cache, block_mapping)
+    _call("copy_blocks", kv_cache, block_mapping)
 
 
 def swap_blocks(src: Array, dst: Array, block_mapping: Array) -> None:
@@ -234,7 +235,7 @@ def swap_blocks(src: Array, dst: Array, block_mapping: Array) -> None:
             f"got {list(dst.shape[1:])} of {dst.dtype}"
         )
     checks.block_mapping("block_mapping", block_mapping, torch.device("cpu"))
-    torch.ops.cupaged.swap_blocks(src, dst, block_mapping)
+    _call("swap_blocks", src, dst, block_mapping)
 
 
 def _check_block_cache(name: str, cache: torch.Tensor) -> None:
@@ -381,16 +382,41 @@ def _fake_mutation(*args: object) -> None:
     """The operators that only write into an argument return nothing and allocate nothing."""
 
 
-_IMPLEMENTATIONS: tuple[tuple[Callable[..., object], Callable[..., object]], ...] = (
-    (_reshape_and_cache, checks.cache_write),
-    (_paged_attention, _fake_attention),
-    (_merge_attention_states, _fake_merge),
-    (_copy_blocks, _fake_mutation),
-    (_swap_blocks, _fake_mutation),
-)
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "reshape_and_cache": (_reshape_and_cache, checks.cache_write),
+    "paged_attention": (_paged_attention, _fake_attention),
+    "merge_attention_states": (_merge_attention_states, _fake_merge),
+    "copy_blocks": (_copy_blocks, _fake_mutation),
+    "swap_blocks": (_swap_blocks, _fake_mutation),
+}
 
-for _schema, (_implementation, _fake) in zip(_SCHEMAS, _IMPLEMENTATIONS):
+for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
+    _implementation, _fake = _IMPLEMENTATIONS[_name]
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cupaged::{_name}", _fake, lib=_LIBRARY)
+
+# What may be passed to an implementation as it is. A subclass of Tensor may stand for something else.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """Call an operator: its implementation itself where torch's dispatcher would do no more than find it.
+
+    The dispatcher takes 5 us for the arguments of an attention. It is needed where something watches
+    operators or replaces them: autograd, torch.compile and other tracers, modes, transforms such as vmap,
+    the profiler, subclasses of Tensor.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, arguments))
+    ):
+        return getattr(torch.ops.cupaged, name).default(*arguments)
+    return _IMPLEMENTATIONS[name][0](*arguments)

@@ -1,7 +1,8 @@
 """What a call costs on the host: from Python call to return, with the GPU doing next to nothing.
 
-Three depths of the same call: the public function, the backend below the operator (no checks, no
-dispatch), and the launches alone with everything worked out.
+Four depths of the same call: the public function where it goes through torch's dispatcher (with autograd on),
+where it does not (in `torch.inference_mode`), the backend below the operator (no checks), and the launches
+alone with everything worked out.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def run(context: Context) -> None:
             "launches": partial(_launch_all, recorder.launches),
         }
         row = {"name": name, "launches": len(recorder.launches)}
-        row["seconds"] = {depth: host_seconds(context, call) for depth, call in depths.items()}
+        row["seconds"] = {"dispatched": host_seconds(context, public)}
+        with torch.inference_mode():
+            row["seconds"] |= {depth: host_seconds(context, call) for depth, call in depths.items()}
         context.result.rows.append(row)
 
 

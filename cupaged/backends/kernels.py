@@ -15,7 +15,7 @@ import torch
 
 from ..params import AttentionParams
 from . import plans
-from .plans import DecodePlan, KernelCall, misalignment
+from .plans import DecodePlan, KernelCall
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
 # Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
@@ -72,7 +72,7 @@ class Kernels:
         v_scale: torch.Tensor | None,
         layout: Hashable,
     ) -> None:
-        plan_key = (layout, misalignment(key), misalignment(value), misalignment(kv_cache))
+        plan_key = layout, key.data_ptr() % 16, value.data_ptr() % 16, kv_cache.data_ptr() % 16
         launch = self._plans.get(plan_key)
         if launch is None:
             call = plans.reshape_and_cache(key, value, kv_cache)
@@ -95,7 +95,8 @@ class Kernels:
         params: AttentionParams,
         layout: Hashable,
     ) -> None:
-        plan_key = (layout, misalignment(query), misalignment(kv_cache), misalignment(out), params.settings)
+        alignment = query.data_ptr() % 16, kv_cache.data_ptr() % 16, out.data_ptr() % 16
+        plan_key = layout, alignment, params.settings
         plan = self._plans.get(plan_key)
         if plan is None:
             decodes = plans.takes_decode(params, query_start_loc)

@@ -313,20 +313,15 @@ def _block_shift(kv_cache: torch.Tensor) -> int:
     return kv_cache.shape[3].bit_length() - 1
 
 
-def misalignment(tensor: torch.Tensor) -> int:
-    """Bytes from the multiple of 16 before it, which plans depend on beside the layout."""
-    return tensor.data_ptr() % 16
-
-
 def _rows_aligned(tensor: torch.Tensor) -> bool:
     """Whether every row [token, head] starts at a multiple of 16 bytes."""
     strides = tensor.stride(0) | tensor.stride(1)
-    return misalignment(tensor) == 0 and strides * tensor.element_size() % 16 == 0
+    return tensor.data_ptr() % 16 == 0 and strides * tensor.element_size() % 16 == 0
 
 
 def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
     stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
-    if misalignment(kv_cache) or (kv_cache.shape[0] > 1 and stride_bytes % 16):
+    if kv_cache.data_ptr() % 16 or (kv_cache.shape[0] > 1 and stride_bytes % 16):
         raise ValueError(
             "kv_cache must start at a multiple of 16 bytes and have a block stride that is one, got address "
             f"{kv_cache.data_ptr():#x} and a stride of {stride_bytes} bytes; allocate it with torch.empty"

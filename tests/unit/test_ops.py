@@ -8,9 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupaged
-from cupaged import backends, checks
+from cupaged import backends, checks, ops
 from cupaged.backends import reference
 from cupaged.quantisation import quantise
 
@@ -393,3 +396,84 @@ def test_arrays_that_dlpack_cannot_pass_are_named(function):
         for value in bad:
             with pytest.raises(ValueError, match=rf"^{name} "):
                 function(**{**OPS[function], name: value})
+
+
+class Seen(TorchDispatchMode):
+    """The operators of this package that a mode gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cupaged":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The calls that go past torch's dispatcher, by name."""
+    calls: list[str] = []
+
+    def spy(name, implementation, fake):
+        return lambda *arguments: calls.append(name) or implementation(*arguments), fake
+
+    spied = {name: spy(name, *functions) for name, functions in ops._IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(ops, "_IMPLEMENTATIONS", spied)
+    return calls
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_plain_calls_go_past_the_dispatcher(direct, guard):
+    b = batch()
+    expected = cupaged.paged_attention(**b)
+    assert direct == []  # autograd is on
+    with guard():
+        torch.testing.assert_close(cupaged.paged_attention(**b, sinks=None, scale=32**-0.5), expected)
+        with pytest.raises(ValueError, match="query must have 3 dimensions"):
+            cupaged.paged_attention(**{**b, "query": b["query"][0]})
+        cupaged.paged_attention(**b, sinks=torch.nn.Parameter(torch.ones(4)))
+    assert direct == 3 * ["paged_attention"]
+
+
+def test_what_watches_operators_sees_them(direct):
+    """The mode, the profiler, a tracer, fake tensors and a subclass of Tensor."""
+    b = batch()
+    with torch.no_grad():
+        with Seen() as seen:
+            cupaged.paged_attention(**b)
+        assert seen.names == ["paged_attention"]
+        with torch.profiler.profile() as profile:
+            cupaged.paged_attention(**b)
+        assert "cupaged::paged_attention" in {event.key for event in profile.key_averages()}
+        graph = make_fx(lambda query: cupaged.paged_attention(**{**b, "query": query}))(b["query"])
+        assert "cupaged.paged_attention" in graph.code
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in b.items()}
+            assert cupaged.paged_attention(**fakes).shape == b["query"].shape
+            with pytest.raises(ValueError, match="query must have 3 dimensions"):
+                cupaged.paged_attention(**{**fakes, "query": fakes["query"][0]})
+        cupaged.paged_attention(**{**b, "query": b["query"].as_subclass(Subclass)})
+        compiled = torch.compile(lambda **b: cupaged.paged_attention(**b), fullgraph=True, backend="eager")
+        compiled(**b)
+        with pytest.raises(RuntimeError, match="Batching rule"):
+            torch.vmap(lambda query: cupaged.paged_attention(**{**b, "query": query}))(b["query"][None])
+    assert direct == []
+
+
+def test_a_wrong_argument_is_named_while_it_is_traced():
+    b = batch()
+    compiled = torch.compile(cupaged.paged_attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"seq_lens must be torch\.int32"):
+        compiled(**{**b, "seq_lens": b["seq_lens"].long()})
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_batch_invariant_is_a_bool(value):
+    with pytest.raises(ValueError, match="batch_invariant must be True or False"):
+        cupaged.paged_attention(**batch(), batch_invariant=value)

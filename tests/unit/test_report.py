@@ -298,7 +298,7 @@ def test_host_time_of_a_call_and_of_its_launches(context, monkeypatch):
     assert rows["decode, split"]["launches"] == 2
     assert rows["decode"]["launches"] == 1
     for row in rows.values():
-        assert set(row["seconds"]) == {"call", "backend", "launches"}
+        assert set(row["seconds"]) == {"dispatched", "call", "backend", "launches"}
     assert {"merge_splits", "paged_prefill", "reshape_and_cache"} <= set(launched)
     assert any(entry.startswith("paged_decode") for entry in launched)
 
