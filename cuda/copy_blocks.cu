@@ -1,12 +1,20 @@
-// Copy whole blocks inside a cache: copy-on-write, for all layers at once.
+// Copy whole blocks, for all layers at once: inside a cache (copy-on-write), or from one cache to
+// another (swapping).
 //
-//   cache          [num_blocks, ...]: each block is block_units units long, block_stride units
-//   apart block_mapping  int64 [N, 2]: source and destination block, in no order
+//   source         [num_blocks, ...]: each block is block_units units, source_stride units apart
+//   target         the same, target_stride units apart; may be source
+//   block_mapping  int64 [N, 2]: block of source and block of target, in no order
 //
-// Grid (x, N): the blocks of column y copy pair y together, neighbouring threads neighbouring
-// units. No shared memory.
+// Either may be pinned memory of the CPU, which a GPU reads and writes at the CPU's address.
+//
+// Grid (N, y): the y blocks of row x copy pair x together, neighbouring threads neighbouring units.
+// No shared memory.
 //
 // Macro CUPAGED_UNIT_BYTES: 16, or 1 where the blocks' size or addresses are no multiple of 16.
+//
+// Predicted for pinned memory, not measured yet: every thread has 16 bytes under way, 4 MB on an
+// H100, many times what keeps a link of 50 GB/s and some us busy. A copy engine sets up each piece
+// anew, which for some KB takes longer than moving them.
 #include "common.cuh"
 
 #if CUPAGED_UNIT_BYTES == 16
@@ -18,14 +26,15 @@ using unit_t = unsigned char;
 #endif
 
 extern "C" __global__ void __launch_bounds__(256)
-    copy_blocks(unit_t* cache, const cupaged::int64* __restrict__ block_mapping,
-                cupaged::int64 block_stride, cupaged::int64 block_units) {
+    copy_blocks(const unit_t* source, unit_t* target,
+                const cupaged::int64* __restrict__ block_mapping, cupaged::int64 source_stride,
+                cupaged::int64 target_stride, cupaged::int64 block_units) {
     using cupaged::int64;
     const int64 pair = blockIdx.x;
-    const unit_t* const source = cache + block_mapping[2 * pair] * block_stride;
-    unit_t* const target = cache + block_mapping[2 * pair + 1] * block_stride;
+    const unit_t* const from = source + block_mapping[2 * pair] * source_stride;
+    unit_t* const to = target + block_mapping[2 * pair + 1] * target_stride;
     const int64 step = static_cast<int64>(gridDim.y) * blockDim.x;
     for (int64 i = static_cast<int64>(blockIdx.y) * blockDim.x + threadIdx.x; i < block_units;
          i += step)
-        target[i] = source[i];
+        to[i] = from[i];
 }

@@ -215,12 +215,14 @@ def copy_blocks(kv_cache: Array, block_mapping: Array) -> None:
 def swap_blocks(src: Array, dst: Array, block_mapping: Array) -> None:
     """Copy whole blocks from one cache to another, GPU to CPU or back (section 4.5). Mutates ``dst``.
 
-    Runs on the current stream and does not wait: the CPU cache should be pinned, and must not be read
-    before the stream has been synchronised.
+    Runs on the current stream and does not wait: the CPU cache should be pinned, and must be left alone, and
+    alive, until the stream has been synchronised.
 
     Args:
         src, dst: [num_blocks, ...] with blocks of one shape and dtype, each block contiguous.
-        block_mapping: int64 [N, 2] of (block of src, block of dst), on the CPU.
+        block_mapping: int64 [N, 2] of (block of src, block of dst), on the CPU; it may change as soon as the
+            call returns. The pairs are copied in no order: no block of dst may be named twice, or be a
+            source as well where src and dst share memory.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, strides or device.

@@ -47,6 +47,13 @@ class CupyLauncher:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        return tensor.device == device or (tensor.is_cpu and tensor.is_pinned())
+
+    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        # torch keeps the pinned memory until the copy from it is over.
+        return tensor.pin_memory().to(device, non_blocking=True)
+
     def prepare(self, call: KernelCall, device: torch.device) -> PreparedLaunch:
         spec, index = call.spec, device.index
         function = self._functions.get((spec, index)) or self._load(spec, index)

@@ -18,6 +18,11 @@ from . import plans
 from .plans import DecodePlan, KernelCall
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
+# Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
+# an H100, in GB/s: the engine 2 in pieces of 8 KB, 8 of 32 KB, 37 of 512 KB, 46 of 2 MB, 51 of 16 MB; a
+# kernel 22, 34, 48, 49, 49. Where they are even the engine is better: it leaves the multiprocessors alone.
+# `benchmarks/kernels.py --section memory` measures both.
+COPY_ENGINE_BYTES = 4 << 20
 # Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
 Launch = Callable[[Sequence[torch.Tensor | None]], None]
 
@@ -40,6 +45,12 @@ class Launcher(Protocol):
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Workspace that lives at least until what is launched now has run."""
 
+    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        """Whether kernels on the device can read and write the tensor: it is there, or in pinned memory."""
+
+    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
+
 
 @dataclass(frozen=True)
 class PreparedDecode:
@@ -56,10 +67,14 @@ class Kernels:
 
     Plans are kept under the call's layout, the alignment of its addresses and its settings: all that they are
     made from. No tensor is kept.
+
+    Args:
+        copy_engine_bytes: runs of blocks from this size on are swapped by the copy engine.
     """
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, copy_engine_bytes: int = COPY_ENGINE_BYTES) -> None:
         self._launcher = launcher
+        self._copy_engine_bytes = copy_engine_bytes
         self._plans: dict[Hashable, Any] = {}
 
     def reshape_and_cache(
@@ -80,8 +95,13 @@ class Kernels:
         launch((key, value, kv_cache, slot_mapping, k_scale, v_scale))
 
     def copy_blocks(self, kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
-        call = plans.copy_blocks(kv_cache, block_mapping)
-        self._launcher.prepare(call, kv_cache.device)((kv_cache, block_mapping))
+        self._copy(kv_cache, kv_cache, block_mapping, kv_cache.device)
+
+    def _copy(
+        self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor, device: torch.device
+    ) -> None:
+        call = plans.copy_blocks(src, dst, block_mapping.shape[0])
+        self._launcher.prepare(call, device)((src, dst, block_mapping))
 
     def paged_attention(
         self,
@@ -178,10 +198,21 @@ class Kernels:
         self._launcher.prepare(call, outs.device)((outs, lses, out, lse))
 
     def swap_blocks(self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
-        # One copy a run of neighbouring blocks: the copy engine is slow on small pieces.
-        merge_runs = src.is_contiguous() and dst.is_contiguous()
-        for first_src, first_dst, count in _runs(block_mapping.tolist(), merge_runs):
-            dst[first_dst : first_dst + count].copy_(src[first_src : first_src + count], non_blocking=True)
+        device = src.device if src.is_cuda else dst.device
+        reached = self._launcher.reaches(src, device) and self._launcher.reaches(dst, device)
+        by_kernel: list[list[int]] = []
+        engine_bytes = self._copy_engine_bytes if reached and plans.copy_unit(src, dst) == 16 else 0
+        block_bytes = src.shape[1:].numel() * src.element_size()
+        # One copy a run of neighbouring blocks.
+        for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
+            (first_src, first_dst), count = run[0], len(run)
+            if count * block_bytes < engine_bytes:
+                by_kernel += run
+            else:
+                blocks = src[first_src : first_src + count]
+                dst[first_dst : first_dst + count].copy_(blocks, non_blocking=True)
+        if by_kernel:
+            self._copy(src, dst, self._launcher.upload(torch.tensor(by_kernel), device), device)
 
     def _keep(self, plan_key: Hashable, plan: Any) -> Any:
         if len(self._plans) >= PLANS:  # new lengths of prompts fill it again in no time
@@ -190,8 +221,8 @@ class Kernels:
         return plan
 
 
-def _runs(pairs: list[list[int]], merge: bool) -> Iterator[tuple[int, int, int]]:
-    """(source, destination, count) of runs in which both ids rise by one, or of single pairs."""
+def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
+    """The (source, destination) pairs by runs in which both ids rise by one, or one by one."""
     start = 0
     for i in range(1, len(pairs) + 1):
         continues = (
@@ -201,5 +232,5 @@ def _runs(pairs: list[list[int]], merge: bool) -> Iterator[tuple[int, int, int]]
             and pairs[i][1] == pairs[i - 1][1] + 1
         )
         if not continues:
-            yield pairs[start][0], pairs[start][1], i - start
+            yield pairs[start:i]
             start = i

@@ -82,19 +82,35 @@ def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Te
     )
 
 
-def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> KernelCall:
-    block_bytes = kv_cache.shape[1:].numel() * kv_cache.element_size()
-    stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
-    aligned = (block_bytes | stride_bytes | kv_cache.data_ptr()) % 16 == 0
-    unit_bytes = 16 if aligned else 1
-    units = block_bytes // unit_bytes
+def copy_blocks(src: torch.Tensor, dst: torch.Tensor, num_pairs: int) -> KernelCall:
+    unit_bytes = copy_unit(src, dst)
+    units = _block_bytes(src) // unit_bytes
     spec = kernel_compiler.spec_copy_blocks(unit_bytes)
     # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
     return KernelCall(
         spec,
-        (block_mapping.shape[0], min(64, _ceil_div(units, 4 * spec.threads))),
-        (np.int64(stride_bytes // unit_bytes), np.int64(units)),
+        (num_pairs, min(64, _ceil_div(units, 4 * spec.threads))),
+        (
+            np.int64(_stride_bytes(src) // unit_bytes),
+            np.int64(_stride_bytes(dst) // unit_bytes),
+            np.int64(units),
+        ),
     )
+
+
+def copy_unit(src: torch.Tensor, dst: torch.Tensor) -> int:
+    """Bytes that a thread of copy_blocks moves at once between these caches: 16 or 1."""
+    positions = src.data_ptr() | dst.data_ptr() | _stride_bytes(src) | _stride_bytes(dst)
+    return 16 if (positions | _block_bytes(src)) % 16 == 0 else 1
+
+
+def _block_bytes(cache: torch.Tensor) -> int:
+    return cache.shape[1:].numel() * cache.element_size()
+
+
+def _stride_bytes(cache: torch.Tensor) -> int:
+    """From a block to the next. A single block has none next to it, and any stride."""
+    return cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
 
 
 def takes_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:

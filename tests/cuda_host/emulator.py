@@ -66,6 +66,12 @@ class HostLauncher:
         result.view(-1).view(torch.uint8).fill_(0xFF)
         return result
 
+    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        return True
+
+    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.clone()
+
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
         spec = call.spec
         shape = (*call.grid, 1), (spec.threads, 1, 1), spec.dynamic_shared_memory

@@ -181,6 +181,12 @@ class EmulatedLauncher(cuda.CupyLauncher):
     def arch(self, device):
         return super().arch(torch.device("cuda", INDEX))
 
+    def reaches(self, tensor, device):
+        return True
+
+    def upload(self, tensor, device):
+        return tensor.clone()
+
     def _load(self, spec, index):
         function = super()._load(spec, index)
         self._specs[function] = spec, load(spec)
@@ -220,14 +226,23 @@ def kernels_run_on_what_arrives() -> None:
         slots = torch.randperm(50 * block_size, generator=generator)[:600]
         cupaged.reshape_and_cache(qkv[:, heads : 2 * heads], qkv[:, 2 * heads :], cache, slots)
         cupaged.copy_blocks(cache, torch.tensor([[3, 49], [5, 48]]))
+        swapped = torch.zeros_like(cache)
+        cupaged.swap_blocks(cache, swapped, torch.tensor([[7, 0], [49, 1]]))
         tables = torch.stack([torch.randperm(50, generator=generator)[:width] for _ in range(num_seqs)]).int()
         lengths = torch.tensor([600, 1, 515], dtype=torch.int32)
         query = torch.randn(num_seqs, heads, head_size, generator=generator)
-        found[name] = cache, *cupaged.paged_attention(query, cache, tables, lengths, return_lse=True)
-    assert torch.equal(found["driver"][0], found["reference"][0])
-    for got, expected in zip(found["driver"][1:], found["reference"][1:]):
+        found[name] = cache, swapped, *cupaged.paged_attention(query, cache, tables, lengths, return_lse=True)
+    for got, expected in zip(found["driver"][:2], found["reference"][:2]):
+        assert torch.equal(got, expected)
+    for got, expected in zip(found["driver"][2:], found["reference"][2:]):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert launcher.launched == ["reshape_and_cache", "copy_blocks", "paged_decode", "merge_splits"]
+    assert launcher.launched == [
+        "reshape_and_cache",
+        "copy_blocks",
+        "copy_blocks",
+        "paged_decode",
+        "merge_splits",
+    ]
 
 
 def large_shared_memory_is_asked_for() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
 
 import cupaged
+from cupaged import backends
+from cupaged.backends.kernels import Kernels
 from cupaged.quantisation import LARGEST
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -172,6 +175,53 @@ def test_swap_blocks(backend, seed, dtype, direction):
     if backend[1] == "cuda":
         torch.cuda.synchronize()
     assert same(dst, expected)
+
+
+class Recorder:
+    """A launcher that keeps the pairs which a kernel copied, over another that runs it."""
+
+    def __init__(self, real, reaches=True):
+        self._real, self._reaches = real, reaches
+        self.pairs: list[tuple[int, int]] = []
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def reaches(self, tensor, device):
+        return self._reaches
+
+    def prepare(self, call, device):
+        launch = self._real.prepare(call, device)
+        return lambda tensors: self.pairs.extend(map(tuple, tensors[2].tolist())) or launch(tensors)
+
+
+@pytest.mark.parametrize("case", ["mixed", "strided", "out of reach", "odd size", "odd place", "odd stride"])
+def test_long_runs_are_swapped_by_copies_and_the_others_by_a_kernel(seed, monkeypatch, case):
+    """A block is 64 bytes, and 192 make a long run. Where no kernel can help everything is copied."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
+    from tests.cuda_host import emulator
+
+    launcher = Recorder(emulator.HostLauncher(seed), reaches=case != "out of reach")
+    kernels = Kernels(launcher, copy_engine_bytes=192)
+    monkeypatch.setattr(backends, "for_device", lambda device_type: kernels)
+    size = 15 if case == "odd size" else 16
+    # Elements from a block to the next in source and target, and before the target's first.
+    src_stride, dst_stride, before = {"strided": (32, 48, 0), "odd stride": (16, 17, 0)}.get(
+        case, (size, size, int(case == "odd place"))
+    )
+    memory = torch.randn(2, 2000, generator=torch.Generator().manual_seed(seed))
+    src = memory[0].as_strided((20, size), (src_stride, 1))
+    dst = memory[1].as_strided((30, size), (dst_stride, 1), 2000 + before)
+    short, long = [(3, 9), (4, 10), (0, 29), (19, 2)], [(10, 14), (11, 15), (12, 16)]
+    pairs = short[:2] + long + short[2:]
+    expected = dst.clone()
+    for source, target in pairs:
+        expected[target] = src[source]
+    cupaged.swap_blocks(src, dst, torch.tensor(pairs))
+    assert torch.equal(dst, expected)
+    # With a stride no block is next to another.
+    assert launcher.pairs == {"mixed": short, "strided": pairs}.get(case, [])
 
 
 def test_empty_calls_write_nothing(backend):
