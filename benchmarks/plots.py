@@ -66,6 +66,9 @@ def _blocks(axes, results: dict[str, Result]) -> bool:
         if "block_bytes" in row and "seconds" in row:
             rate = row.get("of_pinned", row.get("of_copy", 0.0))
             series.setdefault(row["name"], []).append((row["block_bytes"], rate))
+            for way, seconds in row.get("ways", {}).items():
+                part = (row["block_bytes"], rate * row["seconds"] / seconds)
+                series.setdefault(f"{row['name']}, {way}", []).append(part)
     for name, points in series.items():
         axes.plot(*zip(*sorted(points)), marker="o", label=name)
     axes.set_xscale("log", base=2)

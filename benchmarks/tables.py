@@ -84,6 +84,7 @@ def _memory(rows: list[Row]) -> Iterator[str]:
         yield (
             f"{head} {seconds * 1e6:>10.1f} {row['bytes'] / seconds / 1e9:>8.1f} {row[ceiling]:>5.2f} "
             f"{ceiling.removeprefix('of_')}"
+            + "".join(f", {way} {row['bytes'] / s / 1e9:.1f} GB/s" for way, s in row.get("ways", {}).items())
         )
 
 

@@ -5,17 +5,21 @@ Every timed call was checked first: bit for bit against the blocks or rows it sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 import cupaged
+from cupaged.backends.kernels import Kernels
 
 from ..problems import Case, attention
 from ..report import Context, Row
 from .ceilings import pinned_bandwidth
 
 BLOCK_BYTES = tuple(1 << power for power in (13, 15, 17, 19, 21))  # 8 KB to 2 MB
+SWAP_BYTES = (*BLOCK_BYTES, 4 << 20, 16 << 20)  # on both sides of where the better way changes
+Swap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def run(context: Context) -> None:
@@ -25,6 +29,7 @@ def run(context: Context) -> None:
     if context.on_gpu:
         total = 256 << 20
         pinned = pinned_bandwidth(context, total)
+        sizes = SWAP_BYTES[:1] if context.quick else SWAP_BYTES
         for out in (True, False):
             jobs += [partial(_swap, block_bytes=size, out=out, total=total, pinned=pinned) for size in sizes]
     else:
@@ -97,7 +102,8 @@ def _copy(context: Context, block_bytes: int) -> Row:
 
 
 def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dict[str, float]) -> Row:
-    """swap_blocks of scattered blocks; the ceiling is one plain pinned copy of as many bytes."""
+    """swap_blocks of scattered blocks, as it chooses and by either way alone, which says whether it chooses
+    well (`kernels.COPY_ENGINE_BYTES`). The ceiling is one plain pinned copy of as many bytes."""
     count = total // block_bytes
     near = torch.randn(count, block_bytes // 4, device=context.device)
     far = torch.randn(count, block_bytes // 4).pin_memory()
@@ -105,14 +111,29 @@ def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dic
     mapping = _mapping(context, count)
     direction = "out" if out else "in"
     row: Row = {"name": f"swap_blocks {direction}", "block_bytes": block_bytes, "bytes": total}
-    cupaged.swap_blocks(src, dst, mapping)
-    torch.cuda.synchronize()
-    if not torch.equal(dst.to(context.device)[mapping[:, 1]], src.to(context.device)[mapping[:, 0]]):
-        return row | {"wrong": "blocks differ from their sources"}
-    run = partial(cupaged.swap_blocks, src, dst, mapping)
-    timing = context.timer([run], 2 * context.sample_s, graph=False)
-    rate = total / timing.median_s
-    return row | {"seconds": timing.median_s, "of_pinned": rate / pinned[direction]}
+    expected = src.to(context.device)[mapping[:, 0]]
+    found: dict[str, float] = {}
+    for way, swap in (("chosen", cupaged.swap_blocks), *swap_ways().items()):
+        dst.zero_()
+        swap(src, dst, mapping)
+        torch.cuda.synchronize()
+        if not torch.equal(dst.to(context.device)[mapping[:, 1]], expected):
+            return row | {"wrong": f"blocks differ from their sources ({way})"}
+        timing = context.timer([partial(swap, src, dst, mapping)], context.sample_s, graph=False)
+        found[way] = timing.median_s
+    seconds = found.pop("chosen")
+    return row | {"seconds": seconds, "of_pinned": total / seconds / pinned[direction], "ways": found}
+
+
+def swap_ways() -> dict[str, Swap]:
+    """swap_blocks by the copy engine alone, one copy a block, and by the kernel alone."""
+    from cupaged.backends.cuda import CupyLauncher  # there is a GPU, and so CuPy
+
+    launcher = CupyLauncher()
+    return {
+        "engine": Kernels(launcher, copy_engine_bytes=0).swap_blocks,
+        "kernel": Kernels(launcher, copy_engine_bytes=1 << 62).swap_blocks,
+    }
 
 
 def _layout_cases(context: Context) -> list[Case]:

@@ -14,6 +14,7 @@ from benchmarks import bars, common, kernels, peers, tables
 from benchmarks.report import Context, Result
 from benchmarks.sections import attention, ceilings, check, memory
 from benchmarks.timing import Timing
+from cupaged.backends import cuda
 
 CPU = torch.device("cpu")
 MEMORY = 78 << 30  # of the smaller Hopper
@@ -84,21 +85,36 @@ def test_which_peers_a_shape_meets_on_a_gpu(full, monkeypatch):
     assert sum("flex" in names for names in met.values()) <= 8  # it compiles for seconds each time
 
 
-def test_swaps_are_checked_and_compared_with_a_pinned_copy(context):
+def test_swaps_are_checked_and_compared_with_a_pinned_copy_and_with_each_other(context, monkeypatch):
+    """Over the emulation: both ways move the blocks, and are in the table."""
+    emulator = pytest.importorskip("tests.cuda_host.emulator")
+    monkeypatch.setattr(cuda, "CupyLauncher", lambda: emulator.HostLauncher(3))
     pinned = ceilings.pinned_bandwidth(context, 1 << 20)
     assert set(pinned) == {"out", "in"}
+    rows = []
     for out in (True, False):
-        found = memory._swap(context, block_bytes=8192, out=out, total=1 << 20, pinned=pinned)
-        assert found["of_pinned"] == pytest.approx(1.0)
+        found = memory._swap(context, block_bytes=8192, out=out, total=1 << 16, pinned=pinned)
+        assert found["of_pinned"] == pytest.approx(2**-4)  # the stand-in's clock says 1 ms for everything
+        assert set(found["ways"]) == {"engine", "kernel"}
+        rows.append(found)
+    text = "\n".join(tables.FORMATS["memory"](rows))
+    assert text.count("engine 0.1 GB/s, kernel 0.1 GB/s") == 2
 
 
-def test_a_swap_of_the_wrong_block_gets_no_time(context, monkeypatch):
+@pytest.mark.parametrize("way", ["chosen", "engine", "kernel"])
+def test_a_swap_of_the_wrong_block_gets_no_time(context, monkeypatch, way):
+    def wrong(src, dst, mapping):
+        right(src, dst, mapping.roll(1, 0)[1:])
+
     right = cupaged.swap_blocks
-    monkeypatch.setattr(
-        cupaged, "swap_blocks", lambda src, dst, mapping: right(src, dst, mapping.roll(1, 0)[1:])
-    )
+    ways = {"engine": right, "kernel": right}
+    if way == "chosen":
+        monkeypatch.setattr(cupaged, "swap_blocks", wrong)
+    else:
+        ways[way] = wrong
+    monkeypatch.setattr(memory, "swap_ways", lambda: ways)
     found = memory._swap(context, block_bytes=8192, out=True, total=1 << 20, pinned={"out": 1.0})
-    assert "blocks differ" in found["wrong"]
+    assert found["wrong"] == f"blocks differ from their sources ({way})"
     assert "seconds" not in found
 
 
