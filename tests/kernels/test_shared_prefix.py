@@ -205,6 +205,7 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     rng = random.Random(seed)
     count = rng.choice([5, 33, 140])
     lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]
+    lengths[rng.randrange(count)] = 2 * PIECE + 30  # one piece alone is not searched
     problem = draw(
         seed,
         dtype=torch.bfloat16,
