@@ -324,16 +324,15 @@ def _paged_attention(
     )
     if _reads_data(kv_cache):
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
-    num_tokens, _, head_size = query.shape
-    if num_tokens == 0:
+    if query.numel() == 0:
         return
-    if 0 in block_tables.shape:  # nothing but padding
+    if block_tables.numel() == 0:  # nothing but padding
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
         return
     params = AttentionParams(
-        head_size**-0.5 if scale is None else scale,
+        query.shape[-1] ** -0.5 if scale is None else scale,
         causal,
         sliding_window,
         logits_soft_cap,
