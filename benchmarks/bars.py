@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .report import Result, Row
 
@@ -14,7 +15,7 @@ def ratios(row: Row) -> dict[str, float]:
     if "cupaged" not in seconds:
         return {}
     ours = seconds["cupaged"]
-    found = {}
+    found = {"tflop_per_s": row["flop"] / ours / 1e12}
     if row.get("copy_bytes_per_s"):
         found["of_copy"] = row["bytes"] / ours / row["copy_bytes_per_s"]
     for group in ("sdpa", "flashinfer"):
@@ -37,30 +38,43 @@ def _plain(row: Row) -> bool:
     return row["cache_dtype"] is None and not row["shared_prefix"] and row["query_tokens"] == 1
 
 
-def _decode(ratio: str, *conditions: Callable[[Row], bool]) -> Callable[[dict[str, Result]], float | None]:
+def _worst(
+    section: str, ratio: str, *conditions: Callable[[Row], bool]
+) -> Callable[[dict[str, Result]], float | None]:
     def measure(results: dict[str, Result]) -> float | None:
-        rows = results["decode"].rows if "decode" in results else []
+        rows = results[section].rows if section in results else []
         chosen = [ratios(row) for row in rows if all(condition(row) for condition in conditions)]
         return min((r[ratio] for r in chosen if ratio in r), default=None)
 
     return measure
 
 
+_decode = partial(_worst, "decode")
+_prefill = partial(_worst, "prefill")
+
+
 def _group(row: Row) -> int:
     return row["num_heads"] // row["num_kv_heads"]
+
+
+def _known(row: Row) -> bool:
+    """The shape that other kernels' rates are known of."""
+    shape = (row["num_seqs"], row["query_tokens"], row["context"], _group(row), row["head_size"])
+    return shape == (32, 4096, 4096, 1, 128) and row["block_size"] == 16 and row["cache_dtype"] is None
 
 
 def _large(row: Row) -> bool:
     return row["num_seqs"] >= 32 and row["context"] >= 4096 and row["block_size"] == 16
 
 
-def _page_sizes(results: dict[str, Result]) -> float | None:
+def _page_sizes(section: str, results: dict[str, Result]) -> float | None:
     """The slowest page size from 16 on over the fastest, of one shape."""
     by_shape: dict[tuple, list[float]] = {}
-    for row in results["decode"].rows if "decode" in results else []:
-        if _plain(row) and "cupaged" in row["seconds"]:
-            shape = tuple(row[k] for k in ("dtype", "num_seqs", "context", "num_heads", "num_kv_heads"))
-            by_shape.setdefault((*shape, row["head_size"]), []).append(row["seconds"]["cupaged"])
+    names = ("dtype", "num_seqs", "query_tokens", "context", "num_heads", "num_kv_heads", "head_size")
+    for row in results[section].rows if section in results else []:
+        plain = _plain(row) or (section == "prefill" and row["cache_dtype"] is None)
+        if plain and "cupaged" in row["seconds"]:
+            by_shape.setdefault(tuple(row[k] for k in names), []).append(row["seconds"]["cupaged"])
     return min((min(times) / max(times) for times in by_shape.values() if len(times) > 1), default=None)
 
 
@@ -108,10 +122,14 @@ BARS = (
         0.80,
         _decode("of_copy", _plain, lambda row: row["num_seqs"] == 1 and row["context"] >= 65536),
     ),
-    Bar("decode, page sizes 16 to 128: slowest over fastest", 0.97, _page_sizes),
+    Bar("decode, page sizes 16 to 128: slowest over fastest", 0.97, partial(_page_sizes, "decode")),
     Bar("decode: dense SDPA's time over ours", 1.0, _decode("sdpa")),
     Bar("decode: FlashInfer's time over ours", 1.0, _decode("flashinfer")),
     Bar("decode, >= 8k: bf16 cache's time over fp8's", 1.6, _quantised),
+    Bar("prefill, 32 x 4k, MHA of size 128: TFLOP/s", 320.0, _prefill("tflop_per_s", _known)),
+    Bar("prefill, page sizes 16 to 128: slowest over fastest", 0.90, partial(_page_sizes, "prefill")),
+    Bar("prefill: dense SDPA's time over ours", 0.95, _prefill("sdpa")),
+    Bar("prefill: FlashInfer's time over ours", 1.0, _prefill("flashinfer")),
     Bar(
         "copy_blocks, >= 64 MB: of copy",
         0.90,

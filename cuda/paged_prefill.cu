@@ -1,5 +1,5 @@
 // Attention of variable-length queries over their paged cache: prefill, chunked prefill, mixed
-// batches.
+// batches. On CUDA cores: for float32, and for GPUs before sm_80.
 //
 //   query            [T, H, D], contiguous in D      out  the same
 //   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
@@ -11,8 +11,8 @@
 // A block takes one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair
 // of the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and
 // values are read once for them all. Grid (token tiles, Hkv * head tiles): the host knows neither
-// the sequences' lengths nor needs to, see find_tile. Rows after the last sequence are padding and
-// become zeros.
+// the sequences' lengths nor needs to, see prefill_tiles.cuh. Rows after the last sequence are
+// padding and become zeros.
 //
 // Each of the 128 threads holds kThreadRows rows (ty + 16 * i) of the tile. For the logits it takes
 // kThreadKeys keys (tx + 8 * j), for the output the 16-byte chunks tx + 8 * k of those rows. The 8
@@ -31,6 +31,7 @@
 // quantised cache, at most 256).
 #include "common.cuh"
 #include "paged.cuh"
+#include "prefill_tiles.cuh"
 #include "ptx.cuh"
 #include "quant.cuh"
 #include "softmax.cuh"
@@ -61,37 +62,6 @@ constexpr int kProbStride = kTileKeys + 4;
 constexpr int kSharedBytes =
     16 * (kRowChunks * kTileRows + 2 * kCacheRowChunks * kTileKeys) + 4 * kProbStride * kTileRows;
 static_assert(kSharedBytes <= 48 * 1024, "static shared memory");
-
-// What a block works on.
-struct Tile {
-    int seq;          // S for padding
-    int first_token;  // row of query
-    int num_tokens;
-    int first_position;  // of first_token in the sequence
-    int seq_len;
-};
-
-// Sequence s gets the tiles from start(s) = query_start_loc[s] / tile_tokens + s on. These ranges
-// do not overlap and leave room for the sequence's last, partial tile, so a binary search finds the
-// tile's sequence, and the grid needs T / tile_tokens + S + 1 tiles whatever the lengths are. S
-// stands for the padding.
-__device__ __forceinline__ Tile find_tile(int index, int tile_tokens, const int* query_start_loc,
-                                          const int* seq_lens, int num_seqs, int num_tokens) {
-    int low = 0, high = num_seqs;
-    while (low < high) {  // the last sequence with start <= index
-        const int middle = (low + high + 1) / 2;
-        if (query_start_loc[middle] / tile_tokens + middle <= index)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    const int start = query_start_loc[low];
-    const int end = low < num_seqs ? query_start_loc[low + 1] : num_tokens;
-    const int offset = (index - (start / tile_tokens + low)) * tile_tokens;
-    const int seq_len = low < num_seqs ? seq_lens[low] : 0;
-    return {low, start + offset, min(tile_tokens, end - start - offset),
-            seq_len - (end - start) + offset, seq_len};
-}
 
 // Begin copying kTileKeys keys (or, with an offset, values) into shared memory; zeros from `end`
 // on.
@@ -154,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
     const int tile_tokens = kTileRows / tile_heads;
-    const Tile tile =
+    const PrefillTile tile =
         find_tile(blockIdx.x, tile_tokens, query_start_loc, seq_lens, num_seqs, num_tokens);
     if (tile.num_tokens <= 0) return;
 
@@ -205,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 
     const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                           kHeadSize};
-    const int* const table = block_tables + tile.seq * table_stride;
+    const int* const table = block_tables + tile.sequence * table_stride;
     const int64 to_value = cache.value_offset();
     const float logit_factor = query_scale * unpacked_factor(k_scale, kv_head);
     const float value_factor = unpacked_factor(v_scale, kv_head);

@@ -121,15 +121,21 @@ def has_mma(arch: str) -> bool:
 def spec_paged_decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
     """With three stages of keys and values where they fit, else two."""
     warps = 4 if head_size <= 128 else 2
-    chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes in a cache row
-    elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
+    query_row, cache_row = _mma_rows(cache_dtype, head_size)
     for stages in (3, 2):
-        shared_bytes = 16 * 16 * (elements // 8 + 1) + 16 * warps * stages * 2 * 16 * (chunks + 1)
+        shared_bytes = 16 * query_row + warps * stages * 2 * 16 * cache_row
         if shared_bytes + DECODE_MMA_STATIC <= SHARED_MEMORY[arch.rstrip("af")]:
             break
-    shared_bytes = max(shared_bytes, 16 * 16 * (elements // 8 + 1) + 4 * warps * 16 * head_size)
+    shared_bytes = max(shared_bytes, 16 * query_row + 4 * warps * 16 * head_size)
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, STAGES=stages)
     return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines, 32 * warps, shared_bytes)
+
+
+def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
+    """Bytes of a row of the query and of the cache in the shared memory of mma_attention.cuh."""
+    chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes
+    elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
+    return 16 * (elements // 8 + 1), 16 * (chunks + 1)
 
 
 def spec_find_shared_pieces() -> KernelSpec:
@@ -139,6 +145,24 @@ def spec_find_shared_pieces() -> KernelSpec:
 def spec_paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size)
     return KernelSpec("paged_prefill.cu", "paged_prefill", defines)
+
+
+def prefill_mma_rows(head_size: int) -> int:
+    """Query rows of a block of paged_prefill_mma."""
+    return 128 if head_size <= 128 else 64
+
+
+def spec_paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
+    """With as many keys and stages of them as fit."""
+    query_row, cache_row = _mma_rows(cache_dtype, head_size)
+    # The logits of 32 keys fit into registers everywhere but on sm_120, where ptxas spills.
+    most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
+    for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
+        shared_bytes = prefill_mma_rows(head_size) * query_row + stages * keys * (2 * cache_row + 4)
+        if shared_bytes <= SHARED_MEMORY[arch.rstrip("af")]:
+            break
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
+    return KernelSpec("paged_prefill_mma.cu", "paged_prefill_mma", defines, 128, shared_bytes)
 
 
 def head_tiles(cache_dtype: str) -> tuple[int, ...]:
@@ -175,7 +199,9 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
                 specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
                 if tensor_cores:
                     specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
-                specs.append(spec_paged_prefill(dtype, cache_dtype, head_size))
+                    specs.append(spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch))
+                else:
+                    specs.append(spec_paged_prefill(dtype, cache_dtype, head_size))
     return tuple(specs)
 
 

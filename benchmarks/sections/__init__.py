@@ -7,7 +7,7 @@ SECTIONS = (
     Section("check", "right or wrong, against float64", 90, check.run, timed=False),
     Section("ceilings", "what the machine can do", 20, ceilings.run),
     Section("decode", "decode against dense attention and other libraries", 170, attention.decode),
-    Section("prefill", "prefill against dense attention and other libraries", 60, attention.prefill),
+    Section("prefill", "prefill against dense attention and other libraries", 80, attention.prefill),
     Section("memory", "writing, copying, swapping; the cache's allocation", 60, memory.run),
     Section("host", "host time of a call", 20, host.run, needs_gpu=True),
 )

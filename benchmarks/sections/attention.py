@@ -67,11 +67,22 @@ def prefill_cases(context: Context) -> list[Case]:
         return [Case("float32", 1, 48, 48, 4, 2, 64)]
     if not context.on_gpu:
         return _cpu_cases([(1, 512, 512), (1, 2048, 2048), (1, 512, 4608)])
-    return [
+    base = Case("bfloat16", 8, 2048, 2048, *LLAMA_8B)
+    found = [
         Case("bfloat16", seqs, query, length, *heads)
-        for heads in (LLAMA_8B, LLAMA_70B, MHA)
-        for seqs, query, length in ((8, 2048, 2048), (1, 8192, 8192), (4, 512, 8192))
+        for heads in (MHA, LLAMA_8B, LLAMA_70B)
+        for seqs, query, length in ((32, 4096, 4096), (1, 8192, 8192), (4, 512, 8192))
     ]
+    found += [replace(base, block_size=size) for size in (16, 32, 64, 128, 256)]
+    found += [replace(base, head_size=size) for size in (64, 256)]
+    found += [replace(base, cache_dtype=name_of(dtype)) for dtype in checks.QUANTISED]
+    found += [
+        replace(base, num_seqs=1, query_tokens=chunk, context=prefix + chunk)
+        for prefix in (32768, 4096, 0)
+        for chunk in (64, 512, 2048, 8192)
+    ]
+    found += [replace(base, num_seqs=1, query_tokens=n, context=n) for n in (128, 1024, 32768, 65536)]
+    return list(dict.fromkeys(found))
 
 
 def _cpu_cases(shapes: Sequence[tuple[int, int, int]]) -> list[Case]:

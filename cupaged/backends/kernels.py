@@ -188,7 +188,7 @@ class Kernels:
         out: torch.Tensor,
         params: AttentionParams,
     ) -> Launch:
-        call = plans.prefill(query, kv_cache, block_tables, out, params)
+        call = plans.prefill(query, kv_cache, block_tables, out, params, self._launcher.arch(query.device))
         return self._launcher.prepare(call, query.device)
 
     def merge_attention_states(

@@ -227,20 +227,21 @@ def prefill(
     block_tables: torch.Tensor,
     out: torch.Tensor,
     params: AttentionParams,
+    arch: str,
 ) -> KernelCall:
     _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[2]
     num_seqs = block_tables.shape[0]
     group = num_heads // num_kv_heads
-    rows = _prefill_tile_rows(head_size * query.element_size())
-    tile_heads = min(_next_power_of_two(group), rows)
+    kernel = prefill_kernel(
+        DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size, group, arch
+    )
+    tile_heads = kernel.tile_heads
     # Each sequence can end in a partly filled tile, and the padding after the last is one more.
-    tiles = num_tokens // (rows // tile_heads) + num_seqs + 1
+    tiles = num_tokens // kernel.tile_tokens + num_seqs + 1
     return KernelCall(
-        kernel_compiler.spec_paged_prefill(
-            DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size
-        ),
+        kernel.spec,
         (tiles, num_kv_heads * _ceil_div(group, tile_heads)),
         (
             np.int64(query.stride(0)),
@@ -304,6 +305,29 @@ def decode_kernel(
     tile = next((tile for tile in tiles if tile >= group), tiles[-1])
     spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
     return DecodeKernel(spec, 1, _ceil_div(group, tile), False)
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """A prefill kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    tile_heads: int  # query heads of a tile
+
+
+@cache
+def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
+    """The choice between the two prefill kernels: tensor cores where they take 16 bits."""
+    if dtype != "fp32" and kernel_compiler.has_mma(arch):
+        spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
+        rows = kernel_compiler.prefill_mma_rows(head_size)
+        tile_heads = min(group, rows)
+    else:
+        spec = kernel_compiler.spec_paged_prefill(dtype, cache_dtype, head_size)
+        rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
+        tile_heads = min(_next_power_of_two(group), rows)
+    return PrefillKernel(spec, rows // tile_heads, tile_heads)
 
 
 def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:

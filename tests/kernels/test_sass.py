@@ -27,7 +27,7 @@ TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
     (kc.spec_paged_decode("bf16", "bf16", 128, 8), WIDE),
     (kc.spec_paged_decode("fp16", "fp16", 64, 4), WIDE),
     (kc.spec_paged_decode("fp32", "fp32", 256, 2), WIDE),
-    (kc.spec_paged_prefill("bf16", "bf16", 128), WIDE),
+    (kc.spec_paged_prefill("fp32", "fp32", 128), WIDE),
     (kc.spec_paged_prefill("fp16", "fp16", 80), WIDE),
 )
 
@@ -43,13 +43,14 @@ def test_machine_code(spec, needs, arch):
     ("dtype", "cache_dtype", "head_size"),
     [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
 )
-def test_machine_code_of_tensor_core_decode(dtype, cache_dtype, head_size, arch):
-    spec = kc.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
+@pytest.mark.parametrize("make", [kc.spec_paged_decode_mma, kc.spec_paged_prefill_mma])
+def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size, arch):
+    spec = make(dtype, cache_dtype, head_size, arch)
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
 
 
 def test_every_kernel_is_checked():
-    checked = {spec.source for spec, _ in TABLE} | {"paged_decode_mma.cu"}
+    checked = {spec.source for spec, _ in TABLE} | {"paged_decode_mma.cu", "paged_prefill_mma.cu"}
     assert checked == {path.name for path in kc.cuda_dir().glob("*.cu")}
 
 

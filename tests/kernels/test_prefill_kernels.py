@@ -1,0 +1,122 @@
+"""The two prefill kernels: which one is chosen, tiles that end anywhere, keys that nobody sees."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from cupaged import backends
+from cupaged.backends import plans
+
+from .cases import Problem, check, draw
+from .test_attention import FEATURES, run
+
+# Tensor cores with three stages, with less shared memory, none.
+ARCHS = ["90a", "86", "75"]
+
+
+@pytest.fixture(params=ARCHS)
+def emulated_arch(request, monkeypatch, seed) -> str:
+    """Run on the emulation of a GPU of this architecture."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
+    from tests.cuda_host import emulator
+
+    module = emulator.backend(seed, request.param)
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "head_size", "arch", "name"),
+    [
+        ("bf16", "bf16", 128, "90a", "paged_prefill_mma[dtype=bf16, head_size=128, tile_keys=32, stages=3]"),
+        ("fp16", "fp16", 256, "86", "paged_prefill_mma[dtype=fp16, head_size=256, tile_keys=16, stages=3]"),
+        (
+            "bf16",
+            "int8",
+            64,
+            "80",
+            "paged_prefill_mma[dtype=bf16, cache_dtype=int8, head_size=64, tile_keys=32, stages=3]",
+        ),
+        ("bf16", "bf16", 128, "75", "paged_prefill[dtype=bf16, head_size=128]"),
+        ("fp32", "fp32", 128, "90a", "paged_prefill[dtype=fp32, head_size=128]"),
+    ],
+)
+def test_the_choice(dtype, cache, head_size, arch, name):
+    assert str(plans.prefill_kernel(dtype, cache, head_size, 4, arch).spec) == name
+
+
+def draw_chunks(seed: int, **options) -> Problem:
+    """Chunks of any length over prefixes of any length, with a decode and padding between."""
+    rng = random.Random(seed)
+    query_lens = [rng.randrange(100, 150), 0, 1, 16, rng.randrange(1, 60), rng.randrange(9, 40)]
+    prefixes = [rng.randrange(200), 0, rng.randrange(300), rng.randrange(100, 300), 0, rng.randrange(9)]
+    return draw(
+        seed,
+        block_size=rng.choice([8, 16, 64]),
+        seq_lens=[q + p for q, p in zip(query_lens, prefixes)],
+        query_lens=query_lens,
+        padding_rows=rng.choice([0, 5, 130]),
+        block_stride_factor=rng.choice([1, 3]),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 71, 130])
+@pytest.mark.parametrize("features", [(), ("window", "cap", "alibi", "sinks")], ids=["plain", "all"])
+def test_on_every_generation(emulated_arch, seed, group, features):
+    rng = random.Random(seed)
+    problem = draw_chunks(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        head_size=rng.choice([32, 64]) if group > 8 else rng.choice([64, 120, 256]),
+        num_kv_heads=1,
+        group=group,
+        features=features,
+    )
+    out, lse = run(problem, "cpu")
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_quantised_caches_on_every_generation(emulated_arch, seed, cache_dtype, head_size):
+    rng = random.Random(seed)
+    problem = draw_chunks(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        cache_dtype=cache_dtype,
+        head_size=head_size,
+        num_kv_heads=2,
+        group=rng.choice([1, 2, 4]),
+        features=rng.choice(FEATURES),
+    )
+    out, lse = run(problem, "cpu")
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_that_moves_under_the_rows(backend, seed, dtype):
+    """Whole tiles of keys lie before the window of some rows, and one key too many would be a large part of
+    all that a row sees."""
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    rng = random.Random(seed)
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=32,
+        block_size=8,
+        num_kv_heads=1,
+        group=1,
+        seq_lens=[rng.randrange(300, 400), 129, 128],
+        query_lens=[rng.randrange(200, 290), 129, 128],
+    )
+    problem.query.mul_(0.1)  # the weights are nearly equal
+    problem.options["sliding_window"] = rng.randrange(1, 40)
+    out, lse = run(problem, backend[1])
+    check(out, problem, lse)
