@@ -11,8 +11,8 @@ namespace cupaged {
 struct DecodeOutput {
     scalar_t* out;                    // [T, H, D]
     float* lse;                       // [T, H] or null
-    float* partial_out;               // [T, H, max_splits, D]
-    float* partial_lse;               // [T, H, max_splits], base 2
+    float* partial_out;               // [T or S, H, max_splits, D]
+    float* partial_lse;               // [T or S, H, max_splits], base 2
     const float* sinks;               // [H] or null
     int64 token_stride, head_stride;  // of out
     int num_heads, head_size, max_splits;
@@ -40,12 +40,11 @@ __device__ __forceinline__ SoftmaxState merge_warps(const SoftmaxState* states, 
 }
 
 // Write kVecSize<scalar_t> elements of one row, starting at `element`. `sums` are the weighted sums
-// of values that belong to `state`.
-__device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 token, int head,
-                                            int piece, int pieces, int element, SoftmaxState state,
-                                            float* sums) {
+// of values that belong to `state`. `slot` is the row's token, or its sequence where each has one.
+__device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 token, int64 slot,
+                                            int head, int piece, int pieces, int element,
+                                            SoftmaxState state, float* sums) {
     constexpr int kVec = kVecSize<scalar_t>;
-    const int64 row = token * output.num_heads + head;
     float factor = 1.0f;
     if (pieces <= 1 && output.sinks != nullptr && !softmax_is_empty(state))
         factor = softmax_add_sink(state, output.sinks[head] * kLog2E);
@@ -55,16 +54,17 @@ __device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 to
     if (pieces <= 1) {
         store_vec(output.out + token * output.token_stride + head * output.head_stride + element,
                   pack<scalar_t>(sums), output.aligned);
-        if (output.lse != nullptr && element == 0) output.lse[row] = softmax_lse_log2(state) * kLn2;
+        if (output.lse != nullptr && element == 0)
+            output.lse[token * output.num_heads + head] = softmax_lse_log2(state) * kLn2;
         return;
     }
-    const int64 slot = row * output.max_splits + piece;
+    const int64 place = (slot * output.num_heads + head) * output.max_splits + piece;
     float4* const target =
-        reinterpret_cast<float4*>(output.partial_out + slot * output.head_size + element);
+        reinterpret_cast<float4*>(output.partial_out + place * output.head_size + element);
 #pragma unroll
     for (int i = 0; i < kVec; i += 4)
         target[i / 4] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-    if (element == 0) output.partial_lse[slot] = softmax_lse_log2(state);
+    if (element == 0) output.partial_lse[place] = softmax_lse_log2(state);
 }
 
 }  // namespace cupaged

@@ -1,13 +1,14 @@
 // The second half of decode: merge the pieces that a sequence was divided into.
 //
-//   partial_out      float32 [T, H, max_splits, D]    out  [T, H, D]
-//   partial_lse      float32 [T, H, max_splits]       lse  float32 [T, H] or null, natural
+//   partial_out      float32 [N, H, max_splits, D]    out  [T, H, D]
+//   partial_lse      float32 [N, H, max_splits]       lse  float32 [T, H] or null, natural
 //   seq_lens         int32 [S]                             logarithms
 //   query_start_loc  int32 [S + 1] or null: one query token a sequence
 //   split_size       int32 [1] or null: the size of pieces where the decode kernel chose it
 //   sinks            float32 [H] or null
 //
-// One thread merges 8 elements of one row (token and head); grid (ceil(T * H * D / 8 / 128)).
+// One thread merges 8 elements of one row (token and head); grid (ceil(N * H * D / 8 / 128)). N is
+// T, or S with `singles`, where sequences have one query token or none of their rows is ours.
 // Sequences of one piece or none were finished by the decode kernel. No shared memory.
 //
 // Macro CUPAGED_DTYPE. D is a multiple of 8.
@@ -22,20 +23,22 @@ extern "C" __global__ void __launch_bounds__(128, 4)
                  scalar_t* __restrict__ out, float* __restrict__ lse,
                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride, int num_tokens,
                  int num_seqs, int num_heads, int head_size, int window, int split_tokens,
-                 int max_splits, int aligned) {
+                 int max_splits, int singles, int aligned) {
     using namespace cupaged;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int threads_per_row = head_size / kMergeElems;
     const int64 row = index / threads_per_row;
     const int element = static_cast<int>(index % threads_per_row) * kMergeElems;
-    if (row >= static_cast<int64>(num_tokens) * num_heads) return;
-    const int token = static_cast<int>(row / num_heads);
+    if (row >= static_cast<int64>(singles ? num_seqs : num_tokens) * num_heads) return;
+    const int slot = static_cast<int>(row / num_heads);
     const int head = static_cast<int>(row % num_heads);
-    const Batch batch{seq_lens,  query_start_loc,
-                      num_seqs,  num_tokens,
-                      window,    split_size != nullptr ? *split_size : split_tokens,
-                      max_splits};
-    const Sequence sequence = sequence_of(batch, sequence_of_token(batch, token));
+    const Batch batch{seq_lens,   query_start_loc,
+                      num_seqs,   num_tokens,
+                      window,     split_size != nullptr ? *split_size : split_tokens,
+                      max_splits, singles != 0};
+    const Sequence sequence = sequence_of(batch, singles ? slot : sequence_of_token(batch, slot));
+    if (!is_ours(batch, sequence.query_len)) return;
+    const int token = singles ? sequence.first_token : slot;
     const int count = plan_splits(batch, sequence).count;
     if (count <= 1) return;
 
@@ -52,5 +55,6 @@ extern "C" __global__ void __launch_bounds__(128, 4)
         factor = softmax_add_sink(merged, sinks[head] * kLog2E);
     store_row(out + token * out_token_stride + head * out_head_stride + element, aligned, result,
               factor * softmax_normaliser(merged));
-    if (lse != nullptr && element == 0) lse[row] = softmax_lse_log2(merged) * kLn2;
+    if (lse != nullptr && element == 0)
+        lse[static_cast<int64>(token) * num_heads + head] = softmax_lse_log2(merged) * kLn2;
 }

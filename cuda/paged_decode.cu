@@ -5,7 +5,8 @@
 //   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
-//   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence
+//   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With `singles` the
+//                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
@@ -204,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
                  cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
                  int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
-                 int window, int split_tokens, int max_splits, float query_scale,
+                 int window, int split_tokens, int max_splits, int singles, float query_scale,
                  float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     __shared__ Shared shared;
@@ -227,7 +228,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                               kHeadSize,
                               max_splits,
                               out_aligned != 0};
-    Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, window, split_tokens, max_splits};
+    Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
+                window,   split_tokens,    max_splits, singles != 0};
     balance_splits<kThreads>(batch, 1, num_kv_heads * tiles, split_size, sums);
 
     const SharedPieces none{nullptr, nullptr, 0};
@@ -338,8 +340,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                     kHeadTile * kHeadSize, result);
 #pragma unroll
             for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
-            store_piece(output, token, first_head + g, item.piece, plan.count, element, state,
-                        result);
+            store_piece(output, token, batch.singles ? item.sequence : token, first_head + g,
+                        item.piece, plan.count, element, state, result);
         }
     });
 }

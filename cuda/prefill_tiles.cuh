@@ -17,7 +17,8 @@ struct PrefillTile {
 // Sequence s gets the tiles from start(s) = query_start_loc[s] / tile_tokens + s on. These ranges
 // do not overlap and leave room for the sequence's last, partial tile, so a binary search finds the
 // tile's sequence, and the grid needs T / tile_tokens + S + 1 tiles whatever the lengths are. S
-// stands for the padding.
+// stands for the padding. A sequence of one query token has no tile: it is left to decode, so that
+// it has the same bits here and there.
 __device__ __forceinline__ PrefillTile find_tile(int index, int tile_tokens,
                                                  const int* query_start_loc, const int* seq_lens,
                                                  int num_seqs, int num_tokens) {
@@ -33,6 +34,7 @@ __device__ __forceinline__ PrefillTile find_tile(int index, int tile_tokens,
     const int end = low < num_seqs ? query_start_loc[low + 1] : num_tokens;
     const int offset = (index - (start / tile_tokens + low)) * tile_tokens;
     const int seq_len = low < num_seqs ? seq_lens[low] : 0;
+    if (low < num_seqs && end - start == 1) return {};
     return {low, start + offset, min(tile_tokens, end - start - offset),
             seq_len - (end - start) + offset, seq_len};
 }

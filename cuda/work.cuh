@@ -31,7 +31,13 @@ struct Batch {
     int window;        // 0 for none
     int split_tokens;  // of a piece; 0: as many as spread the batch evenly over the grid
     int max_splits;    // beyond this many pieces they grow
+    bool singles;      // only sequences of one query token; the others are left to prefill
 };
+
+// Whether a sequence is for this launch.
+__device__ __forceinline__ bool is_ours(const Batch& batch, int query_len) {
+    return !batch.singles || query_len == 1;
+}
 
 struct Sequence {
     int first_token;  // its first query row
@@ -146,7 +152,8 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
                 const Sequence sequence = sequence_of(batch, mine);
                 const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
                 // Rows that see nothing still need their zeros written.
-                count = tiles * max(1, plan_splits(batch, sequence).count);
+                if (is_ours(batch, sequence.query_len))
+                    count = tiles * max(1, plan_splits(batch, sequence).count);
             }
         }
         __syncthreads();

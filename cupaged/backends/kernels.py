@@ -53,13 +53,15 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
-class PreparedDecode:
-    """A `plans.DecodePlan` and its launches."""
+class PreparedAttention:
+    """The launches of an attention call: prefill for sequences of many query tokens, if there may be some,
+    and a `plans.DecodePlan` for those of one or a few."""
 
     plan: DecodePlan
+    prefill: Launch | None
+    search: Launch | None
     decode: Launch
     merge: Launch | None
-    search: Launch | None
 
 
 class Kernels:
@@ -119,9 +121,9 @@ class Kernels:
         plan_key = layout, alignment, params.settings
         plan = self._plans.get(plan_key)
         if plan is None:
-            decodes = plans.takes_decode(params, query_start_loc)
-            prepare = self._prepare_decode if decodes else self._prepare_prefill
-            plan = self._keep(plan_key, prepare(query, kv_cache, block_tables, query_start_loc, out, params))
+            plan = self._keep(
+                plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
+            )
         tensors = (
             query,
             kv_cache,
@@ -135,12 +137,11 @@ class Kernels:
             out,
             lse,
         )
-        if isinstance(plan, PreparedDecode):
-            self._decode(plan, tensors)
-        else:  # a prefill is one launch
-            plan(tensors)
+        self._decode(plan, tensors)
+        if plan.prefill is not None:
+            plan.prefill(tensors)
 
-    def _decode(self, prepared: PreparedDecode, tensors: tuple[Any, ...]) -> None:
+    def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
         query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
         plan, device, empty = prepared.plan, query.device, self._launcher.empty
         partial_out = partial_lse = split_size = None
@@ -161,7 +162,7 @@ class Kernels:
         if prepared.merge is not None:
             prepared.merge((partial_out, partial_lse, seq_lens, query_start_loc, split_size, sinks, out, lse))
 
-    def _prepare_decode(
+    def _prepare(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -169,27 +170,18 @@ class Kernels:
         query_start_loc: torch.Tensor | None,
         out: torch.Tensor,
         params: AttentionParams,
-    ) -> PreparedDecode:
+    ) -> PreparedAttention:
         device = query.device
-        gpu = self._launcher.arch(device), self._launcher.sm_count(device)
-        plan = plans.decode(query, kv_cache, block_tables, query_start_loc, out, params, *gpu)
+        arch, sm_count = self._launcher.arch(device), self._launcher.sm_count(device)
+        plan = plans.decode(query, kv_cache, block_tables, query_start_loc, out, params, arch, sm_count)
+        prefill = None
+        if not plans.all_decode(params, query_start_loc):
+            prefill = plans.prefill(query, kv_cache, block_tables, out, params, arch)
 
         def prepare(call: KernelCall | None) -> Any:
             return None if call is None else self._launcher.prepare(call, device)
 
-        return PreparedDecode(plan, prepare(plan.decode), prepare(plan.merge), prepare(plan.search))
-
-    def _prepare_prefill(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        query_start_loc: torch.Tensor | None,
-        out: torch.Tensor,
-        params: AttentionParams,
-    ) -> Launch:
-        call = plans.prefill(query, kv_cache, block_tables, out, params, self._launcher.arch(query.device))
-        return self._launcher.prepare(call, query.device)
+        return PreparedAttention(plan, *map(prepare, (prefill, plan.search, plan.decode, plan.merge)))
 
     def merge_attention_states(
         self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor

@@ -57,7 +57,7 @@ class DecodePlan:
     can_share: bool  # the kernel takes lists of tiles, or none
     balances: bool  # it divides sequences by the load, and writes how
     merge: KernelCall | None = None  # of the pieces that sequences are divided into
-    partial_rows: tuple[int, int, int] | None = None  # [T, H, pieces]: a partial output and lse each
+    partial_rows: tuple[int, int, int] | None = None  # [T or S, H, pieces]: a partial output and lse each
     search: KernelCall | None = None  # for pieces that sequences share
     tile_lists: tuple[int, int] | None = None  # [pieces, tiles] that it fills
 
@@ -113,8 +113,8 @@ def _stride_bytes(cache: torch.Tensor) -> int:
     return cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
 
 
-def takes_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
-    """Whether a call is for the decode kernels."""
+def all_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
+    """Whether all sequences are for the decode kernels, or only those of one query token."""
     if query_start_loc is None:
         return True
     return params.max_query_len is not None and params.max_query_len <= MAX_DECODE_QUERY_LEN
@@ -130,15 +130,17 @@ def decode(
     arch: str,
     sm_count: int,
 ) -> DecodePlan:
+    """Of all sequences, or of those with one query token where the others are left to `prefill`."""
     _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_seqs, table_width = block_tables.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
-    longest_query = 1 if query_start_loc is None else params.max_query_len or MAX_DECODE_QUERY_LEN
+    singles = not all_decode(params, query_start_loc)
+    longest_query = 1 if query_start_loc is None or singles else params.max_query_len or 1
     dtype = DTYPE_NAMES[query.dtype]
     window = params.sliding_window or 0
     # A piece before a window is not whole, so there is nothing to share.
-    share = params.shared_prefix and not window
+    share = params.shared_prefix and not window and not singles
     kernel = decode_kernel(
         dtype,
         CACHE_DTYPE_NAMES[kv_cache.dtype],
@@ -149,14 +151,15 @@ def decode(
         arch,
     )
     # Sequences can share pieces only if they are divided alike.
-    invariant = params.batch_invariant or share
+    invariant = params.batch_invariant or share or singles
     split_tokens = SPLIT_TOKENS if invariant else 0
     # The width of the table bounds the pieces, but never changes how a sequence is divided.
     longest = table_width * block_size
     visible = min(longest, window + longest_query - 1 if window else longest)
     max_splits = min(MAX_SPLITS, _ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
     # Each sequence can end in a partly filled tile of query tokens, and the padding is one more.
-    row_tiles = num_seqs if query_start_loc is None else num_tokens // kernel.tile_tokens + num_seqs + 1
+    one_each = singles or query_start_loc is None
+    row_tiles = num_seqs if one_each else num_tokens // kernel.tile_tokens + num_seqs + 1
     items = row_tiles * num_kv_heads * kernel.head_tiles * max_splits
     call = KernelCall(
         kernel.spec,
@@ -177,6 +180,7 @@ def decode(
             np.int32(window),
             np.int32(split_tokens),
             np.int32(max_splits),
+            np.int32(singles),
             *((np.int32(row_tiles),) if kernel.can_share else ()),
             *_logit_factors(params),
             np.int32(_rows_aligned(query)),
@@ -185,9 +189,10 @@ def decode(
     )
     if max_splits == 1:
         return DecodePlan(call, kernel.can_share, not invariant)
+    slots = num_seqs if singles else num_tokens
     merge = KernelCall(
         kernel_compiler.spec_merge_splits(dtype),
-        (_ceil_div(out.numel() // 8, THREADS), 1),
+        (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
         (
             np.int64(out.stride(0)),
             np.int64(out.stride(1)),
@@ -198,10 +203,11 @@ def decode(
             np.int32(window),
             np.int32(split_tokens),
             np.int32(max_splits),
+            np.int32(singles),
             np.int32(_rows_aligned(out)),
         ),
     )
-    plan = DecodePlan(call, kernel.can_share, not invariant, merge, (num_tokens, num_heads, max_splits))
+    plan = DecodePlan(call, kernel.can_share, not invariant, merge, (slots, num_heads, max_splits))
     if not share or kernel.tile_tokens == 1:
         return plan
     search = KernelCall(

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import cupaged
 from cupaged import backends
 from cupaged.backends import plans
 
@@ -120,3 +121,39 @@ def test_a_window_that_moves_under_the_rows(backend, seed, dtype):
     problem.options["sliding_window"] = rng.randrange(1, 40)
     out, lse = run(problem, backend[1])
     check(out, problem, lse)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decode_among_prefills_has_the_bits_of_a_decode(backend, seed, dtype, group):
+    """Of one piece and of several; nothing of the others, or of the padding, is touched by it."""
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    rng = random.Random(seed)
+    query_lens = [1, rng.randrange(30, 60), 1, 0, 1, 2]
+    problem = draw(
+        seed,
+        dtype=dtype,
+        head_size=64,
+        block_size=16,
+        num_kv_heads=2,
+        group=group,
+        seq_lens=[1, 700, rng.randrange(600, 1200), 0, rng.randrange(100, 512), 530],
+        query_lens=query_lens,
+        padding_rows=rng.choice([0, 1, 3]),
+        features=rng.choice([(), ("sinks", "window")]),
+    )
+    problem.options["batch_invariant"] = rng.choice([True, False])
+    problem.options["shared_prefix"] = rng.choice([True, False])
+    out, lse = run(problem, backend[1])
+    check(out, problem, lse)
+    p = problem.to(backend[1])
+    starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
+    singles = [s for s, n in enumerate(query_lens) if n == 1]
+    rows = [starts[s] for s in singles]
+    p.options |= {"batch_invariant": True, "shared_prefix": False}
+    alone, alone_lse = cupaged.paged_attention(
+        p.query[rows], p.kv_cache, p.block_tables[singles], p.seq_lens[singles], **p.options, return_lse=True
+    )
+    assert torch.equal(out[rows], alone)
+    assert torch.equal(lse[rows], alone_lse)
