@@ -2,7 +2,9 @@
 
 After "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023), sections
 4.2 to 4.5. A sequence's table lists its blocks in order; all but the last are full, so a sequence wastes less
-than one block. Blocks are counted references: forked sequences share them until one writes.
+than one block. Blocks are counted references: forked sequences share them until one writes. Full blocks are
+found again by the hash of their tokens and all before them (`prefix_hash.py`), used or not, until the pool
+needs their memory.
 """
 
 from __future__ import annotations
@@ -10,62 +12,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 
-class BlockPool:
-    """Ids of equal blocks with reference counts. It knows nothing of what a block holds."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.ref_counts = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is warm in caches
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self) -> int:
-        """Take a free block with one reference. The caller has seen that there is one."""
-        block = self._free.pop()
-        self.ref_counts[block] = 1
-        return block
-
-    def share(self, block: int) -> None:
-        self.ref_counts[block] += 1
-
-    def release(self, block: int) -> None:
-        """Drop one reference; the last one frees the block."""
-        self.ref_counts[block] -= 1
-        if self.ref_counts[block] == 0:
-            self._free.append(block)
-
-    def check_integrity(self, references: Counter[int]) -> None:
-        """Compare with the references that exist outside.
-
-        Raises:
-            RuntimeError: a block is lost, in two places, or counted wrongly.
-        """
-        free = set(self._free)
-        if len(free) != len(self._free):
-            raise RuntimeError("a block is in the free list twice")
-        for block, count in enumerate(self.ref_counts):
-            if count != references[block]:
-                raise RuntimeError(f"block {block} counts {count} references, {references[block]} exist")
-            if (count == 0) != (block in free):
-                raise RuntimeError(f"block {block} has {count} references and is free: {block in free}")
+from .block_pool import BlockPool, Run, move, num_to_move
+from .block_tables import BlockTable, BlockTables
 
 
 class BlockManager:
     """Block tables of all sequences that hold memory, on the GPU or in the swap space.
 
-    Queries (`num_new_blocks`, `can_swap_out`) change nothing; the mutations expect that they were asked.
+    Queries (`num_new_blocks`, `find_prefix`, `can_swap_out`) change nothing; the mutations expect that they
+    were asked. What a step plans to write counts as written within that step: `confirm` says that it ran,
+    `revoke` that it did not.
+
+    Attributes:
+        writable: by sequence id, the first position that has no slot of its own yet: up to there tokens are
+            written without asking (`append`).
     """
 
     def __init__(self, num_gpu_blocks: int, num_cpu_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.gpu = BlockPool(num_gpu_blocks)
         self.cpu = BlockPool(num_cpu_blocks)
-        self._tables: dict[int, list[int]] = {}  # sequence id -> GPU blocks
-        self._swapped: dict[int, list[int]] = {}  # sequence id -> CPU blocks
+        self.writable: dict[int, int] = {}
+        self._tables = BlockTables()  # of GPU blocks
+        self._swapped: dict[int, BlockTable] = {}  # of CPU blocks; without rows
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -76,120 +47,194 @@ class BlockManager:
 
     def table(self, seq_id: int) -> Sequence[int]:
         """The sequence's GPU blocks in order; a view that later appends change."""
-        return self._tables[seq_id]
+        return self._tables[seq_id].blocks
+
+    def tables(self, seq_ids: Sequence[int]) -> np.ndarray:
+        """The sequences' GPU blocks, int32 ``[N, most blocks of one]``; past a table's end anything."""
+        return self._tables.gather(seq_ids)
+
+    def num_distinct(self, seq_ids: Iterable[int]) -> int:
+        """GPU blocks that these sequences hold together."""
+        return len({block for seq_id in seq_ids if seq_id in self._tables for block in self.table(seq_id)})
+
+    # -- growing -------------------------------------------------------------------------------------
 
     def num_new_blocks(self, appends: Iterable[tuple[int, int, int]]) -> int:
         """Blocks that appending to these sequences takes from the pool, copies of shared blocks included.
 
         Args:
             appends: (sequence id, tokens it holds, tokens to append) of each; all on the GPU or all in the
-                swap space (then: what it will take once they are back).
+                swap space (then: what it will take once they are back, if nobody else shares their blocks).
         """
         total = 0
         shared: Counter[int] = Counter()
         ref_counts = self.gpu.ref_counts
         for seq_id, held, num_tokens in appends:
             table = self._tables.get(seq_id)
-            if table is None:
-                table = self._swapped.get(seq_id, [])
-                ref_counts = self.cpu.ref_counts if table else ref_counts
-            total += -(-(held + num_tokens) // self.block_size) - len(table)
+            if table is None and seq_id in self._swapped:
+                table, ref_counts = self._swapped[seq_id], self.cpu.ref_counts
+            blocks = table.blocks if table else []
+            total += -(-(held + num_tokens) // self.block_size) - len(blocks)
             first = held // self.block_size
-            if first < len(table) and ref_counts[table[first]] > 1:
-                shared[table[first]] += 1
+            if first < len(blocks) and ref_counts[blocks[first]] > 1:
+                shared[blocks[first]] += 1
         # The last of a block's writers keeps it, if all its holders are among them.
         return total + sum(min(n, ref_counts[block] - 1) for block, n in shared.items())
 
-    def append(self, seq_id: int, held: int, num_tokens: int) -> tuple[int, int] | None:
+    def append(
+        self, seq_id: int, held: int, num_tokens: int, keys: Sequence[bytes] = ()
+    ) -> tuple[int, int] | None:
         """Make room for tokens ``held`` to ``held + num_tokens - 1`` of a sequence.
+
+        Args:
+            keys: of the sequence's full blocks, those that this fills included; () to have none found. It may
+                be a list that grows.
 
         Returns:
             (source, destination) of the block to copy before they are written, if the first of them falls
             into a block that another sequence shares.
         """
-        table = self._tables.setdefault(seq_id, [])
+        table = self._tables.get(seq_id) or self._tables.add(seq_id, [])
+        blocks = table.blocks
         copy = None
         first = held // self.block_size
-        if first < len(table) and self.gpu.ref_counts[table[first]] > 1:
-            source = table[first]
-            table[first] = self.gpu.allocate()
-            self.gpu.release(source)
-            copy = (source, table[first])
-        for _ in range(self.blocks_for(held + num_tokens) - len(table)):
-            table.append(self.gpu.allocate())
+        if first < len(blocks):
+            source = blocks[first]
+            if self.gpu.ref_counts[source] > 1:
+                copy = (source, self.gpu.allocate())
+                self._tables.replace(table, first, copy[1])
+                self.gpu.release(source)
+            else:
+                self.gpu.forget(source)  # it was full of what is now overwritten
+            table.num_keyed = min(table.num_keyed, first)
+        for _ in range(self.blocks_for(held + num_tokens) - len(blocks)):
+            self._tables.append(table, self.gpu.allocate())
+        self.writable[seq_id] = len(blocks) * self.block_size
+        table.keys = keys
+        for i in range(table.num_keyed, min((held + num_tokens) // self.block_size, len(keys))):
+            self.gpu.promise(blocks[i], keys[i])
+            table.num_keyed = i + 1
         return copy
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
         """Give the child the parent's first ``num_tokens`` tokens: it shares the blocks that hold them."""
-        blocks = self._tables[parent_id][: self.blocks_for(num_tokens)]
+        parent = self._tables[parent_id]
+        blocks = parent.blocks[: self.blocks_for(num_tokens)]
         for block in blocks:
             self.gpu.share(block)
-        self._tables[child_id] = blocks
+        keyed = min(parent.num_keyed, num_tokens // self.block_size)
+        self._tables.add(child_id, blocks, parent.keys[:keyed], keyed)
+        self.writable[parent_id] = self.writable[child_id] = 0  # whoever writes first has to ask
 
-    def free(self, seq_id: int) -> None:
-        """Drop the sequence's blocks, wherever they are. A sequence without any is no error."""
-        for block in self._tables.pop(seq_id, ()):
-            self.gpu.release(block)
-        for block in self._swapped.pop(seq_id, ()):
-            self.cpu.release(block)
+    def free(self, seq_id: int, held: int = 0, keys: Sequence[bytes] = ()) -> None:
+        """Drop the sequence's blocks, wherever they are. A sequence without any is no error.
+
+        Args:
+            held, keys: tokens whose keys and values are in the blocks, and the keys of the full ones: those
+                can be found until their memory is needed.
+        """
+        self.writable.pop(seq_id, None)
+        if (table := self._tables.remove(seq_id)) is not None:
+            for i in range(table.num_keyed, min(held // self.block_size, len(keys))):
+                self.gpu.register(table.blocks[i], keys[i])
+            for block in reversed(table.blocks):  # the end is of no use without the beginning: it goes first
+                self.gpu.release(block)
+        if (table := self._swapped.pop(seq_id, None)) is not None:
+            for block in reversed(table.blocks):
+                self.cpu.release(block)
+
+    # -- prefixes ------------------------------------------------------------------------------------
+
+    def find_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """How many of the first blocks with these keys there are, and how many of those nobody uses, so that
+        taking them takes free blocks."""
+        found = unused = 0
+        for key in keys:
+            block = self.gpu.find(key)
+            if block is None:
+                break
+            found += 1
+            unused += self.gpu.ref_counts[block] == 0
+        return found, unused
+
+    def take_prefix(self, seq_id: int, keys: Sequence[bytes], count: int) -> None:
+        """Start a sequence's table with the blocks of its first ``count`` keys, which `find_prefix` saw."""
+        blocks = []
+        for key in keys[:count]:
+            block = self.gpu.find(key)
+            assert block is not None
+            self.gpu.share(block)
+            blocks.append(block)
+        self._tables.add(seq_id, blocks, keys, count)
+        self.writable[seq_id] = 0
+
+    def confirm(self) -> None:
+        """The step that was planned has run."""
+        self.gpu.confirm()
+        self.cpu.confirm()
+
+    def revoke(self) -> None:
+        """The step that was planned has failed: nothing may find what it was to write."""
+        self.gpu.revoke()
+        self.cpu.revoke()
+
+    # -- swapping ------------------------------------------------------------------------------------
 
     def can_swap_out(self, seq_ids: Iterable[int]) -> bool:
-        return len(self._distinct(self._tables, seq_ids)) <= self.cpu.num_free
+        runs = [self._run(self._tables[seq_id]) for seq_id in seq_ids if seq_id in self._tables]
+        return num_to_move(runs, self.cpu) <= self.cpu.num_free
 
     def swap_out(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
-        """Move the sequences' blocks to the swap space; sharing among them is kept.
+        """Move the sequences' blocks to the swap space; what is shared stays shared there.
 
         Returns:
-            (GPU block, CPU block) of the copies to make before the GPU blocks are written again.
+            (GPU block, CPU block) of the copies to make before the GPU blocks are written again; none for
+            content that the swap space holds.
         """
-        return self._move(seq_ids, self._tables, self.gpu, self._swapped, self.cpu)
+        moving = [seq_id for seq_id in seq_ids if seq_id in self._tables]
+        tables = [self._tables[seq_id] for seq_id in moving]
+        new, copies = move([self._run(table) for table in tables], self.gpu, self.cpu)
+        for seq_id, table, blocks in zip(moving, tables, new):
+            self._tables.remove(seq_id)
+            del self.writable[seq_id]
+            self._swapped[seq_id] = BlockTable(-1, blocks, table.keys, table.num_keyed)
+        return copies
 
     def num_swapped_blocks(self, seq_ids: Iterable[int]) -> int:
-        """GPU blocks that swapping these sequences in takes."""
-        return len(self._distinct(self._swapped, seq_ids))
+        """Free GPU blocks that swapping these sequences in takes."""
+        runs = [self._run(self._swapped[seq_id]) for seq_id in seq_ids if seq_id in self._swapped]
+        return num_to_move(runs, self.gpu)
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
         """Move the sequences' blocks back.
 
         Returns:
-            (CPU block, GPU block) of the copies to make before the step that reads them.
+            (CPU block, GPU block) of the copies to make before the step that reads them; none for content
+            that is still, or again, on the GPU.
         """
-        return self._move(seq_ids, self._swapped, self.cpu, self._tables, self.gpu)
+        moving = [seq_id for seq_id in seq_ids if seq_id in self._swapped]
+        tables = [self._swapped.pop(seq_id) for seq_id in moving]
+        new, copies = move([self._run(table) for table in tables], self.cpu, self.gpu)
+        for seq_id, table, blocks in zip(moving, tables, new):
+            self._tables.add(seq_id, blocks, table.keys, table.num_keyed)
+            self.writable[seq_id] = 0
+        return copies
+
+    @staticmethod
+    def _run(table: BlockTable) -> Run:
+        return table.blocks, table.keys[: table.num_keyed]
 
     def check_integrity(self) -> None:
-        """Every block is free or named by tables exactly as often as it counts references.
+        """Every block is empty, cached, or named by tables exactly as often as it counts references, and what
+        a sequence may write without asking is its own.
 
         Raises:
             RuntimeError: it is not so.
         """
-        self.gpu.check_integrity(Counter(b for table in self._tables.values() for b in table))
-        self.cpu.check_integrity(Counter(b for table in self._swapped.values() for b in table))
-        if both := self._tables.keys() & self._swapped.keys():
+        self.gpu.check_integrity(Counter(b for s in self._tables for b in self._tables[s].blocks))
+        self.cpu.check_integrity(Counter(b for table in self._swapped.values() for b in table.blocks))
+        self._tables.check_integrity()
+        if both := [seq_id for seq_id in self._tables if seq_id in self._swapped]:
             raise RuntimeError(f"sequences {sorted(both)} are on the GPU and swapped out")
-
-    @staticmethod
-    def _distinct(tables: dict[int, list[int]], seq_ids: Iterable[int]) -> set[int]:
-        return {block for seq_id in seq_ids for block in tables.get(seq_id, ())}
-
-    @staticmethod
-    def _move(
-        seq_ids: Iterable[int],
-        tables: dict[int, list[int]],
-        pool: BlockPool,
-        new_tables: dict[int, list[int]],
-        new_pool: BlockPool,
-    ) -> list[tuple[int, int]]:
-        moved: dict[int, int] = {}
-        for seq_id in seq_ids:
-            if seq_id not in tables:
-                continue
-            new_table = []
-            for block in tables.pop(seq_id):
-                if block in moved:
-                    new_pool.share(moved[block])
-                else:
-                    moved[block] = new_pool.allocate()
-                new_table.append(moved[block])
-                pool.release(block)
-            new_tables[seq_id] = new_table
-        return list(moved.items())
+        if sorted(self.writable) != sorted(self._tables):
+            raise RuntimeError("sequences that may write and those with GPU blocks differ")

@@ -1,4 +1,4 @@
-"""An engine over a tiny model, with poison in every block that nobody holds."""
+"""An engine over a tiny model, with poison in every block that holds nothing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SMALL: dict[str, Any] = {
 
 
 class PoisonedEngine(LLMEngine):
-    """Fills free blocks, on the GPU and in the swap space, with NaN before every step; a cache of int8 with
+    """Fills empty blocks, on the GPU and in the swap space, with NaN before every step; a cache of int8 with
     -128, which is no code."""
 
     def step(self) -> list[RequestOutput]:
         memories = (self._cache.blocks, self._blocks.gpu), (self._cache.swap_space, self._blocks.cpu)
         for memory, pool in memories:
-            free = [block for block, count in enumerate(pool.ref_counts) if count == 0]
+            empty = pool.empty_blocks()
             if memory.dtype.itemsize == 1:
-                memory.view(torch.uint8)[free] = 0x80 if memory.dtype == torch.int8 else 0x7F
+                memory.view(torch.uint8)[empty] = 0x80 if memory.dtype == torch.int8 else 0x7F
             else:
-                memory[free] = torch.nan
+                memory[empty] = torch.nan
         return super().step()
 
 

@@ -42,6 +42,5 @@ class PagedMemory:
 
     def poison_free(self) -> None:
         for memory, pool in ((self.gpu, self._blocks.gpu), (self.cpu, self._blocks.cpu)):
-            for block, count in enumerate(pool.ref_counts):
-                if count == 0:
-                    memory[block] = [None] * self._blocks.block_size
+            for block in pool.empty_blocks():
+                memory[block] = [None] * self._blocks.block_size

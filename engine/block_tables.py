@@ -1,0 +1,99 @@
+"""The block tables of all sequences as rows of one array, changed in place. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """One sequence's blocks in order.
+
+    ``keys`` are the content keys of its full blocks, the caller's own growing list; the pool knows the first
+    ``num_keyed`` of them.
+    """
+
+    row: int
+    blocks: list[int]
+    keys: Sequence[bytes] = ()
+    num_keyed: int = 0
+
+
+@dataclass(slots=True)
+class BlockTables:
+    """Sequence id -> `BlockTable`, mirrored in int32 ``[rows, blocks]``.
+
+    A sequence keeps its row until it is removed, so that a step costs what changed: a batch's tables are a
+    gather of rows. The array grows as needed. What lies past a table's end in its row means nothing.
+    """
+
+    _array: np.ndarray = field(default_factory=lambda: np.zeros((16, 16), dtype=np.int32))
+    _tables: dict[int, BlockTable] = field(default_factory=dict)
+    _free_rows: list[int] = field(default_factory=lambda: list(range(15, -1, -1)))
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tables)
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._tables
+
+    def __getitem__(self, seq_id: int) -> BlockTable:
+        return self._tables[seq_id]
+
+    def get(self, seq_id: int) -> BlockTable | None:
+        return self._tables.get(seq_id)
+
+    def add(
+        self, seq_id: int, blocks: list[int], keys: Sequence[bytes] = (), num_keyed: int = 0
+    ) -> BlockTable:
+        """A new table; the list is its own from now on."""
+        if not self._free_rows:
+            rows = len(self._array)
+            self._array = np.concatenate([self._array, np.zeros_like(self._array)])
+            self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
+        table = self._tables[seq_id] = BlockTable(self._free_rows.pop(), blocks, keys, num_keyed)
+        self._widen(len(blocks))
+        self._array[table.row, : len(blocks)] = blocks
+        return table
+
+    def append(self, table: BlockTable, block: int) -> None:
+        position = len(table.blocks)
+        if position == self._array.shape[1]:
+            self._widen(position + 1)
+        table.blocks.append(block)
+        self._array[table.row, position] = block
+
+    def replace(self, table: BlockTable, position: int, block: int) -> None:
+        table.blocks[position] = block
+        self._array[table.row, position] = block
+
+    def remove(self, seq_id: int) -> BlockTable | None:
+        table = self._tables.pop(seq_id, None)
+        if table is not None:
+            self._free_rows.append(table.row)
+        return table
+
+    def gather(self, seq_ids: Sequence[int]) -> np.ndarray:
+        """The sequences' tables, int32 ``[N, most blocks of one]``, a copy."""
+        tables = [self._tables[seq_id] for seq_id in seq_ids]
+        width = max(len(table.blocks) for table in tables)
+        return self._array[[table.row for table in tables], :width]
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if the array is not what the tables say."""
+        rows = [table.row for table in self._tables.values()]
+        if sorted(rows + self._free_rows) != list(range(len(self._array))):
+            raise RuntimeError("a row of the block tables is lost, or belongs to two sequences")
+        for seq_id, table in self._tables.items():
+            if self._array[table.row, : len(table.blocks)].tolist() != table.blocks:
+                raise RuntimeError(f"the row of sequence {seq_id} is not its block table")
+
+    def _widen(self, width: int) -> None:
+        while width > self._array.shape[1]:
+            self._array = np.concatenate([self._array, np.zeros_like(self._array)], axis=1)
