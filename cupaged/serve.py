@@ -13,9 +13,14 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 from .device import choose_device
-from .engine.config import DTYPES, KV_CACHE_DTYPES, PREEMPTION_MODES, EngineConfig
+from .engine.config import DTYPES, KV_CACHE_DTYPES, PREEMPTION_MODES, SCHEDULING_POLICIES, EngineConfig
 
-_CHOICES = {"preemption_mode": PREEMPTION_MODES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES}
+_CHOICES = {
+    "preemption_mode": PREEMPTION_MODES,
+    "scheduling_policy": SCHEDULING_POLICIES,
+    "dtype": DTYPES,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+}
 _HIDDEN = ("check_integrity",)
 
 
@@ -40,12 +45,14 @@ def parser() -> argparse.ArgumentParser:
         kinds = [
             kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)
         ]
+        option = f"--{field.name.replace('_', '-')}"
+        text = texts[field.name].replace("%", "%%")
+        if kinds[0] is bool:  # --enable-prefix-caching, --no-enable-prefix-caching
+            flag = argparse.BooleanOptionalAction
+            engine.add_argument(option, action=flag, default=field.default, help=text)
+            continue
         engine.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kinds[0],
-            default=field.default,
-            choices=_CHOICES.get(field.name),
-            help=texts[field.name].replace("%", "%%"),
+            option, type=kinds[0], default=field.default, choices=_CHOICES.get(field.name), help=text
         )
     return found
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from .validation import is_integer, is_number
 
-PREEMPTION_MODES = ("recompute", "swap")
+PREEMPTION_MODES = ("recompute", "swap", "auto")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
@@ -32,6 +33,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_num_batched_tokens": (_count, "an integer of at least 1"),
     "max_model_len": (_count_or_none, "an integer of at least 1 or None"),
     "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
+    "scheduling_policy": (lambda v: v in SCHEDULING_POLICIES, f"one of {', '.join(SCHEDULING_POLICIES)}"),
+    "enable_prefix_caching": (lambda v: isinstance(v, bool), "True or False"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
@@ -55,7 +58,12 @@ class EngineConfig:
         max_model_len: most tokens of a sequence, prompt and output; None: the model's limit, or what the KV
             cache holds where that is less.
         preemption_mode: what becomes of a request that loses its blocks: "recompute" drops them, "swap" moves
-            them to the swap space (and drops them when that is full).
+            them to the swap space (and drops them when that is full), "auto" does the one that takes less
+            time at the rates measured so far.
+        scheduling_policy: "fcfs" runs requests in the order of their arrival, "priority" those of the lowest
+            number first; one that has to wait for memory takes it from those of higher numbers.
+        enable_prefix_caching: requests that begin alike share the blocks of what they share, and blocks stay
+            to be found by later requests until their memory is needed.
         dtype: of the weights; "auto" follows the checkpoint.
         kv_cache_dtype: of the KV cache; "auto" is the weights'. "fp8" ("fp8_e4m3"), "fp8_e5m2" and "int8"
             hold twice the tokens of 16 bits in the same memory, at a loss: the least with int8, about 1.5
@@ -78,6 +86,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     preemption_mode: str = "recompute"
+    scheduling_policy: str = "fcfs"
+    enable_prefix_caching: bool = True
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from .block_manager import BlockManager
 from .kv_cache import KVCache, KVShape
 from .model_runner import ModelRunner
+from .plan import ScheduledSequence
 from .request import Sequence, SequenceGroup
 from .sampling_params import SamplingParams
-from .scheduler import ScheduledSequence
 
 
 def dry_run(runner: ModelRunner, shape: KVShape, token_ids: list[int]) -> KVCache:

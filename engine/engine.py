@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from cupaged.device import choose_device
@@ -22,10 +24,13 @@ from .loader import load_model
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
+from .plan import Plan
+from .preemption import Preemption, Rates
 from .request import SequenceGroup, Status
 from .sampler import sample
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+from .validation import is_integer
 
 Prompt = str | dict[str, Any]
 
@@ -71,6 +76,7 @@ class LLMEngine:
         self.model_name = model or demo_model.NAME
         self._vocab_size = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
+        self._rates = Rates(shape.block_bytes)
         scales = calibrate(
             self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
         )
@@ -80,8 +86,10 @@ class LLMEngine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_model_len,
-            config.preemption_mode == "swap",
+            Preemption(config.preemption_mode, self._rates),
             _eos_token_ids(loaded, self.tokenizer),
+            config.enable_prefix_caching,
+            config.scheduling_policy == "priority",
         )
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
         self._groups: dict[str, SequenceGroup] = {}
@@ -89,14 +97,21 @@ class LLMEngine:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._unmeasured = 0  # tokens of the steps since the last measurement
+        self._measured_from = 0.0
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> None:
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> None:
         """Queue a request.
 
         Args:
             request_id: a name no unfinished request has.
-            prompt: text, or ``{"prompt_token_ids": [...]}``.
+            prompt: text, or ``{"prompt_token_ids": [...]}``, or ``{"prompt": text}``. With a ``"cache_salt"``
+                beside it the request shares blocks with those of the same salt only, so that nobody else can
+                tell from its speed what was asked before.
             params: how to sample.
+            priority: where the scheduling policy is "priority", lower ones run first.
 
         Raises:
             ValueError: the request is malformed or could never run. Nothing else is affected.
@@ -106,10 +121,21 @@ class LLMEngine:
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already running")
+        if not is_integer(priority):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
-        group = SequenceGroup(request_id, text, token_ids, params, max_tokens, self._arrivals)
+        group = SequenceGroup(
+            request_id,
+            text,
+            token_ids,
+            params,
+            max_tokens,
+            self._arrivals,
+            priority=priority,
+            cache_salt=_cache_salt(prompt),
+        )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
         self._groups[request_id] = group
@@ -122,6 +148,47 @@ class LLMEngine:
         if group is not None:
             self._scheduler.abort(group)
             self._processor.forget(group)
+
+    def add_prefix(self, prefix_id: str, prompt: Prompt) -> None:
+        """Keep the beginning of prompts in memory, used or not, until `remove_prefix`.
+
+        It is computed in the next steps, as a request would be, and requests that begin with it use its
+        blocks. Only full blocks are kept.
+
+        Args:
+            prefix_id: a name no other prefix has.
+            prompt: as of a request; its ``"cache_salt"`` has to be that of the requests.
+
+        Raises:
+            ValueError: there is not one full block, the prompt is malformed, the prefix cache is off, or the
+                memory that is left would be too small for the requests there are.
+        """
+        if not self.config.enable_prefix_caching:
+            raise ValueError("add_prefix needs the prefix cache: set enable_prefix_caching=True")
+        if prefix_id in self._scheduler.pinned.groups:
+            raise ValueError(f"prefix_id {prefix_id!r} is taken: remove that prefix, or choose another id")
+        text, token_ids = self._tokenize(prompt)
+        size = self.config.block_size
+        kept = token_ids[: len(token_ids) // size * size]
+        if not kept:
+            raise ValueError(
+                f"the prefix has {len(token_ids)} tokens, and only full blocks of {size} tokens are kept"
+            )
+        group = SequenceGroup(
+            prefix_id, text, kept, SamplingParams(), 1, self._arrivals, cache_salt=_cache_salt(prompt)
+        )
+        self._scheduler.add_prefix(group)
+        self._arrivals += 1
+
+    def remove_prefix(self, prefix_id: str) -> None:
+        """Let go of a prefix: its blocks are found until their memory is needed.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if prefix_id not in self._scheduler.pinned.groups:
+            raise ValueError(f"prefix_id {prefix_id!r}: there is no such prefix")
+        self._scheduler.remove_prefix(prefix_id)
 
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished()
@@ -137,9 +204,17 @@ class LLMEngine:
             if self.has_unfinished():
                 raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
             return []
-        self._cache.move_blocks(plan)
-        logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
-        samples = sample(logits, plan.scheduled)
+        if not self._unmeasured:
+            self._measured_from = time.perf_counter()
+        try:
+            self._move_blocks(plan)
+            logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
+            samples = sample(logits, plan.scheduled)
+        except BaseException:
+            self._unmeasured = 0
+            self._scheduler.step_failed()
+            raise
+        self._measure(plan)
         self._scheduler.update(plan, samples)
         self._generation_tokens += sum(len(tokens) for tokens in samples)
         groups = dict.fromkeys(item.group for item in plan.scheduled if item.num_samples)
@@ -156,12 +231,13 @@ class LLMEngine:
 
         To be called before there are requests. The totals of `stats` are as before.
         """
-        totals = self._prompt_tokens, self._generation_tokens
+        scheduler = self._scheduler
+        totals = self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0, 0]}, params)
         while self.has_unfinished():
             self.step()
-        self._prompt_tokens, self._generation_tokens = totals
+        self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries = totals
 
     def stats(self) -> EngineStats:
         scheduler, gpu, cpu = self._scheduler, self._blocks.gpu, self._blocks.cpu
@@ -175,18 +251,47 @@ class LLMEngine:
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_cache_queries=scheduler.num_prefix_queries,
+            prefix_cache_hits=scheduler.num_prefix_hits,
         )
 
     def check_integrity(self) -> None:
-        """Verify the block manager's books, and that without requests every block is free.
+        """Verify the block manager's books, and that without requests every block is free but those of
+        pinned prefixes.
 
         Raises:
             RuntimeError: they are wrong.
         """
         self._blocks.check_integrity()
         gpu, cpu = self._blocks.gpu, self._blocks.cpu
-        if not self._groups and gpu.num_free + cpu.num_free != gpu.num_blocks + cpu.num_blocks:
+        if self._scheduler.has_unfinished():
+            return
+        if gpu.num_blocks - gpu.num_free != self._scheduler.num_pinned_blocks():
             raise RuntimeError("no request is left, and blocks are not free")
+        if cpu.num_free != cpu.num_blocks:
+            raise RuntimeError("no request is left, and blocks of the swap space are not free")
+
+    def _move_blocks(self, plan: Plan) -> None:
+        if self.config.preemption_mode != "auto" or not (plan.swap_out or plan.swap_in):
+            self._cache.move_blocks(plan)
+            return
+        self._synchronize()
+        start = time.perf_counter()
+        self._cache.move_blocks(plan)
+        self._synchronize()
+        self._rates.moved(len(plan.swap_out) + len(plan.swap_in), time.perf_counter() - start)
+
+    def _measure(self, plan: Plan) -> None:
+        """How fast prompts are computed: over whole steps, from one that was waited for to the next."""
+        self._unmeasured += sum(item.num_tokens for item in plan.scheduled)
+        if any(item.num_samples for item in plan.scheduled):  # somebody has read the step's tokens
+            if self._unmeasured > 2 * len(plan.scheduled):  # mostly prompts
+                self._rates.computed(self._unmeasured, time.perf_counter() - self._measured_from)
+            self._unmeasured = 0
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None
@@ -198,6 +303,8 @@ class LLMEngine:
                 raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
         elif isinstance(prompt, dict) and isinstance(prompt.get("prompt_token_ids"), Iterable):
             text, given = prompt.get("prompt"), prompt["prompt_token_ids"]
+        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
+            return self._tokenize(prompt["prompt"])
         else:
             raise ValueError(f"prompt must be a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
         token_ids = []
@@ -210,6 +317,13 @@ class LLMEngine:
         if not token_ids:
             raise ValueError("prompt must have at least one token, got none")
         return text, token_ids
+
+
+def _cache_salt(prompt: Prompt) -> str | None:
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f"cache_salt must be a string that is not empty, got {salt!r}")
+    return salt
 
 
 def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

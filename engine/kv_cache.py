@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 import cupaged
 
-from .scheduler import BlockPairs, Plan
+from .plan import BlockPairs, Plan
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,22 @@ class KVCache:
             cupaged.swap_blocks(self.blocks, self.swap_space, _mapping(plan.swap_out))
         if plan.swap_in:
             cupaged.swap_blocks(self.swap_space, self.blocks, _mapping(plan.swap_in))
-        if plan.copies:
-            cupaged.copy_blocks(self.blocks, _mapping(plan.copies).to(self.blocks.device))
+        for copies in in_turn(plan.copies):
+            cupaged.copy_blocks(self.blocks, _mapping(copies).to(self.blocks.device))
+
+
+def in_turn(copies: BlockPairs) -> Iterator[BlockPairs]:
+    """Copies to be made one after the other, in parts that may be made all at once: no part writes a block
+    that it reads or writes elsewhere. Nearly always that is one part."""
+    start, touched, written = 0, set[int](), set[int]()
+    for i, (source, destination) in enumerate(copies):
+        if destination in touched or source in written:
+            yield copies[start:i]
+            start, touched, written = i, set(), set()
+        touched |= {source, destination}
+        written.add(destination)
+    if copies:
+        yield copies[start:]
 
 
 def _mapping(pairs: BlockPairs) -> torch.Tensor:

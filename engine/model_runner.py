@@ -10,7 +10,7 @@ import torch
 from .attention import AttentionMetadata
 from .block_manager import BlockManager
 from .kv_cache import KVCache, KVShape
-from .scheduler import ScheduledSequence
+from .plan import ScheduledSequence
 
 _CACHE_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -68,10 +68,7 @@ class ModelRunner:
             Logits ``[N, vocabulary]`` after the last token of each of the N sequences that sample, in order.
         """
         num_seqs = len(scheduled)
-        tables = [blocks.table(item.seq.seq_id) for item in scheduled]
-        block_tables = np.zeros((num_seqs, max(len(table) for table in tables)), dtype=np.int32)
-        for row, table in zip(block_tables, tables):
-            row[: len(table)] = table
+        block_tables = blocks.tables([item.seq.seq_id for item in scheduled])
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
         starts = np.array([item.start for item in scheduled], dtype=np.int64)
         query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
@@ -84,6 +81,8 @@ class ModelRunner:
         block_size = cache.shape.block_size
         slots = block_tables[row_of, positions // block_size].astype(np.int64) * block_size
         slots += positions % block_size
+        stored = starts + [item.num_stored for item in scheduled]
+        slots[positions < stored[row_of]] = -1
         last_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
 
         metadata = AttentionMetadata(

@@ -47,3 +47,5 @@ class EngineStats:
     num_preemptions: int  # since the start, as the two below
     prompt_tokens: int
     generation_tokens: int
+    prefix_cache_queries: int  # prompt tokens looked for in the prefix cache, those of resumed requests too
+    prefix_cache_hits: int  # and found there

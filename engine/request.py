@@ -13,6 +13,7 @@ class Status(Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"  # its blocks are gone; to be computed again
     SWAPPED = "swapped"  # its blocks are in the swap space
+    PINNED = "pinned"  # a prefix that is computed and keeps its blocks
     FINISHED = "finished"
 
 
@@ -32,6 +33,7 @@ class Sequence:
     num_computed: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
 
     @property
     def finished(self) -> bool:
@@ -66,6 +68,17 @@ class SequenceGroup:
     arrival: int  # order of arrival
     seqs: list[Sequence] = field(default_factory=list)
     status: Status = Status.WAITING
+    priority: int = 0  # lower comes first, where the engine schedules by priority
+    cache_salt: str | None = None  # requests share blocks with those of the same salt only
+    skip_reading_prefix_cache: bool = False  # every token of the prompt has to be computed
+
+    # The scheduler's own.
+    live: list[Sequence] = field(default_factory=list)  # those of `seqs` that are not finished
+    rank: tuple[int, int] = (0, 0)  # who ranks lower comes first
+    root_key: bytes = b""  # what the keys of its blocks begin with
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
+    forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
+    prefilling: bool = True  # a sequence has more to compute than its last token
 
     @property
     def prompt_len(self) -> int:
@@ -75,5 +88,12 @@ class SequenceGroup:
     def finished(self) -> bool:
         return self.status is Status.FINISHED
 
-    def unfinished(self) -> list[Sequence]:
-        return [seq for seq in self.seqs if seq.finish_reason is None]
+    @property
+    def width(self) -> int:
+        """Most sequences of the group that run at once."""
+        return self.params.n
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences of the group that run, or will when the prompt is computed."""
+        return len(self.live) if self.forked else self.width

@@ -1,61 +1,28 @@
 """Who computes how many tokens in the next step, who waits, who loses its blocks. No torch.
 
 One token budget serves prefill and decode: every running sequence decodes one token, what is left of the
-budget prefills prompts in chunks, first come first served. A request is a sequence group, scheduled and
-preempted as a whole; the latest arrival is preempted first, and nothing new is admitted while anything is
-preempted (paper, section 4.5).
+budget prefills prompts in chunks, in the order of rank: first come first served, or by priority and then so.
+A request is a sequence group, scheduled and preempted as a whole; the one that ranks last is preempted first,
+and nothing is admitted before what ranks above it and is preempted (paper, section 4.5).
+
+Planning costs what changes. A group that decodes into slots it has costs a comparison a sequence; block
+tables, counts and hashes are touched when a sequence needs a block, which is once in a block.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
 
 from .block_manager import BlockManager
+from .group_memory import GroupMemory
+from .pinned import PinnedPrefixes
+from .plan import Draft, Plan, ScheduledSequence
+from .preemption import Preemption
+from .prefix_hash import root_key
 from .request import Sequence, SequenceGroup, Status
 
-BlockPairs = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Tokens ``start`` to ``start + num_tokens - 1`` of a sequence, to be computed in this step."""
-
-    group: SequenceGroup
-    seq: Sequence
-    start: int
-    num_tokens: int
-    num_samples: int  # tokens to sample after the last one; 0 while a prompt is not complete
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step. The moves of blocks run first, in this order, then the tokens.
-
-    Args:
-        swap_out: (GPU block, CPU block). swap_in: (CPU block, GPU block). copies: (source, destination).
-    """
-
-    scheduled: tuple[ScheduledSequence, ...] = ()
-    swap_out: BlockPairs = ()
-    swap_in: BlockPairs = ()
-    copies: BlockPairs = ()
-
-
-@dataclass
-class _Draft:
-    """A plan in the making."""
-
-    budget: int  # tokens left
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    swap_out: list[tuple[int, int]] = field(default_factory=list)
-    swap_in: list[tuple[int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-
-    def freeze(self) -> Plan:
-        return Plan(tuple(self.scheduled), tuple(self.swap_out), tuple(self.swap_in), tuple(self.copies))
+Turn = list[tuple[Sequence, int]]  # sequences and how many tokens each computes
 
 
 class Scheduler:
@@ -66,8 +33,10 @@ class Scheduler:
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of one step.
         max_model_len: most tokens of a sequence.
-        swap: move the blocks of preempted groups to the swap space, if they fit.
+        preemption: what becomes of the blocks of preempted groups.
         eos_token_ids: tokens that end a sequence unless its request ignores them.
+        enable_prefix_caching: look for blocks that hold the beginning of a prompt already.
+        by_priority: rank requests by their priority first, lower ones before higher.
     """
 
     def __init__(
@@ -76,22 +45,31 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        swap: bool,
+        preemption: Preemption,
         eos_token_ids: frozenset[int],
+        enable_prefix_caching: bool = True,
+        by_priority: bool = False,
     ) -> None:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._swap = swap
+        self._preemption = preemption
         self._eos_token_ids = eos_token_ids
+        self._memory = GroupMemory(blocks, enable_prefix_caching)
+        self._by_priority = by_priority
         self._next_seq_id = 0
-        # Each is in order of arrival. `running` stays so because only the latest is ever taken out of
-        # turn, and nothing later is admitted before it is back.
-        self.waiting: deque[SequenceGroup] = deque()
+        # Each is in order of rank. What runs ranks before what is preempted and what waits, unless something
+        # that ranks before it has come and does not fit yet.
+        self.waiting: list[SequenceGroup] = []
         self.preempted: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
+        self.pinned = PinnedPrefixes()
         self.num_preemptions = 0
+        self.num_prefix_queries = 0  # tokens of admitted groups, and those of them that were in the cache
+        self.num_prefix_hits = 0
+
+    # -- requests ------------------------------------------------------------------------------------
 
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.preempted or self.running)
@@ -108,35 +86,109 @@ class Scheduler:
                 f"the prompt has {group.prompt_len} tokens, and a sequence may have {self._max_model_len} "
                 "(max_model_len), at least one of them sampled: shorten the prompt"
             )
-        if params.n > self._max_num_seqs:
+        if group.width > self._max_num_seqs:
             raise ValueError(
-                f"n is {params.n}, and at most {self._max_num_seqs} sequences run at once (max_num_seqs)"
+                f"n is {group.width}, and at most {self._max_num_seqs} sequences run at once (max_num_seqs)"
             )
-        # The last token of an output is never an input, so its keys and values are never stored.
-        most = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1)
-        shared = group.prompt_len // self._blocks.block_size
-        needed = shared + params.n * (most - shared)
-        if needed > self._blocks.gpu.num_blocks:
+        self._prepare(group, seed)
+        needed, pinned = self._most_blocks(group), self.pinned.num_blocks
+        if needed + pinned > self._blocks.gpu.num_blocks:
+            held = f", {pinned} of them taken by pinned prefixes" if pinned else ""
             raise ValueError(
                 f"the request may need {needed} blocks of {self._blocks.block_size} tokens (prompt "
                 f"{group.prompt_len}, max_tokens {group.max_tokens}, n {params.n}), and the KV cache has "
-                f"{self._blocks.gpu.num_blocks}: ask for fewer tokens or give the engine more memory"
+                f"{self._blocks.gpu.num_blocks}{held}: ask for fewer tokens or give the engine more memory"
             )
-        group.seqs.append(self._new_sequence(group, 0, group.prompt_token_ids, seed))
-        self.waiting.append(group)
+        group.stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            group.stop_ids |= self._eos_token_ids
+        insort(self.waiting, group, key=_rank)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a request wherever it is and free what it holds."""
-        for seq in group.unfinished():
+        for seq in list(group.live):
             self.finish(group, seq, "abort")
 
+    def finish(
+        self, group: SequenceGroup, seq: Sequence, reason: str, stop_reason: str | int | None = None
+    ) -> None:
+        """End one sequence and free its blocks; with the last one the group leaves the queues."""
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        group.live.remove(seq)
+        self._memory.release(group, seq)
+        if not group.live:
+            self._queue_of(group).remove(group)
+            group.status = Status.FINISHED
+
+    def fork(self, group: SequenceGroup, parent: Sequence, index: int) -> Sequence:
+        """A further sequence of the group, with all that the parent has computed."""
+        child = self._new_sequence(group, index, parent.token_ids, parent.seed)
+        child.keys = list(parent.keys)
+        child.num_computed = parent.num_computed
+        self._blocks.fork(parent.seq_id, child.seq_id, parent.num_computed)
+        return child
+
+    def drop(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Take a sequence out of its group as if it had never been, one of several."""
+        group.live.remove(seq)
+        group.seqs.remove(seq)
+        self._memory.release(group, seq)
+
+    # -- pinned prefixes -----------------------------------------------------------------------------
+
+    def add_prefix(self, group: SequenceGroup) -> None:
+        """Queue a prefix of full blocks, to be computed and then kept in memory until it is removed.
+
+        Raises:
+            ValueError: it does not fit beside what was promised to requests and other prefixes.
+        """
+        self._prepare(group, seed=0)
+        keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
+        taken, total = self.pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
+        others = [*self.waiting, *self.preempted, *self.running]
+        most = max((self._most_blocks(g, keys) for g in others if not self._is_prefix(g)), default=0)
+        if taken + most > total:
+            promised = f", and a request may need {most} more" if most else ""
+            raise ValueError(
+                f"the pinned prefixes would take {taken} blocks{promised}; the KV cache has {total}: "
+                "shorten the prefix, remove another one, or give the engine more memory"
+            )
+        self.pinned.add(group)
+        insort(self.waiting, group, key=_rank)
+
+    def remove_prefix(self, prefix_id: str) -> None:
+        """Let go of a prefix; its blocks stay in the cache until their memory is needed.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        group = self.pinned.remove(prefix_id)
+        if group.status is not Status.PINNED:
+            self._queue_of(group).remove(group)
+        self._memory.release(group, group.live.pop())
+        group.status = Status.FINISHED
+
+    def num_pinned_blocks(self) -> int:
+        """Blocks that the prefixes computed so far hold."""
+        groups = self.pinned.groups.values()
+        done = [g.live[0].seq_id for g in groups if g.status is Status.PINNED]
+        return self._blocks.num_distinct(done)
+
+    def _is_prefix(self, group: SequenceGroup) -> bool:
+        return self.pinned.groups.get(group.request_id) is group
+
+    # -- a step --------------------------------------------------------------------------------------
+
     def schedule(self) -> Plan:
-        """Plan the next step and take the blocks it needs. The caller runs it, then calls `update`."""
-        draft = _Draft(self._max_num_batched_tokens)
+        """Plan the next step and take the blocks it needs. The caller runs it, then calls `update`, or
+        `step_failed`."""
+        draft = Draft(self._max_num_batched_tokens)
+        made_way = self._make_way(draft) if self._by_priority else None
         preemptions = self.num_preemptions
         self._schedule_running(draft)
         if self.num_preemptions == preemptions and (self.preempted or self.waiting):
-            self._admit(draft)
+            self._admit(draft, made_way)
         return draft.freeze()
 
     def update(self, plan: Plan, samples: SequenceABC[SequenceABC[int]]) -> None:
@@ -146,55 +198,64 @@ class Scheduler:
             plan: the step.
             samples: for every scheduled sequence its sampled tokens, ``num_samples`` of them.
         """
-        for item in plan.scheduled:
-            item.seq.num_computed += item.num_tokens
-            self._fork_waiting(item.group)
+        self._blocks.confirm()
+        prefilling = []
         for item, tokens in zip(plan.scheduled, samples):
-            if not tokens:
+            group, seq = item.group, item.seq
+            if group.prefilling:
+                prefilling.append((item, tokens))
                 continue
-            group = item.group
-            for index in range(1, len(tokens)):  # the first step after the prompt of a request with n > 1
-                child = self._new_sequence(group, index, group.prompt_token_ids, item.seq.seed)
-                child.num_computed = group.prompt_len
-                self._blocks.fork(item.seq.seq_id, child.seq_id, group.prompt_len)
-                group.seqs.append(child)
-            receivers = [item.seq] if len(tokens) == 1 else group.seqs
-            for seq, token in zip(receivers, tokens):
-                seq.token_ids.append(token)
-                self._check_stop(group, seq)
+            seq.num_computed += 1
+            seq.token_ids.append(tokens[0])
+            if tokens[0] in group.stop_ids or seq.num_output_tokens >= group.max_tokens:
+                self._stop(group, seq)
+        if prefilling:
+            self._update_prefilling(prefilling)
 
-    def finish(
-        self, group: SequenceGroup, seq: Sequence, reason: str, stop_reason: str | int | None = None
-    ) -> None:
-        """End one sequence and free its blocks; with the last one the group leaves the queues."""
-        seq.finish_reason = reason
-        seq.stop_reason = stop_reason
-        self._blocks.free(seq.seq_id)
-        if not group.unfinished():
-            self._remove(group)
+    def step_failed(self) -> None:
+        """After an error in a step nobody knows what its blocks hold: all of them are computed again."""
+        self._blocks.revoke()
+        swapped = [group for group in self.preempted if group.status is Status.SWAPPED]
+        for group in [*self.running, *swapped]:
+            self._queue_of(group).remove(group)
+            self._memory.drop(group, keep=False)
+            insort(self.preempted, group, key=_rank)
 
     # -- running groups ------------------------------------------------------------------------------
 
-    def _schedule_running(self, draft: _Draft) -> None:
-        decodes = sum(seq.num_pending == 1 for group in self.running for seq in group.unfinished())
-        prefill_budget = draft.budget - decodes
-        index = 0
-        while index < len(self.running):
-            group = self.running[index]
-            appends = self._appends(group, prefill_budget)
-            while self._num_new_blocks(appends) > self._blocks.gpu.num_free:
+    def _schedule_running(self, draft: Draft) -> None:
+        blocks, writable, scheduled = self._blocks, self._blocks.writable, draft.scheduled
+        prefill_budget = draft.budget
+        for group in self.running:
+            if group.prefilling:
+                prefill_budget -= sum(seq.num_pending == 1 for seq in group.live)
+            else:
+                prefill_budget -= len(group.live)
+        for group in self.running:  # the last of them are taken out while it goes on
+            if not group.prefilling:
+                for seq in group.live:
+                    if seq.num_computed >= writable[seq.seq_id]:
+                        break
+                else:
+                    for seq in group.live:
+                        scheduled.append(ScheduledSequence(group, seq, seq.num_computed, 1, 1))
+                    draft.budget -= len(group.live)
+                    continue
+                turn = [(seq, 1) for seq in group.live]
+            else:
+                turn = self._turn(group, prefill_budget)
+            while self._num_new_blocks(turn) > blocks.gpu.num_free:
                 victim = self.running.pop()
                 self._preempt(victim, draft)
                 if victim is group:
                     return
-            prefill_budget -= sum(n for seq, n in appends if seq.num_pending > 1)
-            self._append(draft, group, appends)
-            index += 1
+            prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
+            self._append(draft, group, turn)
 
-    def _appends(self, group: SequenceGroup, prefill_budget: int) -> list[tuple[Sequence, int]]:
+    def _turn(self, group: SequenceGroup, prefill_budget: int) -> Turn:
         """The group's sequences that have a turn, and their tokens in this step."""
-        appends = []
-        for position, seq in enumerate(group.unfinished()):
+        turn = []
+        for position, seq in enumerate(group.live):
             if position and not self._blocks.holds(seq.seq_id):
                 continue  # it will be forked from the first one, which is computing the prompt
             num_tokens = seq.num_pending
@@ -202,123 +263,177 @@ class Scheduler:
                 num_tokens = min(num_tokens, prefill_budget)
                 prefill_budget -= num_tokens
             if num_tokens > 0:
-                appends.append((seq, num_tokens))
-        return appends
+                turn.append((seq, num_tokens))
+        return turn
 
-    def _num_new_blocks(self, appends: list[tuple[Sequence, int]]) -> int:
-        return self._blocks.num_new_blocks((seq.seq_id, seq.num_computed, n) for seq, n in appends)
+    def _num_new_blocks(self, turn: Turn) -> int:
+        return self._blocks.num_new_blocks([(seq.seq_id, seq.num_computed, n) for seq, n in turn])
 
-    def _append(self, draft: _Draft, group: SequenceGroup, appends: list[tuple[Sequence, int]]) -> None:
-        for seq, num_tokens in appends:
-            copy = self._blocks.append(seq.seq_id, seq.num_computed, num_tokens)
-            if copy is not None:
-                draft.copies.append(copy)
+    def _append(self, draft: Draft, group: SequenceGroup, turn: Turn, num_stored: int = 0) -> None:
+        for seq, num_tokens in turn:
+            start = seq.num_computed
+            if num_tokens > num_stored:
+                keys = self._memory.keys(group, seq, start + num_tokens)
+                copy = self._blocks.append(seq.seq_id, start, num_tokens, keys)
+                if copy is not None:
+                    draft.copies.append(copy)
             num_samples = 0
-            if num_tokens == seq.num_pending:
-                num_samples = group.params.n if len(group.seqs) == 1 else 1
-            draft.scheduled.append(ScheduledSequence(group, seq, seq.num_computed, num_tokens, num_samples))
+            if num_tokens == seq.num_pending and not self._is_prefix(group):
+                num_samples = 1 if group.forked else group.width
+            item = ScheduledSequence(group, seq, start, num_tokens, num_samples, num_stored)
+            draft.scheduled.append(item)
             draft.budget -= num_tokens
 
-    def _preempt(self, group: SequenceGroup, draft: _Draft) -> None:
+    def _preempt(self, group: SequenceGroup, draft: Draft) -> None:
+        """Take the blocks of a group that is in no queue any more."""
         self.num_preemptions += 1
-        seqs = group.unfinished()
-        seq_ids = [seq.seq_id for seq in seqs]
-        if self._swap and self._blocks.can_swap_out(seq_ids):
-            draft.swap_out += self._blocks.swap_out(seq_ids)
+        if self._preemption.swaps(group, self._blocks):
+            draft.swap_out += self._blocks.swap_out([seq.seq_id for seq in group.live])
             group.status = Status.SWAPPED
         else:
-            for seq in seqs:
-                self._blocks.free(seq.seq_id)
-                seq.num_computed = 0
-            group.status = Status.PREEMPTED
-        insort(self.preempted, group, key=lambda g: g.arrival)
+            self._memory.drop(group)
+        insort(self.preempted, group, key=_rank)
 
     # -- groups without blocks -----------------------------------------------------------------------
 
-    def _admit(self, draft: _Draft) -> None:
-        """Bring back preempted groups, then admit new ones, while there is room for all they hold."""
-        seats = self._max_num_seqs - sum(self._seats(group) for group in self.running)
-        promised = sum(self._missing_blocks(group) for group in self.running)
-        while self.preempted or self.waiting:
-            group = self.preempted[0] if self.preempted else self.waiting[0]
-            needed = self._missing_blocks(group)
-            # A little memory stays free for the running to grow into, or they would evict the newcomer.
-            reserve = max(1, self._blocks.gpu.num_blocks // 100) if self.running else 0
-            turn = self._first_turn(group, draft.budget)
-            if (
-                not turn
-                or self._seats(group) > seats
-                or promised + needed + reserve > self._blocks.gpu.num_free
-            ):
+    def _next(self) -> SequenceGroup | None:
+        return min((*self.preempted[:1], *self.waiting[:1]), key=_rank, default=None)
+
+    def _admit(self, draft: Draft, made_way: SequenceGroup | None) -> None:
+        """Bring back preempted groups and admit new ones, in order, while there is room for all they hold.
+
+        Args:
+            made_way: the first in order that was preempted in this step; it waits for the next one.
+        """
+        seats, promised = self._seats_left(self.running), self._promised(self.running)
+        while (group := self._next()) is not None and group is not made_way:
+            if group.num_seats > seats:
                 return
-            if self.preempted:
-                self.preempted.pop(0)
-            else:
-                self.waiting.popleft()
+            found, needed = self._memory.needs(group)
+            first = group.live[0]
             if group.status is Status.SWAPPED:
-                draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.unfinished()])
-            group.status = Status.RUNNING
-            self.running.append(group)
-            self._append(draft, group, turn)
-            seats -= self._seats(group)
-            promised += self._missing_blocks(group)
-
-    def _first_turn(self, group: SequenceGroup, budget: int) -> list[tuple[Sequence, int]]:
-        """What a group computes in the step that admits it; nothing if its decodes do not fit the budget."""
-        budget -= sum(seq.num_pending == 1 for seq in group.unfinished())
-        return self._appends(group, budget) if budget >= 0 else []
-
-    def _missing_blocks(self, group: SequenceGroup) -> int:
-        """Blocks the group has yet to take to hold all its known tokens."""
-        seqs = group.unfinished()
-        shared = group.prompt_len // self._blocks.block_size
-        held = [(seq.seq_id, seq.num_computed, seq.num_pending) for seq in seqs[:1]]
-        missing = 0
-        for seq in seqs[1:]:
-            if self._blocks.holds(seq.seq_id):
-                held.append((seq.seq_id, seq.num_computed, seq.num_pending))
+                decodes = sum(seq.num_pending == 1 for seq in group.live)
+                turn = self._turn(group, draft.budget - decodes) if decodes <= draft.budget else []
+                cached = stored = 0
             else:
-                missing += self._blocks.blocks_for(len(seq.token_ids)) - shared
-        missing += self._blocks.num_new_blocks(held)
-        if group.status is Status.SWAPPED:
-            missing += self._blocks.num_swapped_blocks(seq.seq_id for seq in seqs)
-        return missing
+                # A full hit still computes the last token, for what comes after it, but does not write it.
+                cached = min(found * self._blocks.block_size, len(first.token_ids) - 1)
+                stored = found * self._blocks.block_size - cached
+                count = min(len(first.token_ids) - cached, draft.budget)
+                turn = [(first, count)] if count > 0 else []
+            if not turn or promised + needed + self._reserve(self.running) > self._blocks.gpu.num_free:
+                return
+            (self.waiting if group.status is Status.WAITING else self.preempted).pop(0)
+            if group.status is Status.SWAPPED:
+                draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.live])
+            else:
+                if found:
+                    self._blocks.take_prefix(first.seq_id, first.keys, found)
+                    first.num_computed = cached
+                if self._memory.reads_cache(group):
+                    self.num_prefix_queries += len(first.token_ids)
+                    self.num_prefix_hits += cached
+            group.status = Status.RUNNING
+            insort(self.running, group, key=_rank)
+            self._append(draft, group, turn, stored)
+            seats -= group.num_seats
+            promised += self._memory.missing(group)
+
+    def _make_way(self, draft: Draft) -> SequenceGroup | None:
+        """Preempt what ranks after the first that waits, if it fits then; gives the first of the victims."""
+        group, victim = self._next(), None
+        if group is None or not self.running or group.rank > self.running[-1].rank:
+            return None
+        above = [other for other in self.running if other.rank < group.rank]
+        below = self.running[len(above) :]
+        freed = self._blocks.num_distinct(seq.seq_id for other in below for seq in other.live)
+        if not self._fits(group, above, freed):
+            return None
+        while len(self.running) > len(above) and not self._fits(group, self.running):
+            victim = self.running.pop()
+            self._preempt(victim, draft)
+        return victim
+
+    def _fits(self, group: SequenceGroup, staying: list[SequenceGroup], freed: int = 0) -> bool:
+        """Whether there is room for a group beside these, were so many more blocks free."""
+        if group.num_seats > self._seats_left(staying):
+            return False
+        needed = self._promised(staying) + self._memory.needs(group)[1] + self._reserve(staying)
+        return needed <= self._blocks.gpu.num_free + freed
+
+    def _seats_left(self, running: list[SequenceGroup]) -> int:
+        return self._max_num_seqs - sum(group.num_seats for group in running)
+
+    def _promised(self, running: list[SequenceGroup]) -> int:
+        """Blocks that these have yet to take to hold what they are computing."""
+        return sum(self._memory.missing(group) for group in running if group.prefilling)
+
+    def _reserve(self, running: list[SequenceGroup]) -> int:
+        """A little memory stays free for the running to grow into, or they would evict the newcomer."""
+        return max(1, self._blocks.gpu.num_blocks // 100) if running else 0
 
     # -- sequences -----------------------------------------------------------------------------------
 
-    def _seats(self, group: SequenceGroup) -> int:
-        return group.params.n if len(group.seqs) == 1 else len(group.unfinished())
+    def _prepare(self, group: SequenceGroup, seed: int) -> None:
+        group.rank = (group.priority if self._by_priority else 0, group.arrival)
+        group.root_key = root_key(group.cache_salt)
+        self._new_sequence(group, 0, group.prompt_token_ids, seed)
 
     def _new_sequence(self, group: SequenceGroup, index: int, token_ids: list[int], seed: int) -> Sequence:
         seq = Sequence(self._next_seq_id, index, list(token_ids), group.prompt_len, seed)
         self._next_seq_id += 1
+        group.seqs.append(seq)
+        group.live.append(seq)
         return seq
 
-    def _fork_waiting(self, group: SequenceGroup) -> None:
-        """After recomputing: give the prompt to the sequences that lost it with the first one."""
-        seqs = group.unfinished()
-        if len(seqs) < 2 or seqs[0].num_computed < group.prompt_len:
-            return
-        for seq in seqs[1:]:
-            if seq.num_computed == 0:
-                self._blocks.fork(seqs[0].seq_id, seq.seq_id, group.prompt_len)
-                seq.num_computed = group.prompt_len
+    def _update_prefilling(self, computed: list[tuple[ScheduledSequence, SequenceABC[int]]]) -> None:
+        for item, _ in computed:
+            item.seq.num_computed += item.num_tokens
+            self._memory.fork_waiting(item.group)
+        for item, tokens in computed:
+            group = item.group
+            receivers = [item.seq]
+            if tokens and not group.forked:  # the first step after the prompt
+                group.forked = True
+                receivers += [self.fork(group, item.seq, index) for index in range(1, len(tokens))]
+            for seq, token in zip(receivers, tokens):
+                seq.token_ids.append(token)
+                if token in group.stop_ids or seq.num_output_tokens >= group.max_tokens:
+                    self._stop(group, seq)
+        for group in dict.fromkeys(item.group for item, _ in computed):
+            if self._is_prefix(group) and group.live[0].num_pending == 0:
+                self.running.remove(group)
+                group.status = Status.PINNED
+            elif group.forked and all(
+                seq.num_pending == 1 and self._blocks.holds(seq.seq_id) for seq in group.live
+            ):
+                group.prefilling = False
 
-    def _check_stop(self, group: SequenceGroup, seq: Sequence) -> None:
+    def _most_blocks(self, group: SequenceGroup, pinned: SequenceABC[bytes] = ()) -> int:
+        """The group's at its largest, without those of pinned prefixes, ``pinned`` among them."""
+        covered = 0
+        if (self.pinned or pinned) and self._memory.reads_cache(group):
+            covered = self.pinned.num_covered(self._memory.prompt_keys(group), pinned)
+        return self._memory.most(group) - covered
+
+    def _stop(self, group: SequenceGroup, seq: Sequence) -> None:
+        """End a sequence by its last token."""
         token = seq.token_ids[-1]
         if token in group.params.stop_token_ids:
             self.finish(group, seq, "stop", token)
-        elif token in self._eos_token_ids and not group.params.ignore_eos:
+        elif token in group.stop_ids:
             self.finish(group, seq, "stop")
-        elif seq.num_output_tokens >= group.max_tokens:
+        else:
             self.finish(group, seq, "length")
 
-    def _remove(self, group: SequenceGroup) -> None:
-        queue = {
+    def _queue_of(self, group: SequenceGroup) -> list[SequenceGroup]:
+        return {
             Status.WAITING: self.waiting,
             Status.PREEMPTED: self.preempted,
             Status.SWAPPED: self.preempted,
             Status.RUNNING: self.running,
         }[group.status]
-        queue.remove(group)
-        group.status = Status.FINISHED
+
+
+def _rank(group: SequenceGroup) -> tuple[int, int]:
+    return group.rank

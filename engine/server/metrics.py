@@ -90,6 +90,12 @@ class _EngineCollector(Collector):
             ("num_preemptions", "Preemptions.", stats.num_preemptions),
             ("prompt_tokens", "Prompt tokens of all requests.", stats.prompt_tokens),
             ("generation_tokens", "Sampled tokens.", stats.generation_tokens),
+            (
+                "prefix_cache_queries",
+                "Tokens looked for in the prefix cache.",
+                stats.prefix_cache_queries,
+            ),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], value)

@@ -121,7 +121,7 @@ def test_abort_in_every_state(llama_dir, state, n):
     alone = run(engine, {"other": (prompt(20), LONG)})
     params = SamplingParams(n=n, temperature=0.8, seed=1, max_tokens=60 if n == 1 else 20, ignore_eos=True)
     engine.add_request("other", prompt(20), LONG)
-    engine.add_request("x", prompt(42), params)
+    engine.add_request("x", prompt(42, first=3), params)  # begins like no other
     group = engine._groups["x"]
 
     def reached() -> bool:

@@ -147,7 +147,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "blocks"):
             return
         self.blocks.check_integrity()
-        self.memory.poison_free()
+        self.memory.poison_empty()
         for family, seq_ids in self.members.items():
             for seq_id in seq_ids:
                 assert self.blocks.holds(seq_id)

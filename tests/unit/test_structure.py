@@ -54,7 +54,10 @@ def test_engine_is_imported_under_one_name():
             assert not [m for m in imported(path) if within(m, "engine")], path
 
 
-WITHOUT_TORCH = ["block_pool", "block_tables", "prefix_hash", "block_manager", "scheduler", "request"]
+WITHOUT_TORCH = [
+    *("block_pool", "block_tables", "prefix_hash", "block_manager", "group_memory", "pinned", "plan"),
+    *("preemption", "request", "scheduler"),
+]
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

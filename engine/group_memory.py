@@ -1,0 +1,97 @@
+"""What sequence groups mean in blocks: how many they need, which they find and give back. No torch."""
+
+from __future__ import annotations
+
+from .block_manager import BlockManager
+from .prefix_hash import extend_keys
+from .request import Sequence, SequenceGroup, Status
+
+
+class GroupMemory:
+    """Asks the block manager on behalf of groups.
+
+    Args:
+        enable_prefix_caching: find full blocks by their tokens, and let them be found.
+    """
+
+    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool) -> None:
+        self._blocks = blocks
+        self._caching = enable_prefix_caching
+
+    def reads_cache(self, group: SequenceGroup) -> bool:
+        return self._caching and not group.skip_reading_prefix_cache
+
+    def keys(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> list[bytes]:
+        """Of the sequence's full blocks, of those within so many tokens at least; none without a cache."""
+        size = self._blocks.block_size
+        if self._caching and num_tokens >= (len(seq.keys) + 1) * size:
+            extend_keys(seq.keys, group.root_key, seq.token_ids, num_tokens, size)
+        return seq.keys
+
+    def prompt_keys(self, group: SequenceGroup) -> list[bytes]:
+        keys = self.keys(group, group.seqs[0], group.prompt_len)
+        return keys[: group.prompt_len // self._blocks.block_size]
+
+    def release(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Free the sequence's blocks; the full ones among what it has computed can be found."""
+        self._blocks.free(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
+
+    def drop(self, group: SequenceGroup, keep: bool = True) -> None:
+        """Let the group start again; with ``keep`` what it has computed can be found."""
+        for seq in group.live:
+            if not keep:
+                seq.num_computed = 0
+            self.release(group, seq)
+            seq.num_computed = 0
+        group.status = Status.PREEMPTED
+        group.prefilling = True
+
+    def most(self, group: SequenceGroup) -> int:
+        """Blocks of the group at its largest."""
+        # The last token of an output is never an input, so its keys and values are never stored.
+        most = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1)
+        shared = group.prompt_len // self._blocks.block_size
+        return shared + group.width * (most - shared)
+
+    def needs(self, group: SequenceGroup) -> tuple[int, int]:
+        """Of a group without GPU blocks: how many of its first blocks are there already, and how many free
+        blocks it takes to hold all its known tokens."""
+        if group.status is Status.SWAPPED:
+            swapped = self._blocks.num_swapped_blocks([seq.seq_id for seq in group.live])
+            return 0, swapped + self.missing(group)
+        found = unused = 0
+        if self.reads_cache(group):
+            first = group.live[0]
+            found, unused = self._blocks.find_prefix(self.keys(group, first, len(first.token_ids)))
+        return found, self.missing(group) - found + unused
+
+    def missing(self, group: SequenceGroup) -> int:
+        """Blocks to take beside those it has until the group holds all its known tokens."""
+        shared = group.prompt_len // self._blocks.block_size
+        held = []
+        missing = 0
+        for position, seq in enumerate(group.live):
+            if position == 0 or self._blocks.holds(seq.seq_id):
+                held.append((seq.seq_id, seq.num_computed, seq.num_pending))
+            else:
+                missing += self._blocks.blocks_for(len(seq.token_ids)) - shared
+        return missing + self._blocks.num_new_blocks(held)
+
+    def fork_waiting(self, group: SequenceGroup) -> None:
+        """After recomputing: give the prompt to the sequences that lost it with the first one, or as much of
+        their own tokens as can be found."""
+        first, size = group.live[0], self._blocks.block_size
+        if first.num_computed < group.prompt_len:
+            return
+        for seq in group.live[1:]:
+            if self._blocks.holds(seq.seq_id):
+                continue
+            # The last token has to be computed for what comes after it.
+            keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
+            found, _ = self._blocks.find_prefix(keys)
+            if found * size > group.prompt_len:
+                self._blocks.take_prefix(seq.seq_id, keys, found)
+                seq.num_computed = found * size
+            else:
+                self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
+                seq.num_computed = group.prompt_len

@@ -1,0 +1,201 @@
+"""A scheduler with a simulated model and memory behind it, which checks every promise after every step."""
+
+from __future__ import annotations
+
+import random
+
+from cupaged.engine import SamplingParams
+from cupaged.engine.block_manager import BlockManager
+from cupaged.engine.kv_cache import in_turn
+from cupaged.engine.plan import Plan
+from cupaged.engine.preemption import Preemption, Rates
+from cupaged.engine.request import Sequence, SequenceGroup, Status
+from cupaged.engine.scheduler import Scheduler
+from tests.unit.paged_memory import PagedMemory
+
+EOS = 99
+SALTS = (None, "salt")
+
+
+class Simulation:
+    """Steps a scheduler and computes in a simulated memory."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        num_cpu_blocks: int = 0,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        mode: str = "recompute",
+        caching: bool = True,
+        by_priority: bool = False,
+        seed: int = 0,
+        eos_chance: float = 0.0,
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, num_cpu_blocks, block_size)
+        self.memory = PagedMemory(self.blocks, SALTS)
+        self.max_num_seqs, self.budget = max_num_seqs, budget
+        self.max_model_len = num_blocks * block_size
+        self.rates = Rates(block_bytes=block_size)
+        self.by_priority = by_priority
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs,
+            budget,
+            self.max_model_len,
+            Preemption(mode, self.rates),
+            frozenset([EOS]),
+            caching,
+            by_priority,
+        )
+        self.random = random.Random(seed)
+        self.eos_chance = eos_chance
+        self.groups: list[SequenceGroup] = []
+        self.arrivals = 0
+        self.num_swaps = self.num_copies = self.num_computed = 0
+
+    def prompt(self, length: int) -> list[int]:
+        return [self.random.randrange(EOS) for _ in range(length)]
+
+    def group(self, prompt: list[int], max_tokens: int, n: int = 1, **settings) -> SequenceGroup:
+        max_tokens = min(max_tokens, self.max_model_len - len(prompt))
+        params = SamplingParams(n=n, max_tokens=max(1, max_tokens))
+        name = f"r{self.arrivals}"
+        self.arrivals += 1
+        return SequenceGroup(name, None, prompt, params, max_tokens, self.arrivals, **settings)
+
+    def add(self, prompt: int | list[int], max_tokens: int, n: int = 1, **settings) -> SequenceGroup:
+        if isinstance(prompt, int):
+            prompt = self.prompt(prompt)
+        group = self.group(prompt, max_tokens, n, **settings)
+        self.scheduler.add(group, self.random.getrandbits(64))
+        self.groups.append(group)
+        return group
+
+    def add_prefix(self, prompt: list[int], **settings) -> SequenceGroup:
+        group = self.group(prompt[: len(prompt) // self.blocks.block_size * self.blocks.block_size], 1)
+        group.cache_salt = settings.get("cache_salt")
+        self.scheduler.add_prefix(group)
+        return group
+
+    def unfinished(self) -> list[SequenceGroup]:
+        return [group for group in self.groups if not group.finished]
+
+    def step(self) -> Plan:
+        scheduler = self.scheduler
+        waiting = list(scheduler.waiting)
+        plan = scheduler.schedule()
+        self.check_queues(waiting)
+        self.check_plan(plan)
+        self.compute(plan)
+        samples = [[self.draw() for _ in range(item.num_samples)] for item in plan.scheduled]
+        scheduler.update(plan, samples)
+        self.check_blocks()
+        return plan
+
+    def fail(self) -> None:
+        """A step that ends in an error; what it was to write and to move is poison."""
+        plan = self.scheduler.schedule()
+        for _, target in plan.swap_out:
+            self.memory.cpu[target] = [None] * self.blocks.block_size
+        for _, target in (*plan.swap_in, *plan.copies):
+            self.memory.gpu[target] = [None] * self.blocks.block_size
+        for item in plan.scheduled:
+            for position in range(item.start + item.num_stored, item.start + item.num_tokens):
+                block, offset = divmod(position, self.blocks.block_size)
+                self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
+        self.scheduler.step_failed()
+        self.check_blocks()
+
+    def check_plan(self, plan: Plan) -> None:
+        assert plan.scheduled, "nobody runs"
+        scheduler = self.scheduler
+        oldest = min((*scheduler.running, *scheduler.preempted, *scheduler.waiting), key=lambda g: g.rank)
+        if not self.by_priority:
+            assert oldest in [item.group for item in plan.scheduled], "the oldest request starves"
+        assert sum(item.num_tokens for item in plan.scheduled) <= self.budget
+        assert len({item.seq.seq_id for item in plan.scheduled}) == len(plan.scheduled)
+        for item in plan.scheduled:
+            assert item.group.status is Status.RUNNING
+            assert item.start == item.seq.num_computed
+            assert item.num_tokens >= 1
+            complete = item.start + item.num_tokens == len(item.seq.token_ids)
+            prefix = item.group not in self.groups
+            wanted = 0 if prefix or not complete else 1 if item.group.forked else item.group.params.n
+            assert item.num_samples == wanted
+        for group in scheduler.running:  # a group decodes as one
+            planned = [item.seq for item in plan.scheduled if item.group is group]
+            decoding = [seq for seq in group.live if seq.num_pending == 1]
+            if planned or group is oldest:
+                assert not [seq for seq in decoding if seq not in planned and self.blocks.holds(seq.seq_id)]
+
+    def compute(self, plan: Plan) -> None:
+        self.num_swaps += len(plan.swap_out)
+        self.num_copies += len(plan.copies)
+        self.num_computed += sum(item.num_tokens for item in plan.scheduled)
+        self.memory.move(plan.swap_out, plan.swap_in)
+        for copies in in_turn(plan.copies):
+            assert not {source for source, _ in copies} & {target for _, target in copies}
+            self.memory.move(copies=copies)
+        # Writes first, as in every layer: what a step shares wrongly is read wrongly.
+        for item in plan.scheduled:
+            tokens = item.seq.token_ids[: item.start + item.num_tokens]
+            self.memory.write(item.seq.seq_id, item.start + item.num_stored, tokens)
+        for item in plan.scheduled:
+            self.memory.check(item.seq.seq_id, item.seq.token_ids[: item.start + item.num_tokens])
+
+    def draw(self) -> int:
+        return EOS if self.random.random() < self.eos_chance else self.random.randrange(EOS)
+
+    def check_queues(self, waiting_before: list[SequenceGroup]) -> None:
+        scheduler = self.scheduler
+        for queue in (scheduler.running, scheduler.preempted, scheduler.waiting):
+            ranks = [group.rank for group in queue]
+            assert ranks == sorted(ranks)
+        admitted = [group for group in waiting_before if group not in scheduler.waiting]
+        for group in admitted:
+            passed = [g for g in (*scheduler.preempted, *scheduler.waiting) if g.rank < group.rank]
+            assert not passed, "something was admitted before what ranks above it"
+        if not self.by_priority:  # the latest lost its blocks first
+            order = [*scheduler.running, *scheduler.preempted, *scheduler.waiting]
+            assert order == sorted(order, key=lambda g: g.arrival)
+        assert sum(group.num_seats for group in scheduler.running) <= self.max_num_seqs
+        for group in scheduler.preempted:
+            assert group.status in (Status.PREEMPTED, Status.SWAPPED)
+            holders = [seq for seq in group.live if self.blocks.holds(seq.seq_id)]
+            assert bool(holders) == (group.status is Status.SWAPPED), "a group loses all its blocks or none"
+        for group in scheduler.waiting:
+            assert not any(self.blocks.holds(seq.seq_id) for seq in group.seqs)
+
+    def check_blocks(self) -> None:
+        self.blocks.check_integrity()
+        self.memory.poison_empty()
+        self.memory.check_found()
+        running: list[Sequence] = [seq for group in self.scheduler.running for seq in group.live]
+        pinned = [g.live[0] for g in self.scheduler.pinned.groups.values() if g.status is Status.PINNED]
+        for seq in [*running, *pinned]:
+            if self.blocks.holds(seq.seq_id):
+                self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed])
+
+    def run(self, limit: int = 10000) -> None:
+        while self.scheduler.has_unfinished():
+            limit -= 1
+            assert limit, "requests do not finish"
+            self.step()
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Nothing is left, and every output ended as it should."""
+        assert not self.unfinished()
+        used = self.blocks.gpu.num_blocks - self.blocks.gpu.num_free
+        assert used == self.scheduler.num_pinned_blocks() == self.scheduler.pinned.num_blocks
+        assert self.blocks.cpu.num_free == self.blocks.cpu.num_blocks
+        for group in self.groups:
+            for seq in group.seqs:
+                if seq.finish_reason == "length":
+                    assert seq.num_output_tokens == group.max_tokens
+                elif seq.finish_reason == "stop":
+                    assert seq.token_ids[-1] == EOS
+                assert seq.token_ids[: seq.prompt_len] == group.prompt_token_ids
