@@ -67,7 +67,7 @@ class BlockManager:
                 swap space (then: what it will take once they are back, if nobody else shares their blocks).
         """
         total = 0
-        shared: Counter[int] = Counter()
+        shared: dict[int, int] = {}
         ref_counts = self.gpu.ref_counts
         for seq_id, held, num_tokens in appends:
             table = self._tables.get(seq_id)
@@ -77,7 +77,7 @@ class BlockManager:
             total += -(-(held + num_tokens) // self.block_size) - len(blocks)
             first = held // self.block_size
             if first < len(blocks) and ref_counts[blocks[first]] > 1:
-                shared[blocks[first]] += 1
+                shared[blocks[first]] = shared.get(blocks[first], 0) + 1
         # The last of a block's writers keeps it, if all its holders are among them.
         return total + sum(min(n, ref_counts[block] - 1) for block, n in shared.items())
 

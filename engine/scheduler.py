@@ -206,8 +206,9 @@ class Scheduler:
                 prefilling.append((item, tokens))
                 continue
             seq.num_computed += 1
-            seq.token_ids.append(tokens[0])
-            if tokens[0] in group.stop_ids or seq.num_output_tokens >= group.max_tokens:
+            token, token_ids = tokens[0], seq.token_ids
+            token_ids.append(token)
+            if token in group.stop_ids or len(token_ids) - seq.prompt_len >= group.max_tokens:
                 self._stop(group, seq)
         if prefilling:
             self._update_prefilling(prefilling)
@@ -224,33 +225,38 @@ class Scheduler:
     # -- running groups ------------------------------------------------------------------------------
 
     def _schedule_running(self, draft: Draft) -> None:
-        blocks, writable, scheduled = self._blocks, self._blocks.writable, draft.scheduled
+        gpu, writable, scheduled = self._blocks.gpu, self._blocks.writable, draft.scheduled
         prefill_budget = draft.budget
         for group in self.running:
             if group.prefilling:
                 prefill_budget -= sum(seq.num_pending == 1 for seq in group.live)
             else:
                 prefill_budget -= len(group.live)
+        decoding = 0
         for group in self.running:  # the last of them are taken out while it goes on
             if not group.prefilling:
+                before = len(scheduled)
                 for seq in group.live:
-                    if seq.num_computed >= writable[seq.seq_id]:
+                    start = seq.num_computed
+                    if start >= writable[seq.seq_id]:
+                        del scheduled[before:]
                         break
+                    scheduled.append(ScheduledSequence(group, seq, start, 1, 1))
                 else:
-                    for seq in group.live:
-                        scheduled.append(ScheduledSequence(group, seq, seq.num_computed, 1, 1))
-                    draft.budget -= len(group.live)
+                    decoding += len(group.live)
                     continue
                 turn = [(seq, 1) for seq in group.live]
             else:
                 turn = self._turn(group, prefill_budget)
-            while self._num_new_blocks(turn) > blocks.gpu.num_free:
+            while self._num_new_blocks(turn) > gpu.num_free:
                 victim = self.running.pop()
                 self._preempt(victim, draft)
                 if victim is group:
                     return
-            prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
+            if group.prefilling:
+                prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
             self._append(draft, group, turn)
+        draft.budget -= decoding
 
     def _turn(self, group: SequenceGroup, prefill_budget: int) -> Turn:
         """The group's sequences that have a turn, and their tokens in this step."""
@@ -337,7 +343,8 @@ class Scheduler:
             insort(self.running, group, key=_rank)
             self._append(draft, group, turn, stored)
             seats -= group.num_seats
-            promised += self._memory.missing(group)
+            if group.num_seats > 1 or turn[0][1] < turn[0][0].num_pending:
+                promised += self._memory.missing(group)
 
     def _make_way(self, draft: Draft) -> SequenceGroup | None:
         """Preempt what ranks after the first that waits, if it fits then; gives the first of the victims."""

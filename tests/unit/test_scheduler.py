@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestScheduler = Machine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, print_blob=True)
+TestScheduler.settings = settings(max_examples=200, stateful_step_count=30, deadline=None, print_blob=True)
 
 
 @given(
