@@ -91,6 +91,8 @@ class LLMEngine:
             config.enable_prefix_caching,
             config.scheduling_policy == "priority",
         )
+        if config.preemption_mode == "auto" and cpu_blocks:
+            self._measure_link(min(16, num_blocks, cpu_blocks))
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
         self._groups: dict[str, SequenceGroup] = {}
         self._seeds = random.Random(config.seed)
@@ -280,6 +282,13 @@ class LLMEngine:
         self._cache.move_blocks(plan)
         self._synchronize()
         self._rates.moved(len(plan.swap_out) + len(plan.swap_in), time.perf_counter() - start)
+
+    def _measure_link(self, num_blocks: int) -> None:
+        """Before the first request: the blocks hold nothing yet."""
+        pairs = tuple((block, block) for block in range(num_blocks))
+        for _ in range(3):  # the first may compile
+            self._move_blocks(Plan(swap_out=pairs))
+            self._move_blocks(Plan(swap_in=pairs))
 
     def _measure(self, plan: Plan) -> None:
         """How fast prompts are computed: over whole steps, from one that was waited for to the next."""

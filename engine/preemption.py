@@ -9,7 +9,7 @@ from statistics import median
 from .block_manager import BlockManager
 from .request import SequenceGroup
 
-_MEASUREMENTS = 15  # the median of so many: a slow step, as one that compiles a kernel, does not count
+_MEASUREMENTS = 15  # the median of so many: one step that compiles a kernel does not count
 
 
 class Rates:

@@ -12,16 +12,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from cupaged.engine.request import SequenceGroup, Status
 from tests.unit.simulation import EOS, SALTS, Simulation
 
+REQUEST = st.fixed_dictionaries(
+    {
+        "base": st.integers(0, 1),
+        "shared": st.sampled_from([16, 24, 8, 32, 1, 0]),  # tokens of the base that it begins with
+        "own": st.sampled_from([0, 1, 3, 9]),
+        "max_tokens": st.sampled_from([20, 12, 5, 1]),
+        "n": st.sampled_from([1, 2, 1, 4]),
+        "priority": st.integers(-1, 1),
+        "cache_salt": st.sampled_from([None, None, *SALTS]),
+        "skip_reading_prefix_cache": st.sampled_from([False, False, False, True]),
+    }
+)
+
 
 class Machine(RuleBasedStateMachine):
     """Whatever comes in whatever order; `Simulation` checks after every step."""
 
     @initialize(
-        num_blocks=st.integers(3, 24),
-        num_cpu_blocks=st.integers(0, 24),
-        block_size=st.sampled_from([1, 2, 4, 8]),
+        num_blocks=st.integers(8, 16),
+        num_cpu_blocks=st.sampled_from([24, 6, 0]),
+        block_size=st.sampled_from([4, 3, 2, 8]),
         max_num_seqs=st.sampled_from([8, 4, 3, 1]),
-        more_budget=st.integers(0, 24),
+        more_budget=st.sampled_from([3, 7, 24, 1, 0]),
         mode=st.sampled_from(["swap", "recompute", "auto"]),
         caching=st.sampled_from([True, True, False]),
         by_priority=st.booleans(),
@@ -34,96 +47,73 @@ class Machine(RuleBasedStateMachine):
         self.bases = [self.simulation.prompt(40) for _ in range(2)]
         self.prefixes: list[SequenceGroup] = []
 
-    def prompt(self, base: int, shared: int, own: int) -> list[int]:
-        return self.bases[base][:shared] + self.simulation.prompt(own)
-
-    @rule(
-        base=st.integers(0, 1),
-        shared=st.sampled_from([0, 1, 8, 16, 24, 32]),
-        own=st.sampled_from([0, 0, 1, 3, 9]),
-        max_tokens=st.integers(1, 25),
-        n=st.sampled_from([1, 1, 2, 4]),
-        priority=st.integers(-1, 1),
-        cache_salt=st.sampled_from([*SALTS, None]),
-        skip=st.sampled_from([False, False, False, True]),
-    )
-    def add(self, base, shared, own, max_tokens, n, priority, cache_salt, skip):
-        prompt = self.prompt(base, shared, own)
-        if not prompt:
-            return
+    @rule(requests=st.lists(REQUEST, min_size=1, max_size=5), steps=st.sampled_from([3, 1, 8]))
+    def add(self, requests, steps):
         simulation = self.simulation
-        try:
-            simulation.add(
-                prompt,
-                max_tokens,
-                n,
-                priority=priority,
-                cache_salt=cache_salt,
-                skip_reading_prefix_cache=skip,
-            )
-        except ValueError:
-            assert len(prompt) >= simulation.max_model_len or n > 1 or self.prefixes, (
-                "a single output that fits is refused"
-            )
+        for request in requests:
+            settings = dict(request)
+            prompt = self.bases[settings.pop("base")][: settings.pop("shared")]
+            prompt = prompt + simulation.prompt(settings.pop("own"))
+            try:
+                simulation.add(prompt or [1], **settings)
+            except ValueError:
+                assert len(prompt) >= simulation.max_model_len or request["n"] > 1 or self.prefixes, (
+                    "a single output that fits is refused"
+                )
+        self.step(steps)
 
-    @rule(count=st.sampled_from([1, 1, 2, 5, 20]))
+    @rule(count=st.sampled_from([2, 1, 5, 12]))
     def step(self, count):
         for _ in range(count):
             if self.simulation.scheduler.has_unfinished():
                 self.simulation.step()
 
-    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.scheduler.has_unfinished())
-    @rule()
-    def fail(self):
+    @rule(kind=st.sampled_from(["abort", "replace", "end_one", "replace", "fail"]), data=st.data())
+    def disturb(self, kind, data):
+        if self.simulation.unfinished():
+            getattr(self, kind)(data)
+            self.simulation.check_blocks()
+
+    def fail(self, data):
         self.simulation.fail()
 
-    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.unfinished())
-    @rule(data=st.data())
     def abort(self, data):
-        group = data.draw(st.sampled_from(self.simulation.unfinished()))
-        self.simulation.scheduler.abort(group)
-        self.simulation.check_blocks()
+        self.simulation.scheduler.abort(data.draw(st.sampled_from(self.simulation.unfinished())))
 
-    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.unfinished())
-    @rule(data=st.data())
     def end_one(self, data):
         """As a stop string does, between steps."""
         group = data.draw(st.sampled_from(self.simulation.unfinished()))
-        seq = data.draw(st.sampled_from(group.live))
         if group.forked and group.status is Status.RUNNING:
-            self.simulation.scheduler.finish(group, seq, "abort")
-            self.simulation.check_blocks()
+            self.simulation.scheduler.finish(group, data.draw(st.sampled_from(group.live)), "abort")
 
-    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.unfinished())
-    @rule(data=st.data())
     def replace(self, data):
         """As a beam search does: one sequence goes on twice, another not at all."""
-        simulation = self.simulation
-        groups = [g for g in simulation.scheduler.running if not g.prefilling and len(g.live) > 1]
-        if not groups:
-            return
-        group = data.draw(st.sampled_from(groups))
-        parent, dropped = data.draw(st.permutations(group.live))[:2]
-        child = simulation.scheduler.fork(group, parent, dropped.index)
-        child.token_ids[-1] = simulation.random.randrange(EOS)
-        simulation.scheduler.drop(group, dropped)
-        assert dropped not in group.seqs
-        simulation.check_blocks()
+        scheduler = self.simulation.scheduler
+        groups = [g for g in scheduler.running if not g.prefilling and len(g.live) > 1]
+        if groups:
+            group = data.draw(st.sampled_from(groups))
+            parent, dropped = data.draw(st.permutations(group.live))[:2]
+            child = scheduler.fork(group, parent, dropped.index)
+            child.token_ids[-1] = self.simulation.random.randrange(EOS)
+            scheduler.drop(group, dropped)
+            assert dropped not in group.seqs
 
-    @rule(base=st.integers(0, 1), length=st.sampled_from([8, 16, 24]), salt=st.sampled_from(SALTS))
-    def add_prefix(self, base, length, salt):
-        if self.caching and len(self.prefixes) < 2 and length // self.simulation.blocks.block_size:
+    @rule(
+        base=st.integers(0, 1),
+        length=st.sampled_from([8, 16, 24]),
+        salt=st.sampled_from(SALTS),
+        remove=st.booleans(),
+    )
+    def pin(self, base, length, salt, remove):
+        if remove and self.prefixes:
+            self.simulation.scheduler.remove_prefix(self.prefixes.pop(0).request_id)
+            self.simulation.check_blocks()
+        elif self.caching and len(self.prefixes) < 2:
             with contextlib.suppress(ValueError):  # it does not fit
                 prefix = self.simulation.add_prefix(self.bases[base][:length], cache_salt=salt)
                 self.prefixes.append(prefix)
 
-    @rule(data=st.data())
-    def remove_prefix(self, data):
-        if getattr(self, "prefixes", None):
-            prefix = self.prefixes.pop(data.draw(st.integers(0, len(self.prefixes) - 1)))
-            self.simulation.scheduler.remove_prefix(prefix.request_id)
-            self.simulation.check_blocks()
-
+    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.blocks.cpu.num_blocks)
     @rule(link=st.floats(0.1, 10), prefill=st.floats(0.1, 10))
     def measure(self, link, prefill):
         self.simulation.rates.moved(1, link)
@@ -135,7 +125,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestScheduler = Machine.TestCase
-TestScheduler.settings = settings(max_examples=200, stateful_step_count=30, deadline=None, print_blob=True)
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=20, deadline=None, print_blob=True)
 
 
 @given(

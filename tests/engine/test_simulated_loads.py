@@ -1,0 +1,107 @@
+"""Thousands of requests, and hostile ones: everybody is served, in order, without going round in circles."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from .simulation import EOS, Costs, Request, SimulatedEngine
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(EOS) for _ in range(count)]
+
+
+def chats(
+    rng: random.Random, count: int, rate: float, shared: int = 0, means: tuple[int, int] = (81, 169)
+) -> list[Request]:
+    """Arrivals at random; by default half the lengths of real conversations, in and out."""
+    found, time = [], 0.0
+    prefix = tokens(rng, shared)
+    for _ in range(count):
+        time += rng.expovariate(rate)
+        lengths = [max(1, min(600, int(rng.expovariate(1 / mean)))) for mean in means]
+        n = 4 if rng.random() < 0.05 else 1
+        found.append(Request(time, prefix + tokens(rng, lengths[0]), lengths[1], n))
+    return found
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+def test_a_long_load_is_served_in_order(mode, caching, seed):
+    """Twice what fits: the queue grows, the memory is always short."""
+    requests = chats(random.Random(seed), 500, rate=40)
+    trace = SimulatedEngine(1200, mode, enable_prefix_caching=caching).run(requests, seed)
+    arrivals = [group.arrival for group in trace.admitted]
+    assert arrivals == sorted(arrivals), "the first token comes in the order of arrival"
+    needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
+    assert trace.num_computed < 1.25 * needed, "most of the work is done twice"
+    assert trace.most_preempted <= 10
+
+
+def test_thousands_with_a_common_beginning_compute_it_once(seed):
+    requests = chats(random.Random(seed), 3000, rate=1000, shared=160, means=(20, 40))
+    engine = SimulatedEngine(100_000, max_num_seqs=256)
+    trace = engine.run(requests, seed)
+    assert engine.scheduler.num_prefix_hits >= 160 * (len(requests) - 1)
+    needed = sum(len(r.prompt) - 160 + r.n * r.num_tokens for r in requests) + 160
+    assert trace.num_computed <= needed
+
+
+def hostile(rng: random.Random) -> dict[str, list[Request]]:
+    """For 64 blocks of 16 tokens: 1024 tokens."""
+    return {
+        "two that need everything": [Request(0, tokens(rng, 8), 1000) for _ in range(2)],
+        "all grow at once": [Request(0, tokens(rng, 1), 500) for _ in range(30)],
+        "giants and dwarfs": [Request(0, tokens(rng, (900, 3)[i % 2]), (100, 5)[i % 2]) for i in range(40)],
+        "groups that just fit": [Request(0, tokens(rng, 15), 240, n=4) for _ in range(6)],
+        "a giant and a flood": [
+            Request(0, tokens(rng, 500), 500),
+            *(Request(i / 100, tokens(rng, 40), 30) for i in range(300)),
+        ],
+        "the same prompt": [Request(0, [7] * 320, 400) for _ in range(12)],
+    }
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+@pytest.mark.parametrize("name", hostile(random.Random(0)))
+def test_a_hostile_load_is_served(name, mode, seed):
+    requests = hostile(random.Random(seed))[name]
+    for caching in (True, False):
+        trace = SimulatedEngine(64, mode, enable_prefix_caching=caching).run(requests, seed)
+        arrivals = [group.arrival for group in trace.admitted]
+        assert arrivals == sorted(arrivals)
+        needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
+        assert trace.num_computed < 3 * needed  # where the swap space is full, swapping computes again, too
+
+
+def test_the_urgent_pass_and_the_others_are_served_too(seed):
+    """One in ten is urgent, in a load of which half fits."""
+    rng = random.Random(seed)
+    requests = [
+        Request(r.time, r.prompt, r.num_tokens, priority=int(i % 10 > 0))
+        for i, r in enumerate(chats(rng, 400, rate=40))
+    ]
+    waited = {}
+    for by_priority in (False, True):
+        trace = SimulatedEngine(1200, by_priority=by_priority).run(requests, seed)
+        urgent = [seconds for group, seconds in trace.waited.items() if group.priority == 0]
+        waited[by_priority] = sum(urgent) / len(urgent)
+    assert waited[True] < 0.2 * waited[False]
+
+
+@pytest.mark.parametrize(("moved_block", "swaps"), [(1e-4, True), (1e-1, False)])
+def test_auto_does_what_is_faster(moved_block, swaps, seed):
+    """A block of 16 tokens is computed in 1.6 ms."""
+    requests = chats(random.Random(seed), 150, rate=40)
+    costs = Costs(moved_block=moved_block)
+    seconds = {}
+    for mode in ("swap", "recompute", "auto"):
+        engine = SimulatedEngine(600, mode, costs=costs, enable_prefix_caching=False)
+        trace = engine.run(requests, seed)
+        seconds[mode] = trace.seconds
+        if mode == "auto":
+            assert engine.scheduler.num_preemptions > 5
+            assert (trace.num_moved > 0) == swaps
+    assert seconds["auto"] <= min(seconds["swap"], seconds["recompute"]) < max(seconds.values())
