@@ -1,11 +1,13 @@
 """Time of a scheduler's step: `schedule` and `update`, the block manager included, no model.
 
-    python benchmarks/scheduler.py [--seqs 256] [--blocks 1000 10000 100000] [--out DIR]
+    python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 
 Requests arrive as others end, so that as many sequences run all the time: half of the requests begin with one
 of a few shared prefixes, one in four forks its prompt into four samples, and every pool is full of cached
-blocks before anything is timed. Every step is checked to have run all sequences; the books are checked at the
-end. "gather" is what the model runner adds: the block tables of the batch as one array.
+blocks before anything is timed. "conversation" has the mean lengths of ShareGPT, "short" such that 256
+sequences fit into a thousand blocks; there a sixteenth of all sequences ends and begins in every step. Every
+step is checked to have run all sequences; the books are checked at the end. "gather" is what the model runner
+adds: the block tables of the batch as one array.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from cupaged.engine.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 VOCABULARY = 50_000
-EOS = VOCABULARY
+EOS = VOCABULARY  # never sampled
 
 
 class Load:
@@ -59,7 +61,6 @@ class Load:
         self._random = random.Random(0)
         self._prefixes = [self._tokens(prompt // 2) for _ in range(4)]
         self._arrivals = 0
-        self._tokens_left = list(range(VOCABULARY))
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(VOCABULARY) for _ in range(count)]
@@ -118,19 +119,36 @@ def fill(load: Load) -> None:
         seen += 1
 
 
-def measure(options: argparse.Namespace, num_blocks: int, **kind: Any) -> dict[str, Any]:
-    load = Load(options.seqs, num_blocks, options.prompt, options.output, **kind)
-    if kind["caching"]:
+LENGTHS = {"conversation": (161, 338), "short": (32, 16)}
+# Load, blocks, forks, prefix cache.
+CASES = [
+    ("conversation", 20_000, True, True),
+    ("conversation", 20_000, False, True),
+    ("conversation", 20_000, False, False),
+    ("short", 1000, True, True),
+    ("short", 10_000, True, True),
+    ("short", 100_000, True, True),
+]
+
+
+def measure(
+    options: argparse.Namespace, name: str, num_blocks: int, forks: bool, caching: bool
+) -> dict[str, Any]:
+    load = Load(options.seqs, num_blocks, *LENGTHS[name], forks, caching)
+    if caching:
         fill(load)
-    rows = list(load.steps(options.warm_up + options.steps))[options.warm_up :]
+    warm_up = LENGTHS[name][1]
+    rows = list(load.steps(warm_up + options.steps))[warm_up:]
     load.blocks.check_integrity()
     full = sum(count >= 0.9 * options.seqs for _, _, count in rows)
     if full < 0.9 * len(rows) or load.scheduler.num_preemptions:
         raise RuntimeError(f"only {full} of {len(rows)} steps ran {options.seqs} sequences: no time is given")
     seqs = sum(count for _, _, count in rows)
     return {
+        "load": name,
         "num_blocks": num_blocks,
-        **kind,
+        "forks": forks,
+        "caching": caching,
         "us_per_seq": 1e6 * sum(seconds for seconds, _, _ in rows) / seqs,
         "median_us_per_seq": 1e6 * statistics.median(seconds / count for seconds, _, count in rows),
         "gather_us_per_seq": 1e6 * sum(seconds for _, seconds, _ in rows) / seqs,
@@ -141,41 +159,32 @@ def measure(options: argparse.Namespace, num_blocks: int, **kind: Any) -> dict[s
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seqs", type=int, default=256, help="running sequences (default: 256)")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (default: 32)")
-    parser.add_argument("--output", type=int, default=16, help="mean tokens of an output (default: 16)")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--warm-up", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400, help="timed steps (default: 400)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each; the fastest counts")
     parser.add_argument("--out", type=Path, help="directory for the JSON")
     options = parser.parse_args(arguments)
-    kinds = [
-        {"forks": True, "caching": True},
-        {"forks": False, "caching": True},
-        {"forks": False, "caching": False},
-    ]
-    cases = [(num_blocks, kind) for kind in kinds for num_blocks in options.blocks]
     best: list[dict[str, Any]] = []
     for _ in range(options.rounds):  # in turns, so that a slow spell of the machine meets them all
-        for i, (num_blocks, kind) in enumerate(cases):
+        for i, case in enumerate(CASES):
             gc.collect()
-            row = measure(options, num_blocks, **kind)
+            row = measure(options, *case)
             if i == len(best):
                 best.append(row)
             elif row["us_per_seq"] < best[i]["us_per_seq"]:
                 best[i] = row
     print(f"{options.seqs} sequences; us a sequence and step")
-    print(f"{'blocks':>8} {'forks':>6} {'cache':>6} {'all':>7} {'median':>7} {'gather':>7} {'hits':>6}")
+    print(f"{'load':<12} {'blocks':>8} {'forks':>6} {'cache':>6} {'mean':>7} {'median':>7} {'gather':>7}")
     for row in best:
+        yes = {True: "yes", False: "no"}
         print(
-            f"{row['num_blocks']:>8} {'yes' if row['forks'] else 'no':>6} "
-            f"{'yes' if row['caching'] else 'no':>6} {row['us_per_seq']:>7.2f} "
-            f"{row['median_us_per_seq']:>7.2f} {row['gather_us_per_seq']:>7.2f} {row['hits']:>6.0%}"
+            f"{row['load']:<12} {row['num_blocks']:>8} {yes[row['forks']]:>6} {yes[row['caching']]:>6} "
+            f"{row['us_per_seq']:>7.2f} {row['median_us_per_seq']:>7.2f} {row['gather_us_per_seq']:>7.2f}"
         )
+    few, many = (row["us_per_seq"] for row in best if row["num_blocks"] in (1000, 100_000))
+    print(f"100 times the blocks: {many / few:.2f}x the time")
     if options.out:
         device = torch.device("cpu")
-        setting = {"seqs": options.seqs, "prompt": options.prompt, "output": options.output}
-        setting |= {"block_size": BLOCK_SIZE, "steps": options.steps, "rows": best}
+        setting = {"seqs": options.seqs, "block_size": BLOCK_SIZE, "steps": options.steps, "rows": best}
         common.write(options.out, "scheduler-cpu", common.environment(device), setting)
     return 0
 

@@ -58,8 +58,9 @@ class BlockTables:
             self._array = np.concatenate([self._array, np.zeros_like(self._array)])
             self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
         table = self._tables[seq_id] = BlockTable(self._free_rows.pop(), blocks, keys, num_keyed)
-        self._widen(len(blocks))
-        self._array[table.row, : len(blocks)] = blocks
+        if blocks:
+            self._widen(len(blocks))
+            self._array[table.row, : len(blocks)] = blocks
         return table
 
     def append(self, table: BlockTable, block: int) -> None:

@@ -36,13 +36,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts, as many at once as memory allows.
 
         Args:
-            prompts: one or more of: text, ``{"prompt_token_ids": [...]}``.
+            prompts: one or more of: text, ``{"prompt_token_ids": [...]}``; `LLMEngine.add_request` has more.
             sampling_params: one for all, or one each; by default those of `SamplingParams`.
             use_tqdm: show a progress bar.
+            priority: one for each prompt, where the scheduling policy is "priority": lower ones run first.
 
         Returns:
             The outputs in the order of the prompts.
@@ -65,13 +67,18 @@ class LLM:
                 f"sampling_params must be one, or one for each of the {len(prompts)} prompts, "
                 f"got {len(sampling_params)}"
             )
+        priority = [0] * len(prompts) if priority is None else priority
+        if len(priority) != len(prompts):
+            raise ValueError(
+                f"priority must be one for each of the {len(prompts)} prompts, got {len(priority)}"
+            )
         ids: list[str] = []
         try:
-            for position, (prompt, params) in enumerate(zip(prompts, sampling_params)):
+            for position, (prompt, params, rank) in enumerate(zip(prompts, sampling_params, priority)):
                 request_id = str(self._next_id)
                 self._next_id += 1
                 try:
-                    self.engine.add_request(request_id, prompt, params)
+                    self.engine.add_request(request_id, prompt, params, priority=rank)
                 except ValueError as error:
                     raise ValueError(f"prompts[{position}]: {error}") from None
                 ids.append(request_id)

@@ -85,6 +85,8 @@ def test_generate_with_one_bad_prompt_leaves_the_engine_clean(llama_dir):
     assert_clean(llm.engine)
     with pytest.raises(ValueError, match="sampling_params"):
         llm.generate(good, [GREEDY], use_tqdm=False)
+    with pytest.raises(ValueError, match="priority must be one for each of the 2 prompts, got 1"):
+        llm.generate(good, GREEDY, use_tqdm=False, priority=[1])
     for params in ({"temperature": 0}, 5, "x"):
         with pytest.raises(ValueError, match="sampling_params"):
             llm.generate(good[:1], params, use_tqdm=False)

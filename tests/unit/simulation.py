@@ -85,9 +85,14 @@ class Simulation:
 
     def step(self) -> Plan:
         scheduler = self.scheduler
-        waiting = list(scheduler.waiting)
+        waiting, running = list(scheduler.waiting), list(scheduler.running)
         plan = scheduler.schedule()
         self.check_queues(waiting)
+        for item in plan.scheduled:
+            if item.group.skip_reading_prefix_cache and item.group in waiting:
+                assert item.start == 0, "a prompt that is to be computed was found"
+            if item.group in running:
+                assert not item.num_stored
         self.check_plan(plan)
         self.compute(plan)
         samples = [[self.draw() for _ in range(item.num_samples)] for item in plan.scheduled]

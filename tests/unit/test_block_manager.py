@@ -163,6 +163,8 @@ class Machine(RuleBasedStateMachine):
         self.swapped.remove(family)
         assert free - self.blocks.gpu.num_free == moved
         assert self.blocks.num_new_blocks(asked) <= more
+        for seq_id in seq_ids:
+            self.check_writable(seq_id)
         self.append_to(seq_ids, [count] * len(seq_ids))
 
     @rule(family=families, data=st.data())
@@ -244,6 +246,16 @@ def test_a_full_last_block_is_not_copied():
     assert blocks.num_new_blocks([(0, 4, 1), (1, 4, 1)]) == 2
     assert [blocks.append(seq, 4, 1) for seq in (0, 1)] == [None, None]
     assert blocks.gpu.num_free == 1
+
+
+def test_what_is_shared_is_still_copied_on_write_after_a_swap():
+    blocks = BlockManager(4, 4, 4)
+    blocks.append(0, 0, 6)
+    blocks.fork(0, 1, 6)
+    assert len(blocks.swap_out([0, 1])) == len(blocks.swap_in([0, 1])) == 2
+    assert blocks.writable == {0: 0, 1: 0}, "both have to ask"
+    assert blocks.append(0, 6, 1) is not None
+    assert blocks.append(1, 6, 1) is None
 
 
 def test_check_integrity_sees_a_sequence_in_two_places():

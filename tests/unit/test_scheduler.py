@@ -7,8 +7,9 @@ import contextlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from cupaged.engine.kv_cache import in_turn
 from cupaged.engine.request import SequenceGroup, Status
 from tests.unit.simulation import EOS, SALTS, Simulation
 
@@ -44,7 +45,8 @@ class Machine(RuleBasedStateMachine):
     def start(self, max_num_seqs, more_budget, **drawn):
         self.simulation = Simulation(max_num_seqs=max_num_seqs, budget=max_num_seqs + more_budget, **drawn)
         self.caching = drawn["caching"]
-        self.bases = [self.simulation.prompt(40) for _ in range(2)]
+        base = self.simulation.prompt(40)
+        self.bases = [base, base[8:24] + base[:24]]  # blocks of the same tokens after others
         self.prefixes: list[SequenceGroup] = []
 
     @rule(requests=st.lists(REQUEST, min_size=1, max_size=5), steps=st.sampled_from([3, 1, 8]))
@@ -113,7 +115,6 @@ class Machine(RuleBasedStateMachine):
                 prefix = self.simulation.add_prefix(self.bases[base][:length], cache_salt=salt)
                 self.prefixes.append(prefix)
 
-    @precondition(lambda self: hasattr(self, "simulation") and self.simulation.blocks.cpu.num_blocks)
     @rule(link=st.floats(0.1, 10), prefill=st.floats(0.1, 10))
     def measure(self, link, prefill):
         self.simulation.rates.moved(1, link)
@@ -205,6 +206,22 @@ def test_a_group_is_swapped_as_a_whole_or_dropped_as_a_whole(num_cpu_blocks, sta
     assert tables[0][0] == tables[1][0], "the prompt's full block is shared again"
     assert bool(simulation.num_swaps) == (status is Status.SWAPPED)
     simulation.run()
+
+
+@pytest.mark.parametrize(
+    ("copies", "parts"),
+    [
+        ([], []),
+        ([(1, 2), (1, 3), (4, 5)], [3]),
+        ([(1, 2), (3, 1)], [1, 1]),  # 1 is free after it was copied, and taken at once
+        ([(1, 2), (2, 3)], [1, 1]),
+        ([(1, 2), (3, 2), (4, 5)], [1, 2]),
+    ],
+)
+def test_copies_that_hang_together_are_made_in_turn(copies, parts):
+    found = list(in_turn(tuple(copies)))
+    assert [len(part) for part in found] == parts
+    assert [copy for part in found for copy in part] == copies
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
