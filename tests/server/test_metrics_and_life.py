@@ -35,14 +35,18 @@ def test_metrics_count_exactly(llama_dir):
         client.completions.create(
             model=MODEL, prompt="12", n=2, max_tokens=5, temperature=1, extra_body=extra
         )
+        for _ in range(2):  # of two full blocks and a half, which the second finds
+            client.completions.create(model=MODEL, prompt="abcdefghijklmnopqrst", max_tokens=1)
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model=MODEL, prompt="x" * 5000)
         metrics = read(server.url)
-    assert metrics["vllm:prompt_tokens_total"] == 3 * 5 + 2
-    assert metrics["vllm:generation_tokens_total"] == 3 * 7 + 2 * 5
-    assert metrics['vllm:request_success_total{finished_reason="length"}'] == 5
-    assert metrics["vllm:e2e_request_latency_seconds_count"] == 4
-    assert metrics["vllm:time_to_first_token_seconds_count"] == 4
+    assert metrics["vllm:prompt_tokens_total"] == 3 * 5 + 2 + 2 * 20
+    assert metrics["vllm:prefix_cache_queries_total"] == 3 * 5 + 2 + 2 * 20
+    assert metrics["vllm:prefix_cache_hits_total"] == 16
+    assert metrics["vllm:generation_tokens_total"] == 3 * 7 + 2 * 5 + 2
+    assert sum(v for k, v in metrics.items() if k.startswith("vllm:request_success_total")) == 7
+    assert metrics["vllm:e2e_request_latency_seconds_count"] == 6
+    assert metrics["vllm:time_to_first_token_seconds_count"] == 6
     assert metrics["vllm:inter_token_latency_seconds_count"] == 3 * 6 + 4
     assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == metrics["vllm:num_preemptions_total"] == 0
