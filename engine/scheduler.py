@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Sequence as SequenceABC
 
 from .block_manager import BlockManager
-from .group_memory import GroupMemory
+from .group_memory import GroupMemory, Room
 from .pinned import PinnedPrefixes
 from .plan import Draft, Plan, ScheduledSequence
 from .preemption import Preemption
@@ -57,6 +57,7 @@ class Scheduler:
         self._preemption = preemption
         self._eos_token_ids = eos_token_ids
         self._memory = GroupMemory(blocks, enable_prefix_caching)
+        self._room = Room(blocks, self._memory, max_num_seqs)
         self._by_priority = by_priority
         self._next_seq_id = 0
         # Each is in order of rank. What runs ranks before what is preempted and what waits, unless something
@@ -311,7 +312,7 @@ class Scheduler:
         Args:
             made_way: the first in order that was preempted in this step; it waits for the next one.
         """
-        seats, promised = self._seats_left(self.running), self._promised(self.running)
+        seats, promised = self._room.seats(self.running), self._room.promised(self.running)
         while (group := self._next()) is not None and group is not made_way:
             if group.num_seats > seats:
                 return
@@ -327,7 +328,7 @@ class Scheduler:
                 stored = found * self._blocks.block_size - cached
                 count = min(len(first.token_ids) - cached, draft.budget)
                 turn = [(first, count)] if count > 0 else []
-            if not turn or promised + needed + self._reserve(self.running) > self._blocks.gpu.num_free:
+            if not turn or promised + needed + self._room.reserve(self.running) > self._blocks.gpu.num_free:
                 return
             (self.waiting if group.status is Status.WAITING else self.preempted).pop(0)
             if group.status is Status.SWAPPED:
@@ -354,30 +355,12 @@ class Scheduler:
         above = [other for other in self.running if other.rank < group.rank]
         below = self.running[len(above) :]
         freed = self._blocks.num_distinct(seq.seq_id for other in below for seq in other.live)
-        if not self._fits(group, above, freed):
+        if not self._room.fits(group, above, freed):
             return None
-        while len(self.running) > len(above) and not self._fits(group, self.running):
+        while len(self.running) > len(above) and not self._room.fits(group, self.running):
             victim = self.running.pop()
             self._preempt(victim, draft)
         return victim
-
-    def _fits(self, group: SequenceGroup, staying: list[SequenceGroup], freed: int = 0) -> bool:
-        """Whether there is room for a group beside these, were so many more blocks free."""
-        if group.num_seats > self._seats_left(staying):
-            return False
-        needed = self._promised(staying) + self._memory.needs(group)[1] + self._reserve(staying)
-        return needed <= self._blocks.gpu.num_free + freed
-
-    def _seats_left(self, running: list[SequenceGroup]) -> int:
-        return self._max_num_seqs - sum(group.num_seats for group in running)
-
-    def _promised(self, running: list[SequenceGroup]) -> int:
-        """Blocks that these have yet to take to hold what they are computing."""
-        return sum(self._memory.missing(group) for group in running if group.prefilling)
-
-    def _reserve(self, running: list[SequenceGroup]) -> int:
-        """A little memory stays free for the running to grow into, or they would evict the newcomer."""
-        return max(1, self._blocks.gpu.num_blocks // 100) if running else 0
 
     # -- sequences -----------------------------------------------------------------------------------
 
