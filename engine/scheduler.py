@@ -314,8 +314,9 @@ class Scheduler:
         """
         seats, promised = self._room.seats(self.running), self._room.promised(self.running)
         while (group := self._next()) is not None and group is not made_way:
-            if group.num_seats > seats:
-                return
+            reserved = promised + self._room.reserve(self.running)
+            if group.num_seats > seats or reserved > self._blocks.gpu.num_free:
+                return  # before its prompt is looked for in the cache
             found, needed = self._memory.needs(group)
             first = group.live[0]
             if group.status is Status.SWAPPED:
@@ -328,7 +329,7 @@ class Scheduler:
                 stored = found * self._blocks.block_size - cached
                 count = min(len(first.token_ids) - cached, draft.budget)
                 turn = [(first, count)] if count > 0 else []
-            if not turn or promised + needed + self._room.reserve(self.running) > self._blocks.gpu.num_free:
+            if not turn or needed + reserved > self._blocks.gpu.num_free:
                 return
             (self.waiting if group.status is Status.WAITING else self.preempted).pop(0)
             if group.status is Status.SWAPPED:
