@@ -1,4 +1,4 @@
-"""Time of a scheduler's step: `schedule` and `update`, the block manager included, no model.
+"""CPU time of a scheduler's step: `schedule` and `update`, the block manager included, no model.
 
     python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 
@@ -89,19 +89,19 @@ class Load:
         return [[draw(VOCABULARY) for _ in range(item.num_samples)] for item in plan.scheduled]
 
     def steps(self, count: int) -> Iterator[tuple[float, float, int]]:
-        """Seconds of planning and bookkeeping, seconds of gathering tables, sequences; of each step."""
+        """CPU seconds of planning and bookkeeping, of gathering tables, and sequences, of each step."""
         for _ in range(count):
             self.top_up()
-            start = time.perf_counter()
+            start = time.thread_time()
             plan = self.scheduler.schedule()
-            planned = time.perf_counter() - start
+            planned = time.thread_time() - start
             samples = self.samples(plan)
-            start = time.perf_counter()
+            start = time.thread_time()
             self.blocks.tables([item.seq.seq_id for item in plan.scheduled])
-            gathered = time.perf_counter() - start
-            start = time.perf_counter()
+            gathered = time.thread_time() - start
+            start = time.thread_time()
             self.scheduler.update(plan, samples)
-            planned += time.perf_counter() - start
+            planned += time.thread_time() - start
             yield planned, gathered, len(plan.scheduled)
 
 
