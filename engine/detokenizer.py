@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 # Tokens of the prompt before the output: enough for a decoder that treats the first token differently.
 _CONTEXT = 5
+# A character is at most four bytes, so no more tokens than that are part of an incomplete one.
+_CHARACTER = 4
+_HELD = 2 * _CHARACTER  # tokens held back before it is looked which of them are just wrong
 
 
 class Detokenizer:
@@ -15,7 +18,8 @@ class Detokenizer:
 
     A token may be part of a UTF-8 character, and its text may depend on the token before it. So a few tokens
     are decoded with and without the new one, and the difference is the new text; it is held back while it
-    ends in an incomplete character.
+    ends in an incomplete character. A token costs a few calls of the tokenizer, each with a few tokens,
+    however long the output is and whatever the tokens are.
     """
 
     def __init__(
@@ -25,35 +29,74 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._ids = self._context(prompt_token_ids)
         self._read = len(self._ids)  # tokens of _ids whose text is out
+        self._before = self._decode(self._ids)  # their text
+        self._held = ""  # the text of the others
 
     def append(self, token_ids: Sequence[int]) -> str:
         """New text after these tokens; empty while a character is incomplete."""
+        if not token_ids:
+            return ""
         self._ids += token_ids
         text = self._pending()
-        if text.endswith("\ufffd"):
+        if text == self._held:  # tokens without a text would pile up
+            self._ids[-len(token_ids) :] = [token for token in token_ids if not self._is_silent(token)]
+        if text and not text.endswith("\ufffd"):
+            self._advance(len(self._ids))
+            return text
+        self._held = text
+        if len(self._ids) - self._read <= _HELD:
             return ""
-        if text:
-            self._ids = self._ids[self._read :]
-            self._read = len(self._ids)
+        end = self._border()  # these bytes will never be a character
+        text = self._pending(end)
+        self._advance(end)
         return text
 
     def flush(self) -> str:
         """What was held back, at the end of the output."""
         text = self._pending()
-        self._read = len(self._ids)
+        self._advance(len(self._ids))
         return text
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """Up to `_CONTEXT` last tokens of the prompt, none of them part of a character that is cut off: the
-        decoder would join such bytes with those of the output."""
-        for size in range(min(_CONTEXT, len(prompt_token_ids)), 0, -1):
+        """The last tokens of the prompt that have a text, `_CONTEXT` if that is enough, and none of them part
+        of a character that is cut off: the decoder would join such bytes with those of the output."""
+        size = _CONTEXT
+        context = list(prompt_token_ids[-size:])
+        while len(context) < len(prompt_token_ids) and not self._decode(context):
+            size *= 2
             context = list(prompt_token_ids[-size:])
-            if "\ufffd" not in self._decode(context):
-                return context
+        for start in range(min(_CONTEXT, len(context))):
+            if "\ufffd" not in self._decode(context[start:]):
+                return context[start:]
         return []
 
-    def _pending(self) -> str:
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._read])) :]
+    def _is_silent(self, token: int) -> bool:
+        """Whether it never has a text. Some have none at the start alone, such as a space."""
+        return not self._decode([token, token])
+
+    def _pending(self, end: int | None = None) -> str:
+        """The text of the tokens that is not out, or of those before ``end``."""
+        text = self._decode(self._ids[:end])
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        return self._decode(self._ids[self._read : end])  # the new bytes spoil those before them
+
+    def _border(self) -> int:
+        """Where to cut the tokens so that no character is: before the last few, which may be the start of
+        one."""
+        text = self._decode(self._ids)
+        last = len(self._ids) - _CHARACTER
+        for end in range(last, last - _CHARACTER, -1):
+            if text.startswith(self._decode(self._ids[:end])):
+                return end
+        return last
+
+    def _advance(self, end: int) -> None:
+        """The text up to token ``end`` is out; what was new in it is the context of the next tokens."""
+        if end > self._read:
+            self._ids, self._read = self._ids[self._read :], end - self._read
+            self._before = self._decode(self._ids[: self._read])
+        self._held = self._pending() if self._read < len(self._ids) else ""
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cupaged.device import choose_device
 
-from . import demo_model, memory
+from . import bad_words, demo_model, memory
 from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
@@ -27,7 +27,7 @@ from .outputs import EngineStats, RequestOutput
 from .plan import Plan
 from .preemption import Preemption, Rates
 from .request import SequenceGroup, Status
-from .sampler import sample
+from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .validation import is_integer
@@ -74,23 +74,25 @@ class LLMEngine:
         self.max_model_len: int = min(wanted, num_blocks * config.block_size)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
-        self._vocab_size = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+        self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
         scales = calibrate(
             self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
         )
         self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device, scales)
+        eos_token_ids = _eos_token_ids(loaded, self.tokenizer)
         self._scheduler = Scheduler(
             self._blocks,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_model_len,
             Preemption(config.preemption_mode, self._rates),
-            _eos_token_ids(loaded, self.tokenizer),
+            eos_token_ids,
             config.enable_prefix_caching,
             config.scheduling_policy == "priority",
         )
+        self._sampler = Sampler(eos_token_ids)
         if config.preemption_mode == "auto" and cpu_blocks:
             self._measure_link(min(16, num_blocks, cpu_blocks))
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
@@ -125,6 +127,8 @@ class LLMEngine:
             raise ValueError(f"request_id {request_id!r} is already running")
         if not is_integer(priority):
             raise ValueError(f"priority must be an integer, got {priority!r}")
+        params.check_vocabulary(self._vocab_size)
+        self._sampler.check(params)
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
@@ -137,6 +141,8 @@ class LLMEngine:
             self._arrivals,
             priority=priority,
             cache_salt=_cache_salt(prompt),
+            skip_reading_prefix_cache=params.needs_whole_prompt,
+            bad_words=bad_words.tokenise(self.tokenizer, params.bad_words),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
@@ -149,7 +155,7 @@ class LLMEngine:
         group = self._groups.pop(request_id, None)
         if group is not None:
             self._scheduler.abort(group)
-            self._processor.forget(group)
+            self._forget(group)
 
     def add_prefix(self, prefix_id: str, prompt: Prompt) -> None:
         """Keep the beginning of prompts in memory, used or not, until `remove_prefix`.
@@ -211,19 +217,18 @@ class LLMEngine:
         try:
             self._move_blocks(plan)
             logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
-            samples = sample(logits, plan.scheduled)
+            samples = self._sampler.sample(logits, plan.scheduled)
         except BaseException:
             self._unmeasured = 0
             self._scheduler.step_failed()
             raise
         self._measure(plan)
-        self._scheduler.update(plan, samples)
-        self._generation_tokens += sum(len(tokens) for tokens in samples)
-        groups = dict.fromkeys(item.group for item in plan.scheduled if item.num_samples)
-        outputs = self._processor.process(groups)
+        self._scheduler.update(plan, samples.token_ids)
+        self._generation_tokens += sum(len(tokens) for tokens in samples.token_ids)
+        outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
             if output.finished:
-                del self._groups[output.request_id]
+                self._forget(self._groups.pop(output.request_id))
         if self.config.check_integrity:
             self.check_integrity()
         return outputs
@@ -301,6 +306,10 @@ class LLMEngine:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _forget(self, group: SequenceGroup) -> None:
+        self._sampler.release(group)
+        self._processor.forget(group)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None

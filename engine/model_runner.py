@@ -65,7 +65,8 @@ class ModelRunner:
         """Compute the scheduled tokens.
 
         Returns:
-            Logits ``[N, vocabulary]`` after the last token of each of the N sequences that sample, in order.
+            Logits ``[N, vocabulary]``. For each sequence, in order: those after its first
+            ``num_prompt_logits`` tokens, then, if it samples, those after its last token.
         """
         num_seqs = len(scheduled)
         block_tables = blocks.tables([item.seq.seq_id for item in scheduled])
@@ -83,7 +84,11 @@ class ModelRunner:
         slots += positions % block_size
         stored = starts + [item.num_stored for item in scheduled]
         slots[positions < stored[row_of]] = -1
-        last_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
+        kept_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
+        if any(item.group.params.needs_whole_prompt for item in scheduled):
+            first = zip(query_start_loc[:-1], scheduled)
+            prompts = [np.arange(start, start + item.num_prompt_logits) for start, item in first]
+            kept_rows = np.sort(np.concatenate([kept_rows, *prompts]))
 
         metadata = AttentionMetadata(
             kv_caches=cache.layers,
@@ -97,7 +102,7 @@ class ModelRunner:
             input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
             position_ids=self._tensor(positions)[None],
             # transformers keeps at least one row for an int; an index keeps exactly those asked for
-            logits_to_keep=self._tensor(last_rows.astype(np.int64)),
+            logits_to_keep=self._tensor(kept_rows.astype(np.int64)),
             use_cache=False,
             paged=metadata,
         )

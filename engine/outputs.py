@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of a token at one position.
+
+    Args:
+        logprob: the natural logarithm of its probability, in the model's own distribution: at temperature 1,
+            before penalties, biases and limits.
+        rank: 1 is the most likely token.
+        decoded_token: its text alone. A part of a character is U+FFFD.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token id: the token that is at this position first, then the most likely ones, the best first.
+PositionLogprobs = dict[int, Logprob]
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """One of a request's ``n`` outputs so far.
@@ -15,6 +35,8 @@ class CompletionOutput:
         token_ids: all sampled tokens, an end-of-sequence token included.
         finish_reason: None while it runs, then "stop", "length" or "abort".
         stop_reason: the stop string or stop token id that ended it, if one of the request's did.
+        logprobs: for each token those that ``SamplingParams.logprobs`` asks for, else None.
+        cumulative_logprob: the sum over its tokens; None unless ``logprobs`` or ``best_of`` needs it.
     """
 
     index: int
@@ -22,17 +44,27 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's outputs so far; ``finished`` when all of them are."""
+    """A request's outputs so far; ``finished`` when all of them are.
+
+    Args:
+        outputs: ``n`` of them. With a larger ``best_of``, the best so far, the best first, and the final
+            choice is known when all are finished.
+        prompt_logprobs: for each token of the prompt those that ``SamplingParams.prompt_logprobs`` asks for;
+            None for the first one, which nothing comes before.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 @dataclass(frozen=True)

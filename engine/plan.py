@@ -23,6 +23,19 @@ class ScheduledSequence:
     # after them and not written.
     num_stored: int = 0
 
+    @property
+    def num_prompt_logits(self) -> int:
+        """Of how many tokens, from the first one on, the logits are wanted for what comes after them in the
+        prompt; those after the last token that are sampled from do not count."""
+        if not self.group.params.needs_whole_prompt:
+            return 0
+        return max(0, min(self.num_tokens, self.group.prompt_len - 1 - self.start))
+
+    @property
+    def receivers(self) -> list[Sequence]:
+        """The sequences that the samples belong to, in order; after the plan's `Scheduler.update`."""
+        return [self.seq] if self.num_samples == 1 else self.group.seqs[: self.num_samples]
+
 
 @dataclass(frozen=True)
 class Plan:

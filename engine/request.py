@@ -71,6 +71,7 @@ class SequenceGroup:
     priority: int = 0  # lower comes first, where the engine schedules by priority
     cache_salt: str | None = None  # requests share blocks with those of the same salt only
     skip_reading_prefix_cache: bool = False  # every token of the prompt has to be computed
+    bad_words: tuple[tuple[int, ...], ...] = ()  # those of params, as tokens
 
     # The scheduler's own.
     live: list[Sequence] = field(default_factory=list)  # those of `seqs` that are not finished
@@ -91,7 +92,7 @@ class SequenceGroup:
     @property
     def width(self) -> int:
         """Most sequences of the group that run at once."""
-        return self.params.n
+        return self.params.num_sequences
 
     @property
     def num_seats(self) -> int:

@@ -88,8 +88,10 @@ class Scheduler:
                 "(max_model_len), at least one of them sampled: shorten the prompt"
             )
         if group.width > self._max_num_seqs:
+            name = "n" if group.width == params.n else "best_of"
             raise ValueError(
-                f"n is {group.width}, and at most {self._max_num_seqs} sequences run at once (max_num_seqs)"
+                f"{name} is {group.width}, and at most {self._max_num_seqs} sequences run at once "
+                "(max_num_seqs): lower it"
             )
         self._prepare(group, seed)
         needed, pinned = self._most_blocks(group), self.pinned.num_blocks
@@ -97,8 +99,9 @@ class Scheduler:
             held = f", {pinned} of them taken by pinned prefixes" if pinned else ""
             raise ValueError(
                 f"the request may need {needed} blocks of {self._blocks.block_size} tokens (prompt "
-                f"{group.prompt_len}, max_tokens {group.max_tokens}, n {params.n}), and the KV cache has "
-                f"{self._blocks.gpu.num_blocks}{held}: ask for fewer tokens or give the engine more memory"
+                f"{group.prompt_len}, max_tokens {group.max_tokens}, {group.width} outputs), and the KV "
+                f"cache has {self._blocks.gpu.num_blocks}{held}: ask for fewer tokens or give the engine "
+                "more memory"
             )
         group.stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:

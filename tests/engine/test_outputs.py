@@ -8,8 +8,8 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from cupaged.engine import engine as engine_module
-from cupaged.engine.sampler import probabilities, uniform
+from cupaged.engine.distribution import weights
+from cupaged.engine.sampler import Sampler, SamplerOutput, uniform
 from tests import tiny_models
 
 from .harness import SMALL, assert_clean, finish, run, small_engine
@@ -24,7 +24,7 @@ def says(llama_dir, monkeypatch):
 
     def generate(text: str, *ids: int, **params) -> CompletionOutput:
         tokens = iter([*llm.engine.tokenizer(text)["input_ids"], *ids])
-        monkeypatch.setattr(engine_module, "sample", lambda logits, scheduled: [[next(tokens)]])
+        monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
         (output,) = llm.generate({"prompt_token_ids": PROMPT}, SamplingParams(**params), use_tqdm=False)
         assert output.finished
         assert_clean(llm.engine)
@@ -64,7 +64,7 @@ def test_an_output_ends_where_it_should(says, said, params, text, num_tokens, re
 def test_what_may_become_a_stop_string_is_held_back(llama_dir, monkeypatch):
     engine = small_engine(llama_dir)
     tokens = iter(engine.tokenizer("one, two, three")["input_ids"])
-    monkeypatch.setattr(engine_module, "sample", lambda logits, scheduled: [[next(tokens)]])
+    monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
     engine.add_request("x", {"prompt_token_ids": PROMPT}, SamplingParams(stop=", three", max_tokens=64))
     seen = []
     while engine.has_unfinished():
@@ -117,7 +117,8 @@ def test_several_outputs_are_the_models_own_draws_under_preemption(llama_dir, mo
             ids = [*prompt, *output.token_ids]
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
-            cumulative = probabilities(logits, [one] * len(logits)).double().cumsum(-1)
+            settings = (np.full(len(logits), x) for x in (one.temperature, one.min_p, one.top_k, one.top_p))
+            cumulative = weights(logits, *settings).double().cumsum(-1)
             positions = np.arange(len(prompt), len(ids), dtype=np.uint64)
             index = np.full(len(positions), output.index, dtype=np.uint64)
             drawn = torch.from_numpy(uniform(np.full_like(positions, one.seed), index, positions))

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine import engine as engine_module
+from cupaged.engine.sampler import Sampler, SamplerOutput
 from tests import tiny_models
 
 from .conftest import MODEL, wait_until
@@ -191,7 +191,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
     """The engine is made to say text whose characters take 1 to 4 tokens each."""
     said = "añ☃😀é" * 4
     tokens = iter([*server.engine.tokenizer(said)["input_ids"], tiny_models.EOS])
-    monkeypatch.setattr(engine_module, "sample", lambda logits, scheduled: [[next(tokens)]])
+    monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
     chunks = client.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
     pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from cupaged.engine import SamplingParams
+from cupaged.engine.distribution import weights
+from cupaged.engine.plan import ScheduledSequence
 from cupaged.engine.request import Sequence, SequenceGroup
-from cupaged.engine.sampler import probabilities, sample, uniform
-from cupaged.engine.scheduler import ScheduledSequence
+from cupaged.engine.sampler import Sampler, uniform
 
 VOCABULARY = 50
+_ids = itertools.count()
 CLOSE = 1e-5  # a draw nearer than this to the border of two tokens may fall on either side
 
 
@@ -34,10 +37,25 @@ def expected_probabilities(logits: np.ndarray, params: SamplingParams) -> np.nda
     return kept / kept.sum()
 
 
+def sample(logits: torch.Tensor, items: list[ScheduledSequence]) -> list[list[int]]:
+    """The tokens that a new sampler draws."""
+    return Sampler(frozenset()).sample(logits.clone(), items).token_ids
+
+
+def probabilities(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    names = ("temperature", "min_p", "top_k", "top_p")
+    return weights(
+        logits,
+        *(np.array([float(getattr(p, name)) for p in params]) for name in names[:2]),
+        np.array([min(p.top_k, 2**62) for p in params]),
+        np.array([p.top_p for p in params]),
+    )
+
+
 def scheduled(
     params: SamplingParams, seed: int, *, index: int = 0, position: int = 7, num_samples: int = 1
 ) -> ScheduledSequence:
-    seq = Sequence(0, index, [0] * position, position, seed)
+    seq = Sequence(next(_ids), index, [0] * position, position, seed)
     group = SequenceGroup("r", None, [0] * position, params, 10, 0, [seq])
     return ScheduledSequence(group, seq, 0, position, num_samples)
 
