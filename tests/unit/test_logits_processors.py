@@ -1,0 +1,261 @@
+"""What requests change in the logits, in mixed batches, against transformers' own processors in float64."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from cupaged.engine import SamplingParams, bad_words
+from cupaged.engine.distribution import weights
+from cupaged.engine.request import Sequence, SequenceGroup
+from cupaged.engine.sampler import Sampler
+from cupaged.engine.scheduler import ScheduledSequence
+
+VOCABULARY = 400  # more than is looked at before tokens are sorted
+EOS = 3
+_ids = itertools.count()
+
+
+class Recorder(Sampler):
+    """A sampler that keeps the logits as they are when the processors are done."""
+
+    logits: torch.Tensor
+
+    def _choose(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        self.logits = logits.clone()
+        return super()._choose(logits, batch)
+
+
+def sequence(params: SamplingParams, words: list[list[int]], prompt: list[int], output: list[int]):
+    seq = Sequence(next(_ids), 0, [*prompt, *output], len(prompt), next(_ids))
+    group = SequenceGroup("r", None, prompt, params, 99, 0, [seq])
+    group.bad_words = tuple(map(tuple, words))
+    return ScheduledSequence(group, seq, len(seq.token_ids) - 1, 1, 1)
+
+
+def draw_request(rng: random.Random) -> ScheduledSequence:
+    """Some of everything, over few tokens, so that outputs have words and words have repeats."""
+
+    def some(*values):
+        return rng.choice(values)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(12) for _ in range(rng.randint(1, most))]
+
+    bias = {rng.randrange(VOCABULARY): rng.uniform(-100, 100) for _ in range(rng.randrange(1, 9))}
+    params = SamplingParams(
+        temperature=some(0, 0.7, 1.0, 1.9),
+        min_p=some(0, 0, 0.05, 0.3),
+        top_k=some(0, -1, 1, 7, 300, VOCABULARY),
+        top_p=some(1.0, 0.9, 0.5),
+        presence_penalty=some(0, 0, 0.7, -1.5),
+        frequency_penalty=some(0, 0, 0.4, -0.9),
+        repetition_penalty=some(1, 1, 1.3, 0.8),
+        logit_bias=some(None, bias),
+        allowed_token_ids=some(None, None, rng.sample(range(VOCABULARY), 30), [EOS, 5, 6, 300]),
+        min_tokens=some(0, 3, 6),
+        stop_token_ids=some((), (7, 9)),
+        ignore_eos=some(False, True),
+        logprobs=some(None, None, 3),
+    )
+    words = [tokens(3) for _ in range(rng.randrange(1, 6))] if rng.random() < 0.6 else []
+    return sequence(params, words, tokens(9), tokens(5) if rng.random() < 0.7 else [])
+
+
+def expected_logits(logits: torch.Tensor, item: ScheduledSequence) -> torch.Tensor:
+    """Of one sequence, float64, from transformers' processors in the documented order."""
+    params, seq = item.group.params, item.seq
+    everything = torch.tensor([seq.token_ids])
+    output = torch.tensor([seq.output_token_ids], dtype=torch.int64).reshape(1, -1)
+    scores = logits.double()[None].clone()
+    if params.allowed_token_ids is not None:
+        allowed = tf.PrefixConstrainedLogitsProcessor(lambda *_: list(params.allowed_token_ids), 1)
+        scores = allowed(everything, scores)
+    ending = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
+    if params.min_tokens and ending:
+        shortest = tf.MinNewTokensLengthLogitsProcessor(seq.prompt_len, params.min_tokens, ending)
+        scores = shortest(everything, scores)
+    if item.group.bad_words:
+        words = [list(word) for word in item.group.bad_words]
+        without = tf.NoBadWordsLogitsProcessor(words)(output, scores.float()).double()
+        ruled_out = without == -torch.inf
+        if not ruled_out.all():
+            scores = scores.masked_fill(ruled_out, -torch.inf)
+    if params.logit_bias:
+        sequence_bias = [[[token], float(bias)] for token, bias in params.logit_bias.items()]
+        scores = tf.SequenceBiasLogitsProcessor(sequence_bias)(everything, scores)
+    scores = tf.RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))(everything, scores)
+    counts = torch.bincount(output[0], minlength=VOCABULARY)  # OpenAI's formula
+    return (scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0))[0]
+
+
+def assert_equal(sampler: Recorder, logits: torch.Tensor, items: list[ScheduledSequence]) -> None:
+    sampler.sample(logits.clone(), items)
+    for row, before, item in zip(sampler.logits, logits, items):
+        expected = expected_logits(before, item)
+        finite = expected.isfinite()
+        assert torch.equal(row.isfinite(), finite), item.group
+        torch.testing.assert_close(row[finite].double(), expected[finite], rtol=1e-5, atol=1e-4)
+
+
+def test_drawn_mixes_over_many_steps(seed):
+    """Sequences come, grow a token a step, pause, fork and go; every row is right in every step."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    sampler = Recorder(frozenset([EOS]))
+    items = [draw_request(rng) for _ in range(30)]
+    for _ in range(12):
+        batch = rng.sample(items, rng.randint(1, len(items)))
+        assert_equal(sampler, 5 * torch.randn(len(batch), VOCABULARY), batch)
+        for item in batch:
+            item.seq.token_ids.append(rng.randrange(12))
+        for item in rng.sample(items, 3):
+            items.remove(item)
+            if rng.random() < 0.5:
+                sampler.release(item.group)
+            words = [list(word) for word in item.group.bad_words]
+            child = sequence(item.group.params, words, item.group.prompt_token_ids, item.seq.output_token_ids)
+            items += [child, draw_request(rng)]
+
+
+def test_half_precision_logits_are_changed_in_float32(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    items = [draw_request(rng) for _ in range(40)]
+    assert_equal(Recorder(frozenset([EOS])), 5 * torch.randn(40, VOCABULARY).bfloat16(), items)
+
+
+def test_a_row_is_the_same_whatever_its_neighbours_ask_for(seed):
+    """Tokens and log probabilities, bit for bit; the rows in another order too."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    items = [draw_request(rng) for _ in range(40)]
+    logits = 5 * torch.randn(len(items), VOCABULARY)
+    order = rng.sample(range(len(items)), len(items))
+    together = Sampler(frozenset([EOS])).sample(logits[order], [items[i] for i in order])
+    for place, i in enumerate(order):
+        alone = Sampler(frozenset([EOS])).sample(logits[i : i + 1].clone(), [items[i]])
+        assert alone.token_ids[0] == together.token_ids[place]
+        assert alone.logprobs.get(0) == together.logprobs.get(place)
+
+
+def test_who_asks_for_nothing_pays_nothing(monkeypatch):
+    """Plain requests read no processor's state, even beside requests of earlier steps that do."""
+    sampler = Sampler(frozenset())
+    heavy = SamplingParams(presence_penalty=1, logit_bias={1: 2.0}, min_tokens=5, stop_token_ids=[2])
+    sampler.sample(torch.randn(1, VOCABULARY), [sequence(heavy, [[1, 2]], [1], [])])
+    monkeypatch.setattr(Sampler, "_change", lambda *_: pytest.fail("the logits are changed"))
+    monkeypatch.setattr("cupaged.engine.sampler.token_logprobs", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("cupaged.engine.distribution._truncate", lambda *_: pytest.fail("truncated"))
+    plain = [sequence(SamplingParams(temperature=t), [], [1], []) for t in (0, 0.5, 0, 1)]
+    sampler.sample(torch.randn(4, VOCABULARY), plain)
+    monkeypatch.setattr("cupaged.engine.sampler.weights", lambda *_: pytest.fail("drawn"))
+    sampler.sample(torch.randn(2, VOCABULARY), plain[::2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "warper"),
+    [
+        ({"temperature": 0.6}, tf.TemperatureLogitsWarper(0.6)),
+        ({"min_p": 0.1}, tf.MinPLogitsWarper(0.1)),
+        ({"top_k": 5}, tf.TopKLogitsWarper(5)),
+        ({"top_k": 290}, tf.TopKLogitsWarper(290)),
+        ({"top_p": 0.8}, tf.TopPLogitsWarper(0.8)),
+        ({"top_p": 0.9999}, tf.TopPLogitsWarper(0.9999)),
+    ],
+    ids=["temperature", "min_p", "top_k", "larger top_k", "top_p", "larger top_p"],
+)
+def test_the_distribution_is_that_of_transformers_warpers(settings, warper, seed):
+    logits = torch.randn(20, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    found = distribution(logits, [SamplingParams(**settings)] * 20)
+    expected = warper(None, logits.double()).softmax(-1)
+    # float32 may put a token at the border on the other side
+    same = (found > 0) == (expected > 0)
+    assert (~same).sum() <= 2
+    torch.testing.assert_close(found[same], expected[same], rtol=1e-2, atol=1e-4)
+
+
+def test_drawn_mixes_of_warpers(seed):
+    """min-p, then top-k, then top-p, each of what the one before leaves."""
+    rng = random.Random(seed)
+    params = [draw_request(rng).group.params for _ in range(300)]
+    params = [p for p in params if not p.greedy]
+    logits = 3 * torch.randn(len(params), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    off = 0
+    for row, one, found in zip(logits.double(), params, distribution(logits, params)):
+        scores = tf.TemperatureLogitsWarper(float(one.temperature))(None, row[None])
+        if one.min_p:
+            scores = tf.MinPLogitsWarper(one.min_p)(None, scores)
+        if 0 < one.top_k < VOCABULARY:
+            scores = tf.TopKLogitsWarper(one.top_k)(None, scores)
+        if one.top_p < 1:
+            scores = tf.TopPLogitsWarper(one.top_p)(None, scores)
+        expected = scores.softmax(-1)[0]
+        if not torch.equal(found > 0, expected > 0):
+            off += 1
+            assert ((found > 0) != (expected > 0)).sum() == 1
+            continue
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert off <= 3
+
+
+def distribution(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    settings = (np.array([getattr(p, n) for p in params]) for n in ("temperature", "min_p", "top_k", "top_p"))
+    found = weights(logits, *settings).double()
+    return found / found.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("top", [1, 5, 256, 257, 390])
+def test_of_equal_tokens_the_first_stay(top, seed):
+    """Half precision has many equals; exactly k of them stay, whichever way they were found."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (6, VOCABULARY), generator=generator).bfloat16()
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :top]
+    kept = distribution(logits, [SamplingParams(top_k=top)] * 6) > 0
+    assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order, True))
+
+
+def test_bad_words_give_way_when_nothing_else_is_left():
+    params = SamplingParams(temperature=0, allowed_token_ids=[5, 6])
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, 6] = 1
+    stuck = sequence(params, [[5], [4, 6]], [1], [4])
+    free = sequence(params, [[6]], [1], [4])
+    assert Sampler(frozenset()).sample(logits, [stuck, free]).token_ids == [[6], [5]]
+
+
+class Words:
+    """A tokenizer of pieces, the longest first."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = sorted(pieces, key=len, reverse=True)
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        found = []
+        while text:
+            piece = next(piece for piece in self.pieces if text.startswith(piece))
+            found.append(self.pieces.index(piece))
+            text = text[len(piece) :]
+        return {"input_ids": found}
+
+    def ids(self, *pieces: str) -> tuple[int, ...]:
+        return tuple(self.pieces.index(piece) for piece in pieces)
+
+
+def test_bad_words_have_the_tokens_of_both_their_places():
+    words = Words(" sun", "sun", "suns", "hine", " sunshine", " ", "e")
+    # One token after a space and two at the start of a text, which transformers' rule would miss.
+    assert bad_words.tokenise(words, ["sunshine"]) == (words.ids("suns", "hine"), words.ids(" sunshine"))
+    assert bad_words.tokenise(words, [" sun"]) == (words.ids("sun"), words.ids(" sun"))
+    # A space of its own adds nothing: the word is complete without it.
+    assert bad_words.tokenise(words, ["e", "hine"]) == (words.ids("e"), words.ids("hine"))
+    assert bad_words.tokenise(words, []) == ()
+    with pytest.raises(ValueError, match=r"bad_words.*'x'"):
+        bad_words.tokenise(lambda *_, **__: {"input_ids": []}, ["x"])
