@@ -6,7 +6,8 @@ import pytest
 import transformers as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cupaged.engine.detokenizer import Detokenizer
 from tests import tiny_models
@@ -31,9 +32,28 @@ def byte_fallback_tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(scope="module", params=["byte_level", "byte_fallback"])
+def metaspace_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """As T5's and XLNet's: pieces with their space in front, and no bytes: what has no piece is lost."""
+    characters = "ab ✓é€漢字🙂🏳\ufe0f\u200d🌈\nprompt"
+    pieces = [*("<unk>", "<s>", "</s>"), "▁", "▁a", "▁b", "ab", *dict.fromkeys(characters.replace(" ", ""))]
+    vocab = [(piece, -float(len(pieces) - i) / 9) for i, piece in enumerate(pieces)]
+    core = Tokenizer(models.Unigram(vocab, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return tf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = {
+    "byte_level": tiny_models.tokenizer,
+    "byte_fallback": byte_fallback_tokenizer,
+    "metaspace": metaspace_tokenizer,
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
 def tokenizer(request) -> tf.PreTrainedTokenizerFast:
-    return tiny_models.tokenizer() if request.param == "byte_level" else byte_fallback_tokenizer()
+    return TOKENIZERS[request.param]()
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -114,3 +134,74 @@ def test_special_tokens_are_skipped_or_shown():
     output = [*ids_of(tokenizer, "a"), tiny_models.START, *ids_of(tokenizer, "b"), tiny_models.EOS]
     assert "".join(deltas(tokenizer, [tiny_models.START], output)) == "ab"
     assert "".join(deltas(tokenizer, [], output, skip_special_tokens=False)) == "a<start>b<eos>"
+
+
+class Counted:
+    """A tokenizer that counts what it decodes."""
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.sizes: list[int] = []
+
+    def decode(self, ids: list[int], **options) -> str:
+        self.sizes.append(len(ids))
+        return self._tokenizer.decode(ids, **options)
+
+
+def streams(tokenizer) -> dict[str, list[int]]:
+    """Tokens that a decoder could wait on for ever, by name; each to be repeated."""
+    euro, start = ids_of(tokenizer, "\n€")[-3:], ids_of(tokenizer, "\n🙂")[-4:-1]
+    return {
+        "text": ids_of(tokenizer, "ab ✓é漢🙂 "),
+        "continuation bytes": euro[1:],
+        "starts of characters": start[:1],
+        "characters cut short": start,
+        "special tokens": [tokenizer.eos_token_id],
+        "no text": [len(tokenizer) + 5],
+        "special tokens within a character": [euro[0], *[tokenizer.eos_token_id] * 20, *euro[1:]],
+    }
+
+
+@pytest.mark.parametrize("name", list(streams(tiny_models.tokenizer())))
+def test_a_token_costs_the_same_however_long_the_output_is(tokenizer, name):
+    """No timing: how often the tokenizer is called, and with how many tokens."""
+    stream = streams(tokenizer)[name]
+    totals = []
+    for length in (300, 3000):
+        counted = Counted(tokenizer)
+        detokenizer = Detokenizer(counted, ids_of(tokenizer, "prompt"), True)
+        for i in range(length):
+            detokenizer.append([stream[i % len(stream)]])
+        assert max(counted.sizes) <= 20
+        assert len(counted.sizes) <= 7 * length
+        totals.append(sum(counted.sizes))
+    assert totals[1] <= 11 * totals[0]
+
+
+def test_a_long_prompt_costs_no_more_than_a_short_one():
+    tokenizer = tiny_models.tokenizer()
+    for length in (10, 10000):
+        counted = Counted(tokenizer)
+        Detokenizer(counted, ids_of(tokenizer, "x") * length, True)
+        assert sum(counted.sizes) <= 20
+
+
+@pytest.mark.parametrize("end", [[], [2], [2] * 40])  # </s>, which has no text
+def test_a_space_after_special_tokens_is_kept(end):
+    """The decoder drops the space at the start of a text, and this is not the start."""
+    tokenizer = byte_fallback_tokenizer()
+    prompt, output = ids_of(tokenizer, "a") + end, ids_of(tokenizer, "b a")
+    assert "".join(deltas(tokenizer, prompt, [2] * 9 + output)) == " b a"
+    assert "".join(deltas(tokenizer, [1], output)) == "b a"
+
+
+@given(st.lists(st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x41, 256, 257, 300]), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_bytes_that_nearly_are_characters_add_up(output):
+    """Held back or given up, with special tokens and tokens without a text between them."""
+    tokenizer = tiny_models.tokenizer()
+    alphabet = tokenizer.get_vocab()
+    byte_of = bytes_to_unicode()
+    ids = [alphabet[byte_of[i]] if i < 256 else i for i in output]
+    parts = deltas(tokenizer, ids_of(tokenizer, "prompt"), ids)
+    assert "".join(parts) == decode(tokenizer, ids)
