@@ -34,6 +34,7 @@ def says(llama_dir, monkeypatch):
 
 
 EOS = tiny_models.EOS
+INCLUDE = {"include_stop_str_in_output": True}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,15 @@ EOS = tiny_models.EOS
         (("one, two",), {"stop": ["two"], "max_tokens": 8}, "one, ", 8, "stop", "two"),
         (("aab", EOS), {"stop": ["ac"]}, "aab", 4, "stop", None),
         (("é☃", EOS), {"stop": ["☃"]}, "é", 5, "stop", "☃"),
+        (("one, two",), {"stop": [", "], **INCLUDE}, "one, ", 5, "stop", ", "),
+        (("hello!",), {"stop_token_ids": [0], **INCLUDE}, "hello!", 6, "stop", 0),
+        (("hello", EOS), {"skip_special_tokens": False, **INCLUDE}, "hello<eos>", 6, "stop", None),
+        (("hello", EOS), {"skip_special_tokens": False}, "hello", 6, "stop", None),
+        # a stop string counts from the token on that makes the output long enough
+        (("a,b,c,",), {"stop": [","], "min_tokens": 3}, "a,b", 4, "stop", ","),
+        (("a,b,c,",), {"stop": [","], "min_tokens": 4}, "a,b", 4, "stop", ","),
+        (("a,b,c,",), {"stop": [",b,"], "min_tokens": 4, **INCLUDE}, "a,b,", 4, "stop", ",b,"),
+        (("a,b,c,",), {"stop": [",b"], "min_tokens": 4, "max_tokens": 5}, "a,b,c", 5, "length", None),
     ],
 )
 def test_an_output_ends_where_it_should(says, said, params, text, num_tokens, reason, stop_reason):

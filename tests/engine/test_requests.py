@@ -32,6 +32,19 @@ BAD_REQUESTS = {
     "too long a prompt": (prompt(128), GREEDY, "max_model_len"),
     "too many outputs": (prompt(4), SamplingParams(n=9), "max_num_seqs"),
     "outputs too long for the pool": (prompt(4), SamplingParams(n=8, max_tokens=100), "blocks"),
+    "too many candidates": (prompt(4), SamplingParams(best_of=9), "best_of"),
+    "a bias beyond the vocabulary": (prompt(4), SamplingParams(logit_bias={320: 1.0}), "logit_bias"),
+    "allowed beyond the vocabulary": (
+        prompt(4),
+        SamplingParams(allowed_token_ids=[320]),
+        "allowed_token_ids",
+    ),
+    "a stop token beyond the vocabulary": (prompt(4), SamplingParams(stop_token_ids=[320]), "stop_token_ids"),
+    "nothing left to sample": (
+        prompt(4),
+        SamplingParams(min_tokens=2, allowed_token_ids=[257, 5], stop_token_ids=[5]),
+        "allowed_token_ids",
+    ),
     "params of another type": (prompt(4), {"temperature": 0}, "sampling_params"),
     "an id in use": (prompt(4), GREEDY, "request_id"),
 }

@@ -46,7 +46,7 @@ def draw_request(rng: random.Random) -> ScheduledSequence:
         return rng.choice(values)
 
     def tokens(most: int) -> list[int]:
-        return [rng.randrange(12) for _ in range(rng.randint(1, most))]
+        return [rng.randrange(4) for _ in range(rng.randint(1, most))]
 
     bias = {rng.randrange(VOCABULARY): rng.uniform(-100, 100) for _ in range(rng.randrange(1, 9))}
     params = SamplingParams(
@@ -110,12 +110,16 @@ def test_drawn_mixes_over_many_steps(seed):
     torch.manual_seed(seed)
     sampler = Recorder(frozenset([EOS]))
     items = [draw_request(rng) for _ in range(30)]
-    for _ in range(12):
-        batch = rng.sample(items, rng.randint(1, len(items)))
+    batch: list[ScheduledSequence] = []
+    for step in range(16):
+        if step % 4 == 0 or any(item not in items for item in batch):
+            batch = rng.sample(items, rng.randint(1, len(items)))
+        elif step % 4 == 2:  # the same ones in another order
+            rng.shuffle(batch)
         assert_equal(sampler, 5 * torch.randn(len(batch), VOCABULARY), batch)
         for item in batch:
-            item.seq.token_ids.append(rng.randrange(12))
-        for item in rng.sample(items, 3):
+            item.seq.token_ids.append(rng.randrange(4))
+        for item in rng.sample(items, 3) if step % 4 == 3 else ():
             items.remove(item)
             if rng.random() < 0.5:
                 sampler.release(item.group)

@@ -18,6 +18,20 @@ BAD = {
     "max_tokens": [0, -5, 2.5, "10"],
     "stop": ["", ["a", ""], [1], 5, [None]],
     "stop_token_ids": [5, [1.0], ["a"], "abc", [True], [None]],
+    "ignore_eos": [1, None, "yes"],
+    "skip_special_tokens": [0, None],
+    "best_of": [0, 1.5, True],
+    "min_p": [-0.1, 1.1, math.nan, None],
+    "presence_penalty": [-2.1, 2.1, math.nan, "1", None],
+    "frequency_penalty": [-2.1, 2.1, math.inf, None],
+    "repetition_penalty": [0, -1, 0.001, 1000, math.nan, None],
+    "logit_bias": [5, [1], {"5": 1.0}, {5: 101}, {5: -101}, {5: math.nan}, {5: "1"}, {1.5: 1}],
+    "allowed_token_ids": [[], 5, [1.5], ["a"], [True]],
+    "bad_words": ["", [" "], [1], 5, [None]],
+    "min_tokens": [-1, 1.5, None, True],
+    "include_stop_str_in_output": [1, None],
+    "logprobs": [-2, 1.5, True, "2"],
+    "prompt_logprobs": [-2, 1.5, True, "2"],
 }
 
 
@@ -42,6 +56,8 @@ def test_a_bad_value_is_refused_by_name(name, value):
         {"seed": 2**200},
         {"max_tokens": None},
         {"stop": None, "stop_token_ids": None},
+        {"n": 2, "best_of": 2, "min_tokens": 16, "min_p": 1, "bad_words": None, "logit_bias": {}},
+        {"logprobs": -1, "prompt_logprobs": 0, "allowed_token_ids": (5,), "logit_bias": {np.int64(5): 100}},
         {"n": np.int64(2), "top_k": np.int32(5), "top_p": np.float32(0.5)},
     ],
 )
@@ -54,3 +70,26 @@ def test_stop_is_a_tuple_however_it_was_given():
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams().stop == ()
     assert SamplingParams(stop_token_ids=iter([1, 2])).stop_token_ids == (1, 2)
+
+
+def test_settings_that_contradict_each_other_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^best_of must be at least n, which is 3, got 2"):
+        SamplingParams(n=3, best_of=2)
+    with pytest.raises(ValueError, match=r"^min_tokens must be at most max_tokens, which is 4, got 5"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+    SamplingParams(min_tokens=5000, max_tokens=None)
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
+@pytest.mark.parametrize("token", [-1, 50])
+def test_tokens_beyond_the_vocabulary_are_refused_by_name(name, token):
+    params = SamplingParams(**{name: {token: 1.0} if name == "logit_bias" else [token]})
+    with pytest.raises(ValueError, match=f"^{name} must have token ids from 0 to 49, got {token}"):
+        params.check_vocabulary(50)
+
+
+def test_a_callers_own_dictionary_may_change():
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[5] = 1000.0
+    assert params.logit_bias == {5: 1.0}
