@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 
 from .async_engine import AsyncEngine, EngineDeadError
 from .chat import chat_prompt
-from .completions import CHAT, TEXT, Completions
+from .choices import CHAT, TEXT
+from .completions import Completions
 from .metrics import Metrics
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body, shown
 
@@ -41,10 +42,10 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     # The interactive documentation would load its scripts from elsewhere.
     app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(served_model_name, engine.stats)
-    completions = Completions(engine, metrics, served_model_name)
     started = int(time.time())
     # A copy: the engine's thread uses its own, and fast tokenizers are not for two threads at once.
     tokenizer = copy.deepcopy(engine.engine.tokenizer)
+    completions = Completions(engine, metrics, tokenizer, served_model_name)
     _add_error_handlers(app)
 
     def check_model(name: str) -> None:
@@ -58,15 +59,13 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
         check_model(body.model)
         prompt = chat_prompt(tokenizer, body)
         params = body.sampling_params(default_max_tokens=None)
-        return await completions.respond(request, CHAT, [prompt], params, body.stream, body.stream_options)
+        return await completions.respond(request, CHAT, [prompt], params, body.wanted())
 
     @app.post("/v1/completions")
     async def text_completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
         params = body.sampling_params(default_max_tokens=16)
-        return await completions.respond(
-            request, TEXT, body.prompts(), params, body.stream, body.stream_options
-        )
+        return await completions.respond(request, TEXT, body.prompts(), params, body.wanted())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -7,71 +7,40 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from transformers import PreTrainedTokenizerBase
 
 from ..engine import Prompt
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
+from .choices import CHAT, Choice, Style
+from .logprobs import for_prompt
 from .metrics import Metrics
-from .protocol import StreamOptions, error_body
+from .protocol import Wanted, error_body
 
 Json = dict[str, Any]
 _Positioned = tuple[int, RequestOutput]  # which prompt's output it is
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one of the endpoints writes its answers."""
-
-    id_prefix: str
-    object: str
-    chunk_object: str
-    choice: Callable[[int, str, str | None], Json]  # index, text, finish reason
-    delta: Callable[[int, str, str | None], Json]
-    opening: Callable[[int], Json] | None = None  # a first chunk of every choice
-
-
-def _text_choice(index: int, text: str, finish_reason: str | None) -> Json:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _chat_choice(index: int, text: str, finish_reason: str | None) -> Json:
-    message = {"role": "assistant", "content": text}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _chat_delta(index: int, text: str, finish_reason: str | None) -> Json:
-    delta = {"content": text} if text else {}
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _chat_opening(index: int) -> Json:
-    delta = {"role": "assistant", "content": ""}
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-TEXT = Style("cmpl-", "text_completion", "text_completion", _text_choice, _text_choice)
-CHAT = Style(
-    "chatcmpl-", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_delta, _chat_opening
-)
 
 
 class Completions:
     """Answers completion requests with an engine.
 
     Args:
+        tokenizer: the engine's, or a copy for the thread of the server.
         model_name: what answers say the model is.
     """
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, model_name: str) -> None:
+    def __init__(
+        self, engine: AsyncEngine, metrics: Metrics, tokenizer: PreTrainedTokenizerBase, model_name: str
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._tokenizer = tokenizer
         self._model_name = model_name
 
     async def respond(
@@ -80,8 +49,7 @@ class Completions:
         style: Style,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        stream: bool,
-        options: StreamOptions | None,
+        wanted: Wanted,
     ) -> Response:
         """Run one request of several prompts, each with ``params.n`` choices.
 
@@ -91,23 +59,26 @@ class Completions:
         """
         head: Json = {
             "id": f"{style.id_prefix}{uuid.uuid4().hex}",
-            "object": style.chunk_object if stream else style.object,
+            "object": style.chunk_object if wanted.stream else style.object,
             "created": int(time.time()),
             "model": self._model_name,
         }
         outputs = self._run(head["id"], prompts, params)
-        if not stream:
+        choices = [
+            Choice(style, index, self._tokenizer, params, wanted) for index in range(len(prompts) * params.n)
+        ]
+        if not wanted.stream:
             latest = await _unless_disconnected(request, _collect(outputs))
             return (
                 Response(status_code=499)
                 if latest is None
-                else JSONResponse(_whole(head, style, latest, params))
+                else JSONResponse(_whole(head, style, choices, latest, params, wanted))
             )
         # A refusal comes with the first output, while the status can still say so.
         first = await _unless_disconnected(request, anext(outputs))
         if first is None:
             return Response(status_code=499)
-        events = _events(head, style, first, outputs, params, options or StreamOptions(), len(prompts))
+        events = _events(head, choices, first, outputs, params, wanted)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -164,29 +135,35 @@ async def _unless_disconnected(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-def _whole(head: Json, style: Style, latest: dict[int, RequestOutput], params: SamplingParams) -> Json:
+def _whole(
+    head: Json,
+    style: Style,
+    choices: Sequence[Choice],
+    latest: dict[int, RequestOutput],
+    params: SamplingParams,
+    wanted: Wanted,
+) -> Json:
     ordered = [latest[position] for position in sorted(latest)]
-    choices = [
-        style.choice(position * params.n + one.index, one.text, one.finish_reason)
+    found = [
+        choices[position * params.n + one.index].whole(output, one)
         for position, output in enumerate(ordered)
         for one in output.outputs
     ]
-    return {**head, "choices": choices, "usage": _usage(ordered)}
+    answer = {**head, "choices": found, "usage": _usage(ordered, wanted)}
+    if wanted.prompt_logprobs is not None and style is CHAT:
+        answer["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
+    return answer
 
 
 async def _events(
     head: Json,
-    style: Style,
+    choices: Sequence[Choice],
     first: _Positioned,
     rest: AsyncGenerator[_Positioned, None],
     params: SamplingParams,
-    options: StreamOptions,
-    num_prompts: int,
+    wanted: Wanted,
 ) -> AsyncIterator[str]:
     """The lines of a stream of server-sent events."""
-    num_choices = num_prompts * params.n
-    shown = [0] * num_choices
-    ended = [False] * num_choices
     latest: dict[int, RequestOutput] = {}
 
     def event(choices: list[Json], **more: Any) -> str:
@@ -194,20 +171,16 @@ async def _events(
 
     async with contextlib.aclosing(rest):
         try:
-            if style.opening is not None:
-                for index in range(num_choices):
-                    yield event([style.opening(index)])
+            for choice in choices:
+                if opening := choice.opening():
+                    yield event([opening])
             async for position, output in _chain(first, rest):
                 latest[position] = output
                 for one in output.outputs:
-                    index = position * params.n + one.index
-                    text = one.text[shown[index] :]
-                    if ended[index] or not (text or one.finish_reason):
-                        continue
-                    shown[index], ended[index] = len(one.text), one.finish_reason is not None
-                    yield event([style.delta(index, text, one.finish_reason)])
-            if options.include_usage:
-                yield event([], usage=_usage(list(latest.values())))
+                    if piece := choices[position * params.n + one.index].next(output, one):
+                        yield event([piece])
+            if wanted.include_usage:
+                yield event([], usage=_usage(list(latest.values()), wanted))
         except Exception as error:  # the status is sent: all that is left is to say it in the stream
             yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
     yield "data: [DONE]\n\n"
@@ -219,7 +192,8 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield item
 
 
-def _usage(outputs: Sequence[RequestOutput]) -> Json:
+def _usage(outputs: Sequence[RequestOutput], wanted: Wanted) -> Json:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     sampled = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    sampled = 0 if wanted.only_prompt else sampled
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}

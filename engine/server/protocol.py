@@ -6,6 +6,7 @@ A field that would change the answer and is not supported is refused; other unkn
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import (
@@ -50,6 +51,30 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer has beside the texts of its choices.
+
+    Args:
+        stream: send the answer in pieces; ``include_usage``, and the number of tokens at the end.
+        logprobs: log probabilities of each token and this many most likely ones.
+        prompt_logprobs: the same of the prompt's tokens, in vLLM's shape.
+        echo: the prompt comes first in each text; ``only_prompt``, and nothing after it.
+    """
+
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    only_prompt: bool = False
+
+    @property
+    def prompt_logprobs_needed(self) -> int | None:
+        counts = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in counts if count is not None), default=None)
+
+
 class _Sampling(_Strict):
     """The fields that both endpoints share."""
 
@@ -64,6 +89,17 @@ class _Sampling(_Strict):
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    best_of: int | None = Field(default=None, le=128)
+    min_p: float = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = Field(default_factory=list)
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -72,7 +108,7 @@ class _Sampling(_Strict):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name, neutral in UNSUPPORTED.items():
-                value = data.get(name)
+                value = None if name in cls.model_fields else data.get(name)
                 # 0 == False, but logprobs=0 asks for something
                 same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
                 if value is not None and not any(same):
@@ -83,6 +119,13 @@ class _Sampling(_Strict):
     def _options_of_a_stream(self) -> _Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; set stream to true or leave it out")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not for streams; set stream to false or leave it out")
+        if self.stream and (self.best_of or 0) > self.n:
+            raise ValueError(
+                "best_of above n is not for streams: which outputs are best is known at the end; "
+                "set stream to false or leave it out"
+            )
         return self
 
     def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
@@ -98,42 +141,55 @@ class _Sampling(_Strict):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
+            best_of=self.best_of,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_token_biases(self.logit_bias or {}),
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words,
+            min_tokens=self.min_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logprobs=self.wanted().logprobs,
+            prompt_logprobs=self.wanted().prompt_logprobs_needed,
         )
+
+    def wanted(self) -> Wanted:
+        """What the answer is to have beside the texts."""
+        raise NotImplementedError
+
+
+def _token_biases(biases: dict[str, float]) -> dict[int, float]:
+    found = {}
+    for token, bias in biases.items():
+        if not token.isdecimal():
+            raise ValueError(f"logit_bias must have token ids for names, got {shown(token)}")
+        found[int(token)] = bias
+    return found
 
 
 # Fields that change the answer and are not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "detokenize": (True,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -176,6 +232,14 @@ class ChatCompletionRequest(_Sampling):
     max_completion_tokens: int | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _logprobs_of_what(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs; set logprobs to true or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _newer_name(self) -> ChatCompletionRequest:
@@ -183,12 +247,38 @@ class ChatCompletionRequest(_Sampling):
             self.max_tokens = self.max_completion_tokens
         return self
 
+    def wanted(self) -> Wanted:
+        return Wanted(
+            stream=self.stream,
+            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
 
 class CompletionRequest(_Sampling):
     prompt: Annotated[
         str | list[int] | list[str] | list[list[int]],
         _must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
     ]
+
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = None
+
+    def wanted(self) -> Wanted:
+        return Wanted(
+            stream=self.stream,
+            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            echo=bool(self.echo),
+            only_prompt=bool(self.echo) and self.max_tokens == 0,
+        )
+
+    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
+        if self.wanted().only_prompt:  # the engine samples at least one token; the answer leaves it out
+            return self.model_copy(update={"max_tokens": 1}).sampling_params(default_max_tokens)
+        return super().sampling_params(default_max_tokens)
 
     def prompts(self) -> list[str | dict[str, list[int]]]:
         """One engine prompt for each that was given.
