@@ -66,5 +66,13 @@ def assert_clean(engine: LLMEngine) -> None:
     assert stats.num_running == stats.num_waiting == stats.num_swapped == 0
     assert not engine._groups
     assert not engine._processor._states
+    assert not engine._processor._prompts
+    sampler = engine._sampler
+    assert not sampler._row_of
+    assert sorted(sampler._free) == list(range(len(sampler._settings)))
+    assert not any(
+        len(of._rows) for of in (sampler._allowed, sampler._ending, sampler._biases, sampler._bad_words)
+    )
+    assert len(sampler._penalties._free) == len(sampler._penalties._seen)
     assert not engine._blocks._tables
     assert not engine._blocks._swapped

@@ -195,13 +195,30 @@ def test_a_space_after_special_tokens_is_kept(end):
     assert "".join(deltas(tokenizer, [1], output)) == "b a"
 
 
-@given(st.lists(st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x41, 256, 257, 300]), max_size=60))
-@settings(max_examples=150, deadline=None)
-def test_bytes_that_nearly_are_characters_add_up(output):
+EURO = [0xE2, 0x82, 0xAC]
+
+
+@given(
+    st.lists(
+        st.sampled_from([EURO, *([b] for b in (0xE2, 0x82, 0xAC, 0xF0, 0x41, 256, 257, 300))]), max_size=40
+    ),
+    st.integers(1, 14),
+)
+@example([[0xFF]] * 7 + [EURO, [0xFF], [0xFF]], 12)
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_nearly_are_characters_add_up(output, at_once):
     """Held back or given up, with special tokens and tokens without a text between them."""
     tokenizer = tiny_models.tokenizer()
-    alphabet = tokenizer.get_vocab()
-    byte_of = bytes_to_unicode()
-    ids = [alphabet[byte_of[i]] if i < 256 else i for i in output]
-    parts = deltas(tokenizer, ids_of(tokenizer, "prompt"), ids)
-    assert "".join(parts) == decode(tokenizer, ids)
+    vocabulary, character = tokenizer.get_vocab(), bytes_to_unicode()
+    ids = [vocabulary[character[i]] if i < 256 else i for part in output for i in part]
+    detokenizer = Detokenizer(tokenizer, ids_of(tokenizer, "prompt"), True)
+    parts = [detokenizer.append(ids[i : i + at_once]) for i in range(0, len(ids), at_once)]
+    assert "".join([*parts, detokenizer.flush()]) == decode(tokenizer, ids)
+
+
+def test_a_wrong_byte_spoils_no_text_that_is_out():
+    """This decoder turns the whole run of bytes around a wrong one into U+FFFD."""
+    tokenizer = byte_fallback_tokenizer()
+    euro, wrong, word = ids_of(tokenizer, "€")[-3:], 3 + 0xFF, ids_of(tokenizer, "b a")[-1]
+    assert decode(tokenizer, [*euro, wrong]) == "\ufffd" * 4
+    assert deltas(tokenizer, ids_of(tokenizer, "a"), [*euro, wrong, word])[2:] == ["€", "", "\ufffd a", ""]
