@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, RequestOutput, SamplingParams
+from cupaged.engine.plan import Draft
 from tests import tiny_models
 
 from .harness import SMALL, finish, run, small_engine
@@ -100,12 +101,19 @@ def test_a_preempted_prompt_keeps_what_it_has_and_completes_it(llama_dir, model)
         engine.step()
     assert group.seqs[0].num_computed < len(prompt)
     engine._scheduler.running.remove(group)
-    from cupaged.engine.scheduler import _Draft
-
-    engine._scheduler._preempt(group, _Draft(0))
+    engine._scheduler._preempt(group, Draft(0))
     assert group.seqs[0].num_computed == 0
     output = finish(engine)["x"]
     check(output.prompt_logprobs[1:], prompt[1:], expected(model, prompt), 1, engine.tokenizer)
+
+
+def test_a_cached_prompt_is_computed_again_for_its_log_probabilities(llama_dir, model):
+    engine = small_engine(llama_dir)
+    prompt = [3 * i % 256 for i in range(40)]
+    for _ in range(2):
+        params = SamplingParams(max_tokens=2, prompt_logprobs=1)
+        output = run(engine, {"x": ({"prompt_token_ids": prompt}, params)})["x"]
+        check(output.prompt_logprobs[1:], prompt[1:], expected(model, prompt), 1, engine.tokenizer)
 
 
 def test_all_of_the_vocabulary(llama_dir):

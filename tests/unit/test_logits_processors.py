@@ -13,9 +13,9 @@ import transformers as tf
 
 from cupaged.engine import SamplingParams, bad_words
 from cupaged.engine.distribution import weights
+from cupaged.engine.plan import ScheduledSequence
 from cupaged.engine.request import Sequence, SequenceGroup
 from cupaged.engine.sampler import Sampler
-from cupaged.engine.scheduler import ScheduledSequence
 
 VOCABULARY = 400  # more than is looked at before tokens are sorted
 EOS = 3
