@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import EngineConfig
     from .engine import LLMEngine
     from .llm import LLM
-    from .outputs import CompletionOutput, RequestOutput
+    from .outputs import CompletionOutput, Logprob, RequestOutput
     from .sampling_params import SamplingParams
 
 _MODULES = {
@@ -22,9 +22,18 @@ _MODULES = {
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
+    "Logprob": "outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "LLMEngine", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "LLMEngine",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:
