@@ -1,5 +1,5 @@
-// Attention of a few query tokens a sequence over its paged cache, on CUDA cores: float32, groups
-// of one query head, and GPUs without bfloat16 tensor cores. paged_decode_mma.cu serves the rest.
+// Attention of a few query tokens a sequence over its paged cache, on CUDA cores: float32, and GPUs
+// without bfloat16 tensor cores. paged_decode_mma.cu serves the rest.
 //
 //   query            [T, H, D], contiguous in D         out  the same
 //   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null

@@ -193,14 +193,13 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
         for cache_dtype in (dtype,) if dtype == "fp32" else (dtype, *CACHE_DTYPES):
-            # One query head is left to CUDA cores where there are tensor cores for more.
-            tiles = HEAD_TILES[:1] if tensor_cores else head_tiles(cache_dtype)
             for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
-                specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
                 if tensor_cores:
                     specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
                     specs.append(spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch))
                 else:
+                    tiles = head_tiles(cache_dtype)
+                    specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
                     specs.append(spec_paged_prefill(dtype, cache_dtype, head_size))
     return tuple(specs)
 

@@ -32,34 +32,32 @@ def emulated_arch(request, monkeypatch, seed) -> str:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cache", "group", "longest_query", "arch", "name"),
+    ("dtype", "cache", "group", "arch", "name"),
     [
-        ("bf16", "bf16", 4, 1, "90a", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
-        ("fp16", "fp16", 8, 1, "86", "paged_decode_mma[dtype=fp16, head_size=128, stages=2]"),
-        ("bf16", "bf16", 1, 4, "80", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
+        ("bf16", "bf16", 4, "90a", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
+        ("fp16", "fp16", 8, "86", "paged_decode_mma[dtype=fp16, head_size=128, stages=2]"),
+        ("bf16", "bf16", 1, "80", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
         (
             "bf16",
             "int8",
             4,
-            1,
             "86",
             "paged_decode_mma[dtype=bf16, cache_dtype=int8, head_size=128, stages=3]",
         ),
-        ("bf16", "bf16", 1, 1, "90a", "paged_decode[dtype=bf16, head_size=128, head_tile=1]"),
-        ("bf16", "bf16", 4, 1, "75", "paged_decode[dtype=bf16, head_size=128, head_tile=4]"),
-        ("fp32", "fp32", 12, 1, "90a", "paged_decode[dtype=fp32, head_size=128, head_tile=8]"),
+        ("bf16", "bf16", 1, "90a", "paged_decode_mma[dtype=bf16, head_size=128, stages=3]"),
+        ("bf16", "bf16", 4, "75", "paged_decode[dtype=bf16, head_size=128, head_tile=4]"),
+        ("fp32", "fp32", 12, "90a", "paged_decode[dtype=fp32, head_size=128, head_tile=8]"),
         (
             "bf16",
             "int8",
             9,
-            1,
             "75",
             "paged_decode[dtype=bf16, cache_dtype=int8, head_size=128, head_tile=4]",
         ),
     ],
 )
-def test_the_choice(dtype, cache, group, longest_query, arch, name):
-    assert str(plans.decode_kernel(dtype, cache, 128, group, longest_query, False, arch).spec) == name
+def test_the_choice(dtype, cache, group, arch, name):
+    assert str(plans.decode_kernel(dtype, cache, 128, group, arch).spec) == name
 
 
 def draw_few(seed: int, **options):
