@@ -29,6 +29,7 @@ class AttentionMetadata:
         block_tables: int32 ``[S, max_blocks]``.
         seq_lens: int32 ``[S]``, tokens of each sequence, those of this step included.
         query_start_loc: int32 ``[S + 1]``, or None when every sequence has one token in this step.
+        shared_prefix: neighbours begin with the same blocks, and it may pay to read those once.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -37,6 +38,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor | None
+    shared_prefix: bool = False
 
 
 def register_attention() -> None:
@@ -95,5 +97,6 @@ def paged_attention_forward(
         sinks=None if s_aux is None else s_aux.float(),
         k_scale=k_scale,
         v_scale=v_scale,
+        shared_prefix=paged.shared_prefix,
     )
     return out.unsqueeze(0), None

@@ -18,6 +18,7 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
+LONG_PREFIX = 1024  # tokens that neighbours share before a search for them may pay
 
 
 class ModelRunner:
@@ -97,6 +98,7 @@ class ModelRunner:
             block_tables=self._tensor(block_tables),
             seq_lens=self._tensor((starts + counts).astype(np.int32)),
             query_start_loc=None if counts.max() == 1 else self._tensor(query_start_loc),
+            shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
         )
         output = self._model(
             input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
@@ -113,3 +115,14 @@ class ModelRunner:
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def shares_prefix(block_tables: np.ndarray, block_size: int) -> bool:
+    """Whether two sequences next to each other begin with the same `LONG_PREFIX` tokens.
+
+    Only a hint, which the kernels check: what lies past the end of a short table may be equal by chance.
+    """
+    blocks = LONG_PREFIX // block_size
+    if block_tables.shape[1] <= blocks:
+        return False
+    return bool((block_tables[1:, :blocks] == block_tables[:-1, :blocks]).all(axis=1).any())
