@@ -59,13 +59,13 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
         check_model(body.model)
         prompt = chat_prompt(tokenizer, body)
         params = body.sampling_params(default_max_tokens=None)
-        return await completions.respond(request, CHAT, [prompt], params, body.wanted())
+        return await completions.respond(request, CHAT, [prompt], params, body)
 
     @app.post("/v1/completions")
     async def text_completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
         params = body.sampling_params(default_max_tokens=16)
-        return await completions.respond(request, TEXT, body.prompts(), params, body.wanted())
+        return await completions.respond(request, TEXT, body.prompts(), params, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

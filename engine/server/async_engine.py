@@ -71,7 +71,7 @@ class AsyncEngine:
         return self._stats
 
     async def generate(
-        self, request_id: str, prompt: Prompt, params: SamplingParams
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run a request. Leaving the iterator early aborts it and frees its blocks.
 
@@ -86,7 +86,7 @@ class AsyncEngine:
 
         def add() -> None:
             try:
-                self.engine.add_request(request_id, prompt, params)
+                self.engine.add_request(request_id, prompt, params, priority=priority)
             except Exception as error:
                 stream.put(error)
                 # Anything but a refusal is a fault of ours; it must not end the thread either.

@@ -21,7 +21,7 @@ from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style
 from .logprobs import for_prompt
 from .metrics import Metrics
-from .protocol import Wanted, error_body
+from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
 
 Json = dict[str, Any]
 _Positioned = tuple[int, RequestOutput]  # which prompt's output it is
@@ -49,7 +49,7 @@ class Completions:
         style: Style,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        wanted: Wanted,
+        body: ChatCompletionRequest | CompletionRequest,
     ) -> Response:
         """Run one request of several prompts, each with ``params.n`` choices.
 
@@ -57,13 +57,16 @@ class Completions:
             ValueError: a prompt is malformed or can never run.
             EngineDeadError: the engine has failed or stops.
         """
+        wanted = body.wanted()
+        if body.cache_salt is not None:
+            prompts = [_salted(prompt, body.cache_salt) for prompt in prompts]
         head: Json = {
             "id": f"{style.id_prefix}{uuid.uuid4().hex}",
             "object": style.chunk_object if wanted.stream else style.object,
             "created": int(time.time()),
             "model": self._model_name,
         }
-        outputs = self._run(head["id"], prompts, params)
+        outputs = self._run(head["id"], prompts, params, body.priority)
         choices = [
             Choice(style, index, self._tokenizer, params, wanted) for index in range(len(prompts) * params.n)
         ]
@@ -84,7 +87,7 @@ class Completions:
         )
 
     async def _run(
-        self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams
+        self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams, priority: int
     ) -> AsyncGenerator[_Positioned, None]:
         """The outputs of all prompts as they come, each with its prompt's position."""
         arrived: asyncio.Queue[_Positioned | Exception] = asyncio.Queue()
@@ -92,7 +95,7 @@ class Completions:
         async def run_one(position: int, prompt: Prompt) -> None:
             timer = self._metrics.request()
             try:
-                stream = self._engine.generate(f"{request_id}-{position}", prompt, params)
+                stream = self._engine.generate(f"{request_id}-{position}", prompt, params, priority)
                 async with contextlib.aclosing(stream):
                     async for output in stream:
                         timer.observe(output)
@@ -112,6 +115,10 @@ class Completions:
         finally:  # one that fails, or a client that leaves, ends them all
             for task in tasks:
                 task.cancel()
+
+
+def _salted(prompt: Prompt, salt: str) -> Prompt:
+    return {**({"prompt": prompt} if isinstance(prompt, str) else prompt), "cache_salt": salt}
 
 
 async def _collect(outputs: AsyncGenerator[_Positioned, None]) -> dict[int, RequestOutput]:

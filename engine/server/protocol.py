@@ -100,6 +100,8 @@ class _Sampling(_Strict):
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    priority: int = 0
+    cache_salt: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -188,7 +190,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
@@ -220,3 +221,44 @@ def test_the_bytes_of_a_token():
         ids = tokenizer("€é", add_special_tokens=False)["input_ids"][-5:]
         assert b"".join(token_bytes(tokenizer, i, tokenizer.decode([i])) for i in ids) == "€é".encode()
     assert token_bytes(byte_level, tiny_models.EOS, "<eos>") == b"<eos>"
+
+
+def test_a_cache_salt_keeps_prompts_apart(server):
+    """Seen by the counter of cached tokens, for text, token ids and chats."""
+    client = server.client()
+    settings = {"model": MODEL, "max_tokens": 1, "temperature": 0}
+
+    def hits(call) -> int:
+        before = server.engine.stats().prefix_cache_hits
+        call()
+        return server.engine.stats().prefix_cache_hits - before
+
+    for prompt in ("a text that is long enough for a few blocks", list(range(65, 90))):
+
+        def ask(salt=None, prompt=prompt):
+            body = {} if salt is None else {"cache_salt": salt}
+            return client.completions.create(prompt=prompt, extra_body=body, **settings)
+
+        ask()
+        assert hits(ask) >= 16
+        assert hits(lambda: ask("pepper")) == 0
+        assert hits(lambda: ask("pepper")) >= 16
+    with pytest.raises(openai.BadRequestError, match="cache_salt"):
+        client.chat.completions.create(messages=CHAT, extra_body={"cache_salt": ""}, **settings)
+
+
+def test_the_priority_reaches_the_scheduler(server, monkeypatch):
+    given = []
+    add = server.engine.add_request
+
+    def recorded(*arguments, priority):
+        given.append(priority)
+        add(*arguments, priority=priority)
+
+    monkeypatch.setattr(server.engine, "add_request", recorded)
+    client = server.client()
+    client.completions.create(prompt="Hi", model=MODEL, max_tokens=1, extra_body={"priority": -3})
+    client.chat.completions.create(messages=CHAT, model=MODEL, max_tokens=1)
+    assert given == [-3, 0]
+    with pytest.raises(openai.BadRequestError, match="priority"):
+        client.completions.create(prompt="Hi", model=MODEL, extra_body={"priority": "high"})
