@@ -1,5 +1,7 @@
 # The same commands for people and for CI. `make help` lists them.
 PORT ?= 8000
+# Processes that run the tests. Most tests keep one core busy.
+JOBS ?= 2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ serve: $(SERVING)  ## chat server with the demo model on port $(PORT)
 	$(BIN)/python -m cupaged.serve --port $(PORT)
 
 test: $(TESTING)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(TESTING)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(SOURCES)
