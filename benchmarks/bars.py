@@ -95,6 +95,11 @@ def _quantised(results: dict[str, Result]) -> float | None:
     return min(found, default=None)
 
 
+def _mixed(results: dict[str, Result]) -> float | None:
+    rows = results["mixed"].rows if "mixed" in results else []
+    return min((row["of_parts"] for row in rows if "of_parts" in row), default=None)
+
+
 def _memory(
     name: str, ratio: str, condition: Callable[[Row], bool]
 ) -> Callable[[dict[str, Result]], float | None]:
@@ -130,6 +135,7 @@ BARS = (
     Bar("prefill, page sizes 16 to 128: slowest over fastest", 0.90, partial(_page_sizes, "prefill")),
     Bar("prefill: dense SDPA's time over ours", 0.95, _prefill("sdpa")),
     Bar("prefill: FlashInfer's time over ours", 1.0, _prefill("flashinfer")),
+    Bar("chunks and decodes in one call: their time alone over it", 0.95, _mixed),
     Bar(
         "copy_blocks, >= 64 MB: of copy",
         0.90,

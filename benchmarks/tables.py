@@ -88,6 +88,16 @@ def _memory(rows: list[Row]) -> Iterator[str]:
         )
 
 
+def _mixed(rows: list[Row]) -> Iterator[str]:
+    yield f"{'decodes and chunks':<44} {'us':>10} {'decodes':>10} {'chunks':>10}  parts over the whole"
+    for row in rows:
+        if "of_parts" not in row:
+            yield f"{row['name']:<44} WRONG: {row.get('wrong', 'not measured')}"
+            continue
+        times = "".join(f" {row['seconds'][name] * 1e6:>10.1f}" for name in ("mixed", "decodes", "chunks"))
+        yield f"{row['name']:<44}{times}  {row['of_parts']:.2f}"
+
+
 def _host(rows: list[Row]) -> Iterator[str]:
     depths = ("dispatched", "call", "backend", "launches")
     yield f"{'host us of':<20}" + "".join(f"{depth:>11}" for depth in depths)
@@ -101,6 +111,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
     "ceilings": _ceilings,
     "decode": _decode,
     "prefill": _prefill,
+    "mixed": _mixed,
     "memory": _memory,
     "host": _host,
 }

@@ -14,7 +14,7 @@ import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
 from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
-from benchmarks.sections import SECTIONS, attention, check, host, memory
+from benchmarks.sections import SECTIONS, attention, check, host, memory, mixed
 from cupaged import backends, checks
 from cupaged.backends import reference
 
@@ -67,6 +67,7 @@ def test_the_report_has_every_section(report):
         for row in sections[name]["rows"]:
             assert row["seconds"]["cupaged"] > 0
             assert row["seconds"]["sdpa"] > 0
+    assert all(row["of_parts"] > 0 for row in sections["mixed"]["rows"])
     assert out.rstrip().splitlines()[-1].startswith("matmul")  # the summary is last
     assert written["environment"]["versions"]["torch"]
 
@@ -335,11 +336,32 @@ def test_the_bars_take_the_worst_row_they_are_about():
         row(**chunk | {"num_heads": 32, "flop": 1e12}),
     ]
     results = {"decode": Result(rows=rows), "prefill": Result(rows=prefills), "memory": Result(rows=blocks)}
+    results["mixed"] = Result(rows=[{"of_parts": 1.1}, {"of_parts": 0.97}, {"wrong": "NaN"}])
     found = {bar.name: bar.measure(results) for bar in bars.BARS}
     assert [value for value in found.values() if value is not None] == pytest.approx(
-        [0.9, 0.8, 0.7, 0.8, 3.0, 0.5, 2.0, 330.0, 0.8, 0.9, 1.5, 0.91]
+        [0.9, 0.8, 0.7, 0.8, 3.0, 0.5, 2.0, 330.0, 0.8, 0.9, 1.5, 0.97, 0.91]
     )
     environment = {"device": "GPU", "driver": "1", "versions": {}, "commit": "c", "modified": False}
     text = "\n".join(tables.summary(environment, results))
-    assert text.count(" met") == 6
+    assert text.count(" met") == 7
     assert text.count(" MISSED") == 6
+
+
+@pytest.mark.parametrize("fault", ["a row", "NaN"])
+def test_a_wrong_mixed_batch_has_no_time(context, monkeypatch, fault):
+    right = cupaged.paged_attention
+
+    def wrong(query, *arguments):
+        out = right(query, *arguments)
+        if arguments[-1] is not None:
+            out[-1, -1, 0] = 3.0 if fault == "a row" else float("nan")
+        return out
+
+    assert "seconds" in mixed.measure(context, mixed.cases(context)[0])
+    monkeypatch.setattr(cupaged, "paged_attention", wrong)
+    mixed.run(context)
+    (row,) = context.result.rows
+    assert row["wrong"]
+    assert not row["seconds"]
+    assert context.result.wrong
+    assert "WRONG" in "\n".join(tables.FORMATS["mixed"](context.result.rows))
