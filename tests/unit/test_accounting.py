@@ -44,6 +44,15 @@ def test_what_is_shared_counts_once():
     assert use.saved_by_sharing == 0.25
 
 
+def test_a_shared_slot_is_reserved_if_one_of_its_holders_needs_it():
+    blocks = BlockManager(10, 0, 4)
+    blocks.append(0, 0, 1)
+    blocks.fork(0, 1, 1)
+    for ends in ((4, 2), (2, 4)):
+        use = memory_use(blocks, [group_of(1, 1)], lambda group, seq, ends=ends: ends[seq.index])
+        assert (use.stored, use.reserved, use.internal) == (1, 3, 0)
+
+
 def test_nothing_in_use_wastes_nothing():
     use = memory_use(BlockManager(10, 0, 4), [], lambda group, seq: 8)
     assert (use.free, use.utilisation, use.saved_by_sharing) == (40, 1.0, 0.0)
