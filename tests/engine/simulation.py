@@ -81,12 +81,12 @@ class SimulatedEngine:
         self,
         requests: Iterable[Request],
         seed: int = 0,
-        observe: Callable[[SimulatedEngine, float], None] | None = None,
+        observe: Callable[[Trace, float], None] | None = None,
     ) -> Trace:
         """Serve a load to its end.
 
         Args:
-            observe: called in every step, when its tokens are in the cache, with the seconds that it takes.
+            observe: called after every step with the trace so far and the seconds that the step took.
 
         Raises:
             AssertionError: a step does nothing, or the scheduler goes round in circles.
@@ -133,7 +133,7 @@ class SimulatedEngine:
                 plan, [[rng.randrange(EOS) for _ in range(item.num_samples)] for item in plan.scheduled]
             )
             if observe is not None:
-                observe(self, seconds)
+                observe(trace, seconds)
             if trace.num_steps % 500 == 0:
                 self.blocks.check_integrity()
         self.blocks.check_integrity()
