@@ -13,11 +13,21 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 from .device import choose_device
-from .engine.config import DTYPES, KV_CACHE_DTYPES, PREEMPTION_MODES, SCHEDULING_POLICIES, EngineConfig
+from .engine.config import (
+    BATCHING,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    MEMORY_POLICIES,
+    PREEMPTION_MODES,
+    SCHEDULING_POLICIES,
+    EngineConfig,
+)
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
     "scheduling_policy": SCHEDULING_POLICIES,
+    "memory_policy": MEMORY_POLICIES,
+    "batching": BATCHING,
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
 }

@@ -74,7 +74,7 @@ class BlockManager:
             if table is None and seq_id in self._swapped:
                 table, ref_counts = self._swapped[seq_id], self.cpu.ref_counts
             blocks = table.blocks if table else []
-            total += -(-(held + num_tokens) // self.block_size) - len(blocks)
+            total += max(0, -(-(held + num_tokens) // self.block_size) - len(blocks))
             first = held // self.block_size
             if first < len(blocks) and ref_counts[blocks[first]] > 1:
                 shared[blocks[first]] = shared.get(blocks[first], 0) + 1
@@ -125,6 +125,23 @@ class BlockManager:
         keyed = min(parent.num_keyed, num_tokens // self.block_size)
         self._tables.add(child_id, blocks, parent.keys[:keyed], keyed)
         self.writable[parent_id] = self.writable[child_id] = 0  # whoever writes first has to ask
+
+    def reserve(self, seq_id: int, blocks: list[int]) -> None:
+        """Start a sequence's table with these blocks, which are empty: it writes there without asking. For
+        who keeps account of the pool himself."""
+        self.gpu.take(blocks)
+        self._tables.add(seq_id, blocks)
+        self.writable[seq_id] = len(blocks) * self.block_size
+
+    def split(self, parent_id: int, child_id: int, count: int) -> None:
+        """Give the last blocks of the parent's table to a new sequence; the parent has written nothing
+        there."""
+        parent = self._tables[parent_id].blocks
+        blocks = parent[-count:]
+        del parent[-count:]
+        self._tables.add(child_id, blocks)
+        self.writable[parent_id] = len(parent) * self.block_size
+        self.writable[child_id] = count * self.block_size
 
     def free(self, seq_id: int, held: int = 0, keys: Sequence[bytes] = ()) -> None:
         """Drop the sequence's blocks, wherever they are. A sequence without any is no error.

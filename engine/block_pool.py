@@ -54,7 +54,8 @@ Run = tuple[Sequence[int], Sequence[Hashable]]  # blocks in order, and the keys 
 class BlockPool:
     """Ids from 0 to ``num_blocks - 1`` with reference counts, keys and an order of eviction.
 
-    Every operation takes constant time. Queries change nothing; the mutations expect that they were asked.
+    Every operation but `take` takes constant time. Queries change nothing; the mutations expect that they
+    were asked.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -93,6 +94,13 @@ class BlockPool:
             del self._found[self._keys.pop(block)]
         self.ref_counts[block] = 1
         return block
+
+    def take(self, blocks: Sequence[int]) -> None:
+        """Take these blocks, which are empty, with one reference each; in time that grows with the pool."""
+        taken = set(blocks)
+        self._empty = [block for block in self._empty if block not in taken]
+        for block in blocks:
+            self.ref_counts[block] = 1
 
     def share(self, block: int) -> None:
         """One more reference to a used or cached block."""

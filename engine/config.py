@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .reservation import MEMORY_POLICIES
 from .validation import is_integer, is_number
 
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+BATCHING = ("continuous", "static")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
@@ -34,6 +36,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_model_len": (_count_or_none, "an integer of at least 1 or None"),
     "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
     "scheduling_policy": (lambda v: v in SCHEDULING_POLICIES, f"one of {', '.join(SCHEDULING_POLICIES)}"),
+    "memory_policy": (lambda v: v in MEMORY_POLICIES, f"one of {', '.join(MEMORY_POLICIES)}"),
+    "batching": (lambda v: v in BATCHING, f"one of {', '.join(BATCHING)}"),
     "enable_prefix_caching": (lambda v: isinstance(v, bool), "True or False"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
@@ -62,6 +66,14 @@ class EngineConfig:
             time at the rates measured so far.
         scheduling_policy: "fcfs" runs requests in the order of their arrival, "priority" those of the lowest
             number first; one that has to wait for memory takes it from those of higher numbers.
+        memory_policy: "paged" gives blocks as tokens come. The others are there to compare with: they keep
+            one contiguous run of blocks for each output from its start, share and preempt nothing, and have
+            no prefix cache. "orca-max" keeps ``max_model_len`` tokens, "orca-pow2" the prompt and the next
+            power of two of ``max_tokens``, "orca-oracle" the prompt and ``max_tokens``: it knows how long an
+            output gets where requests set ``ignore_eos``.
+        batching: "continuous" lets requests join whenever there is room, "static" only when all that run
+            have ended: a batch is what waits then, as far as memory, ``max_num_seqs`` and one step's tokens
+            go.
         enable_prefix_caching: requests that begin alike share the blocks of what they share, and blocks stay
             to be found by later requests until their memory is needed.
         dtype: of the weights; "auto" follows the checkpoint.
@@ -87,6 +99,8 @@ class EngineConfig:
     max_model_len: int | None = None
     preemption_mode: str = "recompute"
     scheduling_policy: str = "fcfs"
+    memory_policy: str = "paged"
+    batching: str = "continuous"
     enable_prefix_caching: bool = True
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"

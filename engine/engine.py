@@ -27,6 +27,7 @@ from .outputs import EngineStats, RequestOutput
 from .plan import Plan
 from .preemption import Preemption, Rates
 from .request import SequenceGroup, Status
+from .reservation import longest
 from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -66,12 +67,14 @@ class LLMEngine:
         if model_len is not None and wanted > model_len:
             raise ValueError(f"max_model_len is {wanted}, and the model was made for {model_len} tokens")
         num_blocks = memory.num_gpu_blocks(config, self._runner, shape, wanted)
-        if config.max_model_len is not None and num_blocks * config.block_size < wanted:
+        held = longest(config.memory_policy, num_blocks) * config.block_size
+        if config.max_model_len is not None and held < wanted:
+            run = "" if config.memory_policy == "paged" else " in one run of blocks"
             raise ValueError(
-                f"max_model_len is {wanted}, and the KV cache holds {num_blocks * config.block_size} tokens: "
-                "lower it, or give the cache more memory"
+                f"max_model_len is {wanted}, and the KV cache holds {held} tokens{run}: lower it, or give "
+                "the cache more memory"
             )
-        self.max_model_len: int = min(wanted, num_blocks * config.block_size)
+        self.max_model_len: int = min(wanted, held)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -91,6 +94,8 @@ class LLMEngine:
             eos_token_ids,
             config.enable_prefix_caching,
             config.scheduling_policy == "priority",
+            config.memory_policy,
+            config.batching == "static",
         )
         self._sampler = Sampler(eos_token_ids)
         if config.preemption_mode == "auto" and cpu_blocks:
@@ -171,8 +176,10 @@ class LLMEngine:
             ValueError: there is not one full block, the prompt is malformed, the prefix cache is off, or the
                 memory that is left would be too small for the requests there are.
         """
-        if not self.config.enable_prefix_caching:
-            raise ValueError("add_prefix needs the prefix cache: set enable_prefix_caching=True")
+        if not self.config.enable_prefix_caching or self.config.memory_policy != "paged":
+            raise ValueError(
+                "add_prefix needs the prefix cache: set enable_prefix_caching=True and memory_policy='paged'"
+            )
         if prefix_id in self._scheduler.pinned.groups:
             raise ValueError(f"prefix_id {prefix_id!r} is taken: remove that prefix, or choose another id")
         text, token_ids = self._tokenize(prompt)

@@ -15,6 +15,8 @@ class GroupMemory:
         enable_prefix_caching: find full blocks by their tokens, and let them be found.
     """
 
+    preempts = True  # groups take more as they grow, and may lose it
+
     def __init__(self, blocks: BlockManager, enable_prefix_caching: bool) -> None:
         self._blocks = blocks
         self._caching = enable_prefix_caching
@@ -78,6 +80,22 @@ class GroupMemory:
                 missing += self._blocks.blocks_for(len(seq.token_ids)) - shared
         return missing + self._blocks.num_new_blocks(held)
 
+    def headroom(self) -> int:
+        """Blocks that stay free for the running to grow into, or they would evict the newcomer."""
+        return max(1, self._blocks.gpu.num_blocks // 100)
+
+    def start(self, group: SequenceGroup, found: int) -> None:
+        """Give blocks to a group that has none, its first ``found`` ones, before tokens are appended."""
+        if found:
+            first = group.live[0]
+            self._blocks.take_prefix(first.seq_id, first.keys, found)
+
+    def fork(self, group: SequenceGroup, parent: Sequence, child: Sequence) -> None:
+        """Give a new sequence of the group what the parent has computed."""
+        child.keys = list(parent.keys)
+        child.num_computed = parent.num_computed
+        self._blocks.fork(parent.seq_id, child.seq_id, parent.num_computed)
+
     def fork_waiting(self, group: SequenceGroup) -> None:
         """After recomputing: give the prompt to the sequences that lost it with the first one, or as much of
         their own tokens as can be found."""
@@ -122,5 +140,5 @@ class Room:
         return sum(self._memory.missing(group) for group in running if group.prefilling)
 
     def reserve(self, running: list[SequenceGroup]) -> int:
-        """A little memory stays free for the running to grow into, or they would evict the newcomer."""
-        return max(1, self._blocks.gpu.num_blocks // 100) if running else 0
+        """Blocks that stay free beside these."""
+        return self._memory.headroom() if running else 0

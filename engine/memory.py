@@ -41,7 +41,7 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
 
 def num_cpu_blocks(config: EngineConfig, shape: KVShape, gpu_blocks: int) -> int:
     """Blocks of the swap space: never more than the GPU's, which bounds what can be preempted at once."""
-    if config.preemption_mode == "recompute":
+    if config.preemption_mode == "recompute" or config.memory_policy != "paged":
         return 0
     return min(int(config.swap_space * GIB) // shape.block_bytes, gpu_blocks)
 

@@ -15,12 +15,13 @@ from bisect import insort
 from collections.abc import Sequence as SequenceABC
 
 from .block_manager import BlockManager
-from .group_memory import GroupMemory, Room
+from .group_memory import Room
 from .pinned import PinnedPrefixes
 from .plan import Draft, Plan, ScheduledSequence
 from .preemption import Preemption
 from .prefix_hash import root_key
 from .request import Sequence, SequenceGroup, Status
+from .reservation import group_memory
 
 Turn = list[tuple[Sequence, int]]  # sequences and how many tokens each computes
 
@@ -37,6 +38,8 @@ class Scheduler:
         eos_token_ids: tokens that end a sequence unless its request ignores them.
         enable_prefix_caching: look for blocks that hold the beginning of a prompt already.
         by_priority: rank requests by their priority first, lower ones before higher.
+        memory_policy: one of `MEMORY_POLICIES`.
+        static: admit a batch when the one before has ended, and nothing meanwhile.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         enable_prefix_caching: bool = True,
         by_priority: bool = False,
+        memory_policy: str = "paged",
+        static: bool = False,
     ) -> None:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
@@ -56,9 +61,11 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._preemption = preemption
         self._eos_token_ids = eos_token_ids
-        self._memory = GroupMemory(blocks, enable_prefix_caching)
+        self._memory = group_memory(memory_policy, blocks, enable_prefix_caching, max_model_len)
         self._room = Room(blocks, self._memory, max_num_seqs)
         self._by_priority = by_priority
+        self._makes_way = by_priority and self._memory.preempts
+        self._static = static
         self._next_seq_id = 0
         # Each is in order of rank. What runs ranks before what is preempted and what waits, unless something
         # that ranks before it has come and does not fit yet.
@@ -126,11 +133,9 @@ class Scheduler:
             group.status = Status.FINISHED
 
     def fork(self, group: SequenceGroup, parent: Sequence, index: int) -> Sequence:
-        """A further sequence of the group, with all that the parent has computed."""
+        """A further sequence of the group, with the parent's tokens."""
         child = self._new_sequence(group, index, parent.token_ids, parent.seed)
-        child.keys = list(parent.keys)
-        child.num_computed = parent.num_computed
-        self._blocks.fork(parent.seq_id, child.seq_id, parent.num_computed)
+        self._memory.fork(group, parent, child)
         return child
 
     def drop(self, group: SequenceGroup, seq: Sequence) -> None:
@@ -188,10 +193,11 @@ class Scheduler:
         """Plan the next step and take the blocks it needs. The caller runs it, then calls `update`, or
         `step_failed`."""
         draft = Draft(self._max_num_batched_tokens)
-        made_way = self._make_way(draft) if self._by_priority else None
+        admits = not (self._static and self.running)
+        made_way = self._make_way(draft) if self._makes_way and admits else None
         preemptions = self.num_preemptions
         self._schedule_running(draft)
-        if self.num_preemptions == preemptions and (self.preempted or self.waiting):
+        if admits and self.num_preemptions == preemptions and (self.preempted or self.waiting):
             self._admit(draft, made_way)
         return draft.freeze()
 
@@ -338,9 +344,8 @@ class Scheduler:
             if group.status is Status.SWAPPED:
                 draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.live])
             else:
-                if found:
-                    self._blocks.take_prefix(first.seq_id, first.keys, found)
-                    first.num_computed = cached
+                self._memory.start(group, found)
+                first.num_computed = cached
                 if self._memory.reads_cache(group):
                     self.num_prefix_queries += len(first.token_ids)
                     self.num_prefix_hits += cached
@@ -421,12 +426,7 @@ class Scheduler:
             self.finish(group, seq, "length")
 
     def _queue_of(self, group: SequenceGroup) -> list[SequenceGroup]:
-        return {
-            Status.WAITING: self.waiting,
-            Status.PREEMPTED: self.preempted,
-            Status.SWAPPED: self.preempted,
-            Status.RUNNING: self.running,
-        }[group.status]
+        return {Status.WAITING: self.waiting, Status.RUNNING: self.running}.get(group.status, self.preempted)
 
 
 def _rank(group: SequenceGroup) -> tuple[int, int]:

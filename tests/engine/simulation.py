@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from cupaged.engine import SamplingParams
 from cupaged.engine.block_manager import BlockManager
@@ -52,6 +53,7 @@ class SimulatedEngine:
 
     Args:
         num_blocks: of 16 tokens; the swap space has as many.
+        max_model_len: most tokens of a sequence; None: what the blocks hold.
         settings: of `Scheduler`.
     """
 
@@ -62,19 +64,29 @@ class SimulatedEngine:
         max_num_seqs: int = 64,
         budget: int = 512,
         costs: Costs | None = None,
-        **settings: bool,
+        max_model_len: int | None = None,
+        **settings: Any,
     ) -> None:
         self.costs = costs or Costs()
         self.blocks = BlockManager(num_blocks, num_blocks, 16)
         self.rates = Rates(block_bytes=1)
         self.rates.moved(1, self.costs.moved_block)  # an engine measures that at its start
         preemption = Preemption(mode, self.rates)
+        length = max_model_len or num_blocks * 16
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs, budget, num_blocks * 16, preemption, frozenset([EOS]), **settings
+            self.blocks, max_num_seqs, budget, length, preemption, frozenset([EOS]), **settings
         )
 
-    def run(self, requests: Iterable[Request], seed: int = 0) -> Trace:
+    def run(
+        self,
+        requests: Iterable[Request],
+        seed: int = 0,
+        observe: Callable[[Trace, float], None] | None = None,
+    ) -> Trace:
         """Serve a load to its end.
+
+        Args:
+            observe: called after every step with the trace so far and the seconds that the step took.
 
         Raises:
             AssertionError: a step does nothing, or the scheduler goes round in circles.
@@ -109,7 +121,8 @@ class SimulatedEngine:
                 preempted[group] = preempted.get(group, 0) + 1
             trace.num_steps += 1
             assert trace.num_steps <= 2 * total + 1000, "the scheduler goes round in circles"
-            trace.seconds += self._cost(plan)
+            seconds = self._cost(plan)
+            trace.seconds += seconds
             trace.num_computed += sum(item.num_tokens for item in plan.scheduled)
             trace.num_moved += len(plan.swap_out) + len(plan.swap_in)
             for item in plan.scheduled:
@@ -119,6 +132,8 @@ class SimulatedEngine:
             scheduler.update(
                 plan, [[rng.randrange(EOS) for _ in range(item.num_samples)] for item in plan.scheduled]
             )
+            if observe is not None:
+                observe(trace, seconds)
             if trace.num_steps % 500 == 0:
                 self.blocks.check_integrity()
         self.blocks.check_integrity()

@@ -33,11 +33,14 @@ class Simulation:
         by_priority: bool = False,
         seed: int = 0,
         eos_chance: float = 0.0,
+        max_model_len: int | None = None,
+        memory_policy: str = "paged",
+        static: bool = False,
     ) -> None:
         self.blocks = BlockManager(num_blocks, num_cpu_blocks, block_size)
         self.memory = PagedMemory(self.blocks, SALTS)
         self.max_num_seqs, self.budget = max_num_seqs, budget
-        self.max_model_len = num_blocks * block_size
+        self.max_model_len = max_model_len or num_blocks * block_size
         self.rates = Rates(block_bytes=block_size)
         self.by_priority = by_priority
         self.scheduler = Scheduler(
@@ -49,6 +52,8 @@ class Simulation:
             frozenset([EOS]),
             caching,
             by_priority,
+            memory_policy,
+            static,
         )
         self.random = random.Random(seed)
         self.eos_chance = eos_chance

@@ -21,6 +21,8 @@ BAD = {
     "max_model_len": [0, -5, 1.5, "128", True],
     "preemption_mode": ["drop", None, 1],
     "scheduling_policy": ["lifo", None, 1],
+    "memory_policy": ["orca", None, 1],
+    "batching": ["dynamic", None, True],
     "enable_prefix_caching": ["yes", None, 1],
     "dtype": ["int8", "half", None, torch.float16],
     "kv_cache_dtype": ["bfloat16", "int4", None, torch.int8],

@@ -56,7 +56,7 @@ def test_engine_is_imported_under_one_name():
 
 WITHOUT_TORCH = [
     *("block_pool", "block_tables", "prefix_hash", "block_manager", "group_memory", "pinned", "plan"),
-    *("preemption", "request", "scheduler"),
+    *("preemption", "request", "scheduler", "accounting", "reservation"),
 ]
 
 

@@ -1,0 +1,197 @@
+"""The comparison of the vLLM paper (SOSP 2023), simulated: the real scheduler and block manager, no model.
+
+    python benchmarks/paper.py [--requests 1500] [--out DIR]
+
+OPT-13B on one A100 as in the paper's Table 1: 15.7K slots of KV cache, at most 2048 tokens a sequence.
+Lengths are drawn from exponential distributions with the means of its loads. A step takes the time of a cost
+model: enough to read the weights and run the layers, and something for every token, chosen so that a paged
+cache runs about as many requests at once as the paper found. No figure here was measured on a GPU.
+
+The first table is of a queue that never empties: what the memory holds (the paper's Figure 2) and how many
+requests end in a second of simulated time. "running" is the mean number of requests that run at once at the
+paper's request rate (its Figure 13). The second table is what parallel sampling saves by sharing (Figure 15).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__:
+    from . import common
+else:
+    import common
+
+import torch
+
+from cupaged.engine.accounting import memory_use
+from cupaged.engine.request import Sequence, SequenceGroup
+from tests.engine.simulation import EOS, Costs, Request, SimulatedEngine, Trace
+
+SLOTS = 15_700
+MAX_MODEL_LEN = 2048
+COSTS = Costs(step=0.04, prompt_token=1.3e-4, decoded_token=2e-4)
+NOTE = "A simulation: no model ran, and the times are those of a cost model. The memory is as it was planned."
+
+
+@dataclass(frozen=True)
+class Load:
+    """Mean lengths in tokens, and at how many requests a second the paper counts running requests."""
+
+    prompt: float
+    output: float
+    rate: float
+    running: dict[str, float]  # the paper's, by policy
+    saved: dict[int, float]  # the paper's, by n; of ShareGPT it gives the first and the last
+
+
+LOADS = {
+    "ShareGPT": Load(
+        161.31,
+        337.99,
+        2,
+        {"orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62, "paged": 30.42},
+        {2: 0.162, 6: 0.305},
+    ),
+    "Alpaca": Load(
+        19.31,
+        58.45,
+        30,
+        {"orca-max": 7.00, "orca-pow2": 43.24, "orca-oracle": 72.75, "paged": 132.44},
+        {2: 0.0609, 4: 0.0853, 6: 0.0979},
+    ),
+}
+# What keeps the memory, and how batches are made. FasterTransformer is the first.
+POLICIES = [
+    ("orca-max", "static"),
+    ("orca-max", "continuous"),
+    ("orca-pow2", "continuous"),
+    ("orca-oracle", "continuous"),
+    ("paged", "continuous"),
+]
+PAPERS_USE = {"orca-max": 0.204, "orca-pow2": 0.268, "orca-oracle": 0.382, "paged": 0.963}
+KINDS = ("stored", "reserved", "internal", "external")
+
+
+def requests(load: Load, count: int, rate: float | None = None, n: int = 1) -> list[Request]:
+    """Drawn; without a rate all are there from the start."""
+    rng = random.Random(0)
+    found, time = [], 0.0
+    for _ in range(count):
+        prompt, output = (
+            max(1, min(MAX_MODEL_LEN // 2 - 1, round(rng.expovariate(1 / mean))))
+            for mean in (load.prompt, load.output)
+        )
+        time += rng.expovariate(rate) if rate else 0.0
+        found.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, n))
+    return found
+
+
+def engine(policy: str, batching: str) -> SimulatedEngine:
+    return SimulatedEngine(
+        SLOTS // 16,
+        max_num_seqs=512,
+        budget=2048,
+        costs=COSTS,
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=False,
+        memory_policy=policy,
+        static=batching == "static",
+    )
+
+
+def memory(load: Load, policy: str, batching: str, count: int, n: int = 1) -> dict[str, float]:
+    """Means over time while requests wait: shares of the memory in use by what it holds, what sharing saves;
+    and requests that end in a second."""
+    served = engine(policy, batching)
+    totals = dict.fromkeys((*KINDS, "saved", "seconds"), 0.0)
+
+    def observe(trace: Trace, seconds: float) -> None:
+        if trace.num_steps % 10 or not served.scheduler.waiting:
+            return
+        use = memory_use(served.blocks, served.scheduler.running, tokens_at_end, policy != "paged")
+        for kind in KINDS:
+            totals[kind] += seconds * getattr(use, kind) / (use.allocated + use.external)
+        totals["saved"] += seconds * use.saved_by_sharing
+        totals["seconds"] += seconds
+
+    trace = served.run(requests(load, count, n=n), observe=observe)
+    seconds = totals.pop("seconds")
+    if not seconds:
+        raise RuntimeError(f"{count} requests fit all at once: no queue, no figures; take more")
+    return {
+        **{kind: total / seconds for kind, total in totals.items()},
+        "requests_per_s": count / trace.seconds,
+    }
+
+
+def tokens_at_end(group: SequenceGroup, seq: Sequence) -> int:
+    return group.prompt_len + group.max_tokens - 1  # every output has the length it was drawn to have
+
+
+def running(load: Load, policy: str, batching: str, count: int) -> float:
+    """Requests that run at once at the load's rate, the mean over time while they arrive, without the first
+    fifth."""
+    served, arriving = engine(policy, batching), requests(load, count, load.rate)
+    begin, end = arriving[count // 5].time, arriving[-1].time
+    total = watched = 0.0
+
+    def observe(trace: Trace, seconds: float) -> None:
+        nonlocal total, watched
+        if begin <= trace.seconds <= end:
+            total += seconds * len(served.scheduler.running)
+            watched += seconds
+
+    served.run(arriving, observe=observe)
+    return total / watched
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1500, help="of each run (default: 1500)")
+    parser.add_argument("--out", type=Path, help="directory for the JSON")
+    options = parser.parse_args(arguments)
+    print(NOTE)
+    print(f"\n{'':34}share of the memory, %{'':23}requests")
+    print(f"{'load':<9} {'memory':<12} {'batching':<11} ", end="")
+    print(" ".join(f"{name:>8}" for name in (*KINDS, "(paper)", "ended/s", "running", "(paper)")))
+    rows: list[dict[str, Any]] = []
+    for name, load in LOADS.items():
+        for policy, batching in POLICIES:
+            row = {"load": name, "memory_policy": policy, "batching": batching}
+            row |= memory(load, policy, batching, options.requests)
+            del row["saved"]
+            row["running"] = running(load, policy, batching, options.requests)
+            rows.append(row)
+            use = f"{100 * PAPERS_USE[policy]:.1f}" if name == "ShareGPT" and batching != "static" else ""
+            of_paper = f"{load.running[policy]:.1f}" if batching != "static" else ""
+            print(f"{name:<9} {policy:<12} {batching:<11} ", end="")
+            print(" ".join(f"{100 * row[kind]:>8.1f}" for kind in KINDS), end="")
+            print(f" {use:>8} {row['requests_per_s']:>8.2f} {row['running']:>8.1f} {of_paper:>8}")
+    print("\nmemory saved by sharing, %\nload      outputs   saved  (paper)")
+    saved: list[dict[str, Any]] = []
+    for name, load in LOADS.items():
+        for n in (2, 4, 6):
+            share = memory(load, "paged", "continuous", options.requests, n)["saved"]
+            saved.append({"load": name, "n": n, "saved": share})
+            of_paper = f"{100 * load.saved[n]:.1f}" if n in load.saved else ""
+            print(f"{name:<9} {n:>7} {100 * share:>7.1f} {of_paper:>8}")
+    if options.out:
+        results = {
+            "note": NOTE,
+            "requests": options.requests,
+            "slots": SLOTS,
+            "max_model_len": MAX_MODEL_LEN,
+            "policies": rows,
+            "parallel_sampling": saved,
+        }
+        common.write(options.out, "paper-simulated", common.environment(torch.device("cpu")), results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The policies of the paper's comparison: equal tokens, and memory used as the paper found."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from benchmarks import paper
+from cupaged.engine import SamplingParams
+from cupaged.engine.accounting import memory_use
+from cupaged.engine.reservation import MEMORY_POLICIES
+
+from .harness import run, small_engine
+
+ORDER = ("orca-max", "orca-pow2", "orca-oracle", "paged")  # of the paper's figures
+COUNTS = {"ShareGPT": 200, "Alpaca": 1000}  # requests of a load
+
+
+def test_tokens_are_equal_under_every_policy(llama_dir, seed):
+    """Greedy, with several outputs and prompts that begin alike; 48 blocks of 8, so that requests wait."""
+    rng = random.Random(seed)
+    common = [rng.randrange(250) for _ in range(20)]
+    requests = {}
+    for i in range(7):
+        prompt = common[: 20 * (i % 2)] + [rng.randrange(250) for _ in range(rng.randrange(1, 30))]
+        params = SamplingParams(
+            n=3 if i == 1 else 1, temperature=0, max_tokens=rng.randrange(2, 14), ignore_eos=i % 3 > 0
+        )
+        requests[str(i)] = ({"prompt_token_ids": prompt}, params)
+    outputs, most_running = {}, {}
+    settings = [*(("continuous", policy) for policy in MEMORY_POLICIES), ("static", "orca-max")]
+    for batching, policy in settings:
+        engine = small_engine(
+            llama_dir,
+            num_gpu_blocks_override=48,
+            memory_policy=policy,
+            batching=batching,
+            preemption_mode="swap",
+        )
+        step, most_running[batching, policy] = engine.step, 0
+
+        def counting(engine=engine, step=step, key=(batching, policy)):
+            found = step()
+            most_running[key] = max(most_running[key], engine.stats().num_running)
+            if key[1] != "paged":
+                for group in engine._scheduler.running:
+                    for seq in group.live:
+                        table = list(engine._blocks.table(seq.seq_id))
+                        assert not group.forked or table == list(range(table[0], table[0] + len(table)))
+            return found
+
+        engine.step = counting
+        found = run(engine, requests)
+        stats = engine.stats()
+        if policy != "paged":
+            assert stats.num_preemptions == stats.prefix_cache_queries == stats.cpu_cache_usage == 0
+        outputs[batching, policy] = {
+            name: [(one.token_ids, one.finish_reason) for one in output.outputs]
+            for name, output in found.items()
+        }
+    expected = outputs["continuous", "paged"]
+    assert len(expected) == 7
+    assert all(found == expected for found in outputs.values())
+    assert most_running["continuous", "orca-max"] == 3, "runs of 16 of the 48 blocks"
+    assert most_running["continuous", "paged"] > 3
+
+
+def test_settings_of_the_engine(llama_dir):
+    """What is one run is a power of two of blocks; without paging no prefix is kept."""
+    engine = small_engine(llama_dir, memory_policy="orca-max", max_model_len=None)
+    assert engine.max_model_len == 16 * 8  # of 24 blocks
+    with pytest.raises(ValueError, match=r"add_prefix needs .* memory_policy='paged'"):
+        engine.add_prefix("p", {"prompt_token_ids": [1] * 16})
+    with pytest.raises(ValueError, match=r"max_model_len is 136, .* holds 128 tokens in one run"):
+        small_engine(llama_dir, memory_policy="orca-max", max_model_len=136)
+    assert small_engine(llama_dir, max_model_len=136).max_model_len == 136
+
+
+@pytest.mark.parametrize("name", paper.LOADS)
+def test_memory_and_batches_order_as_in_the_paper(name):
+    load, count = paper.LOADS[name], COUNTS[name]
+    use = {policy: paper.memory(load, policy, "continuous", count) for policy in ORDER}
+    assert all(more > 1.2 * less for less, more in pairwise(use[policy]["stored"] for policy in ORDER))
+    for shares in use.values():
+        assert sum(shares[kind] for kind in paper.KINDS) == pytest.approx(1)
+        assert shares["saved"] == 0
+    running = [paper.running(load, policy, "continuous", count) for policy in ORDER]
+    assert all(more > 1.1 * less for less, more in pairwise(running))
+    assert running[0] == pytest.approx(load.running["orca-max"], rel=0.05)
+    assert paper.running(load, "orca-max", "static", count // 2) < 0.7 * running[0]
+    if name == "ShareGPT":  # Figure 2
+        for policy in ORDER[:3]:
+            assert use[policy]["stored"] == pytest.approx(paper.PAPERS_USE[policy], abs=0.04)
+
+
+def test_paged_memory_holds_tokens():
+    """At every step of a load with the lengths of ShareGPT, after the first requests have come."""
+    served = paper.engine("paged", "continuous")
+    shares = []
+
+    def observe(trace, seconds):
+        if served.scheduler.waiting and trace.num_steps > 20:
+            use = memory_use(served.blocks, served.scheduler.running, paper.tokens_at_end)
+            in_prompts = any(group.prefilling for group in served.scheduler.running)
+            assert use.internal + use.reserved < 16 * len(served.scheduler.running) or in_prompts
+            shares.append(use.stored / use.allocated)
+
+    served.run(paper.requests(paper.LOADS["ShareGPT"], 200), observe=observe)
+    assert sum(shares) / len(shares) >= 0.96
+    assert min(shares) > 0.9
+
+
+@pytest.mark.parametrize("name", paper.LOADS)
+def test_sharing_saves_what_it_saved_in_the_paper(name):
+    load, count = paper.LOADS[name], COUNTS[name]
+    saved = {n: paper.memory(load, "paged", "continuous", count * 2 // n, n)["saved"] for n in (2, 4, 6)}
+    assert saved[2] < saved[4]
+    for n, share in load.saved.items():
+        assert saved[n] == pytest.approx(share, abs=0.06)
