@@ -41,3 +41,16 @@ def backend(request, monkeypatch, seed):
         module = importlib.import_module(f"cupaged.backends.{name}")
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     return name, device
+
+
+# Tensor cores with room for three stages of keys, with less shared memory, none.
+@pytest.fixture(params=["90a", "86", "75"])
+def emulated_arch(request, monkeypatch, seed) -> str:
+    """Run on the emulation of a GPU of this architecture."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
+    from tests.cuda_host import emulator
+
+    module = emulator.backend(seed, request.param)
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+    return request.param

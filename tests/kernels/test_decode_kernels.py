@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import random
-import shutil
 
 import pytest
 import torch
 
 import cupaged
-from cupaged import backends
 from cupaged.backends import plans
 
 from .cases import check, draw
 from .test_attention import FEATURES, run
-
-# Tensor cores with three stages, with two, none.
-ARCHS = ["90a", "86", "75"]
-
-
-@pytest.fixture(params=ARCHS)
-def emulated_arch(request, monkeypatch, seed) -> str:
-    """Run on the emulation of a GPU of this architecture."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation with")
-    from tests.cuda_host import emulator
-
-    module = emulator.backend(seed, request.param)
-    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
-    return request.param
 
 
 @pytest.mark.parametrize(
