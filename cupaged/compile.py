@@ -181,7 +181,7 @@ def spec_merge_states(dtype: str) -> KernelSpec:
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
     """Every kernel that an architecture uses for the head sizes that models have, over quantised caches for
-    the most common of them and 16-bit queries.
+    the most common of them and bfloat16 queries.
 
     The others are compiled when they are met.
     """
@@ -192,7 +192,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs += [spec_merge_splits(dtype), spec_merge_states(dtype)]
         specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
-        for cache_dtype in (dtype,) if dtype == "fp32" else (dtype, *CACHE_DTYPES):
+        for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
             for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
                 if tensor_cores:
                     specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
