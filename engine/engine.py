@@ -230,8 +230,8 @@ class LLMEngine:
             self._scheduler.step_failed()
             raise
         self._measure(plan)
-        self._scheduler.update(plan, samples.token_ids)
-        self._generation_tokens += sum(len(tokens) for tokens in samples.token_ids)
+        self._scheduler.update(plan, samples.token_ids, samples.candidates)
+        self._generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
         outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
             if output.finished:

@@ -56,6 +56,10 @@ class OutputProcessor:
                 state.cumulative_logprob += one.logprobs[0]
         outputs = []
         for group in dict.fromkeys(item.group for item in scheduled if item.num_samples):
+            if group.params.beam_width is not None:
+                if group.finished:  # which beams are best is not known before
+                    outputs.append(self._beam_output(group))
+                continue
             for seq in group.seqs:
                 self._read(group, seq)
             outputs.append(self._output(group))
@@ -124,6 +128,26 @@ class OutputProcessor:
             group.finished,
             self._prompt_logprobs(group),
         )
+
+    def _beam_output(self, group: SequenceGroup) -> RequestOutput:
+        params, completions = group.params, []
+        assert group.beams is not None
+        for index, found in enumerate(group.beams.hypotheses[: params.n]):
+            hidden = found.finish_reason == "stop" and not params.include_stop_str_in_output
+            shown = found.token_ids[: len(found.token_ids) - hidden]
+            detokenizer = Detokenizer(self._tokenizer, group.prompt_token_ids, params.skip_special_tokens)
+            completions.append(
+                CompletionOutput(
+                    index,
+                    detokenizer.append(shown) + detokenizer.flush(),
+                    found.token_ids,
+                    found.finish_reason,
+                    found.stop_reason,
+                    cumulative_logprob=found.cumulative_logprob,
+                    beam_score=found.score,
+                )
+            )
+        return RequestOutput(group.request_id, group.prompt, group.prompt_token_ids, completions, True)
 
     def _completion(self, group: SequenceGroup, index: int, seq: Sequence) -> CompletionOutput:
         params, state = group.params, self._states[seq.seq_id]

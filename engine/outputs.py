@@ -36,7 +36,8 @@ class CompletionOutput:
         finish_reason: None while it runs, then "stop", "length" or "abort".
         stop_reason: the stop string or stop token id that ended it, if one of the request's did.
         logprobs: for each token those that ``SamplingParams.logprobs`` asks for, else None.
-        cumulative_logprob: the sum over its tokens; None unless ``logprobs`` or ``best_of`` needs it.
+        cumulative_logprob: the sum over its tokens; None unless ``logprobs``, ``best_of`` or beams need it.
+        beam_score: of a beam, that over its number of tokens to the power of ``length_penalty``; else None.
     """
 
     index: int
@@ -46,6 +47,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
+    beam_score: float | None = None
 
 
 @dataclass(frozen=True)

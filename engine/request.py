@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .beam_search import Beams
 
 
 class Status(Enum):
@@ -80,6 +84,7 @@ class SequenceGroup:
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
+    beams: Beams | None = None  # the state of its beam search
 
     @property
     def prompt_len(self) -> int:
@@ -97,4 +102,4 @@ class SequenceGroup:
     @property
     def num_seats(self) -> int:
         """Sequences of the group that run, or will when the prompt is computed."""
-        return len(self.live) if self.forked else self.width
+        return len(self.live) if self.forked and not self.params.beam_width else self.width

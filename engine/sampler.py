@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .bad_words import BadWords
+from .beam_search import Candidates, num_candidates
 from .distribution import draw, weights
 from .logits_processors import Penalties, TokenTable, Users
 from .logprobs import TokenLogprobs, token_logprobs
@@ -58,14 +59,16 @@ class SamplerOutput:
     """What a step sampled.
 
     Args:
-        token_ids: for each scheduled sequence its ``num_samples`` tokens.
+        token_ids: for each scheduled sequence its ``num_samples`` tokens; none for beams.
         logprobs: the same for the sequences that ask for it, by their position in the plan.
         prompt_logprobs: by the position in the plan, of the prompt tokens from ``start + 1`` on.
+        candidates: of the beams, by their position in the plan.
     """
 
     token_ids: list[list[int]]
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Sampler:
         if any(item.group.params.needs_whole_prompt for item in scheduled):
             logits = _take_prompt(logits, scheduled, output)
         planned = [position for position, item in enumerate(scheduled) if item.num_samples]
+        if any(scheduled[position].group.params.beam_width for position in planned):
+            logits, planned = _take_beams(logits, scheduled, planned, output)
         if not planned:
             return output
         batch = self._batch([scheduled[position] for position in planned])
@@ -292,6 +297,24 @@ def _take_prompt(
             sampled.append(row)
             row += 1
     return logits[_on(logits, np.array(sampled, dtype=np.int64))]
+
+
+def _take_beams(
+    logits: torch.Tensor,
+    scheduled: SequenceABC[ScheduledSequence],
+    planned: list[int],
+    output: SamplerOutput,
+) -> tuple[torch.Tensor, list[int]]:
+    """Find the candidates of beams; gives the other rows and their positions in the plan."""
+    is_beam = np.array([scheduled[position].group.params.beam_width is not None for position in planned])
+    positions = np.array(planned)
+    beams = positions[is_beam].tolist()
+    most = min(max(num_candidates(scheduled[position].group) for position in beams), logits.shape[1])
+    rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
+    logprobs, tokens = rows.topk(most)
+    for position, of_tokens, of_logprobs in zip(beams, tokens.cpu().numpy(), logprobs.cpu().numpy()):
+        output.candidates[position] = Candidates(of_tokens, of_logprobs)
+    return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
 
 
 def _look_up(

@@ -47,6 +47,12 @@ class SamplingParams:
             of the outputs; -1 is the whole vocabulary.
         prompt_logprobs: the same for the prompt. All of the prompt is computed then, even what a prefix cache
             holds.
+        beam_width: beam search with so many beams instead of sampling; the outputs are the ``n`` best, the
+            best first, given when the search has ended.
+        length_penalty: beams are compared by their log probability over their number of output tokens to this
+            power: above 0 favours long ones.
+        early_stopping: True: stop with ``beam_width`` finished beams; False: when the best running beam, at
+            its length now, is no better than the worst of them; "never": at its best possible length.
 
     Raises:
         ValueError: a setting is out of range.
@@ -74,6 +80,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -96,6 +105,18 @@ class SamplingParams:
                 "lower it, or raise max_tokens"
             )
 
+        if self.beam_width is not None:
+            self._check_beams(self.beam_width)
+
+    def _check_beams(self, beam_width: int) -> None:
+        if self.n > beam_width:
+            raise ValueError(f"n must be at most beam_width, which is {beam_width}, got {self.n}: lower it")
+        if self.temperature not in (0, 1):
+            raise ValueError("temperature does not go with beam_width, which draws nothing: leave it out")
+        for name in _NOT_WITH_BEAMS:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} does not go with beam_width: leave it out")
+
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError for a token that a model with ``size`` tokens does not have."""
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
@@ -110,12 +131,12 @@ class SamplingParams:
     @property
     def num_sequences(self) -> int:
         """Outputs that are sampled, of which ``n`` are given back."""
-        return self.best_of or self.n
+        return self.beam_width or self.best_of or self.n
 
     @property
     def needs_logprobs(self) -> bool:
         """Whether the sampled tokens' log probabilities are wanted or decide which outputs are best."""
-        return self.logprobs is not None or self.num_sequences > self.n
+        return self.logprobs is not None or (self.beam_width is None and self.num_sequences > self.n)
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -155,6 +176,23 @@ def _is_bias(value: Any) -> bool:
 _LOGPROBS = "how many tokens a position (0: the token itself; -1: all), or None"
 _FLAG = ("True or False", lambda value: isinstance(value, bool))
 
+_NOT_WITH_BEAMS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "best_of",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+)
+
 # Of each setting: what it must be, and whether a value is that.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "n": ("an integer of at least 1", _integer_from(1)),
@@ -188,4 +226,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "include_stop_str_in_output": _FLAG,
     "logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
     "prompt_logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
+    "beam_width": ("an integer of at least 1 or None", _or_none(_integer_from(1))),
+    "length_penalty": ("a number in [-100, 100]", _number_in(-100, 100)),
+    "early_stopping": ('True, False or "never"', lambda v: isinstance(v, bool) or v == "never"),
 }

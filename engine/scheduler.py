@@ -12,8 +12,10 @@ tables, counts and hashes are touched when a sequence needs a block, which is on
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 
+from .beam_search import Beams, Candidates, advance
 from .block_manager import BlockManager
 from .group_memory import Room
 from .pinned import PinnedPrefixes
@@ -95,11 +97,13 @@ class Scheduler:
                 "(max_model_len), at least one of them sampled: shorten the prompt"
             )
         if group.width > self._max_num_seqs:
-            name = "n" if group.width == params.n else "best_of"
+            name = "beam_width" if params.beam_width else "n" if group.width == params.n else "best_of"
             raise ValueError(
                 f"{name} is {group.width}, and at most {self._max_num_seqs} sequences run at once "
                 "(max_num_seqs): lower it"
             )
+        if params.beam_width and not self._memory.preempts:
+            raise ValueError("beam_width needs memory that beams can share: set memory_policy='paged'")
         self._prepare(group, seed)
         needed, pinned = self._most_blocks(group), self.pinned.num_blocks
         if needed + pinned > self._blocks.gpu.num_blocks:
@@ -201,27 +205,41 @@ class Scheduler:
             self._admit(draft, made_way)
         return draft.freeze()
 
-    def update(self, plan: Plan, samples: SequenceABC[SequenceABC[int]]) -> None:
+    def update(
+        self,
+        plan: Plan,
+        samples: SequenceABC[SequenceABC[int]],
+        candidates: Mapping[int, Candidates] | None = None,
+    ) -> None:
         """Record what a step computed.
 
         Args:
             plan: the step.
-            samples: for every scheduled sequence its sampled tokens, ``num_samples`` of them.
+            samples: for every scheduled sequence its sampled tokens, ``num_samples`` of them; none for beams.
+            candidates: of the beams, by their position in the plan.
         """
         self._blocks.confirm()
         prefilling = []
+        for position, found in (candidates or {}).items():
+            item = plan.scheduled[position]
+            self._beams_of(item.group).candidates[item.seq.seq_id] = found
         for item, tokens in zip(plan.scheduled, samples):
             group, seq = item.group, item.seq
             if group.prefilling:
                 prefilling.append((item, tokens))
                 continue
             seq.num_computed += 1
+            if not tokens:
+                continue  # a beam
             token, token_ids = tokens[0], seq.token_ids
             token_ids.append(token)
             if token in group.stop_ids or len(token_ids) - seq.prompt_len >= group.max_tokens:
                 self._stop(group, seq)
         if prefilling:
             self._update_prefilling(prefilling)
+        if candidates:
+            for group in dict.fromkeys(plan.scheduled[position].group for position in candidates):
+                self._advance_beams(group)
 
     def step_failed(self) -> None:
         """After an error in a step nobody knows what its blocks hold: all of them are computed again."""
@@ -407,6 +425,22 @@ class Scheduler:
                 seq.num_pending == 1 and self._blocks.holds(seq.seq_id) for seq in group.live
             ):
                 group.prefilling = False
+
+    def _beams_of(self, group: SequenceGroup) -> Beams:
+        if group.beams is None:
+            group.beams = Beams()
+        return group.beams
+
+    def _advance_beams(self, group: SequenceGroup) -> None:
+        """One step of beam search; while beams are recomputed the first to be ready wait for the others."""
+        if any(seq.num_pending for seq in group.live):
+            return
+        group.forked = True
+        if advance(group, self._beams_of(group), self.fork, self.drop):
+            for seq in list(group.live):
+                self.finish(group, seq, "stop")
+        else:
+            group.prefilling = False
 
     def _most_blocks(self, group: SequenceGroup, pinned: SequenceABC[bytes] = ()) -> int:
         """The group's at its largest, without those of pinned prefixes, ``pinned`` among them."""

@@ -1,0 +1,132 @@
+"""Beam search as transformers defines it: which beams go on, which hypotheses are done, when to stop.
+
+A group's beams are its live sequences. In every step a surviving parent goes on as its first child; further
+children are forked from it, and beams without children are dropped. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .request import Sequence, SequenceGroup
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best next tokens of one beam, the best first.
+
+    Args:
+        token_ids: int64 ``[K]``. logprobs: float32 ``[K]``.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished beam; ``score`` is its log probability over its length to the power of `length_penalty`."""
+
+    token_ids: list[int]
+    cumulative_logprob: float
+    score: float
+    finish_reason: str
+    stop_reason: int | None
+
+
+@dataclass
+class Beams:
+    """State of one group's search."""
+
+    scores: dict[int, float] = field(default_factory=dict)  # log probabilities of the beams, by sequence id
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # of the beams that are computed
+    hypotheses: list[Hypothesis] = field(default_factory=list)  # at most beam_width, the best first
+
+
+def num_candidates(group: SequenceGroup) -> int:
+    """So many of a beam's best tokens leave ``beam_width`` of the group that do not end a sequence."""
+    return max(2, 1 + len(group.stop_ids)) * group.width
+
+
+def advance(
+    group: SequenceGroup,
+    beams: Beams,
+    fork: Callable[[SequenceGroup, Sequence, int], Sequence],
+    drop: Callable[[SequenceGroup, Sequence], None],
+) -> bool:
+    """Take one step when all beams of the group have their candidates.
+
+    Returns:
+        Whether the search has ended; the beams are then as they were.
+    """
+    live = list(group.live)
+    found = [beams.candidates[seq.seq_id] for seq in live]
+    totals = np.concatenate(
+        [c.logprobs + np.float32(beams.scores.get(s.seq_id, 0.0)) for s, c in zip(live, found)]
+    )
+    tokens = np.concatenate([c.token_ids for c in found])
+    parents = np.repeat(np.arange(len(live)), [len(c.token_ids) for c in found])
+    best = np.argsort(-totals, kind="stable")[: num_candidates(group)]
+    length = live[0].num_output_tokens + 1
+    going_on: list[tuple[Sequence, int, float]] = []
+    for rank, i in enumerate(best.tolist()):
+        parent, token, total = live[parents[i]], int(tokens[i]), float(totals[i])
+        if token in group.stop_ids or length >= group.max_tokens:
+            if rank < group.width:  # those after them only stand in for beams that ended
+                beams.hypotheses.append(_hypothesis(group, parent, token, total))
+        elif len(going_on) < group.width:
+            going_on.append((parent, token, total))
+    beams.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
+    del beams.hypotheses[group.width :]
+    if not going_on or _is_done(group, beams, length, going_on[0][2]):
+        return True
+    _continue(group, beams, going_on, fork, drop)
+    return False
+
+
+def _hypothesis(group: SequenceGroup, parent: Sequence, token: int, total: float) -> Hypothesis:
+    token_ids = [*parent.output_token_ids, token]
+    return Hypothesis(
+        token_ids,
+        total,
+        total / len(token_ids) ** group.params.length_penalty,
+        "stop" if token in group.stop_ids else "length",
+        token if token in group.params.stop_token_ids else None,
+    )
+
+
+def _is_done(group: SequenceGroup, beams: Beams, length: int, best: float) -> bool:
+    """Whether no running beam, whose best has this log probability, is taken to become one of the best."""
+    params = group.params
+    if len(beams.hypotheses) < group.width:
+        return False
+    if params.early_stopping is True:
+        return True
+    if params.early_stopping == "never" and params.length_penalty > 0:
+        length = group.max_tokens
+    return best / length**params.length_penalty <= beams.hypotheses[-1].score
+
+
+def _continue(
+    group: SequenceGroup,
+    beams: Beams,
+    going_on: list[tuple[Sequence, int, float]],
+    fork: Callable[[SequenceGroup, Sequence, int], Sequence],
+    drop: Callable[[SequenceGroup, Sequence], None],
+) -> None:
+    kept = {parent.seq_id for parent, _, _ in going_on}
+    for seq in [seq for seq in group.live if seq.seq_id not in kept]:
+        drop(group, seq)
+    children: list[tuple[Sequence, int, float]] = []
+    with_child: set[int] = set()
+    for parent, token, total in going_on:  # all forks before any token is appended
+        child = fork(group, parent, len(children)) if parent.seq_id in with_child else parent
+        with_child.add(parent.seq_id)
+        children.append((child, token, total))
+    beams.scores, beams.candidates = {}, {}
+    for child, token, total in children:
+        child.token_ids.append(token)
+        beams.scores[child.seq_id] = total
