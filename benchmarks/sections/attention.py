@@ -29,7 +29,7 @@ def decode_cases(context: Context) -> list[Case]:
         ]
     if not context.on_gpu:
         long = Case("bfloat16", 8, 1, 8192, *LLAMA_8B)
-        found = _cpu_cases([(32, 1, 160), (8, 1, 2048), (1, 1, 8192)])
+        found = _cpu_cases([(32, 1, 160), (32, 1, 512), (8, 1, 2048), (1, 1, 8192)])
         return [
             *found,
             *(replace(long, cache_dtype=name) for name in (None, *map(name_of, checks.QUANTISED))),
