@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 
-from cupaged.engine import SamplingParams
+from cupaged.engine import SamplingParams, beam_search
 from tests import tiny_models
 
 from .harness import finish, small_engine
@@ -102,6 +103,25 @@ def test_beams_equal_transformers(model, llama_dir, mode, caching, blocks, budge
             # A score can be some hundred, where float32 has no fourth digit behind the point.
             found = [o.beam_score for o in outputs[name].outputs]
             assert found == pytest.approx(scores, abs=1e-4, rel=3e-6), name
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "penalty", "done"),
+    # -10 is worse than -1 at 3 tokens, and better at the 10 there may be; the hypotheses are full.
+    [
+        ("never", 2.0, False),
+        (False, 2.0, True),
+        (True, 2.0, True),
+        ("never", -1.0, True),
+        ("never", 0.0, True),
+    ],
+)
+def test_when_no_beam_can_become_one_of_the_best(early_stopping, penalty, done):
+    params = SamplingParams(beam_width=2, early_stopping=early_stopping, length_penalty=penalty)
+    group = SimpleNamespace(params=params, width=2, max_tokens=10)
+    one = beam_search.Hypothesis([1], -1.0, -1.0, "stop", None)
+    assert beam_search._is_done(group, beam_search.Beams(hypotheses=[one, one]), 3, -10.0) is done
+    assert not beam_search._is_done(group, beam_search.Beams(hypotheses=[one]), 3, -10.0)
 
 
 @pytest.mark.parametrize(
