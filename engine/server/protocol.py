@@ -6,7 +6,7 @@ A field that would change the answer and is not supported is refused; other unkn
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -159,7 +159,11 @@ class _Sampling(_Strict):
 
     def wanted(self) -> Wanted:
         """What the answer is to have beside the texts."""
-        raise NotImplementedError
+        return Wanted(
+            stream=self.stream,
+            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
@@ -249,12 +253,7 @@ class ChatCompletionRequest(_Sampling):
         return self
 
     def wanted(self) -> Wanted:
-        return Wanted(
-            stream=self.stream,
-            include_usage=self.stream_options is not None and self.stream_options.include_usage,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+        return replace(super().wanted(), logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class CompletionRequest(_Sampling):
@@ -267,11 +266,9 @@ class CompletionRequest(_Sampling):
     echo: bool | None = None
 
     def wanted(self) -> Wanted:
-        return Wanted(
-            stream=self.stream,
-            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+        return replace(
+            super().wanted(),
             logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
             echo=bool(self.echo),
             only_prompt=bool(self.echo) and self.max_tokens == 0,
         )
