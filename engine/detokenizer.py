@@ -38,11 +38,11 @@ class Detokenizer:
             return ""
         self._ids += token_ids
         text = self._pending()
-        if text == self._held:  # tokens without a text would pile up
-            self._ids[-len(token_ids) :] = [token for token in token_ids if not self._is_silent(token)]
         if text and not text.endswith("\ufffd"):
             self._advance(len(self._ids))
             return text
+        if len(token_ids) > 1 or text == self._held:  # tokens without a text would pile up, or hide a border
+            self._ids[-len(token_ids) :] = [token for token in token_ids if not self._is_silent(token)]
         self._held = text
         if len(self._ids) - self._read <= _HELD:
             return ""

@@ -205,7 +205,8 @@ EURO = [0xE2, 0x82, 0xAC]
     st.integers(1, 14),
 )
 @example([[0xFF]] * 7 + [EURO, [0xFF], [0xFF]], 12)
-@settings(max_examples=200, deadline=None)
+@example([[0xE2], [0xE2], [0x82], [256], [256], [256], [0x82], [0xE2], EURO], 5)
+@settings(max_examples=300, deadline=None)
 def test_bytes_that_nearly_are_characters_add_up(output, at_once):
     """Held back or given up, with special tokens and tokens without a text between them."""
     tokenizer = tiny_models.tokenizer()
