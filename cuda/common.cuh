@@ -32,11 +32,13 @@ using scalar_t = __nv_bfloat16;
 #endif
 
 #ifdef CUPAGED_HOST
-#define CUPAGED_DYNAMIC_SMEM(name) unsigned char* const name = cupaged_host_dynamic_smem()
+#define CUPAGED_DYNAMIC_SMEM(name, alignment) \
+    unsigned char* const name = cupaged_host_dynamic_smem(alignment)
 #else
-// Dynamic shared memory of the launch, aligned to 16 bytes.
-#define CUPAGED_DYNAMIC_SMEM(name)                  \
-    extern __shared__ uint4 cupaged_dynamic_smem[]; \
+// Dynamic shared memory of the launch.
+#define CUPAGED_DYNAMIC_SMEM(name, alignment) \
+    extern __shared__ __align__(alignment)    \
+    uint4 cupaged_dynamic_smem[];             \
     unsigned char* const name = reinterpret_cast<unsigned char*>(cupaged_dynamic_smem)
 #endif
 

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                      int max_splits, int singles, int list_capacity, float query_scale,
                      float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
-    CUPAGED_DYNAMIC_SMEM(dynamic);
+    CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
     __shared__ int sums[kThreads];

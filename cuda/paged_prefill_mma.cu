@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                       int block_shift, int causal, int window, float query_scale,
                       float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
-    CUPAGED_DYNAMIC_SMEM(dynamic);
+    CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const PrefillTile tile = find_tile(gridDim.x - 1 - blockIdx.x, kTileRows / tile_heads,
                                        query_start_loc, seq_lens, num_seqs, num_tokens);

@@ -376,8 +376,8 @@ void allocate(size_t dynamic_bytes) {
              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     unsigned char* const end = machine.dynamic_mapping + machine.dynamic_mapping_bytes;
     mprotect(end, page, PROT_NONE);
-    machine.dynamic = end - (dynamic_bytes + 15) / 16 * 16;
     machine.dynamic_bytes = dynamic_bytes;
+    machine.dynamic = dynamic_shared(16);
 }
 
 void run_grid() {
@@ -473,7 +473,11 @@ int current_lane() {
     return thread_number(*machine.current) % kLanes;
 }
 
-unsigned char* dynamic_shared() {
+unsigned char* dynamic_shared(size_t alignment) {
+    // As near to the inaccessible page as the alignment allows.
+    unsigned char* const end = machine.dynamic_mapping + machine.dynamic_mapping_bytes;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(end - machine.dynamic_bytes);
+    machine.dynamic = reinterpret_cast<unsigned char*>(start / alignment * alignment);
     return machine.dynamic;
 }
 

@@ -42,7 +42,7 @@ void copy_async_wait(int newest_in_flight);
 
 // Fails unless the range lies in this block's static or dynamic shared memory.
 void require_shared(const void* address, size_t bytes, size_t alignment, const char* name);
-unsigned char* dynamic_shared();
+unsigned char* dynamic_shared(size_t alignment);
 
 // A kernel as its module describes it to the launcher.
 struct Kernel {

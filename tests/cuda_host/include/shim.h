@@ -35,8 +35,8 @@
 // section is its static shared memory.
 #define __shared__ static __attribute__((used))
 
-inline unsigned char* cupaged_host_dynamic_smem() {
-    return cupaged_host::dynamic_shared();
+inline unsigned char* cupaged_host_dynamic_smem(size_t alignment) {
+    return cupaged_host::dynamic_shared(alignment);
 }
 
 #include "warp.h"

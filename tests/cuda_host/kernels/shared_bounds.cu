@@ -5,7 +5,7 @@
 #include "ptx.cuh"
 
 extern "C" __global__ void shared_bounds(const float* input, float* output, int n) {
-    CUPAGED_DYNAMIC_SMEM(bytes);
+    CUPAGED_DYNAMIC_SMEM(bytes, 16);
     float* const values = reinterpret_cast<float*>(bytes);
     __shared__ float fixed[32];
     float registers[4];

@@ -16,7 +16,7 @@ __device__ inline int* more_values() {
 
 extern "C" __global__ void uninitialised(const float* input, float* output) {
 #if FAULT == 2
-    CUPAGED_DYNAMIC_SMEM(bytes);
+    CUPAGED_DYNAMIC_SMEM(bytes, 16);
     float* const values = reinterpret_cast<float*>(bytes);
 #elif FAULT == 4
     float* const values = shared_values<float>();
