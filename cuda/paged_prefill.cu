@@ -7,12 +7,12 @@
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
+//   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
 //
-// A block takes one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair
-// of the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and
-// values are read once for them all. Grid (token tiles, Hkv * head tiles): the host knows neither
-// the sequences' lengths nor needs to, see prefill_tiles.cuh. Rows after the last sequence are
-// padding and become zeros.
+// An item is one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair of
+// the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and values
+// are read once for them all. Blocks take one item after the other, see prefill_tiles.cuh; any grid
+// will do. Rows after the last sequence are padding and become zeros.
 //
 // Each of the 128 threads holds kThreadRows rows (ty + 16 * i) of the tile. For the logits it takes
 // kThreadKeys keys (tx + 8 * j), for the output the 16-byte chunks tx + 8 * k of those rows. The 8
@@ -109,211 +109,221 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                   const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
                   const float* __restrict__ sinks, const float* __restrict__ k_scale,
                   const float* __restrict__ v_scale, scalar_t* __restrict__ out,
-                  float* __restrict__ lse, cupaged::int64 query_token_stride,
-                  cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
-                  cupaged::int64 out_head_stride, cupaged::int64 block_stride,
-                  cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
-                  int num_kv_heads, int tile_heads, int block_shift, int causal, int window,
-                  float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
+                  float* __restrict__ lse, int* __restrict__ workspace,
+                  cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
+                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
+                  cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
+                  int num_seqs, int num_heads, int num_kv_heads, int tile_heads, int block_shift,
+                  int causal, int window, float query_scale, float soft_cap_log2, int query_aligned,
+                  int out_aligned) {
     using namespace cupaged;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
     __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
     __shared__ float4 shared_prob[kTileRows * kProbStride / 4];
+    __shared__ PrefillTile shared_tile;
 
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
-    const int tile_tokens = kTileRows / tile_heads;
-    const PrefillTile tile =
-        find_tile(blockIdx.x, tile_tokens, query_start_loc, seq_lens, num_seqs, num_tokens);
-    if (tile.num_tokens <= 0) return;
-
     const int group = num_heads / num_kv_heads;
     const int head_tiles = (group + tile_heads - 1) / tile_heads;
-    const int kv_head = blockIdx.y / head_tiles;
-    const int head_in_group = blockIdx.y % head_tiles * tile_heads;
-    const int first_head = kv_head * group + head_in_group;
-    const int heads = min(tile_heads, group - head_in_group);
+    const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
+    const PrefillBatch batch{seq_lens,   query_start_loc,        num_seqs,
+                             num_tokens, kTileRows / tile_heads, num_kv_heads,
+                             head_tiles};
+    if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
+    for (;;) {
+        __syncthreads();  // the tile is there, and all are done with the one before
+        const PrefillTile tile = shared_tile;
+        if (tile.num_tokens == 0) return;
+        const int kv_head = tile.kv_head;
+        const int head_in_group = tile.head_tile * tile_heads;
+        const int first_head = kv_head * group + head_in_group;
+        const int heads = min(tile_heads, group - head_in_group);
 
-    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const int chunk = i % kChunks;
-        const int token = row / tile_heads;
-        const int head = row % tile_heads;
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (token < tile.num_tokens && head < heads)
-            raw = load_vec(query + (tile.first_token + token) * query_token_stride +
-                               (first_head + head) * query_head_stride + chunk * kVec,
-                           query_aligned);
-        shared_query[row * kRowChunks + chunk] = raw;
-    }
-
-    // This thread's rows.
-    int position[kThreadRows];
-    float slope_log2[kThreadRows];
-    SoftmaxState state[kThreadRows];  // the maximum of the row, the sum of this thread's keys
-    float acc[kThreadRows][kThreadChunks][kVec];
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-        const int row = ty + i * kThreadsY;
-        const int head = row % tile_heads;
-        position[i] = tile.first_position + row / tile_heads;
-        slope_log2[i] = alibi_slopes != nullptr && head < heads
-                            ? alibi_slopes[first_head + head] * kLog2E
-                            : 0.0f;
-        state[i] = softmax_empty();
-#pragma unroll
-        for (int k = 0; k < kThreadChunks; ++k)
-#pragma unroll
-            for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
-    }
-
-    // The keys that some row of the tile sees.
-    const int last_position = tile.first_position + tile.num_tokens - 1;
-    const int key_end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
-    const int key_begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
-
-    const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                          kHeadSize};
-    const int* const table = block_tables + tile.sequence * table_stride;
-    const int64 to_value = cache.value_offset();
-    const float logit_factor = query_scale * unpacked_factor(k_scale, kv_head);
-    const float value_factor = unpacked_factor(v_scale, kv_head);
-
-    if (key_begin < key_end) {
-        copy_tile(cache, table, kv_head, key_begin, key_end, 0, shared_key);
-        cp_async_commit();
-        copy_tile(cache, table, kv_head, key_begin, key_end, to_value, shared_value);
-        cp_async_commit();
-    }
-    for (int begin = key_begin; begin < key_end; begin += kTileKeys) {
-        const int next = begin + kTileKeys;
-        cp_async_wait<1>();
-        __syncthreads();  // the keys (and at first the queries) are there
-
-        float score[kThreadRows][kThreadKeys];
-#pragma unroll
-        for (int i = 0; i < kThreadRows; ++i)
-#pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) score[i][j] = 0.0f;
-#pragma unroll 2
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-            float q[kThreadRows][kVec];
-#pragma unroll
-            for (int i = 0; i < kThreadRows; ++i)
-                unpack<scalar_t>(shared_query[(ty + i * kThreadsY) * kRowChunks + chunk], q[i]);
-#pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) {
-                float k[kVec];
-                unpack_chunk(shared_key, tx + j * kThreadsX, chunk, k);
-#pragma unroll
-                for (int i = 0; i < kThreadRows; ++i)
-#pragma unroll
-                    for (int e = 0; e < kVec; ++e) score[i][j] += q[i][e] * k[e];
-            }
+        for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+            const int row = i / kChunks;
+            const int chunk = i % kChunks;
+            const int token = row / tile_heads;
+            const int head = row % tile_heads;
+            uint4 raw = make_uint4(0, 0, 0, 0);
+            if (token < tile.num_tokens && head < heads)
+                raw = load_vec(query + (tile.first_token + token) * query_token_stride +
+                                   (first_head + head) * query_head_stride + chunk * kVec,
+                               query_aligned);
+            shared_query[row * kRowChunks + chunk] = raw;
         }
-        __syncthreads();  // all are done with the keys
-        if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, 0, shared_key);
-        cp_async_commit();
 
-#pragma unroll
-        for (int i = 0; i < kThreadRows; ++i)
-#pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= logit_factor;
-        if (soft_cap_log2 > 0.0f) {
-#pragma unroll
-            for (int i = 0; i < kThreadRows; ++i)
-#pragma unroll
-                for (int j = 0; j < kThreadKeys; ++j)
-                    score[i][j] = soft_cap_log2 * tanhf(score[i][j]);
-        }
-        float* const prob = reinterpret_cast<float*>(shared_prob);
+        // This thread's rows.
+        int position[kThreadRows];
+        float slope_log2[kThreadRows];
+        SoftmaxState state[kThreadRows];  // the maximum of the row, the sum of this thread's keys
+        float acc[kThreadRows][kThreadChunks][kVec];
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
-            float max = negative_infinity();
-#pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) {
-                const int key = begin + tx + j * kThreadsX;
-                const int distance = key - position[i];
-                const float s = score[i][j] + slope_log2[i] * static_cast<float>(distance);
-                const bool visible = key < key_end && (!causal || distance <= 0) &&
-                                     (window <= 0 || -distance < window);
-                score[i][j] = visible ? s : negative_infinity();
-                max = fmaxf(max, score[i][j]);
-            }
-#pragma unroll
-            for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
-                max = fmaxf(max, __shfl_xor_sync(kFullMask, max, offset));
-            const float factor = softmax_raise(state[i], max);
-            const float reference = softmax_reference(state[i].max);
-#pragma unroll
-            for (int j = 0; j < kThreadKeys; ++j) {
-                const float p = exp2f(score[i][j] - reference);
-                state[i].sum += p;
-                prob[(ty + i * kThreadsY) * kProbStride + tx + j * kThreadsX] = p;
-            }
+            const int row = ty + i * kThreadsY;
+            const int head = row % tile_heads;
+            position[i] = tile.first_position + row / tile_heads;
+            slope_log2[i] = alibi_slopes != nullptr && head < heads
+                                ? alibi_slopes[first_head + head] * kLog2E
+                                : 0.0f;
+            state[i] = softmax_empty();
 #pragma unroll
             for (int k = 0; k < kThreadChunks; ++k)
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
+                for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
         }
-        cp_async_wait<1>();
-        __syncthreads();  // the values and probabilities are there
 
-#pragma unroll 1
-        for (int key = 0; key < kTileKeys; key += 4) {
-            float p[kThreadRows][4];
+        // The keys that some row of the tile sees.
+        const int last_position = tile.first_position + tile.num_tokens - 1;
+        const int key_end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
+        const int key_begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
+
+        const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
+                                              kHeadSize};
+        const int* const table = block_tables + tile.sequence * table_stride;
+        const int64 to_value = cache.value_offset();
+        const float logit_factor = query_scale * unpacked_factor(k_scale, kv_head);
+        const float value_factor = unpacked_factor(v_scale, kv_head);
+
+        if (key_begin < key_end) {
+            copy_tile(cache, table, kv_head, key_begin, key_end, 0, shared_key);
+            cp_async_commit();
+            copy_tile(cache, table, kv_head, key_begin, key_end, to_value, shared_value);
+            cp_async_commit();
+        }
+        __syncthreads();  // all have read the tile
+        if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
+        for (int begin = key_begin; begin < key_end; begin += kTileKeys) {
+            const int next = begin + kTileKeys;
+            cp_async_wait<1>();
+            __syncthreads();  // the keys (and at first the queries) are there
+
+            float score[kThreadRows][kThreadKeys];
 #pragma unroll
-            for (int i = 0; i < kThreadRows; ++i) {
-                const float4 four = shared_prob[((ty + i * kThreadsY) * kProbStride + key) / 4];
-                p[i][0] = four.x;
-                p[i][1] = four.y;
-                p[i][2] = four.z;
-                p[i][3] = four.w;
-            }
+            for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+                for (int j = 0; j < kThreadKeys; ++j) score[i][j] = 0.0f;
+#pragma unroll 2
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                float q[kThreadRows][kVec];
 #pragma unroll
-                for (int k = 0; k < kThreadChunks; ++k) {
-                    const int chunk = tx + k * kThreadsX;
-                    if (chunk >= kChunks) continue;
-                    float v[kVec];
-                    unpack_chunk(shared_value, key + j, chunk, v);
+                for (int i = 0; i < kThreadRows; ++i)
+                    unpack<scalar_t>(shared_query[(ty + i * kThreadsY) * kRowChunks + chunk], q[i]);
+#pragma unroll
+                for (int j = 0; j < kThreadKeys; ++j) {
+                    float k[kVec];
+                    unpack_chunk(shared_key, tx + j * kThreadsX, chunk, k);
 #pragma unroll
                     for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
-                        for (int e = 0; e < kVec; ++e) acc[i][k][e] += p[i][j] * v[e];
+                        for (int e = 0; e < kVec; ++e) score[i][j] += q[i][e] * k[e];
                 }
-        }
-        __syncthreads();  // all are done with the values
-        if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, to_value, shared_value);
-        cp_async_commit();
-    }
+            }
+            __syncthreads();  // all are done with the keys
+            if (next < key_end) copy_tile(cache, table, kv_head, next, key_end, 0, shared_key);
+            cp_async_commit();
 
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-        const int row = ty + i * kThreadsY;
-        const int head_offset = row % tile_heads;
+            for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
-        for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
-            state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
-        if (row / tile_heads >= tile.num_tokens || head_offset >= heads) continue;
-        const int64 token = tile.first_token + row / tile_heads;
-        const int head = first_head + head_offset;
-        float factor = 1.0f;
-        if (sinks != nullptr && !softmax_is_empty(state[i]))
-            factor = softmax_add_sink(state[i], sinks[head] * kLog2E);
-        factor *= softmax_normaliser(state[i]) * value_factor;
-        if (lse != nullptr && tx == 0)
-            lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
-        scalar_t* const target = out + token * out_token_stride + head * out_head_stride;
+                for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= logit_factor;
+            if (soft_cap_log2 > 0.0f) {
 #pragma unroll
-        for (int k = 0; k < kThreadChunks; ++k) {
-            const int chunk = tx + k * kThreadsX;
-            if (chunk >= kChunks) continue;
+                for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
-            store_vec(target + chunk * kVec, pack<scalar_t>(acc[i][k]), out_aligned);
+                    for (int j = 0; j < kThreadKeys; ++j)
+                        score[i][j] = soft_cap_log2 * tanhf(score[i][j]);
+            }
+            float* const prob = reinterpret_cast<float*>(shared_prob);
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i) {
+                float max = negative_infinity();
+#pragma unroll
+                for (int j = 0; j < kThreadKeys; ++j) {
+                    const int key = begin + tx + j * kThreadsX;
+                    const int distance = key - position[i];
+                    const float s = score[i][j] + slope_log2[i] * static_cast<float>(distance);
+                    const bool visible = key < key_end && (!causal || distance <= 0) &&
+                                         (window <= 0 || -distance < window);
+                    score[i][j] = visible ? s : negative_infinity();
+                    max = fmaxf(max, score[i][j]);
+                }
+#pragma unroll
+                for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
+                    max = fmaxf(max, __shfl_xor_sync(kFullMask, max, offset));
+                const float factor = softmax_raise(state[i], max);
+                const float reference = softmax_reference(state[i].max);
+#pragma unroll
+                for (int j = 0; j < kThreadKeys; ++j) {
+                    const float p = exp2f(score[i][j] - reference);
+                    state[i].sum += p;
+                    prob[(ty + i * kThreadsY) * kProbStride + tx + j * kThreadsX] = p;
+                }
+#pragma unroll
+                for (int k = 0; k < kThreadChunks; ++k)
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
+            }
+            cp_async_wait<1>();
+            __syncthreads();  // the values and probabilities are there
+
+#pragma unroll 1
+            for (int key = 0; key < kTileKeys; key += 4) {
+                float p[kThreadRows][4];
+#pragma unroll
+                for (int i = 0; i < kThreadRows; ++i) {
+                    const float4 four = shared_prob[((ty + i * kThreadsY) * kProbStride + key) / 4];
+                    p[i][0] = four.x;
+                    p[i][1] = four.y;
+                    p[i][2] = four.z;
+                    p[i][3] = four.w;
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+#pragma unroll
+                    for (int k = 0; k < kThreadChunks; ++k) {
+                        const int chunk = tx + k * kThreadsX;
+                        if (chunk >= kChunks) continue;
+                        float v[kVec];
+                        unpack_chunk(shared_value, key + j, chunk, v);
+#pragma unroll
+                        for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+                            for (int e = 0; e < kVec; ++e) acc[i][k][e] += p[i][j] * v[e];
+                    }
+            }
+            __syncthreads();  // all are done with the values
+            if (next < key_end)
+                copy_tile(cache, table, kv_head, next, key_end, to_value, shared_value);
+            cp_async_commit();
+        }
+
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i) {
+            const int row = ty + i * kThreadsY;
+            const int head_offset = row % tile_heads;
+#pragma unroll
+            for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
+                state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
+            if (row / tile_heads >= tile.num_tokens || head_offset >= heads) continue;
+            const int64 token = tile.first_token + row / tile_heads;
+            const int head = first_head + head_offset;
+            float factor = 1.0f;
+            if (sinks != nullptr && !softmax_is_empty(state[i]))
+                factor = softmax_add_sink(state[i], sinks[head] * kLog2E);
+            factor *= softmax_normaliser(state[i]) * value_factor;
+            if (lse != nullptr && tx == 0)
+                lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
+            scalar_t* const target = out + token * out_token_stride + head * out_head_stride;
+#pragma unroll
+            for (int k = 0; k < kThreadChunks; ++k) {
+                const int chunk = tx + k * kThreadsX;
+                if (chunk >= kChunks) continue;
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
+                store_vec(target + chunk * kVec, pack<scalar_t>(acc[i][k]), out_aligned);
+            }
         }
     }
 }

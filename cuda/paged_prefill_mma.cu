@@ -7,11 +7,13 @@
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
+//   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
 //
-// A block takes one KV head and kTileRows query rows of one sequence. A row is a (token, head)
-// pair: the `tile_heads` query heads of kTileRows / tile_heads tokens, so that keys and values are
-// read once for them all, and a short chunk still fills the rows. Grid (token tiles, Hkv * head
-// tiles), see prefill_tiles.cuh; the last tiles, which see the most keys, come first.
+// An item is one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair:
+// the `tile_heads` query heads of kTileRows / tile_heads tokens, so that keys and values are read
+// once for them all, and a short chunk still fills the rows. Blocks take one item after the other,
+// see prefill_tiles.cuh; any grid will do. The next item is looked up while the first keys of the
+// one at hand arrive.
 //
 // The 4 warps have kWarpRows rows each and go through all keys that the tile sees together, in
 // tiles of kTileKeys from a ring of kStages that all threads fill (cp.async), with one barrier a
@@ -47,6 +49,7 @@ constexpr int kTile = kTileKeys * kRowChunks;  // chunks of a tile of keys or va
 constexpr int kCopyUnroll = 1;                 // registers are scarce
 
 struct Shared {
+    PrefillTile tile;
     uint4 query[kTileRows * kQueryRowChunks];
     uint4 tiles[kStages][2][kTile];  // 2: keys, values
     int ids[kStages][kTileKeys];     // of the rows of a tile, or of the next one in its place
@@ -98,146 +101,155 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                       const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
                       const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                       scalar_t* __restrict__ out, float* __restrict__ lse,
-                      cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                      cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                      cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                      int num_seqs, int num_heads, int num_kv_heads, int tile_heads,
-                      int block_shift, int causal, int window, float query_scale,
-                      float soft_cap_log2, int query_aligned, int out_aligned) {
+                      int* __restrict__ workspace, cupaged::int64 query_token_stride,
+                      cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
+                      cupaged::int64 out_head_stride, cupaged::int64 block_stride,
+                      cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
+                      int num_kv_heads, int tile_heads, int block_shift, int causal, int window,
+                      float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const PrefillTile tile = find_tile(gridDim.x - 1 - blockIdx.x, kTileRows / tile_heads,
-                                       query_start_loc, seq_lens, num_seqs, num_tokens);
-    if (tile.num_tokens <= 0) return;
-
     const int group = num_heads / num_kv_heads;
     const int head_tiles = (group + tile_heads - 1) / tile_heads;
-    const int head_in_group = blockIdx.y % head_tiles * tile_heads;
-    const int heads = min(tile_heads, group - head_in_group);
-    const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
-    Keys keys{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize},
-              block_tables + tile.sequence * table_stride};
-    keys.kv_head = blockIdx.y / head_tiles;
-    const int first_head = keys.kv_head * group + head_in_group;
-
-    // The keys that some row of the tile sees.
-    const int last_position = tile.first_position + tile.num_tokens - 1;
-    keys.end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
-    const int begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
-
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage)
-        load_ids(keys, begin + stage * kTileKeys, shared.ids[stage]);
-    __syncthreads();
-#pragma unroll 1
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-        copy_tile(keys, begin + stage * kTileKeys, shared.ids[stage], shared.tiles[stage]);
-        cp_async_commit();
-    }
-    for (int i = threadIdx.x; i < kTileRows * kQueryTileChunks; i += kThreads) {
-        const int row = i / kQueryTileChunks;
-        const int chunk = i % kQueryTileChunks;
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (row < num_rows && chunk < kQueryChunks)
-            raw = load_vec(query + (tile.first_token + row / heads) * query_token_stride +
-                               (first_head + row % heads) * query_head_stride + chunk * kQueryVec,
-                           query_aligned);
-        store_query(shared.query + row * kQueryRowChunks, chunk, raw);
-    }
-
-    // This warp's rows.
-    const int lane = threadIdx.x % kWarpSize;
-    const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
-    uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
-    Logits logits;
-    logits.scale = query_scale * unpacked_factor(k_scale, keys.kv_head);
-    logits.soft_cap_log2 = soft_cap_log2;
-    logits.window = window;
-    logits.causal = causal;
-    logits.has_slopes = alibi_slopes != nullptr;
-    logits.first_position = tile.first_position + min(first_row, num_rows - 1) / heads;
-    logits.last_position =
-        tile.first_position + min(first_row + kWarpRows - 1, num_rows - 1) / heads;
-    // The keys that they see.
-    const int warp_end = first_row >= num_rows ? 0
-                         : causal              ? min(keys.end, logits.last_position + 1)
-                                               : keys.end;
-    const int warp_begin = window > 0 ? logits.first_position - window + 1 : 0;
-    RowPositions positions[kRowTiles];
-    Accumulator acc[kRowTiles];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-        clear(acc[m]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
-            positions[m].row[r] = tile.first_position + row / heads;
-        }
-    }
-    const auto slope_log2 = [&](int m, int r) {
-        const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
-        return alibi_slopes[first_head + row % heads] * kLog2E;
-    };
-
-    int stage = 0;
-    for (int key = begin; key < keys.end; key += kTileKeys) {
-        cp_async_wait<kStages - 2>();
+    const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
+    const PrefillBatch batch{seq_lens,   query_start_loc,        num_seqs,
+                             num_tokens, kTileRows / tile_heads, num_kv_heads,
+                             head_tiles};
+    if (threadIdx.x == 0) shared.tile = take_tile(schedule, batch);
+    for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
-        const int free = stage == 0 ? kStages - 1 : stage - 1;
-        copy_tile(keys, key + (kStages - 1) * kTileKeys, shared.ids[free], shared.tiles[free]);
-        cp_async_commit();
-        load_ids(keys, key + kStages * kTileKeys, shared.ids[stage]);
-#pragma unroll
-        for (int i = 0; i < kTileKeys; i += kAttendKeys) {
-            if (key + i < warp_end && key + i + kAttendKeys > warp_begin)
-                attend<kRowTiles, kAttendKeys / 16, false>(
-                    nullptr, warp_query, shared.tiles[stage][0] + i * kRowChunks,
-                    shared.tiles[stage][1] + i * kRowChunks, logits, positions, slope_log2, key + i,
-                    keys.end, acc);
-        }
-        stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
-    cp_async_wait<0>();
-    __syncthreads();  // without keys: the query is there
+        const PrefillTile tile = shared.tile;
+        if (tile.num_tokens == 0) return;
+        const int head_in_group = tile.head_tile * tile_heads;
+        const int heads = min(tile_heads, group - head_in_group);
+        const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
+        Keys keys{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize},
+                  block_tables + tile.sequence * table_stride};
+        keys.kv_head = tile.kv_head;
+        const int first_head = keys.kv_head * group + head_in_group;
 
-    const float value_factor = unpacked_factor(v_scale, keys.kv_head);
+        // The keys that some row of the tile sees.
+        const int last_position = tile.first_position + tile.num_tokens - 1;
+        keys.end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
+        const int begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
+
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-        sum_lanes(acc[m]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int row = first_row + 16 * m + 8 * r + lane / 4;
-            SoftmaxState state = acc[m].state[r];
-            float factor = 1.0f;
-            if (row < num_rows) {
-                const int head = first_head + row % heads;
-                if (sinks != nullptr && !softmax_is_empty(state))
-                    factor = softmax_add_sink(state, sinks[head] * kLog2E);
-                if (lse != nullptr && lane % 4 == 0)
-                    lse[(tile.first_token + row / heads) * static_cast<int64>(num_heads) + head] =
-                        softmax_lse_log2(state) * kLn2;
-            }
-            factor *= softmax_normaliser(state) * value_factor;
-            // The warp is done with its query: its place takes the result.
-            unsigned* const target = reinterpret_cast<unsigned*>(
-                shared.query + (first_row + 16 * m + 8 * r + lane / 4) * kQueryRowChunks);
-            for_each_element(acc[m], r, [&](int element, const float* x, int count) {
-#pragma unroll
-                for (int i = 0; i < count; i += 2) {
-                    const float pair[2] = {x[i] * factor, x[i + 1] * factor};
-                    target[(element + i) / 2] = pack_word(pair, scalar_t());
-                }
-            });
+        for (int stage = 0; stage < kStages; ++stage)
+            load_ids(keys, begin + stage * kTileKeys, shared.ids[stage]);
+        __syncthreads();
+#pragma unroll 1
+        for (int stage = 0; stage < kStages - 1; ++stage) {
+            copy_tile(keys, begin + stage * kTileKeys, shared.ids[stage], shared.tiles[stage]);
+            cp_async_commit();
         }
-    }
-    __syncwarp();
-    for (int i = lane; i < kWarpRows * kQueryChunks; i += kWarpSize) {
-        const int row = first_row + i / kQueryChunks;
-        const int chunk = i % kQueryChunks;
-        if (row < num_rows)
-            store_vec(out + (tile.first_token + row / heads) * out_token_stride +
-                          (first_head + row % heads) * out_head_stride + chunk * kQueryVec,
-                      shared.query[row * kQueryRowChunks + chunk], out_aligned);
+        for (int i = threadIdx.x; i < kTileRows * kQueryTileChunks; i += kThreads) {
+            const int row = i / kQueryTileChunks;
+            const int chunk = i % kQueryTileChunks;
+            uint4 raw = make_uint4(0, 0, 0, 0);
+            if (row < num_rows && chunk < kQueryChunks)
+                raw =
+                    load_vec(query + (tile.first_token + row / heads) * query_token_stride +
+                                 (first_head + row % heads) * query_head_stride + chunk * kQueryVec,
+                             query_aligned);
+            store_query(shared.query + row * kQueryRowChunks, chunk, raw);
+        }
+
+        if (threadIdx.x == 0) shared.tile = take_tile(schedule, batch);
+
+        // This warp's rows.
+        const int lane = threadIdx.x % kWarpSize;
+        const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
+        uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
+        Logits logits;
+        logits.scale = query_scale * unpacked_factor(k_scale, keys.kv_head);
+        logits.soft_cap_log2 = soft_cap_log2;
+        logits.window = window;
+        logits.causal = causal;
+        logits.has_slopes = alibi_slopes != nullptr;
+        logits.first_position = tile.first_position + min(first_row, num_rows - 1) / heads;
+        logits.last_position =
+            tile.first_position + min(first_row + kWarpRows - 1, num_rows - 1) / heads;
+        // The keys that they see.
+        const int warp_end = first_row >= num_rows ? 0
+                             : causal              ? min(keys.end, logits.last_position + 1)
+                                                   : keys.end;
+        const int warp_begin = window > 0 ? logits.first_position - window + 1 : 0;
+        RowPositions positions[kRowTiles];
+        Accumulator acc[kRowTiles];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+            clear(acc[m]);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
+                positions[m].row[r] = tile.first_position + row / heads;
+            }
+        }
+        const auto slope_log2 = [&](int m, int r) {
+            const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
+            return alibi_slopes[first_head + row % heads] * kLog2E;
+        };
+
+        int stage = 0;
+        for (int key = begin; key < keys.end; key += kTileKeys) {
+            cp_async_wait<kStages - 2>();
+            __syncthreads();  // the tile is there, and all are done with the one before
+            const int free = stage == 0 ? kStages - 1 : stage - 1;
+            copy_tile(keys, key + (kStages - 1) * kTileKeys, shared.ids[free], shared.tiles[free]);
+            cp_async_commit();
+            load_ids(keys, key + kStages * kTileKeys, shared.ids[stage]);
+#pragma unroll
+            for (int i = 0; i < kTileKeys; i += kAttendKeys) {
+                if (key + i < warp_end && key + i + kAttendKeys > warp_begin)
+                    attend<kRowTiles, kAttendKeys / 16, false>(
+                        nullptr, warp_query, shared.tiles[stage][0] + i * kRowChunks,
+                        shared.tiles[stage][1] + i * kRowChunks, logits, positions, slope_log2,
+                        key + i, keys.end, acc);
+            }
+            stage = stage == kStages - 1 ? 0 : stage + 1;
+        }
+        cp_async_wait<0>();
+        __syncthreads();  // without keys: the query is there
+
+        const float value_factor = unpacked_factor(v_scale, keys.kv_head);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+            sum_lanes(acc[m]);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = first_row + 16 * m + 8 * r + lane / 4;
+                SoftmaxState state = acc[m].state[r];
+                float factor = 1.0f;
+                if (row < num_rows) {
+                    const int head = first_head + row % heads;
+                    if (sinks != nullptr && !softmax_is_empty(state))
+                        factor = softmax_add_sink(state, sinks[head] * kLog2E);
+                    if (lse != nullptr && lane % 4 == 0)
+                        lse[(tile.first_token + row / heads) * static_cast<int64>(num_heads) +
+                            head] = softmax_lse_log2(state) * kLn2;
+                }
+                factor *= softmax_normaliser(state) * value_factor;
+                // The warp is done with its query: its place takes the result.
+                unsigned* const target = reinterpret_cast<unsigned*>(
+                    shared.query + (first_row + 16 * m + 8 * r + lane / 4) * kQueryRowChunks);
+                for_each_element(acc[m], r, [&](int element, const float* x, int count) {
+#pragma unroll
+                    for (int i = 0; i < count; i += 2) {
+                        const float pair[2] = {x[i] * factor, x[i + 1] * factor};
+                        target[(element + i) / 2] = pack_word(pair, scalar_t());
+                    }
+                });
+            }
+        }
+        __syncwarp();
+        for (int i = lane; i < kWarpRows * kQueryChunks; i += kWarpSize) {
+            const int row = first_row + i / kQueryChunks;
+            const int chunk = i % kQueryChunks;
+            if (row < num_rows)
+                store_vec(out + (tile.first_token + row / heads) * out_token_stride +
+                              (first_head + row % heads) * out_head_stride + chunk * kQueryVec,
+                          shared.query[row * kQueryRowChunks + chunk], out_aligned);
+        }
     }
 }

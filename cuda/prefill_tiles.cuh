@@ -1,42 +1,95 @@
-// How the query tokens of a batch are divided into tiles, without the host knowing the lengths.
+// How the query tokens of a batch are divided into tiles, and how a block finds its own.
+//
+// An item is one tile of query tokens for one tile of query heads. plan_prefill.cu orders the
+// sequences before: longest first, so that no block is left with a long tile at the end. The items
+// of a sequence go through one KV head's heads after the other, and there from the last tokens,
+// which see the most keys, to the first: blocks that run at the same time read the same keys and
+// values, which the L2 cache then holds. Blocks take items in this order from a counter until there
+// are none left. Lengths are read on the device only, so a CUDA graph may replay with others.
 #pragma once
 
 #include "common.cuh"
 
 namespace cupaged {
 
-// What a block works on.
-struct PrefillTile {
-    int sequence;     // S for padding
-    int first_token;  // row of query
+// The order of the sequences, in a workspace of 2 * S + 5 ints that plan_prefill.cu fills. A
+// sequence of one query token is not in it: it is left to decode, so that it has the same bits here
+// and there.
+struct PrefillSchedule {
+    int* num_sequences;  // n, with the padding
+    int* next_item;      // that no block has taken
+    int* sequences;      // [n] of S + 1, longest first; the last one is S, the padding
+    int* first_tiles;    // [n + 1] of S + 2: tiles of query tokens before each, and of all
+};
+
+__device__ __forceinline__ PrefillSchedule prefill_schedule(int* workspace, int num_seqs) {
+    int* const sequences = workspace + 2;
+    return {workspace, workspace + 1, sequences, sequences + num_seqs + 1};
+}
+
+// What is divided, and into tiles of what size.
+struct PrefillBatch {
+    const int* seq_lens;
+    const int* query_start_loc;
+    int num_seqs;
     int num_tokens;
+    int tile_tokens;
+    int num_kv_heads;
+    int head_tiles;  // of a KV head
+
+    // The first query token of a sequence or the padding; that of num_seqs + 1 ends the padding.
+    __device__ __forceinline__ int start_of(int sequence) const {
+        return sequence <= num_seqs ? query_start_loc[sequence] : num_tokens;
+    }
+};
+
+// What a block works on.
+struct alignas(16) PrefillTile {
+    int sequence;  // S for padding
+    int kv_head;
+    int head_tile;       // of the KV head's
+    int first_token;     // row of query
+    int num_tokens;      // 0: there is no such item
     int first_position;  // of first_token in the sequence
     int seq_len;
 };
 
-// Sequence s gets the tiles from start(s) = query_start_loc[s] / tile_tokens + s on. These ranges
-// do not overlap and leave room for the sequence's last, partial tile, so a binary search finds the
-// tile's sequence, and the grid needs T / tile_tokens + S + 1 tiles whatever the lengths are. S
-// stands for the padding. A sequence of one query token has no tile: it is left to decode, so that
-// it has the same bits here and there.
-__device__ __forceinline__ PrefillTile find_tile(int index, int tile_tokens,
-                                                 const int* query_start_loc, const int* seq_lens,
-                                                 int num_seqs, int num_tokens) {
-    int low = 0, high = num_seqs;
-    while (low < high) {  // the last sequence with start <= index
+__device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
+                                               const PrefillBatch& batch, int item) {
+    const int heads = batch.num_kv_heads * batch.head_tiles;
+    const int n = *schedule.num_sequences;
+    int low = 0, high = n;
+    while (low < high) {  // the last one whose first item is not after this
         const int middle = (low + high + 1) / 2;
-        if (query_start_loc[middle] / tile_tokens + middle <= index)
+        if (schedule.first_tiles[middle] * heads <= item)
             low = middle;
         else
             high = middle - 1;
     }
-    const int start = query_start_loc[low];
-    const int end = low < num_seqs ? query_start_loc[low + 1] : num_tokens;
-    const int offset = (index - (start / tile_tokens + low)) * tile_tokens;
-    const int seq_len = low < num_seqs ? seq_lens[low] : 0;
-    if (low < num_seqs && end - start == 1) return {};
-    return {low, start + offset, min(tile_tokens, end - start - offset),
-            seq_len - (end - start) + offset, seq_len};
+    if (low == n) return {};
+    const int first_tile = schedule.first_tiles[low];
+    const int tiles = schedule.first_tiles[low + 1] - first_tile;
+    const int rest = item - first_tile * heads;
+    const int head = rest / tiles;
+    const int offset = (tiles - 1 - rest % tiles) * batch.tile_tokens;
+
+    const int sequence = schedule.sequences[low];
+    const int start = batch.start_of(sequence);
+    const int end = batch.start_of(sequence + 1);
+    const int seq_len = sequence < batch.num_seqs ? batch.seq_lens[sequence] : 0;
+    return {sequence,
+            head / batch.head_tiles,
+            head % batch.head_tiles,
+            start + offset,
+            min(batch.tile_tokens, end - start - offset),
+            seq_len - (end - start) + offset,
+            seq_len};
+}
+
+// The next item that no block has: for one thread, which tells the others.
+__device__ __forceinline__ PrefillTile take_tile(const PrefillSchedule& schedule,
+                                                 const PrefillBatch& batch) {
+    return tile_of(schedule, batch, atomicAdd(schedule.next_item, 1));
 }
 
 }  // namespace cupaged

@@ -58,6 +58,7 @@ SHARED_MEMORY = {
 
 # Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
 DECODE_MMA_STATIC = 4 * 1024
+PREFILL_TILE = 32  # bytes of a PrefillTile (prefill_tiles.cuh)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,10 @@ def spec_find_shared_pieces() -> KernelSpec:
     return KernelSpec("find_shared_pieces.cu", "find_shared_pieces", ())
 
 
+def spec_plan_prefill() -> KernelSpec:
+    return KernelSpec("plan_prefill.cu", "plan_prefill", threads=256)
+
+
 def spec_paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size)
     return KernelSpec("paged_prefill.cu", "paged_prefill", defines)
@@ -158,7 +163,8 @@ def spec_paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: s
     # The logits of 32 keys fit into registers everywhere but on sm_120, where ptxas spills.
     most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
     for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
-        shared_bytes = prefill_mma_rows(head_size) * query_row + stages * keys * (2 * cache_row + 4)
+        tile_bytes = keys * (2 * cache_row + 4)
+        shared_bytes = PREFILL_TILE + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
         if shared_bytes <= SHARED_MEMORY[arch.rstrip("af")]:
             break
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
@@ -185,7 +191,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
 
     The others are compiled when they are met.
     """
-    specs = [spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)]
+    specs = [*(spec_copy_blocks(unit_bytes) for unit_bytes in (16, 1)), spec_plan_prefill()]
     if has_mma(arch):
         specs.append(spec_find_shared_pieces())
     for dtype in DTYPES:

@@ -15,7 +15,7 @@ import torch
 
 from ..params import AttentionParams
 from . import plans
-from .plans import DecodePlan, KernelCall
+from .plans import DecodePlan, KernelCall, PrefillPlan
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
 # Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
@@ -53,12 +53,21 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
+class PreparedPrefill:
+    """The launches of a `plans.PrefillPlan`."""
+
+    plan: PrefillPlan
+    schedule: Launch
+    prefill: Launch
+
+
+@dataclass(frozen=True)
 class PreparedAttention:
     """The launches of an attention call: prefill for sequences of many query tokens, if there may be some,
     and a `plans.DecodePlan` for those of one or a few."""
 
     plan: DecodePlan
-    prefill: Launch | None
+    prefill: PreparedPrefill | None
     search: Launch | None
     decode: Launch
     merge: Launch | None
@@ -138,8 +147,10 @@ class Kernels:
             lse,
         )
         self._decode(plan, tensors)
-        if plan.prefill is not None:
-            plan.prefill(tensors)
+        if (prefill := plan.prefill) is not None:
+            schedule = self._launcher.empty((prefill.plan.schedule_size,), torch.int32, query.device)
+            prefill.schedule((seq_lens, query_start_loc, schedule))
+            prefill.prefill((*tensors, schedule))
 
     def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
         query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
@@ -174,14 +185,17 @@ class Kernels:
         device = query.device
         arch, sm_count = self._launcher.arch(device), self._launcher.sm_count(device)
         plan = plans.decode(query, kv_cache, block_tables, query_start_loc, out, params, arch, sm_count)
-        prefill = None
-        if not plans.all_decode(params, query_start_loc):
-            prefill = plans.prefill(query, kv_cache, block_tables, out, params, arch)
 
         def prepare(call: KernelCall | None) -> Any:
             return None if call is None else self._launcher.prepare(call, device)
 
-        return PreparedAttention(plan, *map(prepare, (prefill, plan.search, plan.decode, plan.merge)))
+        prefill = None
+        if not plans.all_decode(params, query_start_loc):
+            prefill_plan = plans.prefill(query, kv_cache, block_tables, out, params, arch, sm_count)
+            prefill = PreparedPrefill(
+                prefill_plan, prepare(prefill_plan.schedule), prepare(prefill_plan.prefill)
+            )
+        return PreparedAttention(plan, prefill, *map(prepare, (plan.search, plan.decode, plan.merge)))
 
     def merge_attention_states(
         self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor

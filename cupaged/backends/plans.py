@@ -29,6 +29,11 @@ MAX_SPLITS = 64
 DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
+# Blocks to launch per multiprocessor: as many as ptxas' registers and shared memory ever let in, by
+# `python -m cupaged.compile`. Where fewer fit, the others come last and find no tile left.
+PREFILL_MMA_BLOCKS_PER_SM = 2
+PREFILL_MMA_BLOCKS_PER_SM_SMALL = 4
+PREFILL_BLOCKS_PER_SM = 4
 # Up to this many query tokens a sequence go through the decode kernels.
 MAX_DECODE_QUERY_LEN = 8
 
@@ -60,6 +65,15 @@ class DecodePlan:
     partial_rows: tuple[int, int, int] | None = None  # [T or S, H, pieces]: a partial output and lse each
     search: KernelCall | None = None  # for pieces that sequences share
     tile_lists: tuple[int, int] | None = None  # [pieces, tiles] that it fills
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What a prefill launches, and the workspace that it needs."""
+
+    schedule: KernelCall  # orders the sequences
+    prefill: KernelCall
+    schedule_size: int  # int32 elements
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> KernelCall:
@@ -227,7 +241,9 @@ def prefill(
     out: torch.Tensor,
     params: AttentionParams,
     arch: str,
-) -> KernelCall:
+    sm_count: int,
+) -> PrefillPlan:
+    """Of all sequences of several query tokens, and of the padding."""
     _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[2]
@@ -237,11 +253,17 @@ def prefill(
         DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size, group, arch
     )
     tile_heads = kernel.tile_heads
+    schedule = KernelCall(
+        kernel_compiler.spec_plan_prefill(),
+        (1, 1),
+        (np.int32(num_tokens), np.int32(num_seqs), np.int32(kernel.tile_tokens)),
+    )
     # Each sequence can end in a partly filled tile, and the padding after the last is one more.
     tiles = num_tokens // kernel.tile_tokens + num_seqs + 1
-    return KernelCall(
+    items = tiles * num_kv_heads * _ceil_div(group, tile_heads)
+    call = KernelCall(
         kernel.spec,
-        (tiles, num_kv_heads * _ceil_div(group, tile_heads)),
+        (min(items, kernel.blocks_per_sm * sm_count), 1),
         (
             np.int64(query.stride(0)),
             np.int64(query.stride(1)),
@@ -262,6 +284,7 @@ def prefill(
             np.int32(_rows_aligned(out)),
         ),
     )
+    return PrefillPlan(schedule, call, 2 * num_seqs + 5)
 
 
 def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
@@ -313,6 +336,7 @@ class PrefillKernel:
     spec: KernelSpec
     tile_tokens: int  # query tokens of a tile
     tile_heads: int  # query heads of a tile
+    blocks_per_sm: int  # that may be resident at once
 
 
 @cache
@@ -322,11 +346,13 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
         spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
         rows = kernel_compiler.prefill_mma_rows(head_size)
         tile_heads = min(group, rows)
+        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 32 else PREFILL_MMA_BLOCKS_PER_SM_SMALL
     else:
         spec = kernel_compiler.spec_paged_prefill(dtype, cache_dtype, head_size)
         rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
         tile_heads = min(_next_power_of_two(group), rows)
-    return PrefillKernel(spec, rows // tile_heads, tile_heads)
+        blocks = PREFILL_BLOCKS_PER_SM
+    return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
 
 
 def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:

@@ -21,6 +21,7 @@ TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
     (kc.spec_copy_blocks(16), WIDE),
     (kc.spec_copy_blocks(1), ()),
     (kc.spec_find_shared_pieces(), ()),
+    (kc.spec_plan_prefill(), ()),
     (kc.spec_merge_splits("bf16"), WIDE),
     (kc.spec_merge_states("fp16"), WIDE),
     (kc.spec_paged_decode("bf16", "bf16", 128, 1), WIDE),

@@ -1,0 +1,81 @@
+// The order in which prefill takes the sequences of a batch: longest first, see prefill_tiles.cuh.
+//
+//   seq_lens         int32 [S]
+//   query_start_loc  int32 [S + 1]
+//   workspace        int32 [2 * S + 5], out: a PrefillSchedule, all of what is read of it
+//
+// Sequences of several query tokens are picked and sorted by their length; those of the same length
+// stay in their order. The place of each is the number of those that come before it: n^2
+// comparisons for n of them, with lengths in shared memory. The padding after the last sequence
+// comes last.
+//
+// Grid (1), kThreads threads; no dynamic shared memory.
+#include "common.cuh"
+#include "prefill_tiles.cuh"
+#include "work.cuh"
+
+namespace cupaged {
+
+constexpr int kThreads = 256;
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
+    plan_prefill(const int* __restrict__ seq_lens, const int* __restrict__ query_start_loc,
+                 int* __restrict__ workspace, int num_tokens, int num_seqs, int tile_tokens) {
+    using namespace cupaged;
+    __shared__ int sums[kThreads];
+    __shared__ int lengths[kThreads];
+    const PrefillBatch batch{seq_lens, query_start_loc, num_seqs, num_tokens, tile_tokens};
+    const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
+    const int thread = threadIdx.x;
+
+    // Pick them, into what will be first_tiles.
+    int* const picked = schedule.first_tiles;
+    int num_picked = 0;
+    for (int base = 0; base < num_seqs; base += kThreads) {
+        const int mine = base + thread;
+        const bool pick = mine < num_seqs && batch.start_of(mine + 1) - batch.start_of(mine) > 1;
+        block_scan<kThreads>(pick, sums);
+        if (pick) picked[num_picked + sums[thread] - 1] = mine;
+        num_picked += sums[kThreads - 1];
+        __syncthreads();  // the sums have been read
+    }
+
+    for (int base = 0; base < num_picked; base += kThreads) {
+        const int mine = base + thread;
+        const int sequence = mine < num_picked ? picked[mine] : 0;
+        const int length = seq_lens[sequence];
+        int place = 0;
+        for (int other = 0; other < num_picked; other += kThreads) {
+            __syncthreads();  // the lengths before have been read
+            const int count = min(kThreads, num_picked - other);
+            if (thread < count) lengths[thread] = seq_lens[picked[other + thread]];
+            __syncthreads();
+            for (int i = 0; i < count; ++i)
+                place += lengths[i] > length || (lengths[i] == length && other + i < mine);
+        }
+        if (mine < num_picked) schedule.sequences[place] = sequence;
+    }
+    if (thread == 0) {
+        schedule.sequences[num_picked] = num_seqs;
+        *schedule.num_sequences = num_picked + 1;
+        *schedule.next_item = 0;
+    }
+
+    int tiles_before = 0;
+    for (int base = 0; base <= num_picked; base += kThreads) {
+        __syncthreads();  // the sequences are there, and the sums have been read
+        const int mine = base + thread;
+        int tiles = 0;
+        if (mine <= num_picked) {
+            const int sequence = schedule.sequences[mine];
+            tiles = (batch.start_of(sequence + 1) - batch.start_of(sequence) + tile_tokens - 1) /
+                    tile_tokens;
+        }
+        block_scan<kThreads>(tiles, sums);
+        if (mine <= num_picked) schedule.first_tiles[mine + 1] = tiles_before + sums[thread];
+        tiles_before += sums[kThreads - 1];
+    }
+    if (thread == 0) schedule.first_tiles[0] = 0;
+}
