@@ -100,12 +100,18 @@ __device__ __forceinline__ void clear(Accumulator& acc) {
 
 // What the logits of all rows have in common.
 struct Logits {
-    float scale;                        // in units of log2(e)
+    float scale;                        // in units of log2(e), of the products
     float soft_cap_log2;                // 0 for none
     int first_position, last_position;  // of the rows
     int window;                         // 0 for none
     bool causal;
     bool has_slopes;
+
+    // What is left to multiply after form_logits: the scale, where nothing comes before the
+    // softmax, which takes it in one operation with the maximum.
+    __device__ __forceinline__ float scale_left() const {
+        return soft_cap_log2 > 0.0f || has_slopes || scale <= 0.0f ? 1.0f : scale;
+    }
 };
 
 // The positions of a lane's two rows.
@@ -113,22 +119,26 @@ struct RowPositions {
     int row[2];
 };
 
-// Logits of kTiles * 16 keys from token `begin` on, masked, in place of the products. slope_log2(r)
-// is asked for where has_slopes says so: in registers the slopes would be in the way of all others.
+// Logits of kTiles * 16 keys from token `begin` on, masked, in place of the products, but for a
+// factor of scale_left(). slope_log2(r) is asked for where has_slopes says so: in registers the
+// slopes would be in the way of all others.
 template <int kTiles, typename Slope>
 __device__ __forceinline__ void form_logits(const Logits& logits, const RowPositions& positions,
                                             Slope slope_log2, int begin, int end,
                                             float (&score)[2 * kTiles][4]) {
     const int t = threadIdx.x % 4;
+    if (logits.scale_left() == 1.0f) {
 #pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n)
+        for (int n = 0; n < 2 * kTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) score[n][i] *= logits.scale;
+            for (int i = 0; i < 4; ++i) score[n][i] *= logits.scale;
+    }
     if (logits.soft_cap_log2 > 0.0f) {
 #pragma unroll
         for (int n = 0; n < 2 * kTiles; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[n][i] = logits.soft_cap_log2 * tanhf(score[n][i]);
+            for (int i = 0; i < 4; ++i)
+                score[n][i] = logits.soft_cap_log2 * tanh_by_exp2(score[n][i]);
     }
     if (logits.has_slopes) {
 #pragma unroll
@@ -158,10 +168,11 @@ __device__ __forceinline__ void form_logits(const Logits& logits, const RowPosit
         }
 }
 
-// The logits become the terms of the softmax, and the sums so far take the new maximum.
+// The logits, each times scale_left, become the terms of the softmax, and the states take them in.
+// What was accumulated before is to be rescaled by the factors.
 template <int kTiles>
-__device__ __forceinline__ void take_softmax(float (&score)[2 * kTiles][4], Accumulator& acc) {
-    float factor[2];
+__device__ __forceinline__ void take_softmax(float (&score)[2 * kTiles][4], float scale_left,
+                                             SoftmaxState (&state)[2], float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float max = negative_infinity();
@@ -170,22 +181,25 @@ __device__ __forceinline__ void take_softmax(float (&score)[2 * kTiles][4], Accu
             max = fmaxf(max, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
         max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 1));
         max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 2));
-        factor[r] = softmax_raise(acc.state[r], max);
-        const float reference = softmax_reference(acc.state[r].max);
+        factor[r] = softmax_raise(state[r], max * scale_left);
+        const float reference = softmax_reference(state[r].max);
 #pragma unroll
         for (int n = 0; n < 2 * kTiles; ++n)
 #pragma unroll
             for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                score[n][i] = exp2f(score[n][i] - reference);
-                acc.state[r].sum += score[n][i];
+                score[n][i] = exp2f(fmaf(score[n][i], scale_left, -reference));
+                state[r].sum += score[n][i];
             }
     }
+}
+
+__device__ __forceinline__ void rescale(float (&out)[2 * kSteps][4], const float (&factor)[2]) {
     // The maximum seldom changes after the first tiles.
     if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
         for (int n = 0; n < 2 * kSteps; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) acc.out[n][i] *= factor[i / 2];
+            for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
     }
 }
 
@@ -240,7 +254,9 @@ __device__ __forceinline__ void attend(const unsigned (*query_registers)[4], con
         form_logits<kTiles>(
             logits, positions[r], [&](int row) { return slope_log2(r, row); }, begin, end,
             score[r]);
-        take_softmax<kTiles>(score[r], acc[r]);
+        float factor[2];
+        take_softmax<kTiles>(score[r], logits.scale_left(), acc[r].state, factor);
+        rescale(acc[r].out, factor);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {

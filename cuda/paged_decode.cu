@@ -141,7 +141,7 @@ __device__ __forceinline__ void attend_step(const float (*query)[kElems], const 
 #pragma unroll
             for (int offset = kLanes / 2; offset > 0; offset /= 2)
                 s += __shfl_xor_sync(kFullMask, s, offset);
-            if (logits.soft_cap_log2 > 0.0f) s = logits.soft_cap_log2 * tanhf(s);
+            if (logits.soft_cap_log2 > 0.0f) s = logits.soft_cap_log2 * tanh_by_exp2(s);
             s += logits.slope_log2[g] * distance;
             score[u][g] = t < tokens ? s : negative_infinity();
         }

@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                     for (int j = 0; j < kThreadKeys; ++j)
-                        score[i][j] = soft_cap_log2 * tanhf(score[i][j]);
+                        score[i][j] = soft_cap_log2 * tanh_by_exp2(score[i][j]);
             }
             float* const prob = reinterpret_cast<float*>(shared_prob);
 #pragma unroll
