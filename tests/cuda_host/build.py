@@ -121,13 +121,15 @@ def build(
 @cache
 def runtime() -> ctypes.CDLL:
     """The library that runs kernels. Its symbols are global, for the kernels' libraries."""
-    sources = [HERE / "runtime.cpp", HERE / "sanitizer.cpp", HERE / "fiber.h", INCLUDE / "host_runtime.h"]
-    unit = "".join(f'#include "{path}"\n' for path in sources[:2])
+    names = ("runtime", "barriers", "proxies", "warpgroup", "sanitizer")
+    sources = [HERE / f"{name}.cpp" for name in names]
+    headers = [HERE / "machine.h", HERE / "fiber.h", INCLUDE / "host_runtime.h"]
+    unit = "".join(f'#include "{path}"\n' for path in sources)
     options = (
         *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE"),
         *(f"-I{HERE}", f"-I{INCLUDE}", "-isystem", str(toolkit_include_dir())),
     )
-    library = ctypes.CDLL(str(build("runtime", sources, unit, options)), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(build("runtime", [*sources, *headers], unit, options)), mode=ctypes.RTLD_GLOBAL)
     library.cupaged_host_launch.restype = ctypes.c_bool
     return library
 

@@ -9,117 +9,38 @@
 //
 // Shared memory is filled with 0xFF (NaN) before each block. Dynamic shared memory ends at an
 // inaccessible page. A fault in a kernel ends the launch with an error.
-#include "host_runtime.h"
+#include "machine.h"
 
 #include <cmath>
-#include <csetjmp>
 #include <csignal>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <algorithm>
-#include <deque>
 #include <iterator>
 #include <numeric>
-#include <random>
-#include <string>
-#include <vector>
 
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <ctime>
 #include <unistd.h>
 
-#include "fiber.h"
-
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace cupaged_host {
+
+Machine machine;
+
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 * 1024;  // of a thread, with the guard page below it
-constexpr int kPoison = 0xff;
-
-struct AsyncCopy {
-    void* target;
-    const void* source;
-    size_t bytes;
-    bool valid;
-};
-
-struct Thread {
-    Fiber fiber;
-    uint3 index;
-    // What it waits for.
-    const char* waits_in = nullptr;
-    Site site{};
-    Resolve resolve = nullptr;
-    void* operands = nullptr;
-    unsigned mask = 0;
-    int barrier_result = 0;
-    // Asynchronous copies: committed groups, oldest first, and the open one.
-    std::deque<std::vector<AsyncCopy>> groups;
-    std::vector<AsyncCopy> open;
-};
-
-struct Warp {
-    unsigned live = 0;     // not exited
-    unsigned ready = 0;    // not waiting
-    unsigned waiting = 0;  // in a warp collective
-};
-
-struct Machine {
-    // The launch.
-    const Kernel* kernel = nullptr;
-    const char* name = "";
-    void** args = nullptr;
-    size_t dynamic_bytes = 0;
-    std::mt19937_64 random;
-    // The block.
-    int num_threads = 0;
-    int live = 0;
-    int at_barrier = 0;
-    int barrier_count = 0;      // true predicates
-    bool eager_copies = false;  // asynchronous copies may land before they are waited for
-    Thread* first_at_barrier = nullptr;
-    std::vector<Warp> warps;
-    unsigned char* dynamic = nullptr;
-    // The thread that runs, null in the scheduler.
-    Thread* current = nullptr;
-    Fiber scheduler;
-    sigjmp_buf abort;
-    std::string error;
-    // Kept from launch to launch.
-    std::vector<Thread> threads;
-    char* stacks = nullptr;
-    unsigned char* dynamic_mapping = nullptr;
-    size_t dynamic_mapping_bytes = 0;
-} machine;
-
-int thread_number(const Thread& thread) {
-    return static_cast<int>(&thread - machine.threads.data());
-}
 
 size_t page_bytes() {
     static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     return bytes;
-}
-
-const char* base_name(const char* path) {
-    const char* const slash = std::strrchr(path, '/');
-    return slash != nullptr ? slash + 1 : path;
-}
-
-std::string place(const Thread& thread) {
-    char text[256];
-    std::snprintf(text, sizeof(text), "thread (%u, %u, %u) in %s at %s:%d", thread.index.x,
-                  thread.index.y, thread.index.z, thread.waits_in, base_name(thread.site.file),
-                  thread.site.line);
-    return text;
 }
 
 // Record the error of the launch, said by the thread that runs.
@@ -136,31 +57,24 @@ void record(const char* text) {
     machine.error = std::string(head) + text;
 }
 
-void land(const std::vector<AsyncCopy>& group) {
+void land(const Thread& thread, const std::vector<AsyncCopy>& group) {
     for (const AsyncCopy& copy : group) {
         if (copy.valid)
             std::memcpy(copy.target, copy.source, copy.bytes);
         else
             std::memset(copy.target, 0, copy.bytes);
+        write_lands(thread, copy.target, copy.bytes);
     }
 }
 
 void land_oldest(Thread& thread) {
     const std::vector<AsyncCopy> group = std::move(thread.groups.front());
     thread.groups.pop_front();
-    land(group);
+    land(thread, group);
 }
 
 void to_scheduler() {
     switch_fiber(machine.current->fiber, machine.scheduler);
-}
-
-// Wait in the scheduler. Copies under way may land meanwhile.
-void wait() {
-    to_scheduler();
-    Thread& thread = *machine.current;
-    if (machine.eager_copies && !thread.groups.empty() && machine.random() % 4 == 0)
-        land_oldest(thread);
 }
 
 void release_barrier() {
@@ -258,6 +172,8 @@ void start_block() {
         thread.waits_in = nullptr;
         thread.groups.clear();
         thread.open.clear();
+        thread.barrier = nullptr;
+        thread.fenced = 0;
         init_fiber(thread.fiber, machine.stacks + (i + 1) * kStackBytes, kStackBytes - page_bytes(),
                    thread_main);
         machine.warps[i / kLanes].live |= 1u << (i % kLanes);
@@ -269,6 +185,9 @@ void start_block() {
     std::memset(machine.kernel->shared_begin, kPoison,
                 machine.kernel->shared_end - machine.kernel->shared_begin);
     std::memset(machine.dynamic_mapping, kPoison, machine.dynamic_mapping_bytes);
+    reset_barriers();
+    reset_proxies();
+    reset_warpgroups();
 }
 
 void check_dynamic_margin() {
@@ -288,12 +207,14 @@ void run_block() {
     std::shuffle(order.begin(), order.end(), machine.random);
     const bool depth_first = machine.random() % 2 != 0;
     machine.eager_copies = machine.random() % 4 == 0;
+    machine.early_reads = machine.random() % 2 == 0;
     while (machine.live > 0) {
         const int warp = pick_warp(order, depth_first);
         if (warp < 0) fail_stuck();
         run_warp(warp);
     }
     check_dynamic_margin();
+    check_warpgroups();
 }
 
 void on_signal(int signal, siginfo_t* info, void*) {
@@ -394,6 +315,46 @@ void run_grid() {
 }
 
 }  // namespace
+
+const char* base_name(const char* path) {
+    const char* const slash = std::strrchr(path, '/');
+    return slash != nullptr ? slash + 1 : path;
+}
+
+std::string place(const Thread& thread) {
+    char text[256];
+    std::snprintf(text, sizeof(text), "thread (%u, %u, %u) in %s at %s:%d", thread.index.x,
+                  thread.index.y, thread.index.z, thread.waits_in, base_name(thread.site.file),
+                  thread.site.line);
+    return text;
+}
+
+void wait() {
+    to_scheduler();
+    Thread& thread = *machine.current;
+    if (machine.eager_copies && !thread.groups.empty() && machine.random() % 4 == 0)
+        land_oldest(thread);
+}
+
+void wait_for(const void* barrier, const char* name, Site site) {
+    Thread& thread = *machine.current;
+    const int number = thread_number(thread);
+    thread.barrier = barrier;
+    thread.waits_in = name;
+    thread.site = site;
+    machine.warps[number / kLanes].ready &= ~(1u << (number % kLanes));
+    wait();
+}
+
+void wake(const void* barrier) {
+    for (int i = 0; i < machine.num_threads; ++i) {
+        Thread& thread = machine.threads[i];
+        if (thread.barrier != barrier) continue;
+        thread.barrier = nullptr;
+        thread.waits_in = nullptr;
+        machine.warps[i / kLanes].ready |= 1u << (i % kLanes);
+    }
+}
 
 void fail(const char* format, ...) {
     char text[1024];
@@ -502,6 +463,7 @@ void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
         (void)source[bytes - 1];
     }
     std::memset(shared, kPoison, bytes);
+    copy_starts(shared, bytes);
     machine.current->open.push_back({shared, global, bytes, valid});
 }
 

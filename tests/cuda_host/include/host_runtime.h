@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include <vector_types.h>
 
@@ -43,6 +44,41 @@ void copy_async_wait(int newest_in_flight);
 // Fails unless the range lies in this block's static or dynamic shared memory.
 void require_shared(const void* address, size_t bytes, size_t alignment, const char* name);
 unsigned char* dynamic_shared(size_t alignment);
+
+// Barriers of 8 bytes in shared memory. A wait for a phase is over when that phase is.
+void mbarrier_init(unsigned long long* barrier, int count, Site site);
+void mbarrier_arrive(unsigned long long* barrier, Site site);
+void mbarrier_wait(unsigned long long* barrier, int parity, Site site);
+
+// Whole warps arrive at barrier `id`, and wait or go on.
+void named_barrier(int id, int threads, bool waits, const char* name, Site site);
+
+// An address of shared memory as 18 bits, as it is modulo 1024.
+unsigned shared_offset(const void* address);
+
+// What the calling thread's writes are to the async proxy.
+void fence_proxy_async();
+void store_for_async_proxy(void* target, const void* value, size_t bytes);
+
+// The steps of a warpgroup, which all of its threads take.
+void set_registers(int registers, const char* name, Site site);
+uint64_t wgmma_descriptor(const void* start, int row_bytes, int panel_bytes, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+// Wait for all groups but the newest. What has ended then of [begin, end) gets its values.
+void wgmma_wait(int newest_in_flight, float* begin, float* end, Site site);
+
+struct Product {
+    float* d;           // [columns / 8][4]
+    const unsigned* a;  // [4] in registers, or null
+    uint64_t a_matrix;  // descriptor, if not in registers
+    uint64_t b_matrix;  // descriptor
+    int columns;
+    bool bfloat16;
+    bool transposed;  // b's rows in memory are its rows
+    bool accumulate;
+};
+void wgmma(const Product& product, Site site);
 
 // A kernel as its module describes it to the launcher.
 struct Kernel {
