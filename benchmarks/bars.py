@@ -15,7 +15,8 @@ def ratios(row: Row) -> dict[str, float]:
     if "cupaged" not in seconds:
         return {}
     ours = seconds["cupaged"]
-    found = {"tflop_per_s": row["flop"] / ours / 1e12}
+    # On Hopper the kernel of the generations before it is timed beside its own.
+    found = {"mma_tflop_per_s": row["flop"] / seconds.get("cupaged mma.sync", ours) / 1e12}
     if row.get("copy_bytes_per_s"):
         found["of_copy"] = row["bytes"] / ours / row["copy_bytes_per_s"]
     for group in ("sdpa", "flashinfer"):
@@ -131,7 +132,7 @@ BARS = (
     Bar("decode: dense SDPA's time over ours", 1.0, _decode("sdpa")),
     Bar("decode: FlashInfer's time over ours", 1.0, _decode("flashinfer")),
     Bar("decode, >= 8k: bf16 cache's time over fp8's", 1.6, _quantised),
-    Bar("prefill, 32 x 4k, MHA of size 128: TFLOP/s", 320.0, _prefill("tflop_per_s", _known)),
+    Bar("prefill on mma.sync, 32 x 4k, MHA of size 128: TFLOP/s", 320.0, _prefill("mma_tflop_per_s", _known)),
     Bar("prefill, page sizes 16 to 128: slowest over fastest", 0.90, partial(_page_sizes, "prefill")),
     Bar("prefill: dense SDPA's time over ours", 0.95, _prefill("sdpa")),
     Bar("prefill: FlashInfer's time over ours", 1.0, _prefill("flashinfer")),

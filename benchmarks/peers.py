@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cupaged.backends.plans import MAX_DECODE_QUERY_LEN
+from cupaged.params import AttentionParams
+
 from .problems import Batch, Case
 
 PeerRun = Callable[[], torch.Tensor]
@@ -44,6 +47,7 @@ def peers() -> tuple[Peer, ...]:
         found.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
     found.append(Peer("flex", flex, _flex_applies))
     found.append(Peer("cupaged unshared", unshared, _unshared_applies))
+    found.append(Peer("cupaged mma.sync", mma_sync, _mma_sync_applies))
     if importlib.util.find_spec("flashinfer") is not None:
         for tensor_cores in (False, True):
             name = "flashinfer tc" if tensor_cores else "flashinfer"
@@ -182,6 +186,28 @@ def flashinfer_cascade(batch: Batch) -> list[PeerRun]:
 def unshared(batch: Batch) -> list[PeerRun]:
     """Our own kernel without looking for a shared prefix."""
     return [partial(batch.paged, s, False) for s in range(batch.num_sets)]
+
+
+def mma_sync(batch: Batch) -> list[PeerRun]:
+    """Our own kernel for the generations before Hopper."""
+    from cupaged.backends import cuda
+
+    case, kernels = batch.case, cuda.backend("90")
+    params = AttentionParams(case.head_size**-0.5, max_query_len=case.query_tokens)
+
+    def run(s: int) -> torch.Tensor:
+        batch_tensors = batch.block_tables[s], batch.seq_lens, batch.query_start_loc
+        kernels.paged_attention(
+            batch.query[s], batch.kv_cache, *batch_tensors, batch.out[s], None, params, case
+        )
+        return batch.out[s]
+
+    return [partial(run, s) for s in range(batch.num_sets)]
+
+
+def _mma_sync_applies(case: Case, device: torch.device) -> bool:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and case.query_tokens > MAX_DECODE_QUERY_LEN and not case.cache_dtype
 
 
 def _unshared_applies(case: Case, device: torch.device) -> bool:

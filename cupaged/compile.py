@@ -36,7 +36,7 @@ ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
 
 # Part of every digest: raise it when what is kept for the same inputs changes.
-ENTRY_FORMAT = 2
+ENTRY_FORMAT = 3
 
 # Bytes of shared memory that one block can have. Above 48 KiB it has to be dynamic.
 STATIC_SHARED_MEMORY = 48 * 1024
@@ -59,6 +59,9 @@ SHARED_MEMORY = {
 # Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
 DECODE_MMA_STATIC = 4 * 1024
 PREFILL_TILE = 32  # bytes of a PrefillTile (prefill_tiles.cuh)
+# paged_prefill_wgmma: rows of the query, and its shared memory besides tiles: items, barriers.
+PREFILL_WGMMA_ROWS = 128
+PREFILL_WGMMA_STATIC = 256
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ResourceUsage:
     spill_stores: int
     spill_loads: int
     shared_memory: int  # static
+    warnings: tuple[str, ...] = ()  # of ptxas, about the speed
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,21 @@ def spec_paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: s
     return KernelSpec("paged_prefill_mma.cu", "paged_prefill_mma", defines, 128, shared_bytes)
 
 
+def has_wgmma(arch: str) -> bool:
+    """Whether it is Hopper, whose warpgroups multiply out of shared memory; no other generation does."""
+    return arch == "90a"
+
+
+def spec_paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
+    """With as many keys of a tile as leave registers for the output, and then as many stages as fit."""
+    keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
+    stages = 3 if head_size <= 128 else 2
+    row_bytes = 128 * -(-head_size // 64)
+    shared_bytes = (PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_STATIC
+    defines = _defines(dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
+    return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
+
+
 def head_tiles(cache_dtype: str) -> tuple[int, ...]:
     """Query heads that one block of paged_decode can handle. With 8-bit codes a lane holds twice the
     elements of a row, and 8 heads of them do not fit in registers."""
@@ -202,7 +221,10 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
             for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
                 if tensor_cores:
                     specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
-                    specs.append(spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch))
+                    if has_wgmma(arch) and cache_dtype == dtype:
+                        specs.append(spec_paged_prefill_wgmma(dtype, head_size))
+                    else:
+                        specs.append(spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch))
                 else:
                     tiles = head_tiles(cache_dtype)
                     specs += [spec_paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
@@ -390,11 +412,14 @@ _FUNCTION = re.compile(r"Compiling entry function '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
+# That a wait for products was put in, or that they were serialised, or setmaxnreg left out.
+_WARNING = re.compile(r"\(C75\d\d\) (.*?)\s+in (?:the )?function '(\w+)'")
 
 
 def parse_log(log: str) -> dict[str, ResourceUsage]:
     """Registers, spills and shared memory by entry point, from the text of ``--ptxas-options=-v``."""
     usage = {}
+    warnings = [(entry, text) for text, entry in _WARNING.findall(log)]
     sections = _FUNCTION.split(log)
     for entry, text in zip(sections[1::2], sections[2::2]):
         frame, registers, smem = _FRAME.search(text), _REGISTERS.search(text), _SMEM.search(text)
@@ -402,7 +427,12 @@ def parse_log(log: str) -> dict[str, ResourceUsage]:
             raise RuntimeError(f"ptxas reported nothing on {entry}:\n{log}")
         stack, stores, loads = map(int, frame.groups())
         usage[entry] = ResourceUsage(
-            int(registers[1]), stack, stores, loads, int(smem[1]) if smem is not None else 0
+            int(registers[1]),
+            stack,
+            stores,
+            loads,
+            int(smem[1]) if smem is not None else 0,
+            tuple(text for name, text in warnings if name == entry),
         )
     return usage
 
@@ -447,7 +477,10 @@ def _read_entry(binary: Path, record: Path) -> Compiled | None:
         description = json.loads(record.read_bytes())
         if hashlib.sha256(binary.read_bytes()).hexdigest() != description["sha256"]:
             return None
-        usage = {entry: ResourceUsage(**used) for entry, used in description["usage"].items()}
+        usage = {
+            entry: ResourceUsage(**used | {"warnings": tuple(used["warnings"])})
+            for entry, used in description["usage"].items()
+        }
         return Compiled(binary, usage, float(description["compile_ms"]), hit=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -38,6 +38,7 @@ class Row:
         found = []
         if self.usage.spill_stores or self.usage.spill_loads:
             found.append(f"spills {self.usage.spill_stores + self.usage.spill_loads} bytes of registers")
+        found += self.usage.warnings
         limit = min(STATIC_SHARED_MEMORY, SHARED_MEMORY[self.arch.rstrip("af")])
         if self.usage.shared_memory > limit:
             found.append(f"needs {self.usage.shared_memory} bytes of shared memory, the limit is {limit}")

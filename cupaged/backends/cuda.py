@@ -17,13 +17,17 @@ from .kernels import Kernels
 from .plans import KernelCall, Number
 
 
-def backend() -> Kernels:
+def backend(arch: str | None = None) -> Kernels:
     """The backend's functions.
+
+    Args:
+        arch: what kernels are chosen and compiled for, by default the device's own. "90" leaves out what only
+            "90a" has.
 
     Raises:
         ImportError: CuPy is missing; the message names the package.
     """
-    return Kernels(CupyLauncher())
+    return Kernels(CupyLauncher(arch))
 
 
 class CupyLauncher:
@@ -33,7 +37,8 @@ class CupyLauncher:
     `cupy.RawKernel`, which makes an object of each argument and of the stream at every launch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arch: str | None = None) -> None:
+        self._chosen_arch = arch
         self._cuda = kernel_compiler.import_cupy().cuda
         self._functions: dict[tuple[KernelSpec, int], int] = {}  # the driver's handles
         self._lock = threading.Lock()
@@ -42,7 +47,7 @@ class CupyLauncher:
         return _sm_count(device)
 
     def arch(self, device: torch.device) -> str:
-        return _arch(device.index)
+        return self._chosen_arch or _arch(device.index)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -64,11 +69,11 @@ class CupyLauncher:
 
     def _load(self, spec: KernelSpec, index: int) -> int:
         """The kernel in the device's context. Modules are never unloaded."""
-        driver = self._cuda.driver
+        driver, arch = self._cuda.driver, self._chosen_arch or _arch(index)
         with self._lock, torch.cuda.device(index):
             if (spec, index) not in self._functions:
                 self._cuda.runtime.setDevice(index)
-                module = driver.moduleLoad(str(kernel_compiler.cubin(spec, _arch(index)).path))
+                module = driver.moduleLoad(str(kernel_compiler.cubin(spec, arch).path))
                 function = driver.moduleGetFunction(module, spec.entry)
                 if spec.dynamic_shared_memory > kernel_compiler.STATIC_SHARED_MEMORY:
                     attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

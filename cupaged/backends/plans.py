@@ -341,8 +341,14 @@ class PrefillKernel:
 
 @cache
 def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
-    """The choice between the two prefill kernels: tensor cores where they take 16 bits."""
-    if dtype != "fp32" and kernel_compiler.has_mma(arch):
+    """The choice between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
+    need not unpack 8."""
+    if kernel_compiler.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
+        spec = kernel_compiler.spec_paged_prefill_wgmma(dtype, head_size)
+        rows = kernel_compiler.PREFILL_WGMMA_ROWS
+        tile_heads = min(group, rows)
+        blocks = 1
+    elif dtype != "fp32" and kernel_compiler.has_mma(arch):
         spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
         rows = kernel_compiler.prefill_mma_rows(head_size)
         tile_heads = min(group, rows)

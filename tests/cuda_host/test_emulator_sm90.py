@@ -10,7 +10,7 @@ import torch
 
 from cupaged.compile import KernelSpec
 
-from .emulator import EmulationError, HostLauncher
+from .emulator import HostLauncher
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation with")
 

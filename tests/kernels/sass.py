@@ -35,7 +35,8 @@ def complaints(code: list[str], needs: tuple[str, ...]) -> list[str]:
 
     Args:
         needs: of "wide loads" (16 bytes from global memory, and no narrower asynchronous copy), "wide
-            stores", "tensor cores" (HMMA or IMMA), "ldmatrix". Local memory is wrong for every kernel.
+            stores", "tensor cores" (HMMA or IMMA), "warpgroup products" (HGMMA), "ldmatrix". Local memory is
+            wrong for every kernel.
     """
     by_name: dict[str, list[str]] = {}
     for opcode in code:
@@ -46,6 +47,7 @@ def complaints(code: list[str], needs: tuple[str, ...]) -> list[str]:
         "wide loads": any(map(wide, copies + by_name.get("LDG", []))) and all(map(wide, copies)),
         "wide stores": any(map(wide, by_name.get("STG", []))),
         "tensor cores": "HMMA" in by_name or "IMMA" in by_name,
+        "warpgroup products": "HGMMA" in by_name,
         "ldmatrix": "LDSM" in by_name,
     }
     return found + [f"no {need}" for need in needs if not satisfied[need]]

@@ -20,6 +20,23 @@ extern "C" __global__ void __launch_bounds__(1024) planted(volatile float* data)
     for (int i = 0; i < 128; ++i) data[threadIdx.x + i * 1024] = x[i];
 }
 """
+PRODUCTS = """
+#define CUPAGED_DTYPE CUPAGED_BF16
+#include "%s/ptx_sm90.cuh"
+using namespace cupaged;
+extern "C" __global__ void __launch_bounds__(128) planted(float* out) {
+    __shared__ __align__(1024) uint4 tile[1024];
+    float d[8][4] = {};
+    const unsigned long long matrix = wgmma_descriptor(tile, 1024, 0);
+    wgmma_fence();
+    Wgmma<__nv_bfloat16, 64>::shared(d, matrix, matrix, true);
+    %s
+    wgmma_commit();
+    wgmma_wait<0>(d);
+    for (int n = 0; n < 8; ++n)
+        for (int i = 0; i < 4; ++i) out[(4 * n + i) * 128 + threadIdx.x] = d[n][i];
+}
+"""
 TOO_MUCH_SHARED = """
 extern "C" __global__ void planted(int* data) {
     __shared__ int table[%d];
@@ -70,7 +87,8 @@ def test_the_variants_are_what_the_readme_promises():
                         assert f"paged_decode[{of}, head_tile={tile}]" in names
                 else:
                     assert {f"paged_decode_mma[{of}, stages={n}]" for n in (2, 3)} & names
-                    assert any(name.startswith(f"paged_prefill_mma[{of}, ") for name in names)
+                    prefill = "paged_prefill_wgmma" if arch == "90a" else "paged_prefill_mma"
+                    assert any(name.startswith(f"{prefill}[{of}, ") for name in names)
             for cache_dtype in ("fp8_e4m3", "fp8_e5m2", "int8"):
                 assert f"reshape_and_cache[dtype={dtype}, cache_dtype={cache_dtype}]" in names
                 for head_size in (64, 128, 256) if dtype == "bf16" else ():
@@ -91,6 +109,13 @@ def _planted(tmp_path, source: str) -> precompile.Row:
 
 def test_a_kernel_that_spills_is_unfit(tmp_path):
     assert "spills" in " ".join(_planted(tmp_path, SPILLS).complaints())
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_kernel_whose_products_wait_for_each_other_is_unfit(tmp_path, waits):
+    """Here because accumulators are touched while they are under way."""
+    source = PRODUCTS % (kc.cuda_dir(), "" if waits else "d[0][0] += 1.0f;")
+    assert ("warpgroup.wait is injected" in " ".join(_planted(tmp_path, source).complaints())) == (not waits)
 
 
 def test_a_kernel_over_its_shared_memory_is_unfit(tmp_path):

@@ -17,7 +17,20 @@ from .test_attention import FEATURES, run
 @pytest.mark.parametrize(
     ("dtype", "cache", "head_size", "arch", "name"),
     [
-        ("bf16", "bf16", 128, "90a", "paged_prefill_mma[dtype=bf16, head_size=128, tile_keys=32, stages=3]"),
+        (
+            "bf16",
+            "bf16",
+            128,
+            "90a",
+            "paged_prefill_wgmma[dtype=bf16, head_size=128, tile_keys=128, stages=3]",
+        ),
+        (
+            "bf16",
+            "fp8_e4m3",
+            128,
+            "90a",
+            "paged_prefill_mma[dtype=bf16, cache_dtype=fp8_e4m3, head_size=128, tile_keys=32, stages=3]",
+        ),
         ("fp16", "fp16", 256, "86", "paged_prefill_mma[dtype=fp16, head_size=256, tile_keys=16, stages=3]"),
         (
             "bf16",

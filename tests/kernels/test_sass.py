@@ -11,6 +11,7 @@ from .sass import complaints, opcodes
 
 ARCHS = ("75", "80", "90a", "120")
 WIDE = ("wide loads", "wide stores")
+WARPGROUP = (*WIDE, "warpgroup products")
 MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 
 # (kernel, what its code must have).
@@ -50,8 +51,17 @@ def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
 
 
+@pytest.mark.parametrize(("dtype", "head_size"), [("bf16", 128), ("fp16", 64), ("bf16", 256)])
+def test_machine_code_of_hoppers_kernel(dtype, head_size):
+    code = opcodes(kc.cubin(kc.spec_paged_prefill_wgmma(dtype, head_size), "90a").path)
+    assert complaints(code, WARPGROUP) == []
+    assert {"USETMAXREG.DEALLOC.CTAPOOL", "USETMAXREG.TRY_ALLOC.CTAPOOL"} <= set(code)
+    assert "HMMA" not in {opcode.partition(".")[0] for opcode in code}
+
+
 def test_every_kernel_is_checked():
-    checked = {spec.source for spec, _ in TABLE} | {"paged_decode_mma.cu", "paged_prefill_mma.cu"}
+    others = {"paged_decode_mma.cu", "paged_prefill_mma.cu", "paged_prefill_wgmma.cu"}
+    checked = {spec.source for spec, _ in TABLE} | others
     assert checked == {path.name for path in kc.cuda_dir().glob("*.cu")}
 
 
