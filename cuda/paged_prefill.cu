@@ -9,10 +9,10 @@
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
 //
-// An item is one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair of
-// the KV head's group: `tile_heads` heads of kTileRows / tile_heads tokens, so that keys and values
-// are read once for them all. Blocks take one item after the other, see prefill_tiles.cuh; any grid
-// will do. Rows after the last sequence are padding and become zeros.
+// Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
+// kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
+// kTileRows / tile_heads tokens, so that keys and values are read once for them all. Rows after the
+// last sequence are padding and become zeros.
 //
 // Each of the 128 threads holds kThreadRows rows (ty + 16 * i) of the tile. For the logits it takes
 // kThreadKeys keys (tx + 8 * j), for the output the 16-byte chunks tx + 8 * k of those rows. The 8
@@ -48,6 +48,8 @@ constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
 constexpr int kRowBytes = kChunks * 16;
 constexpr int kThreadRows = kRowBytes <= 256 ? 4 : kRowBytes <= 512 ? 2 : 1;
 constexpr int kThreadKeys = kThreadRows;
+// Where registers suffice for so many.
+constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? 4 : 1;
 constexpr int kTileRows = kThreadsY * kThreadRows;
 constexpr int kTileKeys = kThreadsX * kThreadKeys;
 constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
@@ -103,7 +105,7 @@ __device__ __forceinline__ void unpack_chunk(const uint4* rows, int row, int chu
 
 }  // namespace cupaged
 
-extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
+extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_prefill(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
                   const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                   const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
@@ -125,32 +127,28 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
-    const int group = num_heads / num_kv_heads;
-    const int head_tiles = (group + tile_heads - 1) / tile_heads;
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{seq_lens,   query_start_loc,        num_seqs,
-                             num_tokens, kTileRows / tile_heads, num_kv_heads,
-                             head_tiles};
+    const PrefillBatch batch{
+        seq_lens,  query_start_loc, num_seqs,  num_tokens, kTileRows / tile_heads,
+        num_heads, num_kv_heads,    tile_heads};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
         const PrefillTile tile = shared_tile;
         if (tile.num_tokens == 0) return;
         const int kv_head = tile.kv_head;
-        const int head_in_group = tile.head_tile * tile_heads;
-        const int first_head = kv_head * group + head_in_group;
-        const int heads = min(tile_heads, group - head_in_group);
+        const int heads = tile.num_heads;
+        const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
 
         for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
             const int row = i / kChunks;
             const int chunk = i % kChunks;
-            const int token = row / tile_heads;
-            const int head = row % tile_heads;
             uint4 raw = make_uint4(0, 0, 0, 0);
-            if (token < tile.num_tokens && head < heads)
-                raw = load_vec(query + (tile.first_token + token) * query_token_stride +
-                                   (first_head + head) * query_head_stride + chunk * kVec,
-                               query_aligned);
+            if (row < num_rows)
+                raw =
+                    load_vec(query + (tile.first_token + row / heads) * query_token_stride +
+                                 (tile.first_head + row % heads) * query_head_stride + chunk * kVec,
+                             query_aligned);
             shared_query[row * kRowChunks + chunk] = raw;
         }
 
@@ -162,10 +160,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
             const int row = ty + i * kThreadsY;
-            const int head = row % tile_heads;
-            position[i] = tile.first_position + row / tile_heads;
-            slope_log2[i] = alibi_slopes != nullptr && head < heads
-                                ? alibi_slopes[first_head + head] * kLog2E
+            position[i] = tile.first_position + row / heads;
+            slope_log2[i] = alibi_slopes != nullptr
+                                ? alibi_slopes[tile.first_head + row % heads] * kLog2E
                                 : 0.0f;
             state[i] = softmax_empty();
 #pragma unroll
@@ -302,13 +299,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
             const int row = ty + i * kThreadsY;
-            const int head_offset = row % tile_heads;
 #pragma unroll
             for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
                 state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
-            if (row / tile_heads >= tile.num_tokens || head_offset >= heads) continue;
-            const int64 token = tile.first_token + row / tile_heads;
-            const int head = first_head + head_offset;
+            if (row >= num_rows) continue;
+            const int64 token = tile.first_token + row / heads;
+            const int head = tile.first_head + row % heads;
             float factor = 1.0f;
             if (sinks != nullptr && !softmax_is_empty(state[i]))
                 factor = softmax_add_sink(state[i], sinks[head] * kLog2E);

@@ -9,11 +9,10 @@
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
 //
-// An item is one KV head and kTileRows query rows of one sequence. A row is a (token, head) pair:
-// the `tile_heads` query heads of kTileRows / tile_heads tokens, so that keys and values are read
-// once for them all, and a short chunk still fills the rows. Blocks take one item after the other,
-// see prefill_tiles.cuh; any grid will do. The next item is looked up while the first keys of the
-// one at hand arrive.
+// Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
+// kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
+// kTileRows / tile_heads tokens, so that keys and values are read once for them all, and a short
+// chunk still fills the rows. The next tile is looked up while the first keys of this one arrive.
 //
 // The 4 warps have kWarpRows rows each and go through all keys that the tile sees together, in
 // tiles of kTileKeys from a ring of kStages that all threads fill (cp.async), with one barrier a
@@ -110,24 +109,20 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const int group = num_heads / num_kv_heads;
-    const int head_tiles = (group + tile_heads - 1) / tile_heads;
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{seq_lens,   query_start_loc,        num_seqs,
-                             num_tokens, kTileRows / tile_heads, num_kv_heads,
-                             head_tiles};
+    const PrefillBatch batch{
+        seq_lens,  query_start_loc, num_seqs,  num_tokens, kTileRows / tile_heads,
+        num_heads, num_kv_heads,    tile_heads};
     if (threadIdx.x == 0) shared.tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
         const PrefillTile tile = shared.tile;
         if (tile.num_tokens == 0) return;
-        const int head_in_group = tile.head_tile * tile_heads;
-        const int heads = min(tile_heads, group - head_in_group);
+        const int heads = tile.num_heads;
         const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
         Keys keys{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize},
                   block_tables + tile.sequence * table_stride};
         keys.kv_head = tile.kv_head;
-        const int first_head = keys.kv_head * group + head_in_group;
 
         // The keys that some row of the tile sees.
         const int last_position = tile.first_position + tile.num_tokens - 1;
@@ -148,10 +143,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int chunk = i % kQueryTileChunks;
             uint4 raw = make_uint4(0, 0, 0, 0);
             if (row < num_rows && chunk < kQueryChunks)
-                raw =
-                    load_vec(query + (tile.first_token + row / heads) * query_token_stride +
-                                 (first_head + row % heads) * query_head_stride + chunk * kQueryVec,
-                             query_aligned);
+                raw = load_vec(query + (tile.first_token + row / heads) * query_token_stride +
+                                   (tile.first_head + row % heads) * query_head_stride +
+                                   chunk * kQueryVec,
+                               query_aligned);
             store_query(shared.query + row * kQueryRowChunks, chunk, raw);
         }
 
@@ -188,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         }
         const auto slope_log2 = [&](int m, int r) {
             const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
-            return alibi_slopes[first_head + row % heads] * kLog2E;
+            return alibi_slopes[tile.first_head + row % heads] * kLog2E;
         };
 
         int stage = 0;
@@ -222,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 SoftmaxState state = acc[m].state[r];
                 float factor = 1.0f;
                 if (row < num_rows) {
-                    const int head = first_head + row % heads;
+                    const int head = tile.first_head + row % heads;
                     if (sinks != nullptr && !softmax_is_empty(state))
                         factor = softmax_add_sink(state, sinks[head] * kLog2E);
                     if (lse != nullptr && lane % 4 == 0)
@@ -248,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int chunk = i % kQueryChunks;
             if (row < num_rows)
                 store_vec(out + (tile.first_token + row / heads) * out_token_stride +
-                              (first_head + row % heads) * out_head_stride + chunk * kQueryVec,
+                              (tile.first_head + row % heads) * out_head_stride + chunk * kQueryVec,
                           shared.query[row * kQueryRowChunks + chunk], out_aligned);
         }
     }

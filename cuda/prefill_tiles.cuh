@@ -34,8 +34,9 @@ struct PrefillBatch {
     int num_seqs;
     int num_tokens;
     int tile_tokens;
+    int num_heads;
     int num_kv_heads;
-    int head_tiles;  // of a KV head
+    int tile_heads;
 
     // The first query token of a sequence or the padding; that of num_seqs + 1 ends the padding.
     __device__ __forceinline__ int start_of(int sequence) const {
@@ -43,25 +44,28 @@ struct PrefillBatch {
     }
 };
 
-// What a block works on.
+// What a block works on: num_heads query heads, all of one KV head, of num_tokens query tokens.
 struct alignas(16) PrefillTile {
-    int sequence;  // S for padding
+    int sequence;     // S for padding
+    int first_token;  // row of query
+    int num_tokens;   // 0: there is no such item
     int kv_head;
-    int head_tile;       // of the KV head's
-    int first_token;     // row of query
-    int num_tokens;      // 0: there is no such item
+    int first_head;
+    int num_heads;
     int first_position;  // of first_token in the sequence
     int seq_len;
 };
 
 __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
                                                const PrefillBatch& batch, int item) {
-    const int heads = batch.num_kv_heads * batch.head_tiles;
+    const int group = batch.num_heads / batch.num_kv_heads;
+    const int group_tiles = (group + batch.tile_heads - 1) / batch.tile_heads;
+    const int head_tiles = batch.num_kv_heads * group_tiles;
     const int n = *schedule.num_sequences;
     int low = 0, high = n;
     while (low < high) {  // the last one whose first item is not after this
         const int middle = (low + high + 1) / 2;
-        if (schedule.first_tiles[middle] * heads <= item)
+        if (schedule.first_tiles[middle] * head_tiles <= item)
             low = middle;
         else
             high = middle - 1;
@@ -69,20 +73,22 @@ __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
     if (low == n) return {};
     const int first_tile = schedule.first_tiles[low];
     const int tiles = schedule.first_tiles[low + 1] - first_tile;
-    const int rest = item - first_tile * heads;
-    const int head = rest / tiles;
+    const int rest = item - first_tile * head_tiles;
+    const int kv_head = rest / tiles / group_tiles;
+    const int head_in_group = rest / tiles % group_tiles * batch.tile_heads;
     const int offset = (tiles - 1 - rest % tiles) * batch.tile_tokens;
 
     const int sequence = schedule.sequences[low];
     const int start = batch.start_of(sequence);
-    const int end = batch.start_of(sequence + 1);
+    const int query_len = batch.start_of(sequence + 1) - start;
     const int seq_len = sequence < batch.num_seqs ? batch.seq_lens[sequence] : 0;
     return {sequence,
-            head / batch.head_tiles,
-            head % batch.head_tiles,
             start + offset,
-            min(batch.tile_tokens, end - start - offset),
-            seq_len - (end - start) + offset,
+            min(batch.tile_tokens, query_len - offset),
+            kv_head,
+            kv_head * group + head_in_group,
+            min(batch.tile_heads, group - head_in_group),
+            seq_len - query_len + offset,
             seq_len};
 }
 

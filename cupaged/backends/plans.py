@@ -351,13 +351,12 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
     elif dtype != "fp32" and kernel_compiler.has_mma(arch):
         spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
         rows = kernel_compiler.prefill_mma_rows(head_size)
-        tile_heads = min(group, rows)
         blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 32 else PREFILL_MMA_BLOCKS_PER_SM_SMALL
     else:
         spec = kernel_compiler.spec_paged_prefill(dtype, cache_dtype, head_size)
         rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
-        tile_heads = min(_next_power_of_two(group), rows)
         blocks = PREFILL_BLOCKS_PER_SM
+    tile_heads = min(group, rows)
     return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
 
 
@@ -370,10 +369,6 @@ def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:
 def _prefill_tile_rows(row_bytes: int) -> int:
     """Query rows of a tile of paged_prefill: as many as leave its shared memory below 48 KiB."""
     return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _ceil_div(a: int, b: int) -> int:
