@@ -60,8 +60,6 @@ enum NamedBarrier { kProducerBarrier = 1, kTurnBarrier = 2 };  // kTurnBarrier +
 // What a block works on.
 struct Item {
     PrefillTile tile;
-    int first_head;  // of the tile's rows
-    int heads;
     int begin, end;  // the keys that some row of the tile sees
 };
 
@@ -224,15 +222,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                                                   block_shift, kHeadSize};
         constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-        const int group = num_heads / num_kv_heads;
         const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-        const PrefillBatch batch = {seq_lens,
-                                    query_start_loc,
-                                    num_seqs,
-                                    num_tokens,
-                                    kTileRows / tile_heads,
-                                    num_kv_heads,
-                                    (group + tile_heads - 1) / tile_heads};
+        const PrefillBatch batch{
+            seq_lens,  query_start_loc, num_seqs,  num_tokens, kTileRows / tile_heads,
+            num_heads, num_kv_heads,    tile_heads};
         RingPosition landing;
         int in_flight = 0;  // stages
         // What has landed is the consumers'.
@@ -246,10 +239,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             Item& item = shared.items[count % 3];
             if (threadIdx.x == 0) {
                 const PrefillTile tile = take_tile(schedule, batch);
-                const int head_in_group = tile.head_tile * tile_heads;
                 item.tile = tile;
-                item.first_head = tile.kv_head * group + head_in_group;
-                item.heads = min(tile_heads, group - head_in_group);
                 item.begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
                 const int last = tile.first_position + tile.num_tokens - 1;
                 item.end = causal ? min(tile.seq_len, last + 1) : tile.seq_len;
@@ -263,11 +253,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const bool last_item = item.tile.num_tokens <= 0;
             if (!last_item) {
                 const int index = threadIdx.x;  // of a row
-                const int num_rows = item.heads * item.tile.num_tokens;
+                const int num_rows = item.tile.num_heads * item.tile.num_tokens;
                 const int row = min(warp * kWarpSize + lane, num_rows - 1);
                 const Row mine = {
-                    query + (item.tile.first_token + row / item.heads) * query_token_stride +
-                        (item.first_head + row % item.heads) * query_head_stride,
+                    query +
+                        (item.tile.first_token + row / item.tile.num_heads) * query_token_stride +
+                        (item.tile.first_head + row % item.tile.num_heads) * query_head_stride,
                     index < num_rows};
                 copy_rows<kTileRows>(mine, shared.query, query_aligned);
             }
@@ -329,16 +320,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int num_tiles = num_key_tiles(item);
             // Of this lane's rows. Little of the item is kept: registers are scarce.
             const auto row_of = [&](int r) { return group_row + 16 * warp + lane / 4 + 8 * r; };
-            const auto last_row = [&] { return item.heads * item.tile.num_tokens - 1; };
+            const auto last_row = [&] { return item.tile.num_heads * item.tile.num_tokens - 1; };
             const auto position_of = [&](int row) {
-                return item.tile.first_position + min(row, last_row()) / item.heads;
+                return item.tile.first_position + min(row, last_row()) / item.tile.num_heads;
             };
             logits.first_position = position_of(group_row);
             logits.last_position = position_of(group_row + kGroupRows - 1);
             const RowPositions positions = {{position_of(row_of(0)), position_of(row_of(1))}};
             const auto slope_log2 = [&](int r) {
                 const int row = min(row_of(r), last_row());
-                return alibi_slopes[item.first_head + row % item.heads] * kLog2E;
+                return alibi_slopes[item.tile.first_head + row % item.tile.num_heads] * kLog2E;
             };
             const int kv_end = item.end;
             Accumulator acc;
@@ -386,8 +377,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const bool used = row <= last_row();
                 SoftmaxState state = acc.state[r];
                 float factor = 1.0f;
-                const int token = item.tile.first_token + row / item.heads;
-                const int head = item.first_head + row % item.heads;
+                const int token = item.tile.first_token + row / item.tile.num_heads;
+                const int head = item.tile.first_head + row % item.tile.num_heads;
                 if (used) {
                     if (sinks != nullptr && !softmax_is_empty(state))
                         factor = softmax_add_sink(state, sinks[head] * kLog2E);
