@@ -92,7 +92,7 @@ std::string place(const Thread& thread);
 void wait();
 // Maybe.
 inline void wait_sometimes() {
-    if (machine.random() % 4 == 0) wait();
+    if (machine.random() % 2 == 0) wait();
 }
 // Wait until another thread wakes those that wait for this barrier.
 void wait_for(const void* barrier, const char* name, Site site);
@@ -107,6 +107,8 @@ void copy_starts(const void* address, size_t bytes);
 void write_lands(const Thread& thread, const void* address, size_t bytes);
 // Where the block's shared memory has this offset, as shared_offset() gives it; null beyond.
 const unsigned char* shared_pointer(unsigned offset);
+// Its name in an error.
+std::string shared_place(unsigned offset);
 // Why the async proxy may not read the 16 bytes at this offset, or nothing.
 std::string hidden_write(unsigned offset);
 

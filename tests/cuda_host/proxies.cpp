@@ -86,6 +86,15 @@ void write_lands(const Thread& thread, const void* address, size_t bytes) {
     for_chunks(address, bytes, [&](Write& write) { write = {last_write, thread_number(thread)}; });
 }
 
+std::string shared_place(unsigned offset) {
+    const Window w = window();
+    if (offset < w.dynamic_offset)
+        return "byte " + std::to_string(offset) + " of its static shared memory";
+    const auto byte = static_cast<std::ptrdiff_t>(w.dynamic_base + (offset - w.dynamic_offset) -
+                                                  reinterpret_cast<uintptr_t>(machine.dynamic));
+    return "byte " + std::to_string(byte) + " of its dynamic shared memory";
+}
+
 std::string hidden_write(unsigned offset) {
     const Write& write = writes[offset / kChunkBytes];
     const Thread& thread = machine.threads[write.thread];

@@ -166,11 +166,11 @@ const unsigned char* find_chunk(const StartedProduct& product, unsigned offset) 
     offset ^= (offset / kRowBytes % 8) * 16;
     const unsigned char* const chunk = shared_pointer(offset);
     if (chunk == nullptr)
-        fail("the product at %s:%d reads beyond the block's shared memory, at offset %u",
-             base_name(product.site.file), product.site.line, offset);
+        fail("the product at %s:%d reads %s, which has an end before", base_name(product.site.file),
+             product.site.line, shared_place(offset).c_str());
     if (const std::string reason = hidden_write(offset); !reason.empty())
-        fail("the product at %s:%d reads shared memory at offset %u, %s",
-             base_name(product.site.file), product.site.line, offset, reason.c_str());
+        fail("the product at %s:%d reads %s, %s", base_name(product.site.file), product.site.line,
+             shared_place(offset).c_str(), reason.c_str());
     return chunk;
 }
 
@@ -288,11 +288,21 @@ Matrix decode(uint64_t descriptor, const Step& step) {
 void check_start(const Matrix& matrix, int columns, const Step& step) {
     const unsigned in_pattern = matrix.start % kPatternBytes;
     if (in_pattern >= kRowBytes)
-        fail("%s at %s:%d on a panel at offset %u, which does not start at a multiple of 1024",
-             step.name, base_name(step.site.file), step.site.line, matrix.start);
+        fail("%s at %s:%d on a panel at %s, which does not start at a multiple of 1024", step.name,
+             base_name(step.site.file), step.site.line, shared_place(matrix.start).c_str());
     if (in_pattern + 2 * columns > kRowBytes)
         fail("%s at %s:%d from byte %u of a panel's rows on, beyond their end", step.name,
              base_name(step.site.file), step.site.line, in_pattern);
+}
+
+// Between the start of a product and the wait that is given its accumulators nobody writes there.
+void check_untouched(const Accumulators& d, const Step& step) {
+    unsigned char poison[sizeof(float) * kMaxColumns / 2];
+    std::memset(poison, kPoison, sizeof(poison));
+    for (const float* const mine : d.d)
+        if (std::memcmp(mine, poison, sizeof(float) * floats_of(d)) != 0)
+            fail("%s at %s:%d: its accumulators were written before a wait for them", step.name,
+                 base_name(step.site.file), step.site.line);
 }
 
 struct ProductCall {
@@ -314,6 +324,7 @@ std::shared_ptr<Accumulators> take_accumulators(WarpProducts& warp, void* const*
         const float* const begin = product(0).d;
         if (other.d[0] == begin && other.columns == columns) {
             d = all[i++];
+            check_untouched(other, step);
         } else if (begin < other.d[0] + floats_of(other) && other.d[0] < begin + columns / 2) {
             if (other.under_way > 0)
                 fail("%s at %s:%d on a part of the accumulators of a product under way", step.name,
@@ -410,6 +421,7 @@ void resolve_wait(void* const* operands, unsigned mask) {
         const auto call = [&](int lane) { return static_cast<const StepCall*>(operands[lane]); };
         if (d->under_way > 0 || d->d[0] < call(0)->begin || d->d[0] + floats_of(*d) > call(0)->end)
             return false;
+        check_untouched(*d, step);
         for (int lane = 0; lane < kLanes; ++lane)
             for (int i = 0; i < floats_of(*d); ++i) d->d[lane][i] = value_of(*d, lane, i);
         return true;
