@@ -101,16 +101,18 @@ void wake(const void* barrier);
 // barriers.cpp: at the start of a block.
 void reset_barriers();
 
-// proxies.cpp: which writes to shared memory the async proxy may not see yet.
+// proxies.cpp: what the generic proxy writes to shared memory, and the async proxy reads by chunks
+// of 16 bytes. Where they do not fit, these fail.
 void reset_proxies();
-void copy_starts(const void* address, size_t bytes);
+void write_starts(const void* address, size_t bytes);
 void write_lands(const Thread& thread, const void* address, size_t bytes);
 // Where the block's shared memory has this offset, as shared_offset() gives it; null beyond.
 const unsigned char* shared_pointer(unsigned offset);
 // Its name in an error.
 std::string shared_place(unsigned offset);
-// Why the async proxy may not read the 16 bytes at this offset, or nothing.
-std::string hidden_write(unsigned offset);
+// By the product at this site.
+void read_starts(unsigned offset, Site site);
+void read_ends(unsigned offset);
 
 // warpgroup.cpp: at the start and at the end of a block.
 void reset_warpgroups();

@@ -1,5 +1,5 @@
-// Shared memory as the async proxy sees it: its addresses, and what was written there through the
-// generic proxy without a fence since.
+// Shared memory as the async proxy sees it: its addresses, what was written there through the
+// generic proxy without a fence since, and what products under way read.
 //
 // Known are the writes of cp.async and of store_for_async_proxy, by chunks of 16 bytes. A fence
 // counts for the writes of the thread that calls it which have landed before. Ordinary stores
@@ -15,13 +15,17 @@ constexpr unsigned kWindowBytes = 1 << 18;
 constexpr size_t kChunkBytes = 16;
 constexpr uint64_t kUnderWay = std::numeric_limits<uint64_t>::max();
 
-struct Write {
-    uint64_t number;  // of the write, 0 for none
-    int thread;
+struct Chunk {
+    // The last write: its number, 0 for none, and the thread.
+    uint64_t write = 0;
+    int thread = 0;
+    // Products under way that read it, and where the last of them is.
+    int readers = 0;
+    Site reader{};
 };
-std::vector<Write> writes;  // by chunk, the last one
+std::vector<Chunk> chunks;
 uint64_t last_write = 0;
-bool any_writes = true;  // since the reset
+bool chunks_used = true;  // since the reset
 
 // Static shared memory and behind it dynamic, each at its address modulo kPatternBytes.
 struct Window {
@@ -43,16 +47,16 @@ Window window() {
 template <typename Function>
 void for_chunks(const void* address, size_t bytes, Function function) {
     const unsigned offset = shared_offset(address);
-    any_writes = true;
-    for (size_t chunk = offset / kChunkBytes; chunk * kChunkBytes < offset + bytes; ++chunk)
-        function(writes[chunk]);
+    chunks_used = true;
+    for (size_t i = offset / kChunkBytes; i * kChunkBytes < offset + bytes; ++i)
+        function(chunks[i]);
 }
 
 }  // namespace
 
 void reset_proxies() {
-    if (any_writes) writes.assign(kWindowBytes / kChunkBytes, {0, 0});
-    any_writes = false;
+    if (chunks_used) chunks.assign(kWindowBytes / kChunkBytes, {});
+    chunks_used = false;
 }
 
 unsigned shared_offset(const void* address) {
@@ -76,14 +80,23 @@ const unsigned char* shared_pointer(unsigned offset) {
     return inside ? reinterpret_cast<const unsigned char*>(p) : nullptr;
 }
 
-void copy_starts(const void* address, size_t bytes) {
-    const int thread = thread_number(*machine.current);
-    for_chunks(address, bytes, [&](Write& write) { write = {kUnderWay, thread}; });
+void write_starts(const void* address, size_t bytes) {
+    for_chunks(address, bytes, [&](Chunk& chunk) {
+        if (chunk.readers > 0)
+            fail("writes to %s, which a product at %s:%d is still reading",
+                 shared_place(shared_offset(address)).c_str(), base_name(chunk.reader.file),
+                 chunk.reader.line);
+        chunk.write = kUnderWay;
+        chunk.thread = thread_number(*machine.current);
+    });
 }
 
 void write_lands(const Thread& thread, const void* address, size_t bytes) {
     ++last_write;
-    for_chunks(address, bytes, [&](Write& write) { write = {last_write, thread_number(thread)}; });
+    for_chunks(address, bytes, [&](Chunk& chunk) {
+        chunk.write = last_write;
+        chunk.thread = thread_number(thread);
+    });
 }
 
 std::string shared_place(unsigned offset) {
@@ -95,17 +108,21 @@ std::string shared_place(unsigned offset) {
     return "byte " + std::to_string(byte) + " of its dynamic shared memory";
 }
 
-std::string hidden_write(unsigned offset) {
-    const Write& write = writes[offset / kChunkBytes];
-    const Thread& thread = machine.threads[write.thread];
-    if (write.number <= thread.fenced) return {};
-    char text[160];
-    std::snprintf(text, sizeof(text),
-                  write.number == kUnderWay
-                      ? "which thread (%u, %u, %u) is still copying there"
-                      : "which thread (%u, %u, %u) wrote and did not fence for the async proxy",
-                  thread.index.x, thread.index.y, thread.index.z);
-    return text;
+void read_starts(unsigned offset, Site site) {
+    chunks_used = true;
+    Chunk& chunk = chunks[offset / kChunkBytes];
+    ++chunk.readers;
+    chunk.reader = site;
+    const Thread& thread = machine.threads[chunk.thread];
+    if (chunk.write <= thread.fenced) return;
+    fail("the product at %s:%d reads %s, which thread (%u, %u, %u) %s", base_name(site.file),
+         site.line, shared_place(offset).c_str(), thread.index.x, thread.index.y, thread.index.z,
+         chunk.write == kUnderWay ? "is still copying there"
+                                  : "wrote and did not fence for the async proxy");
+}
+
+void read_ends(unsigned offset) {
+    --chunks[offset / kChunkBytes].readers;
 }
 
 void fence_proxy_async() {
@@ -114,6 +131,7 @@ void fence_proxy_async() {
 
 void store_for_async_proxy(void* target, const void* value, size_t bytes) {
     require_shared(target, bytes, bytes, "store_for_async_proxy");
+    write_starts(target, bytes);
     std::memcpy(target, value, bytes);
     write_lands(*machine.current, target, bytes);
 }

@@ -463,7 +463,7 @@ void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
         (void)source[bytes - 1];
     }
     std::memset(shared, kPoison, bytes);
-    copy_starts(shared, bytes);
+    write_starts(shared, bytes);
     machine.current->open.push_back({shared, global, bytes, valid});
 }
 

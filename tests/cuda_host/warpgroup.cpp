@@ -161,79 +161,82 @@ float from_code(uint16_t code, bool bfloat16) {
     return bfloat16 ? from_bits(static_cast<uint32_t>(code) << 16) : from_float16(code);
 }
 
-// The chunk of 8 elements where the product looks for it: the swizzle acts on the address.
-const unsigned char* find_chunk(const StartedProduct& product, unsigned offset) {
-    offset ^= (offset / kRowBytes % 8) * 16;
-    const unsigned char* const chunk = shared_pointer(offset);
-    if (chunk == nullptr)
-        fail("the product at %s:%d reads %s, which has an end before", base_name(product.site.file),
-             product.site.line, shared_place(offset).c_str());
-    if (const std::string reason = hidden_write(offset); !reason.empty())
-        fail("the product at %s:%d reads %s, %s", base_name(product.site.file), product.site.line,
-             shared_place(offset).c_str(), reason.c_str());
-    return chunk;
+unsigned swizzle(unsigned offset) {
+    return offset ^ (offset / kRowBytes % 8) * 16;  // by the address, not the row
 }
 
-// The chunks of a matrix with rows of 16 elements: f(row, first element, chunk).
+// The chunks of 8 elements of a matrix with rows of 16: f(row, first element, offset).
 template <typename Function>
-void for_rows(const StartedProduct& product, const Matrix& matrix, int begin, int end,
-              Function function) {
+void for_rows(const Matrix& matrix, int begin, int end, Function function) {
     for (int row = begin; row < end; ++row) {
         const unsigned offset = matrix.start + row / 8 * matrix.row_bytes + row % 8 * kRowBytes;
-        for (int k = 0; k < kDepth; k += 8) function(row, k, find_chunk(product, offset + 2 * k));
+        for (int k = 0; k < kDepth; k += 8) function(row, k, swizzle(offset + 2 * k));
     }
 }
 
-// The chunks of a transposed matrix with 16 rows in panels: f(row, first column, chunk).
+// The chunks of a transposed matrix with 16 rows in panels: f(row, first column, offset).
 template <typename Function>
-void for_panels(const StartedProduct& product, const Matrix& matrix, int columns,
-                Function function) {
+void for_panels(const Matrix& matrix, int columns, Function function) {
     for (int k = 0; k < kDepth; ++k) {
         const unsigned offset = matrix.start + k / 8 * matrix.row_bytes + k % 8 * kRowBytes;
         for (int n = 0; n < columns; n += 8)
-            function(k, n,
-                     find_chunk(product, offset + n / kPanelColumns * matrix.panel_bytes +
-                                             2 * (n % kPanelColumns)));
+            function(
+                k, n,
+                swizzle(offset + n / kPanelColumns * matrix.panel_bytes + 2 * (n % kPanelColumns)));
     }
 }
 
-void check_reads(const StartedProduct& product, int warp) {
-    const auto nothing = [](int, int, const unsigned char*) {};
-    const int first_row = warp % kWarps * kRows;
+// The chunks of a that this warp reads, f(row of the warp, first element, offset), and those of b,
+// g(row of its storage, first element, offset).
+template <typename F, typename G>
+void for_operands(const StartedProduct& product, F f, G g) {
+    const int first_row = current_warp() % kWarps * kRows;
     if (!product.a_in_registers)
-        for_rows(product, product.a_matrix, first_row, first_row + kRows, nothing);
+        for_rows(product.a_matrix, first_row, first_row + kRows,
+                 [&](int row, int k, unsigned offset) { f(row - first_row, k, offset); });
     if (product.transposed)
-        for_panels(product, product.b_matrix, product.d->columns, nothing);
+        for_panels(product.b_matrix, product.d->columns, g);
     else
-        for_rows(product, product.b_matrix, 0, product.d->columns, nothing);
+        for_rows(product.b_matrix, 0, product.d->columns, g);
+}
+
+void start_reads(StartedProduct& product) {
+    const auto start = [&](int, int, unsigned offset) {
+        if (shared_pointer(offset) == nullptr)
+            fail("the product at %s:%d reads %s, which has an end before",
+                 base_name(product.site.file), product.site.line, shared_place(offset).c_str());
+        read_starts(offset, product.site);
+    };
+    for_operands(product, start, start);
+}
+
+void end_reads(const StartedProduct& product) {
+    const auto end = [](int, int, unsigned offset) { read_ends(offset); };
+    for_operands(product, end, end);
 }
 
 // Read shared memory, multiply.
-void compute(StartedProduct& product, int warp) {
+void compute(StartedProduct& product) {
     alignas(32) float b[kDepth][kMaxColumns];
     const auto element = [&](const unsigned char* chunk, int i) {
         uint16_t code;
         std::memcpy(&code, chunk + 2 * i, 2);
         return from_code(code, product.bfloat16);
     };
-    const int first_row = warp % kWarps * kRows;
-    if (!product.a_in_registers)
-        for_rows(product, product.a_matrix, first_row, first_row + kRows,
-                 [&](int row, int k, const unsigned char* chunk) {
-                     for (int i = 0; i < 8; ++i)
-                         product.a[row - first_row][k + i] = element(chunk, i);
-                 });
     const int columns = product.d->columns;
-    if (product.transposed)
-        for_panels(product, product.b_matrix, columns,
-                   [&](int k, int n, const unsigned char* chunk) {
-                       for (int i = 0; i < 8; ++i) b[k][n + i] = element(chunk, i);
-                   });
-    else
-        for_rows(product, product.b_matrix, 0, columns,
-                 [&](int n, int k, const unsigned char* chunk) {
-                     for (int i = 0; i < 8; ++i) b[k + i][n] = element(chunk, i);
-                 });
+    for_operands(
+        product,
+        [&](int row, int k, unsigned offset) {
+            const unsigned char* const chunk = shared_pointer(offset);
+            for (int i = 0; i < 8; ++i) product.a[row][k + i] = element(chunk, i);
+        },
+        [&](int row, int first, unsigned offset) {
+            const unsigned char* const chunk = shared_pointer(offset);
+            if (product.transposed)
+                for (int i = 0; i < 8; ++i) b[row][first + i] = element(chunk, i);
+            else
+                for (int i = 0; i < 8; ++i) b[first + i][row] = element(chunk, i);
+        });
     constexpr int kBlock = 4;  // rows at a time
     for (int row = 0; row < kRows; row += kBlock) {
         for (int n = 0; n < columns; n += kVec) {
@@ -352,8 +355,7 @@ void resolve_product(void* const* operands, unsigned mask) {
     const ProductCall& call = first_call<ProductCall>(operands, mask);
     const Step& step = call.step;
     take_step(step);
-    const int number = current_warp();
-    WarpProducts& warp = warp_products[number];
+    WarpProducts& warp = warp_products[current_warp()];
     if (!warp.fenced)
         fail("%s at %s:%d without a wgmma_fence since the last wait", step.name,
              base_name(step.site.file), step.site.line);
@@ -385,10 +387,8 @@ void resolve_product(void* const* operands, unsigned mask) {
              base_name(step.site.file), step.site.line, started.b_matrix.panel_bytes);
     started.d = take_accumulators(warp, operands, step);
     ++started.d->under_way;
-    if (machine.early_reads)
-        compute(started, number);
-    else
-        check_reads(started, number);
+    start_reads(started);
+    if (machine.early_reads) compute(started);
     warp.open.push_back(std::move(started));
 }
 
@@ -407,12 +407,12 @@ void resolve_commit(void* const* operands, unsigned mask) {
 void resolve_wait(void* const* operands, unsigned mask) {
     const Step& step = first_call<StepCall>(operands, mask).step;
     take_step(step);
-    const int number = current_warp();
-    WarpProducts& warp = warp_products[number];
+    WarpProducts& warp = warp_products[current_warp()];
     warp.fenced = false;
     while (warp.groups.size() > step.operands[0]) {
         for (StartedProduct& product : warp.groups.front()) {
-            if (!machine.early_reads) compute(product, number);
+            if (!machine.early_reads) compute(product);
+            end_reads(product);
             --product.d->under_way;
         }
         warp.groups.pop_front();
