@@ -121,9 +121,12 @@ def build(
 @cache
 def runtime() -> ctypes.CDLL:
     """The library that runs kernels. Its symbols are global, for the kernels' libraries."""
-    names = ("runtime", "barriers", "proxies", "warpgroup", "sanitizer")
+    names = ("runtime", "barriers", "proxies", "warpgroup", "products", "sanitizer")
     sources = [HERE / f"{name}.cpp" for name in names]
-    headers = [HERE / "machine.h", HERE / "fiber.h", INCLUDE / "host_runtime.h"]
+    headers = [
+        *(HERE / f"{name}.h" for name in ("machine", "warpgroup", "fiber")),
+        INCLUDE / "host_runtime.h",
+    ]
     unit = "".join(f'#include "{path}"\n' for path in sources)
     options = (
         *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE"),

@@ -1,8 +1,8 @@
 """Run the CUDA kernels on the CPU: `backend()` has the backend functions, over emulated kernels.
 
 A kernel's source is compiled as it is by g++ with the headers in `include/`, and `runtime.cpp` runs its
-threads as fibers. What it checks is told there; this file adds out-of-bounds checks: in a launch every tensor
-lies in memory of its own that ends, or starts, at an inaccessible page.
+threads as fibers. What it and its parts check is told there; this file adds out-of-bounds checks: in a launch
+every tensor lies in memory of its own that ends, or starts, at an inaccessible page.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // The state of the emulation, for the parts of the runtime: runtime.cpp (threads, warps, copies),
-// barriers.cpp, proxies.cpp and warpgroup.cpp.
+// barriers.cpp, proxies.cpp, warpgroup.cpp and products.cpp.
 #pragma once
 
 #include "host_runtime.h"
@@ -117,5 +117,8 @@ void read_ends(unsigned offset);
 // warpgroup.cpp: at the start and at the end of a block.
 void reset_warpgroups();
 void check_warpgroups();
+
+// products.cpp: at the start of a block.
+void reset_products();
 
 }  // namespace cupaged_host

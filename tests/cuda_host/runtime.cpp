@@ -188,6 +188,7 @@ void start_block() {
     reset_barriers();
     reset_proxies();
     reset_warpgroups();
+    reset_products();
 }
 
 void check_dynamic_margin() {

@@ -12,7 +12,7 @@ import torch
 
 from cupaged.compile import KernelSpec
 
-from .emulator import HostLauncher
+from .emulator import EmulationError, HostLauncher
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation with")
 

@@ -1,4 +1,4 @@
-// What the emulated threads of a kernel ask of the runtime (runtime.cpp).
+// What the emulated threads of a kernel ask of the runtime (see machine.h for its parts).
 #pragma once
 
 #include <cstddef>
