@@ -128,9 +128,15 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{
-        seq_lens,  query_start_loc, num_seqs,  num_tokens, kTileRows / tile_heads,
-        num_heads, num_kv_heads,    tile_heads};
+    const PrefillBatch batch{seq_lens,
+                             query_start_loc,
+                             num_seqs,
+                             num_tokens,
+                             kTileRows / tile_heads,
+                             num_heads,
+                             num_kv_heads,
+                             tile_heads,
+                             l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before

@@ -1,10 +1,10 @@
 // How the query tokens of a batch are divided into tiles, and how a block finds its own.
 //
 // An item is one tile of query tokens for one tile of query heads. plan_prefill.cu orders the
-// sequences before: longest first, so that no block is left with a long tile at the end. The items
-// of a sequence go through one KV head's heads after the other, and there from the last tokens,
-// which see the most keys, to the first: blocks that run at the same time read the same keys and
-// values, which the L2 cache then holds. Blocks take items in this order from a counter until there
+// sequences before: longest first, so that no block is left with a long tile at the end. In a
+// sequence as many KV heads as the L2 cache has room for come before the others. Of these, the last
+// tokens, which see the most keys, come first. So the blocks of a moment read the same keys and
+// values, and end at about the same time. They take items in this order from a counter until there
 // are none left. Lengths are read on the device only, so a CUDA graph may replay with others.
 #pragma once
 
@@ -27,6 +27,11 @@ __device__ __forceinline__ PrefillSchedule prefill_schedule(int* workspace, int 
     return {workspace, workspace + 1, sequences, sequences + num_seqs + 1};
 }
 
+// Tokens whose keys and values, of row_bytes each, may take half of the L2 cache of a large GPU.
+__host__ __device__ constexpr int l2_tokens(int row_bytes) {
+    return (16 << 20) / (2 * row_bytes);
+}
+
 // What is divided, and into tiles of what size.
 struct PrefillBatch {
     const int* seq_lens;
@@ -37,6 +42,7 @@ struct PrefillBatch {
     int num_heads;
     int num_kv_heads;
     int tile_heads;
+    int l2_tokens;  // of one KV head, for which the L2 cache has room
 
     // The first query token of a sequence or the padding; that of num_seqs + 1 ends the padding.
     __device__ __forceinline__ int start_of(int sequence) const {
@@ -73,15 +79,20 @@ __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
     if (low == n) return {};
     const int first_tile = schedule.first_tiles[low];
     const int tiles = schedule.first_tiles[low + 1] - first_tile;
-    const int rest = item - first_tile * head_tiles;
-    const int kv_head = rest / tiles / group_tiles;
-    const int head_in_group = rest / tiles % group_tiles * batch.tile_heads;
-    const int offset = (tiles - 1 - rest % tiles) * batch.tile_tokens;
-
     const int sequence = schedule.sequences[low];
     const int start = batch.start_of(sequence);
     const int query_len = batch.start_of(sequence + 1) - start;
     const int seq_len = sequence < batch.num_seqs ? batch.seq_lens[sequence] : 0;
+
+    int rest = item - first_tile * head_tiles;
+    const int section_heads = min(batch.num_kv_heads, max(1, batch.l2_tokens / max(1, seq_len)));
+    const int section_items = section_heads * group_tiles * tiles;
+    const int first_kv_head = rest / section_items * section_heads;
+    rest %= section_items;
+    const int heads = min(section_heads, batch.num_kv_heads - first_kv_head) * group_tiles;
+    const int offset = (tiles - 1 - rest / heads) * batch.tile_tokens;
+    const int kv_head = first_kv_head + rest % heads / group_tiles;
+    const int head_in_group = rest % group_tiles * batch.tile_heads;
     return {sequence,
             start + offset,
             min(batch.tile_tokens, query_len - offset),

@@ -29,11 +29,11 @@ MAX_SPLITS = 64
 DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
-# Blocks to launch per multiprocessor: as many as ptxas' registers and shared memory ever let in, by
-# `python -m cupaged.compile`. Where fewer fit, the others come last and find no tile left.
-PREFILL_MMA_BLOCKS_PER_SM = 2
-PREFILL_MMA_BLOCKS_PER_SM_SMALL = 4
+# Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
+# memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
 PREFILL_BLOCKS_PER_SM = 4
+PREFILL_MMA_BLOCKS_PER_SM = 2
+PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
 # Up to this many query tokens a sequence go through the decode kernels.
 MAX_DECODE_QUERY_LEN = 8
 
@@ -336,7 +336,7 @@ class PrefillKernel:
     spec: KernelSpec
     tile_tokens: int  # query tokens of a tile
     tile_heads: int  # query heads of a tile
-    blocks_per_sm: int  # that may be resident at once
+    blocks_per_sm: int  # that fit on one at most
 
 
 @cache
@@ -351,7 +351,7 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
     elif dtype != "fp32" and kernel_compiler.has_mma(arch):
         spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
         rows = kernel_compiler.prefill_mma_rows(head_size)
-        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 32 else PREFILL_MMA_BLOCKS_PER_SM_SMALL
+        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 64 else PREFILL_MMA_SMALL_BLOCKS_PER_SM
     else:
         spec = kernel_compiler.spec_paged_prefill(dtype, cache_dtype, head_size)
         rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import product
 
 import pytest
 
 from cupaged import compile as kc
 from cupaged import precompile
+from cupaged.backends import plans
 from cupaged.compile import KernelSpec
+from cupaged.occupancy import occupancy
 
 # 128 values alive at once in threads that can have 64 registers.
 SPILLS = """
@@ -59,6 +62,12 @@ def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
         _print_summary(rows)
     assert [(row.spec, row.arch) for row in rows] == work
     assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
+    # Prefill launches a block for all that a multiprocessor has room for.
+    fit = {(row.spec, row.arch): occupancy(row.spec, row.usage, row.arch).blocks for row in rows}
+    for dtype, head_size, arch in product(kc.DTYPES, kc.HEAD_SIZES, kc.ARCHS):
+        for cache_dtype in (dtype, *(kc.CACHE_DTYPES if dtype == "bf16" else ())):
+            kernel = plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
+            assert fit.get((kernel.spec, arch), 0) <= kernel.blocks_per_sm, (kernel, arch)
 
 
 def _print_summary(rows: list[precompile.Row]) -> None:
