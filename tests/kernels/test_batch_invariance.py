@@ -13,21 +13,23 @@ from cupaged.backends import plans
 from .cases import check, draw
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
-def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode):
+def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode, dtype):
     """Alone, among others, and with a block table as wide as a long context needs."""
     _, device = backend
     rng = random.Random(seed)
     seq_lens = [rng.randrange(1, 60), rng.randrange(600, 900), rng.randrange(200, 300)]
+    query_lens = None if mode == "decode" else [1, 3, rng.randrange(65, 200)]
     batch = draw(
         seed,
-        dtype=torch.float32,
+        dtype=dtype,
         head_size=64,
         block_size=16,
         num_kv_heads=1,
         group=2,
         seq_lens=seq_lens,
-        query_lens=None if mode == "decode" else [1, 3, 2],
+        query_lens=query_lens,
         features=rng.choice([(), ("window",)]),
     ).to(device)
     together = cupaged.paged_attention(
@@ -38,7 +40,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode):
         batch.query_start_loc,
         **batch.options,
     )
-    starts = [0, 1, 2, 3] if mode == "decode" else [0, 1, 4, 6]
+    starts = [0, *torch.tensor(query_lens or [1, 1, 1]).cumsum(0).tolist()]
     for s in range(3):
         rows = slice(starts[s], starts[s + 1])
         count = starts[s + 1] - starts[s]
