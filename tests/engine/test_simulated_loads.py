@@ -14,16 +14,23 @@ def tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def chats(
-    rng: random.Random, count: int, rate: float, shared: int = 0, means: tuple[int, int] = (81, 169)
+    rng: random.Random,
+    count: int,
+    rate: float,
+    shared: int = 0,
+    means: tuple[int, int] = (81, 169),
+    beams: float = 0.0,
 ) -> list[Request]:
-    """Arrivals at random; by default half the lengths of real conversations, in and out."""
+    """Arrivals at random; by default half the lengths of real conversations, in and out. ``beams`` is the
+    share of beam searches."""
     found, time = [], 0.0
     prefix = tokens(rng, shared)
     for _ in range(count):
         time += rng.expovariate(rate)
-        lengths = [max(1, min(600, int(rng.expovariate(1 / mean)))) for mean in means]
+        lengths = [max(1, min(600, 8 * mean, int(rng.expovariate(1 / mean)))) for mean in means]
         n = 4 if rng.random() < 0.05 else 1
-        found.append(Request(time, prefix + tokens(rng, lengths[0]), lengths[1], n))
+        beam_width = rng.randrange(1, 7) if rng.random() < beams else None
+        found.append(Request(time, prefix + tokens(rng, lengths[0]), lengths[1], n, beam_width=beam_width))
     return found
 
 
@@ -37,6 +44,19 @@ def test_a_long_load_is_served_in_order(mode, caching, seed):
     assert arrivals == sorted(arrivals), "the first token comes in the order of arrival"
     needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
     assert trace.num_computed < 1.25 * needed, "most of the work is done twice"
+    assert trace.most_preempted <= 10
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+def test_thousands_with_beams_among_them_are_served_in_order(mode, seed):
+    requests = chats(random.Random(seed), 2000, rate=200, means=(20, 30), beams=0.2)
+    engine = SimulatedEngine(150, mode)
+    trace = engine.run(requests, seed)
+    assert engine.scheduler.num_preemptions > 20
+    arrivals = [group.arrival for group in trace.admitted]
+    assert arrivals == sorted(arrivals)
+    needed = sum(len(r.prompt) + r.width * r.num_tokens for r in requests)
+    assert trace.num_computed < 1.25 * needed
     assert trace.most_preempted <= 10
 
 
@@ -60,6 +80,7 @@ def hostile(rng: random.Random) -> dict[str, list[Request]]:
             Request(0, tokens(rng, 500), 500),
             *(Request(i / 100, tokens(rng, 40), 30) for i in range(300)),
         ],
+        "beams that just fit": [Request(0, tokens(rng, 15), 240, beam_width=4) for _ in range(4)],
         "the same prompt": [Request(0, [7] * 320, 400) for _ in range(12)],
     }
 
@@ -72,7 +93,7 @@ def test_a_hostile_load_is_served(name, mode, seed):
         trace = SimulatedEngine(64, mode, enable_prefix_caching=caching).run(requests, seed)
         arrivals = [group.arrival for group in trace.admitted]
         assert arrivals == sorted(arrivals)
-        needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
+        needed = sum(len(r.prompt) + r.width * r.num_tokens for r in requests)
         assert trace.num_computed < 3 * needed  # where the swap space is full, swapping computes again, too
 
 
