@@ -162,27 +162,24 @@ class BlockManager:
 
     # -- prefixes ------------------------------------------------------------------------------------
 
-    def find_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
-        """How many of the first blocks with these keys there are, and how many of those nobody uses, so that
-        taking them takes free blocks."""
-        found = unused = 0
+    def find_prefix(self, keys: Iterable[bytes]) -> tuple[list[int], int]:
+        """The first blocks with these keys, as far as there are any, and how many of them nobody uses, so
+        that taking them takes free blocks."""
+        found = []
+        unused = 0
         for key in keys:
             block = self.gpu.find(key)
             if block is None:
                 break
-            found += 1
+            found.append(block)
             unused += self.gpu.ref_counts[block] == 0
         return found, unused
 
-    def take_prefix(self, seq_id: int, keys: Sequence[bytes], count: int) -> None:
-        """Start a sequence's table with the blocks of its first ``count`` keys, which `find_prefix` saw."""
-        blocks = []
-        for key in keys[:count]:
-            block = self.gpu.find(key)
-            assert block is not None
+    def take_prefix(self, seq_id: int, keys: Sequence[bytes], blocks: list[int]) -> None:
+        """Start a sequence's table with the blocks that `find_prefix` found for the first of its keys."""
+        for block in blocks:
             self.gpu.share(block)
-            blocks.append(block)
-        self._tables.add(seq_id, blocks, keys, count)
+        self._tables.add(seq_id, blocks, keys, len(blocks))
         self.writable[seq_id] = 0
 
     def confirm(self) -> None:

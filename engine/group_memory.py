@@ -56,17 +56,18 @@ class GroupMemory:
         shared = group.prompt_len // self._blocks.block_size
         return shared + group.width * (most - shared)
 
-    def needs(self, group: SequenceGroup) -> tuple[int, int]:
-        """Of a group without GPU blocks: how many of its first blocks are there already, and how many free
+    def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
+        """Of a group without GPU blocks: those of its first blocks that are there already, and how many free
         blocks it takes to hold all its known tokens."""
         if group.status is Status.SWAPPED:
             swapped = self._blocks.num_swapped_blocks([seq.seq_id for seq in group.live])
-            return 0, swapped + self.missing(group)
-        found = unused = 0
+            return [], swapped + self.missing(group)
+        found: list[int] = []
+        unused = 0
         if self.reads_cache(group):
             first = group.live[0]
             found, unused = self._blocks.find_prefix(self.keys(group, first, len(first.token_ids)))
-        return found, self.missing(group) - found + unused
+        return found, self.missing(group) - len(found) + unused
 
     def missing(self, group: SequenceGroup) -> int:
         """Blocks to take beside those it has until the group holds all its known tokens."""
@@ -74,18 +75,18 @@ class GroupMemory:
         held = []
         missing = 0
         for position, seq in enumerate(group.live):
-            if position == 0 or self._blocks.holds(seq.seq_id):
+            if self._blocks.holds(seq.seq_id):
                 held.append((seq.seq_id, seq.num_computed, seq.num_pending))
             else:
-                missing += self._blocks.blocks_for(len(seq.token_ids)) - shared
-        return missing + self._blocks.num_new_blocks(held)
+                missing += self._blocks.blocks_for(len(seq.token_ids)) - (shared if position else 0)
+        return missing + (self._blocks.num_new_blocks(held) if held else 0)
 
     def headroom(self) -> int:
         """Blocks that stay free for the running to grow into, or they would evict the newcomer."""
         return max(1, self._blocks.gpu.num_blocks // 100)
 
-    def start(self, group: SequenceGroup, found: int) -> None:
-        """Give blocks to a group that has none, its first ``found`` ones, before tokens are appended."""
+    def start(self, group: SequenceGroup, found: list[int]) -> None:
+        """Give blocks to a group that has none, those that `needs` found, before tokens are appended."""
         if found:
             first = group.live[0]
             self._blocks.take_prefix(first.seq_id, first.keys, found)
@@ -108,9 +109,9 @@ class GroupMemory:
             # The last token has to be computed for what comes after it.
             keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
             found, _ = self._blocks.find_prefix(keys)
-            if found * size > group.prompt_len:
+            if len(found) * size > group.prompt_len:
                 self._blocks.take_prefix(seq.seq_id, keys, found)
-                seq.num_computed = found * size
+                seq.num_computed = len(found) * size
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
                 seq.num_computed = group.prompt_len

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Sequence
-from hashlib import blake2b
-
-_DIGEST_BYTES = 32  # nobody finds two prompts with one hash, not even on purpose
+from hashlib import sha256  # nobody finds two prompts with one hash, not even on purpose
 
 
 def root_key(cache_salt: str | None) -> bytes:
@@ -26,11 +24,12 @@ def extend_keys(
         num_tokens: keys are added for the full blocks among this many.
     """
     parent = keys[-1] if keys else root
+    layout = f"{block_size}q"
     for start in range(len(keys) * block_size, num_tokens - block_size + 1, block_size):
         # All of one length, so that no other split into parent and tokens gives the same bytes.
-        parent = _hash(parent + array("q", token_ids[start : start + block_size]).tobytes())
+        parent = _hash(parent + struct.pack(layout, *token_ids[start : start + block_size]))
         keys.append(parent)
 
 
 def _hash(data: bytes) -> bytes:
-    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    return sha256(data).digest()

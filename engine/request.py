@@ -76,6 +76,7 @@ class SequenceGroup:
     cache_salt: str | None = None  # requests share blocks with those of the same salt only
     skip_reading_prefix_cache: bool = False  # every token of the prompt has to be computed
     bad_words: tuple[tuple[int, ...], ...] = ()  # those of params, as tokens
+    is_prefix: bool = False  # no request, but a prefix to be pinned: nothing is sampled
 
     # The scheduler's own.
     live: list[Sequence] = field(default_factory=list)  # those of `seqs` that are not finished
@@ -85,6 +86,10 @@ class SequenceGroup:
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
     beams: Beams | None = None  # the state of its beam search
+    num_seats: int = field(init=False)  # sequences that run, or will when the prompt is computed
+
+    def __post_init__(self) -> None:
+        self.num_seats = self.width
 
     @property
     def prompt_len(self) -> int:
@@ -98,8 +103,3 @@ class SequenceGroup:
     def width(self) -> int:
         """Most sequences of the group that run at once."""
         return self.params.num_sequences
-
-    @property
-    def num_seats(self) -> int:
-        """Sequences of the group that run, or will when the prompt is computed."""
-        return len(self.live) if self.forked and not self.params.beam_width else self.width

@@ -100,11 +100,11 @@ class ReservedMemory(GroupMemory):
         # All runs of a group have the same size, so that many fit into empty memory just if their sum does.
         return group.width << _order(self._blocks_of_output(group))
 
-    def needs(self, group: SequenceGroup) -> tuple[int, int]:
+    def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
         count = self._blocks_of_output(group)
         if self._buddy.num_available(count) < group.num_seats:
-            return 0, self._blocks.gpu.num_blocks + 1  # more than can ever be free
-        return 0, group.num_seats * count
+            return [], self._blocks.gpu.num_blocks + 1  # more than can ever be free
+        return [], group.num_seats * count
 
     def missing(self, group: SequenceGroup) -> int:
         return 0
@@ -112,7 +112,7 @@ class ReservedMemory(GroupMemory):
     def headroom(self) -> int:
         return 0
 
-    def start(self, group: SequenceGroup, found: int) -> None:
+    def start(self, group: SequenceGroup, found: list[int]) -> None:
         # Until the prompt is computed, the first sequence keeps the runs of the others behind its own.
         count = self._blocks_of_output(group)
         for seq in group.live:

@@ -131,6 +131,7 @@ class Scheduler:
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
         group.live.remove(seq)
+        group.num_seats -= 1
         self._memory.release(group, seq)
         if not group.live:
             self._queue_of(group).remove(group)
@@ -156,11 +157,12 @@ class Scheduler:
         Raises:
             ValueError: it does not fit beside what was promised to requests and other prefixes.
         """
+        group.is_prefix = True
         self._prepare(group, seed=0)
         keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
         taken, total = self.pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
         others = [*self.waiting, *self.preempted, *self.running]
-        most = max((self._most_blocks(g, keys) for g in others if not self._is_prefix(g)), default=0)
+        most = max((self._most_blocks(g, keys) for g in others if not g.is_prefix), default=0)
         if taken + most > total:
             promised = f", and a request may need {most} more" if most else ""
             raise ValueError(
@@ -187,9 +189,6 @@ class Scheduler:
         groups = self.pinned.groups.values()
         done = [g.live[0].seq_id for g in groups if g.status is Status.PINNED]
         return self._blocks.num_distinct(done)
-
-    def _is_prefix(self, group: SequenceGroup) -> bool:
-        return self.pinned.groups.get(group.request_id) is group
 
     # -- a step --------------------------------------------------------------------------------------
 
@@ -253,13 +252,8 @@ class Scheduler:
     # -- running groups ------------------------------------------------------------------------------
 
     def _schedule_running(self, draft: Draft) -> None:
-        gpu, writable, scheduled = self._blocks.gpu, self._blocks.writable, draft.scheduled
-        prefill_budget = draft.budget
-        for group in self.running:
-            if group.prefilling:
-                prefill_budget -= sum(seq.num_pending == 1 for seq in group.live)
-            else:
-                prefill_budget -= len(group.live)
+        writable, scheduled = self._blocks.writable, draft.scheduled
+        prefill_budget: int | None = None
         decoding = 0
         for group in self.running:  # the last of them are taken out while it goes on
             if not group.prefilling:
@@ -275,16 +269,22 @@ class Scheduler:
                     continue
                 turn = [(seq, 1) for seq in group.live]
             else:
+                if prefill_budget is None:
+                    prefill_budget = self._prefill_budget()
                 turn = self._turn(group, prefill_budget)
-            while self._num_new_blocks(turn) > gpu.num_free:
+                prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
+            while not self._fits(turn):
                 victim = self.running.pop()
                 self._preempt(victim, draft)
                 if victim is group:
                     return
-            if group.prefilling:
-                prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
             self._append(draft, group, turn)
         draft.budget -= decoding
+
+    def _prefill_budget(self) -> int:
+        """Tokens of a step that are left when every running sequence decodes."""
+        decoding = sum(seq.num_pending == 1 for group in self.running for seq in group.live)
+        return self._max_num_batched_tokens - decoding
 
     def _turn(self, group: SequenceGroup, prefill_budget: int) -> Turn:
         """The group's sequences that have a turn, and their tokens in this step."""
@@ -300,19 +300,26 @@ class Scheduler:
                 turn.append((seq, num_tokens))
         return turn
 
-    def _num_new_blocks(self, turn: Turn) -> int:
-        return self._blocks.num_new_blocks([(seq.seq_id, seq.num_computed, n) for seq, n in turn])
+    def _fits(self, turn: Turn) -> bool:
+        """Whether there are blocks for these tokens."""
+        num_free = self._blocks.gpu.num_free
+        if sum(num_tokens for _, num_tokens in turn) <= num_free:
+            return True  # a token takes one block at most
+        new = self._blocks.num_new_blocks([(seq.seq_id, seq.num_computed, n) for seq, n in turn])
+        return new <= num_free
 
     def _append(self, draft: Draft, group: SequenceGroup, turn: Turn, num_stored: int = 0) -> None:
+        writable = self._blocks.writable
         for seq, num_tokens in turn:
             start = seq.num_computed
-            if num_tokens > num_stored:
+            has_slot = not group.prefilling and start < writable[seq.seq_id]
+            if num_tokens > num_stored and not has_slot:
                 keys = self._memory.keys(group, seq, start + num_tokens)
                 copy = self._blocks.append(seq.seq_id, start, num_tokens, keys)
                 if copy is not None:
                     draft.copies.append(copy)
             num_samples = 0
-            if num_tokens == seq.num_pending and not self._is_prefix(group):
+            if start + num_tokens == len(seq.token_ids) and not group.is_prefix:
                 num_samples = 1 if group.forked else group.width
             item = ScheduledSequence(group, seq, start, num_tokens, num_samples, num_stored)
             draft.scheduled.append(item)
@@ -331,7 +338,9 @@ class Scheduler:
     # -- groups without blocks -----------------------------------------------------------------------
 
     def _next(self) -> SequenceGroup | None:
-        return min((*self.preempted[:1], *self.waiting[:1]), key=_rank, default=None)
+        if self.preempted and not (self.waiting and self.waiting[0].rank < self.preempted[0].rank):
+            return self.preempted[0]
+        return self.waiting[0] if self.waiting else None
 
     def _admit(self, draft: Draft, made_way: SequenceGroup | None) -> None:
         """Bring back preempted groups and admit new ones, in order, while there is room for all they hold.
@@ -352,8 +361,9 @@ class Scheduler:
                 cached = stored = 0
             else:
                 # A full hit still computes the last token, for what comes after it, but does not write it.
-                cached = min(found * self._blocks.block_size, len(first.token_ids) - 1)
-                stored = found * self._blocks.block_size - cached
+                in_blocks = len(found) * self._blocks.block_size
+                cached = min(in_blocks, len(first.token_ids) - 1)
+                stored = in_blocks - cached
                 count = min(len(first.token_ids) - cached, draft.budget)
                 turn = [(first, count)] if count > 0 else []
             if not turn or needed + reserved > self._blocks.gpu.num_free:
@@ -371,7 +381,7 @@ class Scheduler:
             insort(self.running, group, key=_rank)
             self._append(draft, group, turn, stored)
             seats -= group.num_seats
-            if group.num_seats > 1 or turn[0][1] < turn[0][0].num_pending:
+            if len(group.live) > 1 or turn[0][1] < first.num_pending:
                 promised += self._memory.missing(group)
 
     def _make_way(self, draft: Draft) -> SequenceGroup | None:
@@ -418,7 +428,7 @@ class Scheduler:
                 if token in group.stop_ids or seq.num_output_tokens >= group.max_tokens:
                     self._stop(group, seq)
         for group in dict.fromkeys(item.group for item, _ in computed):
-            if self._is_prefix(group) and group.live[0].num_pending == 0:
+            if group.is_prefix and group.live[0].num_pending == 0:
                 self.running.remove(group)
                 group.status = Status.PINNED
             elif group.forked and all(
@@ -460,7 +470,9 @@ class Scheduler:
             self.finish(group, seq, "length")
 
     def _queue_of(self, group: SequenceGroup) -> list[SequenceGroup]:
-        return {Status.WAITING: self.waiting, Status.RUNNING: self.running}.get(group.status, self.preempted)
+        if group.status is Status.RUNNING:
+            return self.running
+        return self.waiting if group.status is Status.WAITING else self.preempted
 
 
 def _rank(group: SequenceGroup) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         seq_id, self.next_id = self.next_id, self.next_id + 1
         self.blocks.take_prefix(seq_id, keys, found)
         assert free - self.blocks.gpu.num_free == unused
-        self.tokens[seq_id] = tokens[: found * self.blocks.block_size]
+        self.tokens[seq_id] = tokens[: len(found) * self.blocks.block_size]
         self.members[seq_id] = [seq_id]
         return seq_id
 
