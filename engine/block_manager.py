@@ -182,6 +182,19 @@ class BlockManager:
         self._tables.add(seq_id, blocks, keys, len(blocks))
         self.writable[seq_id] = 0
 
+    def unify(self, seq_id: int) -> None:
+        """Hold, of all blocks with the sequence's keys, those that are found: others may have computed the
+        same at the same time. All of the sequence's blocks are full, and written."""
+        table = self._tables[seq_id]
+        for position, (own, key) in enumerate(zip(table.blocks, table.keys)):
+            found = self.gpu.find(key)
+            if found is None:
+                self.gpu.register(own, key)
+            elif found != own:
+                self.gpu.share(found)
+                self._tables.replace(table, position, found)
+                self.gpu.release(own)
+
     def confirm(self) -> None:
         """The step that was planned has run."""
         self.gpu.confirm()

@@ -429,6 +429,7 @@ class Scheduler:
                     self._stop(group, seq)
         for group in dict.fromkeys(item.group for item, _ in computed):
             if group.is_prefix and group.live[0].num_pending == 0:
+                self._blocks.unify(group.live[0].seq_id)
                 self.running.remove(group)
                 group.status = Status.PINNED
             elif group.forked and all(

@@ -224,6 +224,22 @@ def test_copies_that_hang_together_are_made_in_turn(copies, parts):
     assert [copy for part in found for copy in part] == copies
 
 
+def test_a_prefix_is_where_requests_find_it():
+    """An urgent request makes the prefix that it begins with wait, half computed in the swap space, and
+    computes it itself. Two copies and the request's own blocks would not fit into the pool."""
+    simulation = Simulation(num_blocks=5, num_cpu_blocks=5, mode="swap", budget=5, by_priority=True)
+    prompt = simulation.prompt(16)
+    prefix = simulation.add_prefix(prompt[:12])
+    simulation.step()
+    simulation.add(prompt, 4, priority=-1)
+    simulation.step()
+    assert prefix.status is Status.SWAPPED
+    simulation.run()
+    simulation.add(prompt, 4)
+    simulation.run()
+    assert simulation.scheduler.num_prefix_hits >= 12
+
+
 def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
     """Every running sequence decodes in every step, whatever the prompt takes."""
     simulation = Simulation(num_blocks=64, budget=8)
