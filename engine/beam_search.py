@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
+from operator import itemgetter
 
 from .request import Sequence, SequenceGroup
+
+Candidate = tuple[float, Sequence, int]  # a beam, a token after it, and their log probability
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best next tokens of one beam, the best first.
+    """The best next tokens of one beam, the best first."""
 
-    Args:
-        token_ids: int64 ``[K]``. logprobs: float32 ``[K]``.
-    """
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
+    token_ids: list[int]
+    logprobs: list[float]
 
 
 @dataclass(frozen=True)
@@ -62,26 +59,23 @@ def advance(
     Returns:
         Whether the search has ended; the beams are then as they were.
     """
-    live = list(group.live)
-    found = [beams.candidates[seq.seq_id] for seq in live]
-    totals = np.concatenate(
-        [c.logprobs + np.float32(beams.scores.get(s.seq_id, 0.0)) for s, c in zip(live, found)]
-    )
-    tokens = np.concatenate([c.token_ids for c in found])
-    parents = np.repeat(np.arange(len(live)), [len(c.token_ids) for c in found])
-    best = np.argsort(-totals, kind="stable")[: num_candidates(group)]
-    length = live[0].num_output_tokens + 1
-    going_on: list[tuple[Sequence, int, float]] = []
-    for rank, i in enumerate(best.tolist()):
-        parent, token, total = live[parents[i]], int(tokens[i]), float(totals[i])
+    count, width = num_candidates(group), group.width
+    found: list[Candidate] = []
+    for seq in group.live:
+        score, best = beams.scores.get(seq.seq_id, 0.0), beams.candidates[seq.seq_id]
+        found += [(score + logprob, seq, token) for logprob, token in zip(best.logprobs, best.token_ids)]
+    found.sort(key=itemgetter(0), reverse=True)
+    length = group.live[0].num_output_tokens + 1
+    going_on: list[Candidate] = []
+    for rank, (total, parent, token) in enumerate(found[:count]):
         if token in group.stop_ids or length >= group.max_tokens:
-            if rank < group.width:  # those after them only stand in for beams that ended
+            if rank < width:  # those after them only stand in for beams that ended
                 beams.hypotheses.append(_hypothesis(group, parent, token, total))
-        elif len(going_on) < group.width:
-            going_on.append((parent, token, total))
+        elif len(going_on) < width:
+            going_on.append((total, parent, token))
     beams.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
-    del beams.hypotheses[group.width :]
-    if not going_on or _is_done(group, beams, length, going_on[0][2]):
+    del beams.hypotheses[width:]
+    if not going_on or _is_done(group, beams, length, going_on[0][0]):
         return True
     _continue(group, beams, going_on, fork, drop)
     return False
@@ -113,20 +107,19 @@ def _is_done(group: SequenceGroup, beams: Beams, length: int, best: float) -> bo
 def _continue(
     group: SequenceGroup,
     beams: Beams,
-    going_on: list[tuple[Sequence, int, float]],
+    going_on: list[Candidate],
     fork: Callable[[SequenceGroup, Sequence, int], Sequence],
     drop: Callable[[SequenceGroup, Sequence], None],
 ) -> None:
-    kept = {parent.seq_id for parent, _, _ in going_on}
-    for seq in [seq for seq in group.live if seq.seq_id not in kept]:
-        drop(group, seq)
-    children: list[tuple[Sequence, int, float]] = []
-    with_child: set[int] = set()
-    for parent, token, total in going_on:  # all forks before any token is appended
-        child = fork(group, parent, len(children)) if parent.seq_id in with_child else parent
-        with_child.add(parent.seq_id)
-        children.append((child, token, total))
+    parents = {parent.seq_id for _, parent, _ in going_on}
+    if len(parents) < len(group.live):
+        for seq in [seq for seq in group.live if seq.seq_id not in parents]:
+            drop(group, seq)
     beams.scores, beams.candidates = {}, {}
-    for child, token, total in children:
-        child.token_ids.append(token)
+    children = []
+    for index, (total, parent, _) in enumerate(going_on):  # all forks before any token is appended
+        child = fork(group, parent, index) if parent.seq_id in beams.scores else parent
         beams.scores[child.seq_id] = total
+        children.append(child)
+    for child, (_, _, token) in zip(children, going_on):
+        child.token_ids.append(token)

@@ -86,10 +86,11 @@ class SequenceGroup:
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
     beams: Beams | None = None  # the state of its beam search
+    width: int = field(init=False)  # most sequences of the group that run at once
     num_seats: int = field(init=False)  # sequences that run, or will when the prompt is computed
 
     def __post_init__(self) -> None:
-        self.num_seats = self.width
+        self.width = self.num_seats = self.params.num_sequences
 
     @property
     def prompt_len(self) -> int:
@@ -98,8 +99,3 @@ class SequenceGroup:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
-
-    @property
-    def width(self) -> int:
-        """Most sequences of the group that run at once."""
-        return self.params.num_sequences

@@ -312,7 +312,7 @@ def _take_beams(
     most = min(max(num_candidates(scheduled[position].group) for position in beams), logits.shape[1])
     rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
     logprobs, tokens = rows.topk(most)
-    for position, of_tokens, of_logprobs in zip(beams, tokens.cpu().numpy(), logprobs.cpu().numpy()):
+    for position, of_tokens, of_logprobs in zip(beams, tokens.tolist(), logprobs.tolist()):
         output.candidates[position] = Candidates(of_tokens, of_logprobs)
     return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
 

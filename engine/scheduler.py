@@ -219,9 +219,11 @@ class Scheduler:
         """
         self._blocks.confirm()
         prefilling = []
+        searches: dict[SequenceGroup, None] = {}
         for position, found in (candidates or {}).items():
             item = plan.scheduled[position]
             self._beams_of(item.group).candidates[item.seq.seq_id] = found
+            searches[item.group] = None
         for item, tokens in zip(plan.scheduled, samples):
             group, seq = item.group, item.seq
             if group.prefilling:
@@ -236,9 +238,8 @@ class Scheduler:
                 self._stop(group, seq)
         if prefilling:
             self._update_prefilling(prefilling)
-        if candidates:
-            for group in dict.fromkeys(plan.scheduled[position].group for position in candidates):
-                self._advance_beams(group)
+        for group in searches:
+            self._advance_beams(group)
 
     def step_failed(self) -> None:
         """After an error in a step nobody knows what its blocks hold: all of them are computed again."""

@@ -89,7 +89,8 @@ class SimulatedModel:
         logits[self._numpy.random(len(beams)) >= self._hesitation, 1:] -= 10
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         tokens = (self._numpy.integers(EOS, size=(len(beams), 1)) + np.arange(most)) % EOS
-        return samples, {position: Candidates(*row) for position, *row in zip(beams, tokens, logprobs)}
+        rows = zip(beams, tokens.tolist(), logprobs.tolist())
+        return samples, {position: Candidates(*row) for position, *row in rows}
 
 
 class SimulatedEngine:
