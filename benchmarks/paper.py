@@ -9,7 +9,8 @@ cache runs about as many requests at once as the paper found. No figure here was
 
 The first table is of a queue that never empties: what the memory holds (the paper's Figure 2) and how many
 requests end in a second of simulated time. "running" is the mean number of requests that run at once at the
-paper's request rate (its Figure 13). The second table is what parallel sampling saves by sharing (Figure 15).
+paper's request rate (its Figure 13). The second table is what the sequences of a request save by sharing
+(Figure 15): samples share the prompt, beams all up to where they part.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Load:
     output: float
     rate: float
     running: dict[str, float]  # the paper's, by policy
-    saved: dict[int, float]  # the paper's, by n; of ShareGPT it gives the first and the last
+    saved: dict[str, dict[int, float]]  # the paper's, by n or beam_width; of ShareGPT the first and the last
 
 
 LOADS = {
@@ -55,14 +56,17 @@ LOADS = {
         337.99,
         2,
         {"orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62, "paged": 30.42},
-        {2: 0.162, 6: 0.305},
+        {"n": {2: 0.162, 6: 0.305}, "beam_width": {2: 0.443, 6: 0.663}},
     ),
     "Alpaca": Load(
         19.31,
         58.45,
         30,
         {"orca-max": 7.00, "orca-pow2": 43.24, "orca-oracle": 72.75, "paged": 132.44},
-        {2: 0.0609, 4: 0.0853, 6: 0.0979},
+        {
+            "n": {2: 0.0609, 4: 0.0853, 6: 0.0979},
+            "beam_width": {2: 0.376, 4: 0.531, 6: 0.552},
+        },
     ),
 }
 # What keeps the memory, and how batches are made. FasterTransformer is the first.
@@ -74,11 +78,12 @@ POLICIES = [
     ("paged", "continuous"),
 ]
 PAPERS_USE = {"orca-max": 0.204, "orca-pow2": 0.268, "orca-oracle": 0.382, "paged": 0.963}
+WIDTHS = (2, 4, 6)
 KINDS = ("stored", "reserved", "internal", "external")
 
 
-def requests(load: Load, count: int, rate: float | None = None, n: int = 1) -> list[Request]:
-    """Drawn; without a rate all are there from the start."""
+def requests(load: Load, count: int, rate: float | None = None, **width: int) -> list[Request]:
+    """Drawn; without a rate all are there from the start. ``width`` is the ``n`` or ``beam_width`` of all."""
     rng = random.Random(0)
     found, time = [], 0.0
     for _ in range(count):
@@ -87,7 +92,7 @@ def requests(load: Load, count: int, rate: float | None = None, n: int = 1) -> l
             for mean in (load.prompt, load.output)
         )
         time += rng.expovariate(rate) if rate else 0.0
-        found.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, n))
+        found.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, **width))
     return found
 
 
@@ -104,7 +109,7 @@ def engine(policy: str, batching: str) -> SimulatedEngine:
     )
 
 
-def memory(load: Load, policy: str, batching: str, count: int, n: int = 1) -> dict[str, float]:
+def memory(load: Load, policy: str, batching: str, count: int, **width: int) -> dict[str, float]:
     """Means over time while requests wait: shares of the memory in use by what it holds, what sharing saves;
     and requests that end in a second."""
     served = engine(policy, batching)
@@ -119,7 +124,7 @@ def memory(load: Load, policy: str, batching: str, count: int, n: int = 1) -> di
         totals["saved"] += seconds * use.saved_by_sharing
         totals["seconds"] += seconds
 
-    trace = served.run(requests(load, count, n=n), observe=observe)
+    trace = served.run(requests(load, count, **width), observe=observe)
     seconds = totals.pop("seconds")
     if not seconds:
         raise RuntimeError(f"{count} requests fit all at once: no queue, no figures; take more")
@@ -172,14 +177,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<9} {policy:<12} {batching:<11} ", end="")
             print(" ".join(f"{100 * row[kind]:>8.1f}" for kind in KINDS), end="")
             print(f" {use:>8} {row['requests_per_s']:>8.2f} {row['running']:>8.1f} {of_paper:>8}")
-    print("\nmemory saved by sharing, %\nload      outputs   saved  (paper)")
-    saved: list[dict[str, Any]] = []
-    for name, load in LOADS.items():
-        for n in (2, 4, 6):
-            share = memory(load, "paged", "continuous", options.requests, n)["saved"]
-            saved.append({"load": name, "n": n, "saved": share})
-            of_paper = f"{100 * load.saved[n]:.1f}" if n in load.saved else ""
-            print(f"{name:<9} {n:>7} {100 * share:>7.1f} {of_paper:>8}")
+    print("\nmemory saved by sharing, %")
+    print(f"{'load':<9} {'':<10} {'width':>5} {'saved':>6} {'(paper)':>8}")
+    saved: dict[str, list[dict[str, Any]]] = {"n": [], "beam_width": []}
+    for decoding, found in saved.items():
+        for name, load in LOADS.items():
+            for width in WIDTHS:
+                share = memory(load, "paged", "continuous", options.requests, **{decoding: width})["saved"]
+                found.append({"load": name, decoding: width, "saved": share})
+                published = load.saved[decoding].get(width)
+                of_paper = "" if published is None else f"{100 * published:.1f}"
+                print(f"{name:<9} {decoding:<10} {width:>5} {100 * share:>6.1f} {of_paper:>8}")
     if options.out:
         results = {
             "note": NOTE,
@@ -187,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
             "slots": SLOTS,
             "max_model_len": MAX_MODEL_LEN,
             "policies": rows,
-            "parallel_sampling": saved,
+            "parallel_sampling": saved["n"],
+            "beam_search": saved["beam_width"],
         }
         common.write(options.out, "paper-simulated", common.environment(torch.device("cpu")), results)
     return 0

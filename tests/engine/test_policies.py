@@ -115,7 +115,15 @@ def test_paged_memory_holds_tokens():
 @pytest.mark.parametrize("name", paper.LOADS)
 def test_sharing_saves_what_it_saved_in_the_paper(name):
     load, count = paper.LOADS[name], COUNTS[name]
-    saved = {n: paper.memory(load, "paged", "continuous", count * 2 // n, n)["saved"] for n in (2, 4, 6)}
+    saved = {n: paper.memory(load, "paged", "continuous", count * 2 // n, n=n)["saved"] for n in paper.WIDTHS}
     assert saved[2] < saved[4]
-    for n, share in load.saved.items():
+    for n, share in load.saved["n"].items():
         assert saved[n] == pytest.approx(share, abs=0.06)
+
+
+def test_beams_save_what_they_saved_in_the_paper():
+    load = paper.LOADS["Alpaca"]
+    for width, share in load.saved["beam_width"].items():
+        found = paper.memory(load, "paged", "continuous", 400, beam_width=width)
+        assert found["saved"] == pytest.approx(share, abs=0.08)
+        assert found["stored"] + found["reserved"] + found["internal"] == pytest.approx(1)
