@@ -17,6 +17,7 @@ from collections.abc import Sequence as SequenceABC
 
 from .beam_search import Beams, Candidates, advance
 from .block_manager import BlockManager
+from .capacity import Capacity
 from .group_memory import Room
 from .pinned import PinnedPrefixes
 from .plan import Draft, Plan, ScheduledSequence
@@ -58,9 +59,7 @@ class Scheduler:
         static: bool = False,
     ) -> None:
         self._blocks = blocks
-        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
         self._preemption = preemption
         self._eos_token_ids = eos_token_ids
         self._memory = group_memory(memory_policy, blocks, enable_prefix_caching, max_model_len)
@@ -75,6 +74,7 @@ class Scheduler:
         self.preempted: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self.pinned = PinnedPrefixes()
+        self._capacity = Capacity(blocks, self._memory, self.pinned, max_num_seqs, max_model_len)
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens of admitted groups, and those of them that were in the cache
         self.num_prefix_hits = 0
@@ -90,33 +90,14 @@ class Scheduler:
         Raises:
             ValueError: it could never run, however long it waited.
         """
-        params = group.params
-        if group.prompt_len >= self._max_model_len:
-            raise ValueError(
-                f"the prompt has {group.prompt_len} tokens, and a sequence may have {self._max_model_len} "
-                "(max_model_len), at least one of them sampled: shorten the prompt"
-            )
-        if group.width > self._max_num_seqs:
-            name = "beam_width" if params.beam_width else "n" if group.width == params.n else "best_of"
-            raise ValueError(
-                f"{name} is {group.width}, and at most {self._max_num_seqs} sequences run at once "
-                "(max_num_seqs): lower it"
-            )
-        if params.beam_width and not self._memory.preempts:
-            raise ValueError("beam_width needs memory that beams can share: set memory_policy='paged'")
         self._prepare(group, seed)
-        needed, pinned = self._most_blocks(group), self.pinned.num_blocks
-        if needed + pinned > self._blocks.gpu.num_blocks:
-            held = f", {pinned} of them taken by pinned prefixes" if pinned else ""
-            raise ValueError(
-                f"the request may need {needed} blocks of {self._blocks.block_size} tokens (prompt "
-                f"{group.prompt_len}, max_tokens {group.max_tokens}, {group.width} outputs), and the KV "
-                f"cache has {self._blocks.gpu.num_blocks}{held}: ask for fewer tokens or give the engine "
-                "more memory"
-            )
+        self._capacity.check(group)
+        params = group.params
         group.stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             group.stop_ids |= self._eos_token_ids
+        if params.beam_width:
+            group.beams = Beams()
         insort(self.waiting, group, key=_rank)
 
     def abort(self, group: SequenceGroup) -> None:
@@ -159,16 +140,7 @@ class Scheduler:
         """
         group.is_prefix = True
         self._prepare(group, seed=0)
-        keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
-        taken, total = self.pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
-        others = [*self.waiting, *self.preempted, *self.running]
-        most = max((self._most_blocks(g, keys) for g in others if not g.is_prefix), default=0)
-        if taken + most > total:
-            promised = f", and a request may need {most} more" if most else ""
-            raise ValueError(
-                f"the pinned prefixes would take {taken} blocks{promised}; the KV cache has {total}: "
-                "shorten the prefix, remove another one, or give the engine more memory"
-            )
+        self._capacity.check_prefix(group, [*self.waiting, *self.preempted, *self.running])
         self.pinned.add(group)
         insort(self.waiting, group, key=_rank)
 
@@ -219,11 +191,13 @@ class Scheduler:
         """
         self._blocks.confirm()
         prefilling = []
-        searches: dict[SequenceGroup, None] = {}
+        searches: dict[SequenceGroup, Beams] = {}
         for position, found in (candidates or {}).items():
             item = plan.scheduled[position]
-            self._beams_of(item.group).candidates[item.seq.seq_id] = found
-            searches[item.group] = None
+            beams = item.group.beams
+            assert beams is not None
+            beams.candidates[item.seq.seq_id] = found
+            searches[item.group] = beams
         for item, tokens in zip(plan.scheduled, samples):
             group, seq = item.group, item.seq
             if group.prefilling:
@@ -238,8 +212,8 @@ class Scheduler:
                 self._stop(group, seq)
         if prefilling:
             self._update_prefilling(prefilling)
-        for group in searches:
-            self._advance_beams(group)
+        for group, beams in searches.items():
+            self._advance_beams(group, beams)
 
     def step_failed(self) -> None:
         """After an error in a step nobody knows what its blocks hold: all of them are computed again."""
@@ -438,28 +412,16 @@ class Scheduler:
             ):
                 group.prefilling = False
 
-    def _beams_of(self, group: SequenceGroup) -> Beams:
-        if group.beams is None:
-            group.beams = Beams()
-        return group.beams
-
-    def _advance_beams(self, group: SequenceGroup) -> None:
+    def _advance_beams(self, group: SequenceGroup, beams: Beams) -> None:
         """One step of beam search; while beams are recomputed the first to be ready wait for the others."""
         if any(seq.num_pending for seq in group.live):
             return
         group.forked = True
-        if advance(group, self._beams_of(group), self.fork, self.drop):
+        if advance(group, beams, self.fork, self.drop):
             for seq in list(group.live):
                 self.finish(group, seq, "stop")
         else:
             group.prefilling = False
-
-    def _most_blocks(self, group: SequenceGroup, pinned: SequenceABC[bytes] = ()) -> int:
-        """The group's at its largest, without those of pinned prefixes, ``pinned`` among them."""
-        covered = 0
-        if (self.pinned or pinned) and self._memory.reads_cache(group):
-            covered = self.pinned.num_covered(self._memory.prompt_keys(group), pinned)
-        return self._memory.most(group) - covered
 
     def _stop(self, group: SequenceGroup, seq: Sequence) -> None:
         """End a sequence by its last token."""
