@@ -63,7 +63,7 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is warm in caches
         self._cached: OrderedDict[int, None] = OrderedDict()  # a linked list, the longest unused first
-        self._keys: dict[int, Hashable] = {}
+        self._keys: list[Hashable] = [None] * num_blocks  # of what each holds; None: of nothing that is found
         self._found: dict[Hashable, int] = {}  # the inverse
         self._promised: list[int] = []
 
@@ -91,7 +91,8 @@ class BlockPool:
             block = self._empty.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._found[self._keys.pop(block)]
+            del self._found[self._keys[block]]
+            self._keys[block] = None
         self.ref_counts[block] = 1
         return block
 
@@ -112,10 +113,10 @@ class BlockPool:
         """Drop one reference; the last one frees the block."""
         count = self.ref_counts[block] = self.ref_counts[block] - 1
         if count == 0:
-            if block in self._keys:
-                self._cached[block] = None
-            else:
+            if self._keys[block] is None:
                 self._empty.append(block)
+            else:
+                self._cached[block] = None
 
     def register(self, block: int, key: Hashable) -> bool:
         """Let a used block be found under a key.
@@ -123,7 +124,7 @@ class BlockPool:
         Returns:
             Whether it is now: not if another block holds the same, or the block has another key.
         """
-        if key in self._found or block in self._keys:
+        if key in self._found or self._keys[block] is not None:
             return False
         self._found[key] = block
         self._keys[block] = key
@@ -146,8 +147,9 @@ class BlockPool:
 
     def forget(self, block: int) -> None:
         """The block's content changes, or is of no use any more. One without a key is no error."""
-        key = self._keys.pop(block, None)
+        key = self._keys[block]
         if key is not None:
+            self._keys[block] = None
             del self._found[key]
             if block in self._cached:
                 del self._cached[block]
@@ -167,14 +169,14 @@ class BlockPool:
                 raise RuntimeError(f"block {block} counts {count} references, {references[block]} exist")
             if (count > 0) + (block in empty) + (block in self._cached) != 1:
                 raise RuntimeError(f"block {block} is not just one of used, cached and empty")
-            if block not in self._keys and block in self._cached:
+            if self._keys[block] is None and block in self._cached:
                 raise RuntimeError(f"block {block} is cached and has no key")
-            if block in self._keys and block in empty:
+            if self._keys[block] is not None and block in empty:
                 raise RuntimeError(f"block {block} is empty and has a key")
         used = sum(count > 0 for count in self.ref_counts)
         if len(empty) + used + len(self._cached) != self.num_blocks:
             raise RuntimeError("empty, used and cached blocks are not all blocks")
-        if {key: block for block, key in self._keys.items()} != self._found:
+        if {key: block for block, key in enumerate(self._keys) if key is not None} != self._found:
             raise RuntimeError("keys and the blocks found under them differ")
 
 
