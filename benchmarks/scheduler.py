@@ -3,11 +3,12 @@
     python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 
 Requests arrive as others end, so that as many sequences run all the time: half of the requests begin with one
-of a few shared prefixes, one in four forks its prompt into four samples, and every pool is full of cached
-blocks before anything is timed. "conversation" has the mean lengths of ShareGPT, "short" such that 256
-sequences fit into a thousand blocks; there a sixteenth of all sequences ends and begins in every step. Every
-step is checked to have run all sequences; the books are checked at the end. "gather" is what the model runner
-adds: the block tables of the batch as one array.
+of a few shared prefixes, and every pool is full of cached blocks before anything is timed. With "forks" one
+request in four forks its prompt into four samples; with "beams" all are beam searches of width 4.
+"conversation" has the mean lengths of ShareGPT, "short" such that 256 sequences fit into a thousand blocks;
+there a sixteenth of all sequences ends and begins in every step. Every step is checked to have run all
+sequences; the books are checked at the end. "gather" is what the model runner adds: the block tables of the
+batch as one array.
 """
 
 from __future__ import annotations
@@ -31,23 +32,22 @@ import torch
 
 from cupaged.engine import SamplingParams
 from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.plan import Plan
 from cupaged.engine.preemption import Preemption
 from cupaged.engine.request import SequenceGroup
 from cupaged.engine.scheduler import Scheduler
+from tests.engine.simulation import EOS, SimulatedModel
 
 BLOCK_SIZE = 16
-VOCABULARY = 50_000
-EOS = VOCABULARY  # never sampled
+HESITATION = 0.5  # how often beams fork
 
 
 class Load:
     """An endless load over one scheduler."""
 
     def __init__(
-        self, num_seqs: int, num_blocks: int, prompt: int, output: int, forks: bool, caching: bool
+        self, num_seqs: int, num_blocks: int, prompt: int, output: int, sequences: str, caching: bool
     ) -> None:
-        self.num_seqs, self.prompt_len, self.output_len, self.forks = num_seqs, prompt, output, forks
+        self.num_seqs, self.prompt_len, self.output_len, self.sequences = num_seqs, prompt, output, sequences
         self.blocks = BlockManager(num_blocks, 0, BLOCK_SIZE)
         self.scheduler = Scheduler(
             self.blocks,
@@ -58,20 +58,21 @@ class Load:
             frozenset([EOS]),
             caching,
         )
-        self._random = random.Random(0)
+        self._random, self._model = random.Random(0), SimulatedModel(0, HESITATION)
         self._prefixes = [self._tokens(prompt // 2) for _ in range(4)]
         self._arrivals = 0
 
     def _tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(VOCABULARY) for _ in range(count)]
+        return [self._random.randrange(EOS) for _ in range(count)]
 
     def add(self) -> None:
         """A request; outputs end at drawn lengths, so that ends and arrivals spread over the steps."""
         shared = self._random.choice(self._prefixes) if self._arrivals % 2 else []
         prompt = shared + self._tokens(self.prompt_len - len(shared))
-        n = 4 if self.forks and self._arrivals % 4 == 0 else 1
+        beam_width = 4 if self.sequences == "beams" else None
+        n = 4 if beam_width or (self.sequences == "forks" and self._arrivals % 4 == 0) else 1
         length = self._random.randint(self.output_len // 2, 3 * self.output_len // 2)
-        params = SamplingParams(n=n, max_tokens=length)
+        params = SamplingParams(n=n, beam_width=beam_width, max_tokens=length)
         group = SequenceGroup(str(self._arrivals), None, prompt, params, length, self._arrivals)
         self._arrivals += 1
         self.scheduler.add(group, 0)
@@ -83,11 +84,6 @@ class Load:
             self.add()
             seats += self.scheduler.waiting[-1].num_seats
 
-    def samples(self, plan: Plan) -> list[list[int]]:
-        # Tokens of a model are new integers, not small shared ones.
-        draw = self._random.randrange
-        return [[draw(VOCABULARY) for _ in range(item.num_samples)] for item in plan.scheduled]
-
     def steps(self, count: int) -> Iterator[tuple[float, float, int]]:
         """CPU seconds of planning and bookkeeping, of gathering tables, and sequences, of each step."""
         for _ in range(count):
@@ -95,12 +91,12 @@ class Load:
             start = time.thread_time()
             plan = self.scheduler.schedule()
             planned = time.thread_time() - start
-            samples = self.samples(plan)
+            samples, candidates = self._model.sample(plan)
             start = time.thread_time()
             self.blocks.tables([item.seq.seq_id for item in plan.scheduled])
             gathered = time.thread_time() - start
             start = time.thread_time()
-            self.scheduler.update(plan, samples)
+            self.scheduler.update(plan, samples, candidates)
             planned += time.thread_time() - start
             yield planned, gathered, len(plan.scheduled)
 
@@ -120,21 +116,22 @@ def fill(load: Load) -> None:
 
 
 LENGTHS = {"conversation": (161, 338), "short": (32, 16)}
-# Load, blocks, forks, prefix cache.
+# Load, blocks, sequences, prefix cache.
 CASES = [
-    ("conversation", 20_000, True, True),
-    ("conversation", 20_000, False, True),
-    ("conversation", 20_000, False, False),
-    ("short", 1000, True, True),
-    ("short", 10_000, True, True),
-    ("short", 100_000, True, True),
+    ("conversation", 20_000, "forks", True),
+    ("conversation", 20_000, "single", True),
+    ("conversation", 20_000, "single", False),
+    ("conversation", 20_000, "beams", True),
+    ("short", 1000, "forks", True),
+    ("short", 10_000, "forks", True),
+    ("short", 100_000, "forks", True),
 ]
 
 
 def measure(
-    options: argparse.Namespace, name: str, num_blocks: int, forks: bool, caching: bool
+    options: argparse.Namespace, name: str, num_blocks: int, sequences: str, caching: bool
 ) -> dict[str, Any]:
-    load = Load(options.seqs, num_blocks, *LENGTHS[name], forks, caching)
+    load = Load(options.seqs, num_blocks, *LENGTHS[name], sequences, caching)
     if caching:
         fill(load)
     warm_up = LENGTHS[name][1]
@@ -147,7 +144,7 @@ def measure(
     return {
         "load": name,
         "num_blocks": num_blocks,
-        "forks": forks,
+        "sequences": sequences,
         "caching": caching,
         "us_per_seq": 1e6 * sum(seconds for seconds, _, _ in rows) / seqs,
         "median_us_per_seq": 1e6 * statistics.median(seconds / count for seconds, _, count in rows),
@@ -173,11 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
             elif row["us_per_seq"] < best[i]["us_per_seq"]:
                 best[i] = row
     print(f"{options.seqs} sequences; us a sequence and step")
-    print(f"{'load':<12} {'blocks':>8} {'forks':>6} {'cache':>6} {'mean':>7} {'median':>7} {'gather':>7}")
+    print(
+        f"{'load':<12} {'blocks':>8} {'sequences':>10} {'cache':>6} {'mean':>7} {'median':>7} {'gather':>7}"
+    )
     for row in best:
-        yes = {True: "yes", False: "no"}
+        caching = "yes" if row["caching"] else "no"
         print(
-            f"{row['load']:<12} {row['num_blocks']:>8} {yes[row['forks']]:>6} {yes[row['caching']]:>6} "
+            f"{row['load']:<12} {row['num_blocks']:>8} {row['sequences']:>10} {caching:>6} "
             f"{row['us_per_seq']:>7.2f} {row['median_us_per_seq']:>7.2f} {row['gather_us_per_seq']:>7.2f}"
         )
     few, many = (row["us_per_seq"] for row in best if row["num_blocks"] in (1000, 100_000))
