@@ -10,7 +10,8 @@ cache runs about as many requests at once as the paper found. No figure here was
 The first table is of a queue that never empties: what the memory holds (the paper's Figure 2) and how many
 requests end in a second of simulated time. "running" is the mean number of requests that run at once at the
 paper's request rate (its Figure 13). The second table is what the sequences of a request save by sharing
-(Figure 15): samples share the prompt, beams all up to where they part.
+(Figure 15): samples share the prompt, beams all up to where they part. Beams fork where the simulated model
+hesitates, at every second token; at every token they save up to 5 points more, at every tenth 3 to 14 less.
 """
 
 from __future__ import annotations
