@@ -172,6 +172,8 @@ class Simulation:
             order = [*scheduler.running, *scheduler.preempted, *scheduler.waiting]
             assert order == sorted(order, key=lambda g: g.arrival)
         assert sum(group.num_seats for group in scheduler.running) <= self.max_num_seqs
+        for group in scheduler.running:
+            assert group.num_seats == (len(group.live) if group.forked else group.width)
         for group in scheduler.preempted:
             assert group.status in (Status.PREEMPTED, Status.SWAPPED)
             holders = [seq for seq in group.live if self.blocks.holds(seq.seq_id)]
