@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from cupaged.engine import SamplingParams
+from cupaged.engine.beam_search import Candidates, num_candidates
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.kv_cache import in_turn
 from cupaged.engine.plan import Plan
@@ -64,9 +65,11 @@ class Simulation:
     def prompt(self, length: int) -> list[int]:
         return [self.random.randrange(EOS) for _ in range(length)]
 
-    def group(self, prompt: list[int], max_tokens: int, n: int = 1, **settings) -> SequenceGroup:
+    def group(
+        self, prompt: list[int], max_tokens: int, n: int = 1, beams: bool = False, **settings
+    ) -> SequenceGroup:
         max_tokens = min(max_tokens, self.max_model_len - len(prompt))
-        params = SamplingParams(n=n, max_tokens=max(1, max_tokens))
+        params = SamplingParams(n=n, max_tokens=max(1, max_tokens), beam_width=n if beams else None)
         name = f"r{self.arrivals}"
         self.arrivals += 1
         return SequenceGroup(name, None, prompt, params, max_tokens, self.arrivals, **settings)
@@ -100,8 +103,13 @@ class Simulation:
                 assert not item.num_stored
         self.check_plan(plan)
         self.compute(plan)
-        samples = [[self.draw() for _ in range(item.num_samples)] for item in plan.scheduled]
-        scheduler.update(plan, samples)
+        samples, candidates = [], {}
+        for position, item in enumerate(plan.scheduled):
+            is_beam = item.group.params.beam_width is not None
+            samples.append([] if is_beam else [self.draw() for _ in range(item.num_samples)])
+            if is_beam and item.num_samples:
+                candidates[position] = self.draw_candidates(item.group)
+        scheduler.update(plan, samples, candidates)
         self.check_blocks()
         return plan
 
@@ -133,7 +141,7 @@ class Simulation:
             assert item.num_tokens >= 1
             complete = item.start + item.num_tokens == len(item.seq.token_ids)
             prefix = item.group not in self.groups
-            wanted = 0 if prefix or not complete else 1 if item.group.forked else item.group.params.n
+            wanted = 0 if prefix or not complete else 1 if item.group.forked else item.group.width
             assert item.num_samples == wanted
         for group in scheduler.running:  # a group decodes as one
             planned = [item.seq for item in plan.scheduled if item.group is group]
@@ -158,6 +166,13 @@ class Simulation:
 
     def draw(self) -> int:
         return EOS if self.random.random() < self.eos_chance else self.random.randrange(EOS)
+
+    def draw_candidates(self, group: SequenceGroup) -> Candidates:
+        count = num_candidates(group)
+        tokens = self.random.sample(range(EOS), count)
+        if self.random.random() < self.eos_chance:
+            tokens[self.random.randrange(count)] = EOS
+        return Candidates(tokens, sorted((-self.random.expovariate(1) for _ in tokens), reverse=True))
 
     def check_queues(self, waiting_before: list[SequenceGroup]) -> None:
         scheduler = self.scheduler
@@ -206,8 +221,17 @@ class Simulation:
         assert self.blocks.cpu.num_free == self.blocks.cpu.num_blocks
         for group in self.groups:
             for seq in group.seqs:
-                if seq.finish_reason == "length":
+                if group.beams is not None and seq.finish_reason != "abort":
+                    self.check_hypotheses(group)
+                elif seq.finish_reason == "length":
                     assert seq.num_output_tokens == group.max_tokens
                 elif seq.finish_reason == "stop":
                     assert seq.token_ids[-1] == EOS
                 assert seq.token_ids[: seq.prompt_len] == group.prompt_token_ids
+
+    @staticmethod
+    def check_hypotheses(group: SequenceGroup) -> None:
+        assert group.beams is not None
+        found = group.beams.hypotheses
+        assert len(found) == group.width
+        assert all(h.token_ids[-1] == EOS or len(h.token_ids) == group.max_tokens for h in found)

@@ -20,6 +20,7 @@ REQUEST = st.fixed_dictionaries(
         "own": st.sampled_from([0, 1, 3, 9]),
         "max_tokens": st.sampled_from([20, 12, 5, 1]),
         "n": st.sampled_from([1, 2, 1, 4]),
+        "beams": st.sampled_from([False, True, False]),
         "priority": st.integers(-1, 1),
         "cache_salt": st.sampled_from([None, None, *SALTS]),
         "skip_reading_prefix_cache": st.sampled_from([False, False, False, True]),
@@ -85,13 +86,13 @@ class Machine(RuleBasedStateMachine):
     def end_one(self, data):
         """As a stop string does, between steps."""
         group = data.draw(st.sampled_from(self.simulation.unfinished()))
-        if group.forked and group.status is Status.RUNNING:
+        if group.forked and not group.beams and group.status is Status.RUNNING:
             self.simulation.scheduler.finish(group, data.draw(st.sampled_from(group.live)), "abort")
 
     def replace(self, data):
-        """As a beam search does: one sequence goes on twice, another not at all."""
+        """One sequence goes on twice, another not at all."""
         scheduler = self.simulation.scheduler
-        groups = [g for g in scheduler.running if not g.prefilling and len(g.live) > 1]
+        groups = [g for g in scheduler.running if not (g.prefilling or g.beams) and len(g.live) > 1]
         if groups:
             group = data.draw(st.sampled_from(groups))
             parent, dropped = data.draw(st.permutations(group.live))[:2]
