@@ -110,7 +110,9 @@ class GroupMemory:
             keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
             found, _ = self._blocks.find_prefix(keys)
             if len(found) * size > group.prompt_len:
-                self._blocks.take_prefix(seq.seq_id, keys, found)
+                # What is found of the prompt may be another copy than the first one's.
+                shared = self._blocks.table(first.seq_id)[: group.prompt_len // size]
+                self._blocks.take_prefix(seq.seq_id, keys, [*shared, *found[len(shared) :]])
                 seq.num_computed = len(found) * size
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)

@@ -225,6 +225,18 @@ def test_copies_that_hang_together_are_made_in_turn(copies, parts):
     assert [copy for part in found for copy in part] == copies
 
 
+def test_a_group_that_is_computed_again_holds_its_prompt_once():
+    """Though the old copy of the prompt is in the cache, where the second output's tokens are found; the pool
+    has what the group needs at its largest."""
+    simulation = Simulation(num_blocks=10, block_size=2, budget=32, by_priority=True)
+    simulation.add(4, 8, n=2, skip_reading_prefix_cache=True)
+    for _ in range(5):
+        simulation.step()
+    simulation.add(4, 1, priority=-1)
+    simulation.run()
+    assert simulation.scheduler.num_preemptions == 1
+
+
 def test_a_prefix_is_where_requests_find_it():
     """An urgent request makes the prefix that it begins with wait, half computed in the swap space, and
     computes it itself. Two copies and the request's own blocks would not fit into the pool."""
