@@ -206,8 +206,9 @@ def mma_sync(batch: Batch) -> list[PeerRun]:
 
 
 def _mma_sync_applies(case: Case, device: torch.device) -> bool:
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and case.query_tokens > MAX_DECODE_QUERY_LEN and not case.cache_dtype
+    if device.type != "cuda" or case.query_tokens <= MAX_DECODE_QUERY_LEN or case.cache_dtype:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _unshared_applies(case: Case, device: torch.device) -> bool:
