@@ -128,11 +128,14 @@ def test_what_is_launched_is_compiled_ahead_of_time():
         for group in (1, 4):
             query = torch.zeros(2, 2 * group, 64, dtype=dtype)
             cache = torch.zeros(40, 2, 2, 16, 64, dtype=dtype)
+            codes = cache.to(torch.int8) if dtype == torch.bfloat16 else cache
             tables, lengths = torch.zeros(2, 40, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
-            for starts in (None, torch.tensor([0, 1, 2], dtype=torch.int32)):
-                kernels.paged_attention(
-                    query, cache, tables, lengths, starts, query, None, params, (dtype, group, starts is None)
-                )
+            for i, starts in enumerate((None, torch.tensor([0, 1, 2], dtype=torch.int32))):
+                for kv_cache in (cache, codes):
+                    layout = dtype, kv_cache.dtype, group, i
+                    kernels.paged_attention(
+                        query, kv_cache, tables, lengths, starts, query, None, params, layout
+                    )
             key, slots = query[:, :2], torch.zeros(2).long()
             kernels.reshape_and_cache(key, key, cache, slots, None, None, (dtype, group))
             kernels.copy_blocks(cache, torch.zeros(1, 2).long())
