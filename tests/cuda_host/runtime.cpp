@@ -147,13 +147,15 @@ int pick_warp(const std::vector<int>& order, bool depth_first) {
     return -1;
 }
 
+// Now and then only a part of the lanes: nothing but a collective holds them together.
 void run_warp(int number) {
     Warp& warp = machine.warps[number];
     const unsigned draw = static_cast<unsigned>(machine.random());
     const unsigned start = draw % kLanes;
     const unsigned step = (draw >> 8) % 2 != 0 ? 1 : kLanes - 1;
+    const unsigned count = (draw >> 16) % 4 == 0 ? 1 + (draw >> 24) % kLanes : kLanes;
     const unsigned visit = warp.ready;
-    for (unsigned i = 0, lane = start; i < kLanes; ++i, lane = (lane + step) % kLanes) {
+    for (unsigned i = 0, lane = start; i < count; ++i, lane = (lane + step) % kLanes) {
         if ((visit >> lane & 1u) == 0 || (warp.ready >> lane & 1u) == 0) continue;
         Thread& thread = machine.threads[number * kLanes + lane];
         machine.current = &thread;

@@ -183,6 +183,7 @@ FAULTS = {
     "ProxyFenceBeforeCopies": NOT_FENCED,
     "MissingProxyFenceAfterStore": NOT_FENCED,
     "MissingCopyWait": None,
+    "MissingWarpSync": None,
     "PanelsNotAligned": "which does not start at a multiple of 1024",
     "BarrierNotInitialised": "on a barrier that is not initialised",
     "BarrierInitialisedTwice": "on a barrier that is in use",

@@ -29,6 +29,7 @@ enum Fault {
     kProxyFenceBeforeCopies,
     kMissingProxyFenceAfterStore,
     kMissingCopyWait,
+    kMissingWarpSync,
     // Of the block.
     kPanelsNotAligned,
     kBarrierNotInitialised,
@@ -44,6 +45,7 @@ namespace cupaged {
 
 constexpr int kStages = 2, kConsumers = 2, kTile = 64, kDepth = 64, kColumns = 96;
 constexpr int kRowBytes = 1024, kPanelBytes = 128 * kTile;
+constexpr int kWarpgroupWarps = kWarpgroupSize / kWarpSize;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
 
 struct Shared {
@@ -87,7 +89,8 @@ __device__ void produce(Shared& shared, const scalar_t* keys, const scalar_t* va
         if (fault == kProxyFenceBeforeCopies) fence_proxy_async();
         if (fault != kMissingCopyWait) cp_async_wait<0>();
         if (fault != kMissingProxyFence && fault != kProxyFenceBeforeCopies) fence_proxy_async();
-        mbarrier_arrive(&shared.full[stage]);
+        if (fault != kMissingWarpSync) __syncwarp();
+        if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(&shared.full[stage]);
     }
 }
 
@@ -171,10 +174,9 @@ extern "C" __global__ void wgmma_ring(const scalar_t* a, const scalar_t* keys,
         *reinterpret_cast<Shared*>(bytes + (fault == kPanelsNotAligned ? kRowBytes / 2 : 0));
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
-            const int warps = kConsumers * kWarpgroupSize / kWarpSize;
+            const int warps = kConsumers * kWarpgroupWarps;
             if (fault != kBarrierNotInitialised || stage == 0)
-                mbarrier_init(&shared.full[stage],
-                              fault == kCountTooLarge ? kThreads : kWarpgroupSize);
+                mbarrier_init(&shared.full[stage], kWarpgroupWarps + (fault == kCountTooLarge));
             mbarrier_init(&shared.empty[stage], warps);
             if (fault == kBarrierInitialisedTwice) mbarrier_init(&shared.empty[stage], warps);
         }
