@@ -48,7 +48,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt. All of the prompt is computed then, even what a prefix cache
             holds.
         beam_width: beam search with so many beams instead of sampling; the outputs are the ``n`` best, the
-            best first, given when the search has ended.
+            best first, given when the search has ended. The two below need it.
         length_penalty: beams are compared by their log probability over their number of output tokens to this
             power: above 0 favours long ones.
         early_stopping: True: stop with ``beam_width`` finished beams; False: when the best running beam, at
@@ -107,15 +107,20 @@ class SamplingParams:
 
         if self.beam_width is not None:
             self._check_beams(self.beam_width)
+        else:
+            self._refuse(_ONLY_WITH_BEAMS, "is for beam search: ask for that, or leave it out")
 
     def _check_beams(self, beam_width: int) -> None:
         if self.n > beam_width:
             raise ValueError(f"n must be at most beam_width, which is {beam_width}, got {self.n}: lower it")
         if self.temperature not in (0, 1):
-            raise ValueError("temperature does not go with beam_width, which draws nothing: leave it out")
-        for name in _NOT_WITH_BEAMS:
+            raise ValueError("temperature does not go with beam search, which draws nothing: leave it out")
+        self._refuse(_NOT_WITH_BEAMS, "does not go with beam search: leave it out")
+
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        for name in names:
             if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name} does not go with beam_width: leave it out")
+                raise ValueError(f"{name} {why}")
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError for a token that a model with ``size`` tokens does not have."""
@@ -176,6 +181,7 @@ def _is_bias(value: Any) -> bool:
 _LOGPROBS = "how many tokens a position (0: the token itself; -1: all), or None"
 _FLAG = ("True or False", lambda value: isinstance(value, bool))
 
+_ONLY_WITH_BEAMS = ("length_penalty", "early_stopping")
 _NOT_WITH_BEAMS = (
     "top_k",
     "top_p",

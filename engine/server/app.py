@@ -145,5 +145,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _parameter_of(message: str) -> str | None:
     """Our messages name the argument that they are about, first of all names in them."""
     fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED}
-    words = re.findall(r"\w+", message.replace("prompt_token_ids", "prompt"))
+    for name, of_the_api in (("prompt_token_ids", "prompt"), ("beam_width", "n")):
+        message = message.replace(name, of_the_api)
+    words = re.findall(r"\w+", message)
     return next((word for word in words if word in fields), None)

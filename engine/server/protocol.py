@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -89,7 +89,10 @@ class _Sampling(_Strict):
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    best_of: int | None = Field(default=None, le=128)
+    best_of: int | None = Field(default=None, ge=1, le=128)
+    use_beam_search: bool = False  # with so many beams as the larger of n and best_of
+    length_penalty: float = 1.0
+    early_stopping: Annotated[bool | Literal["never"], _must_be('true, false or "never"')] = False
     min_p: float = 0.0
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -123,6 +126,11 @@ class _Sampling(_Strict):
             raise ValueError("stream_options is for streams; set stream to true or leave it out")
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is not for streams; set stream to false or leave it out")
+        if self.stream and self.use_beam_search:
+            raise ValueError(
+                "use_beam_search is not for streams: which beams are best is known at the end; "
+                "set stream to false or leave it out"
+            )
         if self.stream and (self.best_of or 0) > self.n:
             raise ValueError(
                 "best_of above n is not for streams: which outputs are best is known at the end; "
@@ -143,12 +151,15 @@ class _Sampling(_Strict):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
-            best_of=self.best_of,
+            best_of=None if self.use_beam_search else self.best_of,
+            beam_width=max(self.n, self.best_of or 1) if self.use_beam_search else None,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
             min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty,
-            logit_bias=_token_biases(self.logit_bias or {}),
+            logit_bias=_token_biases(self.logit_bias),
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words,
             min_tokens=self.min_tokens,
@@ -166,7 +177,9 @@ class _Sampling(_Strict):
         )
 
 
-def _token_biases(biases: dict[str, float]) -> dict[int, float]:
+def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
+    if not biases:
+        return None
     found = {}
     for token, bias in biases.items():
         if not token.isdecimal():
@@ -190,7 +203,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "length_penalty": (1,),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
@@ -205,7 +217,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
     "web_search_options": (),
 }
 

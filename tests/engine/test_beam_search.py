@@ -137,8 +137,14 @@ def test_when_no_beam_can_become_one_of_the_best(early_stopping, penalty, done):
     ],
 )
 def test_what_does_not_go_with_beams_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field}.*beam_width.*(leave it out|lower it)"):
+    with pytest.raises(ValueError, match=f"^{field} .*(beam_width|beam search).*(leave it out|lower it)"):
         SamplingParams(beam_width=2, **{field: value})
+
+
+@pytest.mark.parametrize("field", [{"length_penalty": 2.0}, {"early_stopping": True}])
+def test_settings_of_beams_need_them(field):
+    with pytest.raises(ValueError, match=f"^{next(iter(field))} is for beam search"):
+        SamplingParams(**field)
 
 
 def test_capacity_counts_every_beam(llama_dir):

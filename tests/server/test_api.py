@@ -212,7 +212,14 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": "x" * 5000}, "prompt"),
         ({"extra_body": {"guided_json": {"a": 1}}}, "guided_json"),
-        ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
+        ({"extra_body": {"use_beam_search": 1}}, "use_beam_search"),
+        ({"extra_body": {"use_beam_search": True, "stream": True}}, "use_beam_search"),
+        ({"extra_body": {"use_beam_search": True, "n": 17}}, "n"),
+        ({"extra_body": {"use_beam_search": True, "best_of": 0}}, "best_of"),
+        ({"extra_body": {"use_beam_search": True, "length_penalty": 101}}, "length_penalty"),
+        ({"extra_body": {"use_beam_search": True, "early_stopping": "often"}}, "early_stopping"),
+        ({"extra_body": {"length_penalty": 2.0}}, "length_penalty"),
+        ({"extra_body": {"early_stopping": True}}, "early_stopping"),
         ({"suffix": "end"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
@@ -324,7 +331,13 @@ def test_what_asks_for_nothing_is_accepted(client):
         logit_bias={},
         best_of=1,
         user="someone",
-        extra_body={"repetition_penalty": 1.0, "unknown_field": 1},
+        extra_body={
+            "repetition_penalty": 1.0,
+            "use_beam_search": False,
+            "length_penalty": 1,
+            "early_stopping": False,
+            "unknown_field": 1,
+        },
     )
 
 

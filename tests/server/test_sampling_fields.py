@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import openai
 import pytest
 
@@ -85,6 +86,72 @@ def test_a_field_does_what_it_does_in_the_engine(client, offline, name):
     chat = offline("<start>user: Hi<end><start>assistant: ", **params)
     answer = client.chat.completions.create(messages=CHAT, **settings)
     assert [choice.message.content for choice in answer.choices] == [one.text for one in chat.outputs]
+
+
+# The fields of a beam search and the same for the engine; each after the first differs from the one before.
+ENDING = {"stop_token_ids": list(range(0, 256, 6)), "max_tokens": 12}
+SEARCHES = [
+    ({"n": 3}, {"n": 3, "beam_width": 3}),
+    ({"n": 3, "best_of": 6}, {"n": 3, "beam_width": 6}),
+    ({"n": 3, "length_penalty": -2.0}, {"n": 3, "beam_width": 3, "length_penalty": -2.0}),
+    ({"n": 3, "early_stopping": True}, {"n": 3, "beam_width": 3, "early_stopping": True}),
+    (
+        {"n": 3, "length_penalty": 2, "early_stopping": "never"},
+        {"n": 3, "beam_width": 3, "length_penalty": 2, "early_stopping": "never"},
+    ),
+]
+
+
+def test_beam_search_is_the_engines(client, offline):
+    """Both endpoints, several prompts at once; every field changes something."""
+    seen = []
+    for fields, params in SEARCHES:
+        settings = {"model": MODEL, "extra_body": {"use_beam_search": True, **ENDING, **fields}}
+        by_prompt = [offline(prompt, **ENDING, **params).outputs for prompt in (PROMPT, "Another")]
+        expected = [(one.text, one.finish_reason) for outputs in by_prompt for one in outputs]
+        whole = client.completions.create(prompt=[PROMPT, "Another"], **settings)
+        assert [choice.index for choice in whole.choices] == list(range(6))
+        assert [(choice.text, choice.finish_reason) for choice in whole.choices] == expected
+        assert whole.usage.completion_tokens == sum(len(o.token_ids) for outs in by_prompt for o in outs)
+        chat = offline("<start>user: Hi<end><start>assistant: ", **ENDING, **params)
+        answer = client.chat.completions.create(messages=CHAT, **settings)
+        assert [choice.message.content for choice in answer.choices] == [one.text for one in chat.outputs]
+        assert expected not in seen, fields
+        seen.append(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0.5),
+        ("top_k", 2),
+        ("top_p", 0.5),
+        ("min_p", 0.1),
+        ("stop", "x"),
+        ("min_tokens", 1),
+        ("presence_penalty", 1.0),
+        ("frequency_penalty", 1.0),
+        ("repetition_penalty", 2.0),
+        ("logit_bias", {"5": 1.0}),
+        ("allowed_token_ids", [5]),
+        ("bad_words", ["x"]),
+        ("prompt_logprobs", 1),
+        ("logprobs", None),
+    ],
+)
+def test_what_does_not_go_with_beam_search_is_refused_by_name(server, name, value):
+    for path, body in (
+        ("completions", {"prompt": "x", "logprobs": 1}),
+        ("chat/completions", {"messages": CHAT, "logprobs": True}),
+    ):
+        if name != "logprobs":  # the one field that differs between the two
+            body = {**body, "logprobs": None, name: value}
+        body |= {"model": MODEL, "use_beam_search": True, "n": 2}
+        response = httpx.post(f"{server.url}/v1/{path}", json=body)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == name
+        assert f"{name} does not go with beam search" in error["message"]
 
 
 @pytest.mark.parametrize("include", [False, True])
