@@ -133,7 +133,7 @@ class LLMEngine:
         if not is_integer(priority):
             raise ValueError(f"priority must be an integer, got {priority!r}")
         params.check_vocabulary(self._vocab_size)
-        self._sampler.check(params)
+        self._sampler.check(params, self._vocab_size)
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)

@@ -144,10 +144,17 @@ class Sampler:
             output.logprobs = {planned[i]: found for i, found in zip(asking, looked_up)}
         return output
 
-    def check(self, params: SamplingParams) -> None:
-        """Raise ValueError where nothing is left to sample before ``min_tokens``."""
-        allowed = params.allowed_token_ids
-        if params.min_tokens and allowed is not None and set(allowed) <= set(self._ending_tokens(params)):
+    def check(self, params: SamplingParams, vocab_size: int) -> None:
+        """Raise ValueError where nothing is left to sample before ``min_tokens``, or too little for beams."""
+        allowed, ending = params.allowed_token_ids, self._ending_tokens(params)
+        # After the prompt each beam goes on with a token of its own; so there are always that many beams.
+        left = vocab_size - sum(token < vocab_size for token in ending)
+        if params.beam_width is not None and params.beam_width > left:
+            raise ValueError(
+                f"beam_width is {params.beam_width}, and of the model's {vocab_size} tokens {left} do not "
+                "end an output: lower it to at most that, or give fewer stop_token_ids"
+            )
+        if params.min_tokens and allowed is not None and set(allowed) <= set(ending):
             raise ValueError(
                 "allowed_token_ids are all tokens that end an output, and min_tokens rules those out: allow "
                 "another token, or leave min_tokens out"

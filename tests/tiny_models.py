@@ -59,10 +59,16 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
 }
 
 
-def save(architecture: str, directory: Path, seed: int = 0) -> Path:
-    """Write a model with drawn float32 weights and a byte tokenizer; gives the directory."""
+def save(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a model with drawn float32 weights and a byte tokenizer; gives the directory.
+
+    Args:
+        changes: settings of the architecture's configuration.
+    """
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=torch.float32)
+    config = CONFIGS[architecture]()
+    config.update(changes)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory

@@ -12,7 +12,7 @@ import transformers as tf
 from cupaged.engine import SamplingParams, beam_search
 from tests import tiny_models
 
-from .harness import finish, small_engine
+from .harness import finish, run, small_engine
 
 # beam_width, length_penalty, early_stopping, max_tokens, ends: 1 stop token or many, or none
 SEARCHES = [
@@ -26,9 +26,13 @@ SEARCHES = [
 ]
 
 
+def load(directory):
+    return tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+
 @pytest.fixture(scope="module")
 def model(llama_dir):
-    return tf.AutoModelForCausalLM.from_pretrained(llama_dir, attn_implementation="eager").eval()
+    return load(llama_dir)
 
 
 def reference(model, prompt, search, stops):
@@ -145,6 +149,28 @@ def test_what_does_not_go_with_beams_is_refused(field, value):
 def test_settings_of_beams_need_them(field):
     with pytest.raises(ValueError, match=f"^{next(iter(field))} is for beam search"):
         SamplingParams(**field)
+
+
+def test_as_many_beams_as_the_vocabulary_has_tokens(tmp_path):
+    """Fewer than transformers looks at in a step. Beyond that there would be fewer outputs than ``n``."""
+    directory = str(tiny_models.save("llama", tmp_path, 1, vocab_size=6, eos_token_id=3, pad_token_id=0))
+    model, engine = load(directory), small_engine(directory)
+    prompt = {"prompt_token_ids": [1, 2, 4]}
+    for length in (1, 2, 6):
+        search, stops = (5, 0.5, False, length, 0), [3]
+        sequences, scores = reference(model, prompt["prompt_token_ids"], search, stops)
+        params = SamplingParams(n=5, beam_width=5, length_penalty=0.5, max_tokens=length)
+        found = run(engine, {"beams": (prompt, params)})["beams"].outputs
+        assert [list(one.token_ids) for one in found] == sequences
+        assert [one.beam_score for one in found] == pytest.approx(scores, abs=1e-4)
+    for width, settings, left in (
+        (6, {}, 5),
+        (4, {"stop_token_ids": [0, 3, 5]}, 3),
+        (7, {"ignore_eos": True}, 6),
+    ):
+        with pytest.raises(ValueError, match=f"beam_width is {width}, .* 6 tokens {left} .*lower it"):
+            engine.add_request("beams", prompt, SamplingParams(beam_width=width, **settings))
+    assert not engine.has_unfinished()
 
 
 def test_capacity_counts_every_beam(llama_dir):
