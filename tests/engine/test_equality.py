@@ -1,4 +1,4 @@
-"""Greedy output equals transformers' `generate`, token for token, while requests are preempted.
+"""Greedy output equals transformers' token for token, while requests are preempted.
 
 The proof of the whole engine: a block table, a slot, a position or a copy that is wrong changes a token.
 """
@@ -17,57 +17,61 @@ from tests import tiny_models
 NUM_REQUESTS = 32
 
 
-def reference(directory: str, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """One prompt at a time, without a paged cache: transformers alone."""
-    model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-    outputs = []
-    for prompt, length in zip(prompts, lengths):
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=length,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=tiny_models.PAD,
-        )
-        outputs.append(out[0, len(prompt) :].tolist())
-    return outputs
-
-
-# How requests are preempted, whether blocks are found again, tokens of a block, most tokens of a step. Each
-# architecture takes two of them in turn.
+# How requests are preempted, whether blocks are found again, tokens of a block, blocks, most tokens of a
+# step. Each architecture takes three of them in turn.
 SETTINGS = [
-    ("swap", True, 8, 40),
-    ("recompute", False, 16, 32),
-    ("recompute", True, 8, 512),
-    ("swap", False, 32, 40),
-    ("auto", True, 16, 24),
+    ("swap", True, 8, 40, 40),
+    ("recompute", False, 16, 26, 128),
+    ("auto", True, 64, 8, 512),
+    ("swap", False, 32, 16, 64),
+    ("recompute", True, 16, 20, 64),
+    ("auto", False, 8, 40, 24),
+    ("swap", False, 64, 9, 256),
+    ("recompute", True, 32, 12, 16),
 ]
 
 
+def is_greedy(model: tf.PreTrainedModel, prompt: list[int], output: list[int]) -> bool:
+    """Whether greedy decoding gives this output: every token of it is the one that transformers' model holds
+    for the best after the prompt and the output up to there, all seen in one forward without any cache.
+
+    By induction that is equality with `generate`, which takes the best token after its own output so far; but
+    it takes a tenth of the time, and where two tokens are equal but for the rounding of float32, whose errors
+    are up to 1e-4 here, either is right: one position in some thousand has such a second token.
+    """
+    logits = model(torch.tensor([prompt + output[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    chosen = logits.gather(-1, torch.tensor(output)[:, None])[:, 0]
+    return bool((chosen > logits.max(-1).values - 5e-4).all())
+
+
 @pytest.mark.parametrize("architecture", list(tiny_models.CONFIGS))
-def test_greedy_equals_generate_under_preemption(architecture, tmp_path, seed):
+@torch.inference_mode()
+def test_greedy_equals_transformers_under_preemption(architecture, tmp_path, seed):
     """Half of the prompts begin alike."""
     rng = random.Random(seed)
     directory = str(tiny_models.save(architecture, tmp_path / architecture, seed % 1000))
-    common = [rng.randrange(tiny_models.PAD) for _ in range(32)]
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    fixed = random.Random(0)  # of lengths: they decide who is preempted
+    lengths = [fixed.randrange(*((1, 28), (50, 64))[i % 4 // 2]) for i in range(NUM_REQUESTS)]
+    common = [rng.randrange(tiny_models.PAD) for _ in range(64)]
     prompts = [
-        common[: 32 * (i % 2)] + [rng.randrange(tiny_models.PAD) for _ in range(rng.randrange(1, 28))]
-        for i in range(NUM_REQUESTS)
+        common[: 64 * (i % 2)] + [rng.randrange(tiny_models.PAD) for _ in range(length)]
+        for i, length in enumerate(lengths)
     ]
-    lengths = [rng.randrange(1, 32) for _ in prompts]
-    expected = reference(directory, prompts, lengths)
-    first = 2 * list(tiny_models.CONFIGS).index(architecture)
-    for mode, caching, block_size, budget in (SETTINGS[first % 5], SETTINGS[(first + 1) % 5]):
+    max_tokens = [fixed.randrange(1, 40) for _ in prompts]
+    expected: dict[int, list[int]] = {}  # what is known to be right
+    first = 3 * list(tiny_models.CONFIGS).index(architecture)
+    for turn in range(3):
+        mode, caching, block_size, blocks, budget = SETTINGS[(first + turn) % len(SETTINGS)]
         llm = LLM(
             directory,
             device="cpu",
             dtype="float32",
             block_size=block_size,
-            num_gpu_blocks_override=192 // block_size,  # about three of the 32 requests
+            num_gpu_blocks_override=blocks,  # of some of the 32 requests
             max_num_seqs=16,
             max_num_batched_tokens=budget,  # prompts come in chunks
-            max_model_len=128,
+            max_model_len=168,
             swap_space=0.25,
             preemption_mode=mode,
             enable_prefix_caching=caching,
@@ -76,14 +80,18 @@ def test_greedy_equals_generate_under_preemption(architecture, tmp_path, seed):
         assert _layers_read_the_paged_cache(llm)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths],
+            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in max_tokens],
             use_tqdm=False,
         )
         stats = llm.engine.stats()
-        assert stats.num_preemptions > 0 or block_size > 16, "the pool was meant to be too small"
+        assert stats.num_preemptions > 0, "the pool was meant to be too small"
         assert (stats.prefix_cache_hits > 0) == caching
-        wrong = [i for i, out in enumerate(outputs) if out.outputs[0].token_ids != expected[i]]
-        assert not wrong, f"{mode}, {caching=}: requests {wrong} differ, first {prompts[wrong[0]]}"
+        assert [len(out.outputs[0].token_ids) for out in outputs] == max_tokens
+        for i, out in enumerate(outputs):
+            found = out.outputs[0].token_ids
+            if expected.get(i) != found:
+                assert is_greedy(model, prompts[i], found), f"{mode}, {caching=}: request {i}: {prompts[i]}"
+                expected[i] = found
         assert [out.outputs[0].finish_reason for out in outputs] == ["length"] * NUM_REQUESTS
         assert stats.gpu_cache_usage == stats.cpu_cache_usage == 0.0
 
