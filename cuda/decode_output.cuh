@@ -34,7 +34,7 @@ __device__ __forceinline__ SoftmaxState merge_warps(const SoftmaxState* states, 
         const float2 factors = softmax_merge(state, states[w * state_stride]);
 #pragma unroll
         for (int i = 0; i < kVec; ++i)
-            result[i] = result[i] * factors.x + sums[w * sum_stride + i] * factors.y;
+            result[i] = fmaf(result[i], factors.x, sums[w * sum_stride + i] * factors.y);
     }
     return state;
 }

@@ -3,14 +3,19 @@
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: one query token a sequence
-//   counts           int32 [max_splits], out: tiles of query rows for each piece of keys
-//   tiles            int32 [max_splits, capacity], out: the tiles, see pack_tile in work.cuh
+//   counts           int32 [lists, max_splits], out: tiles of query rows for each piece of keys
+//   tiles            uint32 [lists, max_splits, capacity], out: the tiles, see pack_tile in
+//   work.cuh
 //
 // A block of the grid looks at one piece (work.cuh) of all sequences. Neighbours join a run if the
 // piece has the same block ids for them, begins and ends at the same token, and lies wholly before
-// their queries; what the blocks before it are does not matter. The tokens of a run, one after the
-// other, are cut into tiles of tile_tokens. A run ends at a multiple of 32 sequences at the latest,
-// so that it lies in one warp. There are never more tiles than without runs.
+// their queries; what the blocks before it are does not matter. A run ends at a multiple of
+// kThreads sequences at the latest, so that the block sees it at once.
+//
+// The query rows of a run, or of a single sequence, one after the other, are cut into tiles: the
+// first list gets tiles of kTileRows rows. Where there is a second one, `wide_rows` > 0, it gets
+// the runs that would fill more than kMaxTiles of those, in tiles of wide_rows. There are never
+// more tiles than without runs.
 //
 // Grid (max_splits), kThreads threads; no dynamic shared memory.
 #include "common.cuh"
@@ -19,7 +24,9 @@
 namespace cupaged {
 
 constexpr int kThreads = 128;
-constexpr int kUnroll = 8;  // comparisons before one of them may end the search
+constexpr int kTileRows = 16;
+constexpr int kMaxTiles = 2;  // of these, on keys and values that are read for each
+constexpr int kUnroll = 8;    // comparisons before one of them may end the search
 
 // Whether two parts of block tables are equal.
 __device__ __forceinline__ bool same_blocks(const int* a, const int* b, int count) {
@@ -40,31 +47,48 @@ __device__ __forceinline__ bool can_share(const Sequence& sequence, const SplitP
            plan.begin_of(piece) + plan.size <= sequence.seq_len - max(1, sequence.query_len) + 1;
 }
 
+// The first sequence of the run that this thread's is in, and the one after its last, among the
+// block's.
+__device__ __forceinline__ int run_start(const unsigned* starts) {
+    const int lane = threadIdx.x % kWarpSize;
+    int word = threadIdx.x / kWarpSize;
+    unsigned bits = starts[word] & ((2u << lane) - 1);
+    while (bits == 0) bits = starts[--word];  // the block's first sequence starts a run
+    return word * kWarpSize + 31 - __clz(bits);
+}
+__device__ __forceinline__ int run_end(const unsigned* starts) {
+    const int lane = threadIdx.x % kWarpSize;
+    int word = threadIdx.x / kWarpSize;
+    unsigned bits = lane < 31 ? starts[word] >> (lane + 1) << (lane + 1) : 0;
+    while (bits == 0 && ++word < kThreads / kWarpSize) bits = starts[word];
+    return bits == 0 ? kThreads : word * kWarpSize + __ffs(bits) - 1;
+}
+
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     find_shared_pieces(const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
                        const int* __restrict__ query_start_loc, int* __restrict__ counts,
-                       int* __restrict__ tiles, cupaged::int64 table_stride, int num_tokens,
-                       int num_seqs, int block_shift, int split_tokens, int max_splits,
-                       int tile_tokens, int capacity) {
+                       unsigned* __restrict__ tiles, cupaged::int64 table_stride, int num_tokens,
+                       int num_seqs, int block_shift, int split_tokens, int max_splits, int group,
+                       int wide_rows, int capacity) {
     using namespace cupaged;
     __shared__ int sums[kThreads];
+    __shared__ unsigned starts[kThreads / kWarpSize];  // a bit for each sequence
     const Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, 0, split_tokens, max_splits};
-    const int lane = threadIdx.x % kWarpSize;
     const int piece = blockIdx.x;
-    int* const list = tiles + static_cast<int64>(piece) * capacity;
     const int num_sequences = num_seqs + (query_start_loc != nullptr ? 1 : 0);
-    int listed = 0;
+    int listed[2] = {0, 0};
     for (int base = 0; base < num_sequences; base += kThreads) {
         const int mine = base + threadIdx.x;
         Sequence sequence{0, 0, 0};
-        bool has_piece = false, joins = false;
+        bool has_piece = false, whole = false, joins = false;
         if (mine < num_sequences) {
             sequence = sequence_of(batch, mine);
             const SplitPlan plan = plan_splits(batch, sequence);
             has_piece = piece < max(1, plan.count);  // without keys: zeros are to be written
-            if (lane > 0 && can_share(sequence, plan, piece)) {
+            whole = can_share(sequence, plan, piece);
+            if (threadIdx.x > 0 && whole) {
                 const Sequence before = sequence_of(batch, mine - 1);
                 const SplitPlan before_plan = plan_splits(batch, before);
                 const int* const table =
@@ -73,27 +97,38 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
                         same_blocks(table, table - table_stride, plan.size >> block_shift);
             }
         }
-        // The run that this sequence is in, from lane to lane.
-        const unsigned starts = ~__ballot_sync(kFullMask, joins);
-        const int first_lane = 31 - __clz(starts & ((2u << lane) - 1));
-        const unsigned later = lane < 31 ? starts >> (lane + 1) : 0;
-        const int last_lane = later != 0 ? lane + __ffs(later) - 1 : 31;
-        const int first = __shfl_sync(kFullMask, sequence.first_token, first_lane);
-        const int end =
-            __shfl_sync(kFullMask, sequence.first_token + sequence.query_len, last_lane);
+        const unsigned warp_starts = __ballot_sync(kFullMask, !joins);
+        if (threadIdx.x % kWarpSize == 0) starts[threadIdx.x / kWarpSize] = warp_starts;
+        __syncthreads();
+        // The rows of the run that this sequence is in, and of them its own.
+        const Sequence first = sequence_of(batch, min(base + run_start(starts), num_sequences - 1));
+        const Sequence last = sequence_of(batch, min(base + run_end(starts), num_sequences) - 1);
+        const int first_row = first.first_token * group;
+        const int end_row = (last.first_token + last.query_len) * group;
+        const int offset = sequence.first_token * group - first_row;
+        const int end_offset = offset + sequence.query_len * group;
+        const bool is_wide = wide_rows > 0 && whole && end_row - first_row > kMaxTiles * kTileRows;
+        const int rows = is_wide ? wide_rows : kTileRows;
         // Its tiles that begin in this sequence.
-        const int offset = sequence.first_token - first;
-        const int tile = (offset + tile_tokens - 1) / tile_tokens;
-        const int end_tile = (offset + sequence.query_len + tile_tokens - 1) / tile_tokens;
-        const int count = has_piece ? end_tile - tile : 0;
-        __syncthreads();  // the sums before have been read
-        block_scan<kThreads>(count, sums);
-        int* const target = list + listed + sums[threadIdx.x] - count;
-        for (int i = 0; i < count; ++i) {
-            const int token = first + (tile + i) * tile_tokens;
-            target[i] = pack_tile(token, min(tile_tokens, end - token));
+        const int tile = (offset + rows - 1) / rows;
+        const int count = has_piece ? (end_offset + rows - 1) / rows - tile : 0;
+#pragma unroll
+        for (int wide = 0; wide < 2; ++wide) {
+            if (wide == 1 && wide_rows == 0) break;
+            const int listing = is_wide == (wide == 1) ? count : 0;
+            __syncthreads();  // starts and the sums before have been read
+            block_scan<kThreads>(listing, sums);
+            unsigned* const list =
+                tiles + (static_cast<int64>(wide) * max_splits + piece) * capacity + listed[wide];
+            for (int i = 0; i < listing; ++i) {
+                const int row = first_row + (tile + i) * rows;
+                list[sums[threadIdx.x] - listing + i] = pack_tile(row, min(rows, end_row - row));
+            }
+            listed[wide] += sums[kThreads - 1];
         }
-        listed += sums[kThreads - 1];
     }
-    if (threadIdx.x == 0) counts[piece] = listed;
+    if (threadIdx.x == 0) {
+        counts[piece] = listed[0];
+        if (wide_rows > 0) counts[max_splits + piece] = listed[1];
+    }
 }

@@ -214,7 +214,6 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     __shared__ SoftmaxState warp_state[kWarps][kHeadTile];
 
     const int group = num_heads / num_kv_heads;
-    const int tiles = (group + kHeadTile - 1) / kHeadTile;
     const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                           kHeadSize};
     const DecodeOutput output{out,
@@ -230,19 +229,19 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                               out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
                 window,   split_tokens,    max_splits, singles != 0};
-    balance_splits<kThreads>(batch, 1, num_kv_heads * tiles, split_size, sums);
+    const RowTiles tiles{group, num_kv_heads, kHeadTile, 1};
+    balance_splits<kThreads>(batch, tiles, split_size, sums);
 
     const SharedPieces none{nullptr, nullptr, 0};
-    for_each_item<kThreads>(batch, none, 1, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
+    for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
-        const int64 token = item.first_token;
+        const int64 token = item.first_row / group;
         const int position =
-            sequence.seq_len - sequence.query_len + item.first_token - sequence.first_token;
-        const int kv_head = item.head_tile / tiles;
-        const int head_in_group = item.head_tile % tiles * kHeadTile;
-        const int first_head = kv_head * group + head_in_group;
-        const int heads = min(kHeadTile, group - head_in_group);  // of this tile that exist
+            sequence.seq_len - sequence.query_len + item.first_row / group - sequence.first_token;
+        const int kv_head = item.kv_head;
+        const int first_head = kv_head * group + item.first_row % group;
+        const int heads = item.num_rows;  // of this tile that exist
         const int* const table = block_tables + item.sequence * table_stride;
 
         const float key_factor = query_scale * unpacked_factor(k_scale, kv_head);

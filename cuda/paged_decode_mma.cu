@@ -9,27 +9,39 @@
 //   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
 //   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
-//   tile_counts      int32 [max_splits], tile_lists [max_splits, list_capacity], from
+//   tile_counts      int32 [max_splits], tile_lists uint32 [max_splits, list_capacity], from
 //                    find_shared_pieces.cu; null: every sequence reads for itself
 //
-// A work item (work.cuh) is one KV head, one piece of a sequence, and a tile of 16 query rows: the
+// A work item (work.cuh) is one KV head, one piece of a sequence, and a tile of query rows: the
 // query heads of the KV head, for one token or as many as fit, are the rows M of mma.m16n8k16, so
 // that keys and values are read once for them all. Sequences that have the same keys in the piece
 // put their rows into one tile. A row's result does not depend on the other rows, so it has the
 // same bits. Fewer rows leave the tensor cores half idle, which does not matter: they wait for
 // memory.
 //
-// Each warp of the block has every kWarps-th tile of kTileKeys keys to itself, with a ring of
-// kStages tiles of keys and values that it alone fills (cp.async) and reads (ldmatrix): the loop
-// over keys has no block barrier. Each warp has its own softmax state; they are merged at the end,
-// through shared memory. The products are those of mma_attention.cuh.
+// The kernel is compiled for tiles of two heights. One of 16 rows for everything, and one of
+// several row groups for the tiles that many sequences share, where memory no longer is what takes
+// the time; it has lists of tiles, which see the whole of their piece.
 //
-// Dynamic shared memory: kTileRows rows of the query, and kWarps * kStages * 2 tiles of kTileKeys
-// rows of 16 * kRowChunks bytes: 106 KiB at D = 128 in 16 bits (4 warps, 3 stages), 59 KiB in 8
-// bits. Static: 3 KiB.
+// A row group is kPhases warps. Each of them has every kPhases-th tile of kTileKeys keys to itself,
+// with its own softmax state; they are merged at the end, through shared memory. The warps of a
+// phase, one of each row group, have a ring of kStages tiles of keys and values that they alone
+// fill (cp.async) and read (ldmatrix): with one row group the loop over keys has no block barrier.
+// A row goes through the same operations in the same order whatever the height of its tile. The
+// products are those of mma_attention.cuh.
+//
+// Why 64 rows, and not the 128 of prefill: rows for which a warp has no registers have to wait for
+// another pass over the keys. What limits such tiles next to the tensor cores is how fast they load
+// from shared memory, and that depends on the rows of a warp, 32 here as in prefill; tiles of the
+// same piece run at the same time, and find it in the L2 cache.
+//
+// Dynamic shared memory: kTileRows rows of the query, and kPhases * kStages * 2 tiles of kTileKeys
+// rows of 16 * kRowChunks bytes: at D = 128 in 16 bits (4 phases, 3 stages) 106 KiB, 119 KiB with
+// 64 rows. Static: 3 to 4 KiB.
 //
 // Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_CACHE_DTYPE (quant.cuh), CUPAGED_HEAD_SIZE (D, a
-// multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES.
+// multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES,
+// CUPAGED_ROW_GROUPS (1 if not given).
 #include "common.cuh"
 #include "decode_output.cuh"
 #include "mma_attention.cuh"
@@ -38,39 +50,57 @@
 
 namespace cupaged {
 
-constexpr int kWarps = kHeadSize <= 128 ? 4 : 2;
+#ifdef CUPAGED_ROW_GROUPS
+constexpr int kRowGroups = CUPAGED_ROW_GROUPS;
+#else
+constexpr int kRowGroups = 1;
+#endif
+constexpr int kPhases = kHeadSize <= 128 ? 4 : 2;
+constexpr int kWarps = kPhases * kRowGroups;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTileRows = 16;
-constexpr int kTileKeys = 16;  // of a warp
+constexpr int kPhaseThreads = kRowGroups * kWarpSize;
+// Tiles of 16 rows of a warp: each key and value that it loads serves them all.
+constexpr int kRowTiles = kRowGroups > 1 && kHeadSize <= 128 ? 2 : 1;
+constexpr int kGroupRows = 16 * kRowTiles;
+constexpr int kTileRows = kRowGroups * kGroupRows;
+constexpr int kTileKeys = 16;  // of a phase
+constexpr int kKeyStride = kPhases * kTileKeys;
 constexpr int kStages = CUPAGED_STAGES;
 constexpr int kTile = kTileKeys * kRowChunks;  // chunks of a tile of keys or values
 constexpr int kMaxIds = 512;  // block ids in shared memory; longer pieces are done in several runs
-// Larger heads read the query again for every tile, as the registers are full of sums.
-constexpr bool kQueryInRegisters = kHeadSize <= 128;
+// Where they leave no registers for the sums, the query is read again for every tile.
+constexpr bool kQueryInRegisters = kRowTiles * kHeadSize <= 128;
 
 // Blocks of a multiprocessor that registers allow for. Without it ptxas aims at a round number of
 // registers and spills a few.
-constexpr int kMinBlocks = kHeadSize <= 64 ? 4 : 2;
+constexpr int kMinBlocks = kRowGroups > 1                        ? 1
+                           : kHeadSize <= (kQuantised ? 64 : 32) ? 4
+                           : kHeadSize <= 64                     ? 3
+                                                                 : 2;
+
+static_assert(kTileRows <= kMaxTileRows, "pack_tile");
 
 struct Shared {
     uint4 query[kTileRows * kQueryRowChunks];
     union {
-        uint4 tiles[kWarps][kStages][2][kTile];  // 2: keys, values
-        float warp_out[kWarps][kTileRows][kHeadSize];
+        uint4 tiles[kPhases][kStages][2][kTile];          // 2: keys, values
+        float phase_out[kPhases][kGroupRows][kHeadSize];  // of one row group at a time
     };
 };
 
-// A tile of query rows. Row r is head r % heads of token r / heads.
+// The rows of a tile, see WorkItem.
 struct Rows {
-    int64 first_token;
-    int first_head;
-    int heads;
+    int first;
     int count;
+    int group;       // query heads of the KV head
+    int first_head;  // of them
     int first_position, last_position;
     bool of_several;  // sequences
 
-    __device__ __forceinline__ int64 token(int row) const { return first_token + row / heads; }
-    __device__ __forceinline__ int head(int row) const { return first_head + row % heads; }
+    __device__ __forceinline__ int token(int row) const { return (first + row) / group; }
+    __device__ __forceinline__ int head(int row) const {
+        return first_head + (first + row) % group;
+    }
 };
 
 // The keys of a run, whose block ids are in shared memory.
@@ -83,12 +113,21 @@ struct Run {
     int end;
 };
 
-// Begin copying this warp's tile of keys and values from token `begin` on; zeros from the run's
-// end on.
-__device__ __forceinline__ void copy_tile(const Run& run, int begin, uint4 (*tile)[kTile]) {
-    const int lane = threadIdx.x % kWarpSize;
+// The warps of a phase wait for each other. With several row groups all phases have as many tiles,
+// and those of all phases wait.
+__device__ __forceinline__ void phase_barrier() {
+    if (kRowGroups > 1)
+        __syncthreads();
+    else
+        __syncwarp();
+}
+
+// Begin copying a phase's tile of keys and values from token `begin` on; zeros from the run's end
+// on. `thread` of kPhaseThreads.
+__device__ __forceinline__ void copy_tile(const Run& run, int thread, int begin,
+                                          uint4 (*tile)[kTile]) {
 #pragma unroll
-    for (int i = lane; i < kTileKeys * kTileChunks; i += kWarpSize) {
+    for (int i = thread; i < kTileKeys * kTileChunks; i += kPhaseThreads) {
         const int row = i / kTileChunks;
         const int chunk = i % kTileChunks;
         const int token = begin + row;
@@ -134,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                      scalar_t* __restrict__ out, float* __restrict__ lse,
                      float* __restrict__ partial_out, float* __restrict__ partial_lse,
                      int* __restrict__ split_size, const int* __restrict__ tile_counts,
-                     const int* __restrict__ tile_lists, cupaged::int64 query_token_stride,
+                     const unsigned* __restrict__ tile_lists, cupaged::int64 query_token_stride,
                      cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
                      cupaged::int64 out_head_stride, cupaged::int64 block_stride,
                      cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
@@ -146,14 +185,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
     __shared__ int sums[kThreads];
-    __shared__ SoftmaxState warp_state[kWarps][kTileRows];
+    __shared__ SoftmaxState phase_state[kPhases][kGroupRows];
 
     const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
+    const int phase = static_cast<int>(threadIdx.x) / kWarpSize % kPhases;
+    const int row_group = kRowGroups > 1 ? static_cast<int>(threadIdx.x) / kWarpSize / kPhases : 0;
+    const int first_row = row_group * kGroupRows;  // of this warp
+    const int phase_thread = row_group * kWarpSize + lane;
     const int group = num_heads / num_kv_heads;
     const int tile_heads = min(group, kTileRows);
-    const int tile_tokens = kTileRows / tile_heads;
-    const int tiles = (group + tile_heads - 1) / tile_heads;  // of heads
+    const RowTiles tiles{group, num_kv_heads, tile_heads, kTileRows / tile_heads};
     const DecodeOutput output{out,
                               lse,
                               partial_out,
@@ -167,133 +208,146 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                               out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
                 window,   split_tokens,    max_splits, singles != 0};
-    balance_splits<kThreads>(batch, tile_tokens, num_kv_heads * tiles, split_size, sums);
+    balance_splits<kThreads>(batch, tiles, split_size, sums);
 
     const SharedPieces shared_pieces{tile_counts, tile_lists, list_capacity};
-    for_each_item<kThreads>(
-        batch, shared_pieces, tile_tokens, num_kv_heads * tiles, sums, [&](const WorkItem& item) {
-            const Sequence sequence = sequence_of(batch, item.sequence);
-            const SplitPlan plan = plan_splits(batch, sequence);
-            Run run{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize}, ids};
-            run.kv_head = item.head_tile / tiles;
-            const int head_in_group = item.head_tile % tiles * tile_heads;
-            const int offset = item.first_token - sequence.first_token;
-            Rows rows;
-            rows.first_token = item.first_token;
-            rows.first_head = run.kv_head * group + head_in_group;
-            rows.heads = min(tile_heads, group - head_in_group);
-            rows.count = rows.heads * item.num_tokens;
-            rows.first_position = sequence.seq_len - sequence.query_len + offset;
-            // Rows of several sequences see the whole piece; this is as good as any.
-            rows.of_several = offset + item.num_tokens > sequence.query_len;
-            rows.last_position = rows.first_position + (rows.of_several ? 0 : item.num_tokens - 1);
+    for_each_item<kThreads>(batch, shared_pieces, tiles, sums, [&](const WorkItem& item) {
+        const Sequence sequence = sequence_of(batch, item.sequence);
+        const SplitPlan plan = plan_splits(batch, sequence);
+        Run run{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize}, ids};
+        run.kv_head = item.kv_head;
+        Rows rows{item.first_row, item.num_rows, group, item.kv_head * group};
+        const int first_token = rows.token(0), last_token = rows.token(rows.count - 1);
+        rows.first_position =
+            sequence.seq_len - sequence.query_len + first_token - sequence.first_token;
+        // Rows of several sequences see the whole piece; this is as good as any.
+        rows.of_several = last_token >= sequence.first_token + sequence.query_len;
+        rows.last_position = rows.first_position + (rows.of_several ? 0 : last_token - first_token);
 
-            // What the rows see of the piece.
-            const int first = window > 0
-                                  ? max(plan.begin_of(item.piece), rows.first_position - window + 1)
-                                  : plan.begin_of(item.piece);
-            const int end = causal ? min(plan.end_of(item.piece), rows.last_position + 1)
-                                   : plan.end_of(item.piece);
+        // What the rows see of the piece.
+        const int first = window > 0
+                              ? max(plan.begin_of(item.piece), rows.first_position - window + 1)
+                              : plan.begin_of(item.piece);
+        const int end =
+            causal ? min(plan.end_of(item.piece), rows.last_position + 1) : plan.end_of(item.piece);
 
-            Accumulator acc[1];
-            clear(acc[0]);
-            if (first < end)
-                load_query(query, rows, query_token_stride, query_head_stride, query_aligned,
-                           shared.query);
-            Logits logits;
-            logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
-            logits.soft_cap_log2 = soft_cap_log2;
-            logits.window = window;
-            logits.causal = causal;
-            logits.has_slopes = alibi_slopes != nullptr;
-            logits.first_position = rows.first_position;
-            logits.last_position = rows.last_position;
-            RowPositions positions[1];
+        Accumulator acc[kRowTiles];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) clear(acc[m]);
+        if (first < end)
+            load_query(query, rows, query_token_stride, query_head_stride, query_aligned,
+                       shared.query);
+        const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
+        Logits logits;
+        logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
+        logits.soft_cap_log2 = soft_cap_log2;
+        logits.window = window;
+        logits.causal = causal;
+        logits.has_slopes = alibi_slopes != nullptr;
+        logits.first_position = rows.first_position;
+        logits.last_position = rows.last_position;
+        const auto lane_row = [&](int m, int r) {
+            return min(first_row + 16 * m + 8 * r + lane / 4, rows.count - 1);
+        };
+        RowPositions positions[kRowTiles];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int row = min(lane / 4 + 8 * r, rows.count - 1);
-                positions[0].row[r] = rows.of_several ? position_of_token(batch, rows.token(row))
-                                                      : rows.first_position + row / rows.heads;
+                const int token = rows.token(lane_row(m, r));
+                positions[m].row[r] = rows.of_several ? position_of_token(batch, token)
+                                                      : rows.first_position + token - first_token;
             }
-            const auto slope_log2 = [&](int, int r) {
-                return alibi_slopes[rows.head(min(lane / 4 + 8 * r, rows.count - 1))] * kLog2E;
-            };
-            unsigned query_registers[kQueryInRegisters ? kSteps : 1][4];
+        const auto slope_log2 = [&](int m, int r) {
+            return alibi_slopes[rows.head(lane_row(m, r))] * kLog2E;
+        };
+        unsigned query_registers[kQueryInRegisters ? kRowTiles * kSteps : 1][4];
 
-            // Tokens whose blocks fit in ids at any offset.
-            const int max_run = (kMaxIds - 1) << block_shift;
-            for (int begin = first; begin < end; begin += max_run) {
-                run.begin = begin;
-                run.end = min(end, begin + max_run);
-                run.first_index = run.cache.table_index(begin);
-                const int last_index = run.cache.table_index(run.end - 1);
-                if (begin > first) __syncthreads();  // the run before is done with ids
-                const int* const table = block_tables + item.sequence * table_stride;
-                for (int i = threadIdx.x; i <= last_index - run.first_index; i += kThreads)
-                    ids[i] = table[run.first_index + i];
-                __syncthreads();
+        // Tokens whose blocks fit in ids at any offset. Tiles fall to phases as in one run.
+        const int max_run = ((kMaxIds - 1) << block_shift) / kKeyStride * kKeyStride;
+        for (int begin = first; begin < end; begin += max_run) {
+            run.begin = begin;
+            run.end = min(end, begin + max_run);
+            run.first_index = run.cache.table_index(begin);
+            const int last_index = run.cache.table_index(run.end - 1);
+            if (begin > first) __syncthreads();  // the run before is done with ids
+            const int* const table = block_tables + item.sequence * table_stride;
+            for (int i = threadIdx.x; i <= last_index - run.first_index; i += kThreads)
+                ids[i] = table[run.first_index + i];
+            __syncthreads();
 
-                // This warp's tiles begin kWarps * kTileKeys tokens apart.
-                const int stride = kWarps * kTileKeys;
-                const int warp_begin = begin + warp * kTileKeys;
+            const int phase_begin = begin + phase * kTileKeys;
 #pragma unroll 1
-                for (int stage = 0; stage < kStages - 1; ++stage) {
-                    copy_tile(run, warp_begin + stage * stride, shared.tiles[warp][stage]);
-                    cp_async_commit();
-                }
-                if (kQueryInRegisters && begin == first) {
-#pragma unroll
-                    for (int step = 0; step < kSteps; ++step)
-                        load_query_step(query_registers[step], shared.query, step);
-                }
-                int stage = 0;
-                for (int tile = warp_begin; tile < run.end; tile += stride) {
-                    cp_async_wait<kStages - 2>();
-                    __syncwarp();  // the tile is there, and the one before is done with
-                    const int free = stage == 0 ? kStages - 1 : stage - 1;
-                    copy_tile(run, tile + (kStages - 1) * stride, shared.tiles[warp][free]);
-                    cp_async_commit();
-                    attend<1, 1, kQueryInRegisters>(query_registers, shared.query,
-                                                    shared.tiles[warp][stage][0],
-                                                    shared.tiles[warp][stage][1], logits, positions,
-                                                    slope_log2, tile, run.end, acc);
-                    stage = stage == kStages - 1 ? 0 : stage + 1;
-                }
-                cp_async_wait<0>();
-                __syncwarp();
+            for (int stage = 0; stage < kStages - 1; ++stage) {
+                copy_tile(run, phase_thread, phase_begin + stage * kKeyStride,
+                          shared.tiles[phase][stage]);
+                cp_async_commit();
             }
+            if (kQueryInRegisters && begin == first) {
+#pragma unroll
+                for (int i = 0; i < kRowTiles * kSteps; ++i)
+                    load_query_step(query_registers[i],
+                                    warp_query + i / kSteps * 16 * kQueryRowChunks, i % kSteps);
+            }
+            int stage = 0;
+            for (int tile = phase_begin; tile < run.end; tile += kKeyStride) {
+                cp_async_wait<kStages - 2>();
+                phase_barrier();  // the tile is there, and the one before is done with
+                const int free = stage == 0 ? kStages - 1 : stage - 1;
+                copy_tile(run, phase_thread, tile + (kStages - 1) * kKeyStride,
+                          shared.tiles[phase][free]);
+                cp_async_commit();
+                if (kRowGroups == 1 || first_row < rows.count)
+                    attend<kRowTiles, 1, kQueryInRegisters>(
+                        query_registers, warp_query, shared.tiles[phase][stage][0],
+                        shared.tiles[phase][stage][1], logits, positions, slope_log2, tile, run.end,
+                        acc);
+                stage = stage == kStages - 1 ? 0 : stage + 1;
+            }
+            cp_async_wait<0>();
+            phase_barrier();
+        }
 
-            sum_lanes(acc[0]);
-            __syncthreads();  // the tiles become warp_out
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = lane / 4 + 8 * r;
-                if (row >= rows.count) continue;
-                if (lane % 4 == 0) warp_state[warp][row] = acc[0].state[r];
-                float* const target = shared.warp_out[warp][row];
-                for_each_element(acc[0], r, [&](int element, const float* x, int count) {
+        for (int m = 0; m < kRowTiles; ++m) sum_lanes(acc[m]);
+        const float value_factor = unpacked_factor(v_scale, run.kv_head);
+#pragma unroll 1
+        for (int done = 0; done < rows.count; done += kGroupRows) {
+            __syncthreads();  // the tiles, or the rows before, become phase_out
+            if (first_row == done) {
 #pragma unroll
-                    for (int i = 0; i < count; i += 2)
-                        *reinterpret_cast<float2*>(target + element + i) =
-                            make_float2(x[i], x[i + 1]);
-                });
+                for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const int row = 16 * m + 8 * r + lane / 4;
+                        if (done + row >= rows.count) continue;
+                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
+                        float* const target = shared.phase_out[phase][row];
+                        for_each_element(acc[m], r, [&](int element, const float* x, int count) {
+#pragma unroll
+                            for (int i = 0; i < count; i += 2)
+                                *reinterpret_cast<float2*>(target + element + i) =
+                                    make_float2(x[i], x[i + 1]);
+                        });
+                    }
             }
             __syncthreads();
 
             // Every thread takes 16 bytes of the result of one row.
-            const float value_factor = unpacked_factor(v_scale, run.kv_head);
-            for (int i = threadIdx.x; i < rows.count * kQueryChunks; i += kThreads) {
+            for (int i = threadIdx.x; i < min(kGroupRows, rows.count - done) * kQueryChunks;
+                 i += kThreads) {
                 const int row = i / kQueryChunks;
                 const int element = i % kQueryChunks * kQueryVec;
                 float result[kQueryVec];
-                const SoftmaxState state = merge_warps<kWarps>(&warp_state[0][row], kTileRows,
-                                                               &shared.warp_out[0][row][element],
-                                                               kTileRows * kHeadSize, result);
+                const SoftmaxState state = merge_warps<kPhases>(&phase_state[0][row], kGroupRows,
+                                                                &shared.phase_out[0][row][element],
+                                                                kGroupRows * kHeadSize, result);
 #pragma unroll
                 for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
-                store_piece(output, rows.token(row),
-                            batch.singles ? item.sequence : rows.token(row), rows.head(row),
-                            item.piece, plan.count, element, state, result);
+                const int64 token = rows.token(done + row);
+                store_piece(output, token, batch.singles ? item.sequence : token,
+                            rows.head(done + row), item.piece, plan.count, element, state, result);
             }
-        });
+        }
+    });
 }

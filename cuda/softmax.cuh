@@ -38,12 +38,13 @@ __device__ __forceinline__ float softmax_raise(SoftmaxState& state, float new_ma
     return factor;
 }
 
-// Merge `other` into `state`. Returns the factors for what each has accumulated.
+// Merge `other` into `state`. Returns the factors for what each has accumulated. Like what follows
+// from it, fused by name: kernels that the compiler treats differently have to agree to the bit.
 __device__ __forceinline__ float2 softmax_merge(SoftmaxState& state, const SoftmaxState& other) {
     const float max = fmaxf(state.max, other.max);
     const float reference = softmax_reference(max);
     const float2 factors = make_float2(exp2f(state.max - reference), exp2f(other.max - reference));
-    state = {max, state.sum * factors.x + other.sum * factors.y};
+    state = {max, fmaf(state.sum, factors.x, other.sum * factors.y)};
     return factors;
 }
 

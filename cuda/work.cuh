@@ -1,11 +1,12 @@
 // How decode is divided into work items, and how a block finds its own.
 //
-// An item is one piece of a sequence's keys, for one KV head and one tile of query rows. How many
-// pieces a sequence has follows from its own length alone, so its result has the same bits in every
-// batch. The blocks walk the list of all items, which exists nowhere: each block counts the items
-// of kThreads sequences at a time, and goes on with every gridDim.x-th. Only where sequences may
-// share pieces is it written down before (find_shared_pieces.cu). Lengths are read on the device
-// only, so a CUDA graph may replay with others.
+// An item is one piece of a sequence's keys, for one KV head and one tile of its query rows: the
+// (token, head) pairs of the batch's tokens and the KV head's query heads. How many pieces a
+// sequence has follows from its own length alone, so its result has the same bits in every batch.
+// The blocks walk the list of all items, which exists nowhere: each block counts the items of
+// kThreads sequences at a time, and goes on with every gridDim.x-th. Only where sequences may share
+// pieces is it written down before (find_shared_pieces.cu). Lengths are read on the device only, so
+// a CUDA graph may replay with others.
 #pragma once
 
 #include "common.cuh"
@@ -82,34 +83,51 @@ __device__ __forceinline__ SplitPlan plan_splits(const Batch& batch, const Seque
     return {first, sequence.seq_len, size, count};
 }
 
-// A tile of query rows against one piece of keys. The tokens of the tile are those of `sequence`,
-// or go on into the sequences after it, which then have the same keys in this piece and see them
-// all.
+// A tile of query rows against one piece of keys. Row r of a KV head is its head r % group at token
+// r / group. The rows of the tile are those of `sequence`, or go on into the sequences after it,
+// which then have the same keys in this piece and see them all.
 struct WorkItem {
     int sequence;
-    int first_token;
-    int num_tokens;
+    int first_row;
+    int num_rows;
     int piece;
-    int head_tile;  // of the launch's head tiles over all KV heads
+    int kv_head;
+};
+
+// How the rows of a sequence are cut into tiles.
+struct RowTiles {
+    int group;  // query heads of a KV head
+    int num_kv_heads;
+    int heads;   // of a tile, neighbours
+    int tokens;  // of a tile
+
+    // Tiles of all heads for one tile of tokens.
+    __device__ __forceinline__ int head_tiles() const {
+        return num_kv_heads * ((group + heads - 1) / heads);
+    }
+    __device__ __forceinline__ int token_tiles(int query_len) const {
+        return (query_len + tokens - 1) / tokens;
+    }
 };
 
 // The work of a batch whose sequences may share pieces, as find_shared_pieces.cu leaves it.
 struct SharedPieces {
-    const int* counts;  // [max_splits], tiles of each piece; null: every sequence reads for itself
-    const int* tiles;   // [max_splits, capacity], packed by pack_tile
+    const int* counts;  // [max_splits], tiles of each piece; null: sequences read for themselves
+    const unsigned* tiles;  // [max_splits, capacity], packed by pack_tile, each for every KV head
     int capacity;
 };
 
-constexpr int kMaxTileTokens = 16;
+constexpr int kMaxTileRows = 64;  // rows of all tokens of a launch: below 2^32 / kMaxTileRows
 
-__device__ __forceinline__ int pack_tile(int first_token, int num_tokens) {
-    return first_token * kMaxTileTokens + num_tokens - 1;
+__device__ __forceinline__ unsigned pack_tile(int first_row, int num_rows) {
+    return static_cast<unsigned>(first_row) * kMaxTileRows + num_rows - 1;
 }
 
-__device__ __forceinline__ WorkItem unpack_tile(const Batch& batch, int tile, int piece,
-                                                int head_tile) {
-    const int token = tile / kMaxTileTokens;
-    return {sequence_of_token(batch, token), token, tile % kMaxTileTokens + 1, piece, head_tile};
+__device__ __forceinline__ WorkItem unpack_tile(const Batch& batch, int group, unsigned tile,
+                                                int piece, int kv_head) {
+    const int row = static_cast<int>(tile / kMaxTileRows);
+    return {sequence_of_token(batch, row / group), row, static_cast<int>(tile % kMaxTileRows) + 1,
+            piece, kv_head};
 }
 
 // The sum of `value` over the threads up to this one. `sums` has kThreads elements; every thread
@@ -135,12 +153,12 @@ __device__ __forceinline__ void block_scan(int value, int* sums) {
 // Call body(item) for this block's items. All threads of the block call it together.
 template <int kThreads, typename Body>
 __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPieces& shared,
-                                              int tile_tokens, int head_tiles, int* sums,
-                                              Body body) {
+                                              const RowTiles& rows, int* sums, Body body) {
     // The list goes sequence by sequence, or piece by piece where they are shared.
     const bool by_piece = shared.counts != nullptr;
     const int num_sequences = batch.num_seqs + (batch.query_start_loc != nullptr ? 1 : 0);
     const int num_units = by_piece ? batch.max_splits : num_sequences;
+    const int head_tiles = by_piece ? rows.num_kv_heads : rows.head_tiles();
     int index = blockIdx.x;  // counted from the first item of the units at hand
     for (int base = 0; base < num_units; base += kThreads) {
         const int mine = base + threadIdx.x;
@@ -150,7 +168,7 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
                 count = shared.counts[mine];
             } else {
                 const Sequence sequence = sequence_of(batch, mine);
-                const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
+                const int tiles = rows.token_tiles(sequence.query_len);
                 // Rows that see nothing still need their zeros written.
                 if (is_ours(batch, sequence.query_len))
                     count = tiles * max(1, plan_splits(batch, sequence).count);
@@ -174,15 +192,20 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
             WorkItem item;
             if (by_piece) {
                 const int tiles = shared.counts[unit];
-                const int* const list = shared.tiles + static_cast<int64>(unit) * shared.capacity;
-                item = unpack_tile(batch, list[rest % tiles], unit, rest / tiles);
+                const unsigned* const list =
+                    shared.tiles + static_cast<int64>(unit) * shared.capacity;
+                item = unpack_tile(batch, rows.group, list[rest % tiles], unit, rest / tiles);
             } else {
                 const Sequence sequence = sequence_of(batch, unit);
-                const int tiles = (sequence.query_len + tile_tokens - 1) / tile_tokens;
-                const int first = rest % tiles * tile_tokens;
-                item = {unit, sequence.first_token + first,
-                        min(tile_tokens, sequence.query_len - first), rest / tiles / head_tiles,
-                        rest / tiles % head_tiles};
+                const int tiles = rows.token_tiles(sequence.query_len);
+                const int first = rest % tiles * rows.tokens;
+                const int tokens = min(rows.tokens, sequence.query_len - first);
+                const int head_tile = rest / tiles % head_tiles;
+                const int tiles_of_kv_head = head_tiles / rows.num_kv_heads;
+                const int head = head_tile % tiles_of_kv_head * rows.heads;
+                item = {unit, (sequence.first_token + first) * rows.group + head,
+                        tokens * min(rows.heads, rows.group - head), rest / tiles / head_tiles,
+                        head_tile / tiles_of_kv_head};
             }
             body(item);
         }
@@ -194,8 +217,8 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
 // about the same number of keys to read. The same in every block; left in split_size for
 // merge_splits.
 template <int kThreads>
-__device__ __forceinline__ void balance_splits(Batch& batch, int tile_tokens, int head_tiles,
-                                               int* split_size, int* sums) {
+__device__ __forceinline__ void balance_splits(Batch& batch, const RowTiles& rows, int* split_size,
+                                               int* sums) {
     if (batch.split_tokens != 0) return;
     constexpr int kGranularity = 64;
     // In units of kGranularity tokens, so that the sum stays within 32 bits.
@@ -205,11 +228,10 @@ __device__ __forceinline__ void balance_splits(Batch& batch, int tile_tokens, in
         const int seen = batch.window > 0
                              ? min(sequence.seq_len, batch.window + sequence.query_len - 1)
                              : sequence.seq_len;
-        units += (seen + kGranularity - 1) / kGranularity *
-                 ((sequence.query_len + tile_tokens - 1) / tile_tokens);
+        units += (seen + kGranularity - 1) / kGranularity * rows.token_tiles(sequence.query_len);
     }
     block_scan<kThreads>(units, sums);
-    const int64 total = static_cast<int64>(sums[kThreads - 1]) * head_tiles;
+    const int64 total = static_cast<int64>(sums[kThreads - 1]) * rows.head_tiles();
     const int share = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
     batch.split_tokens = max(2, share) * kGranularity;
     if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;

@@ -28,7 +28,8 @@ from types import ModuleType
 DTYPES = ("fp32", "fp16", "bf16")
 CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
-QUANTISED_HEAD_SIZES = (64, 128, 256)  # that quantised caches are compiled for ahead of time
+# The most common of them: what quantised caches and wide tiles of decode are compiled for ahead of time.
+COMMON_HEAD_SIZES = (64, 128, 256)
 HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 
@@ -123,17 +124,37 @@ def has_mma(arch: str) -> bool:
     return int(arch.rstrip("af")) >= 80
 
 
-def spec_paged_decode_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
+def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
+    """Query rows of a tile of paged_decode_mma: 16, or with `wide` as many as it has for shared pieces."""
+    # Rows of 512 bytes leave a block of 99 KiB no room for more.
+    return (32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else 64) if wide else 16
+
+
+def spec_paged_decode_mma(
+    dtype: str, cache_dtype: str, head_size: int, arch: str, wide: bool = False
+) -> KernelSpec:
     """With three stages of keys and values where they fit, else two."""
-    warps = 4 if head_size <= 128 else 2
+    rows = decode_mma_rows(head_size, arch, wide)
+    phases, group_rows = (4, 32 if wide else 16) if head_size <= 128 else (2, 16)
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
     for stages in (3, 2):
-        shared_bytes = 16 * query_row + warps * stages * 2 * 16 * cache_row
-        if shared_bytes + DECODE_MMA_STATIC <= SHARED_MEMORY[arch.rstrip("af")]:
+        shared_bytes = rows * query_row + phases * stages * 2 * 16 * cache_row
+        if shared_bytes + DECODE_MMA_STATIC <= _shared_memory(arch):
             break
-    shared_bytes = max(shared_bytes, 16 * query_row + 4 * warps * 16 * head_size)
-    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, STAGES=stages)
-    return KernelSpec("paged_decode_mma.cu", "paged_decode_mma", defines, 32 * warps, shared_bytes)
+    shared_bytes = max(shared_bytes, rows * query_row + 4 * phases * group_rows * head_size)
+    row_groups = rows // group_rows
+    sizes = {"HEAD_SIZE": head_size, "STAGES": stages} | ({"ROW_GROUPS": row_groups} if wide else {})
+    return KernelSpec(
+        "paged_decode_mma.cu",
+        "paged_decode_mma",
+        _defines(dtype, cache_dtype, **sizes),
+        32 * phases * row_groups,
+        shared_bytes,
+    )
+
+
+def _shared_memory(arch: str) -> int:
+    return SHARED_MEMORY[arch.rstrip("af")]
 
 
 def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
@@ -169,7 +190,7 @@ def spec_paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: s
     for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
         tile_bytes = keys * (2 * cache_row + 4)
         shared_bytes = PREFILL_TILE + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
-        if shared_bytes <= SHARED_MEMORY[arch.rstrip("af")]:
+        if shared_bytes <= _shared_memory(arch):
             break
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
     return KernelSpec("paged_prefill_mma.cu", "paged_prefill_mma", defines, 128, shared_bytes)
@@ -205,8 +226,8 @@ def spec_merge_states(dtype: str) -> KernelSpec:
 
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
-    """Every kernel that an architecture uses for the head sizes that models have, over quantised caches for
-    the most common of them and bfloat16 queries.
+    """Every kernel that an architecture uses for the head sizes that models have; for the most common of them
+    also over quantised caches, under bfloat16 queries, and with wide tiles.
 
     The others are compiled when they are met.
     """
@@ -218,9 +239,10 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs += [spec_reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
         for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
-            for head_size in HEAD_SIZES if cache_dtype == dtype else QUANTISED_HEAD_SIZES:
+            for head_size in HEAD_SIZES if cache_dtype == dtype else COMMON_HEAD_SIZES:
                 if tensor_cores:
-                    specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch))
+                    for wide in (False, True) if head_size in COMMON_HEAD_SIZES else (False,):
+                        specs.append(spec_paged_decode_mma(dtype, cache_dtype, head_size, arch, wide))
                     if has_wgmma(arch) and cache_dtype == dtype:
                         specs.append(spec_paged_prefill_wgmma(dtype, head_size))
                     else:

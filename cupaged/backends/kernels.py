@@ -69,6 +69,7 @@ class PreparedAttention:
     plan: DecodePlan
     prefill: PreparedPrefill | None
     search: Launch | None
+    wide: Launch | None
     decode: Launch
     merge: Launch | None
 
@@ -165,9 +166,12 @@ class Kernels:
         if plan.can_share:
             counts = tiles = None
             if prepared.search is not None and plan.tile_lists is not None:
-                counts = empty(plan.tile_lists[:1], torch.int32, device)
-                tiles = empty(plan.tile_lists, torch.int32, device)
-                prepared.search((block_tables, seq_lens, query_start_loc, counts, tiles))
+                lists = empty(plan.tile_lists[:2], torch.int32, device)
+                tile_lists = empty(plan.tile_lists, torch.int32, device)
+                prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
+                counts, tiles = lists[0], tile_lists[0]
+                if prepared.wide is not None:
+                    prepared.wide((*tensors, *workspace, lists[1], tile_lists[1]))
             workspace += counts, tiles
         prepared.decode((*tensors, *workspace))
         if prepared.merge is not None:
@@ -195,7 +199,9 @@ class Kernels:
             prefill = PreparedPrefill(
                 prefill_plan, prepare(prefill_plan.schedule), prepare(prefill_plan.prefill)
             )
-        return PreparedAttention(plan, prefill, *map(prepare, (plan.search, plan.decode, plan.merge)))
+        return PreparedAttention(
+            plan, prefill, *map(prepare, (plan.search, plan.wide, plan.decode, plan.merge))
+        )
 
     def merge_attention_states(
         self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor

@@ -27,8 +27,11 @@ SPLIT_TOKENS = 512
 SMALLEST_SPLIT_TOKENS = 128
 MAX_SPLITS = 64
 DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
+MAX_SHARED_TILES = 2  # of those on a shared piece; where they would be more, they are larger
+MAX_SHARED_ROWS = 1 << 26  # of a KV head, that lists of tiles can name (pack_tile in work.cuh)
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
+DECODE_WIDE_BLOCKS_PER_SM = 2  # its pieces are of equal length: the most that fit at once
 # Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
 # memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
 PREFILL_BLOCKS_PER_SM = 4
@@ -64,7 +67,8 @@ class DecodePlan:
     merge: KernelCall | None = None  # of the pieces that sequences are divided into
     partial_rows: tuple[int, int, int] | None = None  # [T or S, H, pieces]: a partial output and lse each
     search: KernelCall | None = None  # for pieces that sequences share
-    tile_lists: tuple[int, int] | None = None  # [pieces, tiles] that it fills
+    tile_lists: tuple[int, int, int] | None = None  # [lists, pieces, tiles] that it fills
+    wide: KernelCall | None = None  # decode of the second list, if there is one
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,10 @@ def decode(
     dtype = DTYPE_NAMES[query.dtype]
     window = params.sliding_window or 0
     # A piece before a window is not whole, so there is nothing to share.
-    share = params.shared_prefix and not window and not singles
+    group = num_heads // num_kv_heads
+    share = params.shared_prefix and not window and not singles and num_tokens * group <= MAX_SHARED_ROWS
     cache_dtype = CACHE_DTYPE_NAMES[kv_cache.dtype]
-    kernel = decode_kernel(dtype, cache_dtype, head_size, num_heads // num_kv_heads, arch)
+    kernel = decode_kernel(dtype, cache_dtype, head_size, group, arch)
     # Sequences can share pieces only if they are divided alike.
     invariant = params.batch_invariant or share or singles
     split_tokens = SPLIT_TOKENS if invariant else 0
@@ -188,7 +193,7 @@ def decode(
             np.int32(split_tokens),
             np.int32(max_splits),
             np.int32(singles),
-            *((np.int32(row_tiles),) if kernel.can_share else ()),
+            *((np.int32(row_tiles * kernel.head_tiles),) if kernel.can_share else ()),
             *_logit_factors(params),
             np.int32(_rows_aligned(query)),
             np.int32(_rows_aligned(out)),
@@ -215,8 +220,16 @@ def decode(
         ),
     )
     plan = DecodePlan(call, kernel.can_share, not invariant, merge, (slots, num_heads, max_splits))
-    if not share or kernel.tile_tokens == 1:
+    if not share or not kernel.can_share:
         return plan
+    # Tiles of rows in a row are never more than those of whole tokens or heads.
+    capacity = row_tiles * kernel.head_tiles
+    most_wide = num_tokens * group // (MAX_SHARED_TILES * DECODE_TILE_ROWS)  # of a piece
+    wide = None
+    if most_wide:
+        wide_items = most_wide * num_kv_heads * max_splits
+        spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+        wide = replace(call, spec=spec, grid=(min(wide_items, DECODE_WIDE_BLOCKS_PER_SM * sm_count), 1))
     search = KernelCall(
         kernel_compiler.spec_find_shared_pieces(),
         (max_splits, 1),
@@ -227,11 +240,12 @@ def decode(
             np.int32(_block_shift(kv_cache)),
             np.int32(SPLIT_TOKENS),
             np.int32(max_splits),
-            np.int32(kernel.tile_tokens),
-            np.int32(row_tiles),
+            np.int32(group),
+            np.int32(kernel_compiler.decode_mma_rows(head_size, arch, wide=True) if wide else 0),
+            np.int32(capacity),
         ),
     )
-    return replace(plan, search=search, tile_lists=(max_splits, row_tiles))
+    return replace(plan, search=search, tile_lists=(2 if wide else 1, max_splits, capacity), wide=wide)
 
 
 def prefill(

@@ -96,6 +96,10 @@ def test_the_variants_are_what_the_readme_promises():
                         assert f"paged_decode[{of}, head_tile={tile}]" in names
                 else:
                     assert {f"paged_decode_mma[{of}, stages={n}]" for n in (2, 3)} & names
+                    wide = {
+                        f"paged_decode_mma[{of}, stages={n}, row_groups={g}]" for n in (2, 3) for g in (2, 4)
+                    }
+                    assert bool(wide & names) == (head_size in (64, 128, 256))
                     prefill = "paged_prefill_wgmma" if arch == "90a" else "paged_prefill_mma"
                     assert any(name.startswith(f"{prefill}[{of}, ") for name in names)
             for cache_dtype in ("fp8_e4m3", "fp8_e5m2", "int8"):

@@ -123,21 +123,28 @@ class Recorder:
 def test_what_is_launched_is_compiled_ahead_of_time():
     recorder = Recorder()
     kernels = Kernels(recorder)
-    params = AttentionParams(scale=1.0, shared_prefix=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        for group in (1, 4):
+    scales = torch.ones(2)
+    for dtype, cache_dtype in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.int8)):
+        quantised = {"k_scale": scales, "v_scale": scales} if cache_dtype == torch.int8 else {}
+        params = AttentionParams(scale=1.0, shared_prefix=True, **quantised)
+        for group in (1, 40):
             query = torch.zeros(2, 2 * group, 64, dtype=dtype)
-            cache = torch.zeros(40, 2, 2, 16, 64, dtype=dtype)
-            codes = cache.to(torch.int8) if dtype == torch.bfloat16 else cache
+            cache = torch.zeros(40, 2, 2, 16, 64, dtype=cache_dtype)
             tables, lengths = torch.zeros(2, 40, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
-            for i, starts in enumerate((None, torch.tensor([0, 1, 2], dtype=torch.int32))):
-                for kv_cache in (cache, codes):
-                    layout = dtype, kv_cache.dtype, group, i
-                    kernels.paged_attention(
-                        query, kv_cache, tables, lengths, starts, query, None, params, layout
-                    )
+            for starts in (None, torch.tensor([0, 1, 2], dtype=torch.int32)):
+                kernels.paged_attention(
+                    query,
+                    cache,
+                    tables,
+                    lengths,
+                    starts,
+                    query,
+                    None,
+                    params,
+                    (dtype, cache_dtype, group, starts is None),
+                )
             key, slots = query[:, :2], torch.zeros(2).long()
-            kernels.reshape_and_cache(key, key, cache, slots, None, None, (dtype, group))
+            kernels.reshape_and_cache(key, key, cache, slots, None, None, (dtype, cache_dtype, group))
             kernels.copy_blocks(cache, torch.zeros(1, 2).long())
             kernels.merge_attention_states(query[None], torch.zeros(1, 2, 2 * group), query, torch.zeros(2))
     assert recorder.specs <= set(kc.variants("90a"))

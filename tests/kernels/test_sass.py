@@ -40,12 +40,16 @@ def test_machine_code(spec, needs, arch):
     assert complaints(opcodes(kc.cubin(spec, arch).path), needs) == []
 
 
+def wide_decode(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
+    return kc.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+
+
 @pytest.mark.parametrize("arch", ["80", "86", "90a", "120"])
 @pytest.mark.parametrize(
     ("dtype", "cache_dtype", "head_size"),
     [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
 )
-@pytest.mark.parametrize("make", [kc.spec_paged_decode_mma, kc.spec_paged_prefill_mma])
+@pytest.mark.parametrize("make", [kc.spec_paged_decode_mma, wide_decode, kc.spec_paged_prefill_mma])
 def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size, arch):
     spec = make(dtype, cache_dtype, head_size, arch)
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []

@@ -16,7 +16,6 @@ from .cases import TABLE_POISON, Problem, check, draw
 from .test_attention import run
 
 PIECE = plans.SPLIT_TOKENS
-TILE_TOKENS = plans.DECODE_TILE_ROWS  # with one query head a KV head
 
 
 @pytest.fixture
@@ -131,6 +130,52 @@ def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
     assert torch.equal(lse, shared_lse)
 
 
+@pytest.mark.parametrize(
+    ("group", "queries", "head_size", "cache_dtype"),
+    [
+        (1, "few", 32, None),
+        (3, "few", 80, None),
+        (8, "one", 64, torch.float8_e5m2),
+        (16, "few", 32, None),
+        (40, "one", 128, torch.int8),
+        (8, "one", 256, None),
+    ],
+    ids=str,
+)
+def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cache_dtype):
+    """Of two prefixes, one in two pieces for rows of more than a wide tile, the other for a few rows more
+    than two narrow ones; a loner in between is wide if its own heads are enough."""
+    if "cuda" not in backend[0]:
+        pytest.skip("about the CUDA kernels")
+    rng = random.Random(seed)
+    tokens = 1 if queries == "one" else 4
+    many, few = (-(-rows // (group * tokens)) for rows in (65, 33))
+    lengths = [2 * PIECE + tokens + rng.randrange(40) for _ in range(many)]
+    lengths += [PIECE + rng.randrange(tokens, 40) for _ in range(1 + few)]
+    problem = draw(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        cache_dtype=cache_dtype,
+        head_size=head_size,
+        block_size=rng.choice([8, 16, 128]),
+        num_kv_heads=1 if head_size > 64 else 2,
+        group=group,
+        seq_lens=lengths,
+        query_lens=None if queries == "one" else [4, *(rng.choice([2, 3, 4, 4]) for _ in lengths[1:])],
+        padding_rows=0 if queries == "one" else rng.choice([0, 3]),
+        features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
+    )
+    share(problem, [(0, s, 2 * PIECE) for s in range(1, many)])
+    share(problem, [(many + 1, s, PIECE) for s in range(many + 2, len(lengths))])
+    problem.options["max_query_len"] = 4
+    out, lse = run(problem, backend[1])
+    problem.options["shared_prefix"] = True
+    shared_out, shared_lse = run(problem, backend[1])
+    assert torch.equal(out, shared_out)
+    assert torch.equal(lse, shared_lse)
+    check(out, problem, lse)
+
+
 def test_every_backend_takes_the_flag(backend, seed):
     problem = draw(
         seed,
@@ -147,53 +192,64 @@ def test_every_backend_takes_the_flag(backend, seed):
     check(out, problem, lse)
 
 
-def tiles_of(launches: list[tuple[str, tuple]]) -> list[list[tuple[int, int]]]:
-    """(first token, tokens) of every tile of every piece."""
+Tiles = list[tuple[int, int]]  # (first query row of a KV head, rows)
+
+
+def tiles_of(launches: list[tuple[str, tuple]]) -> list[tuple[Tiles, Tiles]]:
+    """The tiles of every piece: those of 16 rows, and the wide ones."""
     (args,) = [args for entry, args in launches if entry == "find_shared_pieces"]
-    counts, lists = args[3], args[4]
-    return [
-        [(int(tile) // 16, int(tile) % 16 + 1) for tile in tiles[:count]]
-        for count, tiles in zip(counts.tolist(), lists)
+    lists = [
+        [
+            [(int(tile) // 64, int(tile) % 64 + 1) for tile in tiles[:count]]
+            for count, tiles in zip(counts, pieces)
+        ]
+        for counts, pieces in zip(args[3].tolist(), args[4])
     ]
+    return list(zip(lists[0], lists[1] if len(lists) == 2 else [[]] * len(lists[0])))
 
 
-def expected_tiles(problem: Problem, tile_tokens: int, max_splits: int) -> list[list[tuple[int, int]]]:
+def expected_tiles(problem: Problem, max_splits: int) -> list[tuple[Tiles, Tiles]]:
     """The same from the rules, one sequence after the other."""
     block_size = problem.kv_cache.shape[3]
+    group = problem.query.shape[1] // problem.kv_cache.shape[2]
     lengths = problem.seq_lens.tolist()
     starts = problem.query_start_loc
     starts = list(range(len(lengths) + 1)) if starts is None else starts.tolist()
     num_tokens = problem.query.shape[0]
     if problem.query_start_loc is not None:
         lengths, starts = [*lengths, 0], [*starts, num_tokens]
-    found: list[list[tuple[int, int]]] = []
+    found: list[tuple[Tiles, Tiles]] = []
     sizes = [max(1, -(-n // (PIECE * max_splits))) * PIECE for n in lengths]
     first_positions = [n - max(1, b - a) for n, a, b in zip(lengths, starts, starts[1:])]
+
+    def is_whole(s: int, end: int) -> bool:
+        return sizes[s] < lengths[s] and end <= first_positions[s] + 1
+
     for piece in range(max_splits):
-        runs: list[list[int]] = []  # of sequences
+        runs: list[tuple[list[int], bool]] = []  # of sequences, and whether they see all of the piece
         for s, length in enumerate(lengths):
             begin, end = piece * sizes[s], (piece + 1) * sizes[s]
-
             if begin >= length and (piece or length):
                 continue
             blocks = slice(begin // block_size, end // block_size)
             joins = (
-                s % 32 > 0
+                s % 128 > 0
                 and runs
-                and runs[-1][-1] == s - 1
+                and runs[-1][0][-1] == s - 1
                 and sizes[s] == sizes[s - 1]
-                and all(sizes[t] < lengths[t] and end <= first_positions[t] + 1 for t in (s - 1, s))
+                and all(is_whole(t, end) for t in (s - 1, s))
                 and torch.equal(problem.block_tables[s, blocks], problem.block_tables[s - 1, blocks])
             )
             if joins:
-                runs[-1].append(s)
+                runs[-1][0].append(s)
             else:
-                runs.append([s])
-        tiles = []
-        for run_ in runs:
-            first, end = starts[run_[0]], starts[run_[-1] + 1]
-            tiles += [(t, min(tile_tokens, end - t)) for t in range(first, end, tile_tokens)]
-        found.append(tiles)
+                runs.append(([s], is_whole(s, end)))
+        narrow, wide = [], []
+        for run_, whole in runs:
+            first, end = starts[run_[0]] * group, starts[run_[-1] + 1] * group
+            rows, tiles = (64, wide) if whole and end - first > 32 else (16, narrow)
+            tiles += [(row, min(rows, end - row)) for row in range(first, end, rows)]
+        found.append((narrow, wide))
     return found
 
 
@@ -212,7 +268,7 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
         head_size=32,
         block_size=128,
         num_kv_heads=1,
-        group=2,
+        group=rng.choice([1, 2, 3, 9]),
         seq_lens=lengths,
         query_lens=None if queries == "one" else [min(n, rng.randrange(5)) for n in lengths],
         padding_rows=0 if queries == "one" else rng.choice([0, 3]),
@@ -225,12 +281,22 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
                 problem.block_tables[s, blocks] = problem.block_tables[s - 1, blocks]
     problem.options |= {"max_query_len": 8, "shared_prefix": True}
     out, lse = run(problem, "cpu")
-    assert tiles_of(emulation) == expected_tiles(problem, TILE_TOKENS // 2, len(tiles_of(emulation)))
+    assert tiles_of(emulation) == expected_tiles(problem, len(tiles_of(emulation)))
     check(out, problem, lse)
 
 
-def test_a_prefix_is_read_once(emulation, seed):
-    """By 16 sequences of one query head, a tile of the tensor cores."""
+@pytest.mark.parametrize(
+    ("group", "count", "expected"),
+    [
+        (1, 16, [(1, 0), (1, 0), (16, 0)]),
+        (2, 16, [(2, 0), (2, 0), (16, 0)]),
+        (3, 11, [(0, 1), (0, 1), (11, 0)]),
+        (10, 13, [(0, 3), (0, 3), (13, 0)]),  # 130 rows
+        (40, 2, [(0, 2), (0, 2), (6, 0)]),
+    ],
+)
+def test_a_prefix_is_read_once(emulation, seed, group, count, expected):
+    """For each 16 rows of all sequences, or each 64 where they are more than 32."""
     prefix = 2 * PIECE
     problem = draw(
         seed,
@@ -238,21 +304,20 @@ def test_a_prefix_is_read_once(emulation, seed):
         head_size=32,
         block_size=16,
         num_kv_heads=1,
-        group=1,
-        seq_lens=[prefix + 10 + s for s in range(16)],
+        group=group,
+        seq_lens=[prefix + 10 + s for s in range(count)],
     )
-    share(problem, [(0, s, prefix) for s in range(1, 16)])
+    share(problem, [(0, s, prefix) for s in range(1, count)])
     problem.options["shared_prefix"] = True
     out, lse = run(problem, "cpu")
-    assert [len(tiles) for tiles in tiles_of(emulation)] == [1, 1, 16]
+    assert [tuple(map(len, tiles)) for tiles in tiles_of(emulation)] == expected
     check(out, problem, lse)
 
 
 def test_no_search_where_it_cannot_help(emulation, seed):
-    """One piece, more heads than half a tile, a window, float32."""
+    """One piece, a window, float32."""
     for options, feature in (
         ({"seq_lens": [PIECE - 40] * 3}, {}),
-        ({"group": 9}, {}),
         ({}, {"sliding_window": 600}),
         ({"dtype": torch.float32}, {}),
     ):
