@@ -110,7 +110,7 @@ def paged_attention(
         shared_prefix: look for sequences next to each other that have the same blocks, as after a common
             prompt, and read those once for all of them (cascade attention). Found in ``block_tables``, in
             pieces of 512 tokens: where nothing is shared the result is the same, to the bit. Worth a search
-            for prefixes of some thousand tokens and up to 8 query heads a KV head. Implies
+            for prefixes of some thousand tokens. Implies
             ``batch_invariant``; without effect in float32, with a window, in a prefill, and on a CPU.
         out: [T, H, D] to write into, in query's dtype; returned as it was given.
         return_lse: also return the natural logarithm of the softmax's denominator.

@@ -31,7 +31,7 @@ MAX_SHARED_TILES = 2  # of those on a shared piece; where they would be more, th
 MAX_SHARED_ROWS = 1 << 26  # of a KV head, that lists of tiles can name (pack_tile in work.cuh)
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
-DECODE_WIDE_BLOCKS_PER_SM = 2  # its pieces are of equal length: the most that fit at once
+DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the pieces are of equal length
 # Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
 # memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
 PREFILL_BLOCKS_PER_SM = 4
