@@ -230,9 +230,15 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
         const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-        const PrefillBatch batch{
-            seq_lens,  query_start_loc, num_seqs,  num_tokens, kTileRows / tile_heads,
-            num_heads, num_kv_heads,    tile_heads};
+        const PrefillBatch batch{seq_lens,
+                                 query_start_loc,
+                                 num_seqs,
+                                 num_tokens,
+                                 kTileRows / tile_heads,
+                                 num_heads,
+                                 num_kv_heads,
+                                 tile_heads,
+                                 l2_tokens(kHeadSize * static_cast<int>(sizeof(scalar_t)))};
         RingPosition landing;
         int in_flight = 0;  // stages
         // What has landed is the consumers'.

@@ -360,7 +360,6 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
     if kernel_compiler.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
         spec = kernel_compiler.spec_paged_prefill_wgmma(dtype, head_size)
         rows = kernel_compiler.PREFILL_WGMMA_ROWS
-        tile_heads = min(group, rows)
         blocks = 1
     elif dtype != "fp32" and kernel_compiler.has_mma(arch):
         spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
