@@ -57,6 +57,8 @@ class LLMEngine:
             model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
         )
         if self.device.type == "cpu":
+            # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
+            torch.zeros(1).exp_()
             pack_linears(loaded)
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
