@@ -88,13 +88,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _compile_ahead(device: torch.device) -> None:
     """Every kernel in parallel processes, which takes seconds; one after the other it would be minutes."""
     from cupaged import compile as kernel_compiler
+    from cupaged import specs as kernel_specs
     from cupaged.precompile import compile_all
 
     start = time.perf_counter()
     arch = kernel_compiler.arch_for_capability(
         *torch.cuda.get_device_capability(device), kernel_compiler.nvrtc_archs()
     )
-    work = [(spec, arch) for spec in kernel_compiler.variants(arch)]
+    work = [(spec, arch) for spec in kernel_specs.variants(arch)]
     try:
         count = len(list(compile_all(work, kernel_compiler.cache_dir())))
     except RuntimeError as error:  # whatever needs that kernel will say so in its place

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .compile import SHARED_MEMORY, KernelSpec, ResourceUsage
+from .compile import ResourceUsage
+from .specs import SHARED_MEMORY, KernelSpec
 
 WARP = 32
 REGISTERS = 64 * 1024  # of a multiprocessor, on every architecture from Volta on

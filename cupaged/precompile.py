@@ -11,17 +11,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from .compile import (
-    ARCHS,
-    SHARED_MEMORY,
-    STATIC_SHARED_MEMORY,
-    KernelSpec,
-    ResourceUsage,
-    cache_dir,
-    cubin,
-    variants,
-)
+from .compile import ResourceUsage, cache_dir, cubin
 from .occupancy import occupancy
+from .specs import ARCHS, SHARED_MEMORY, STATIC_SHARED_MEMORY, KernelSpec, variants
 
 
 @dataclass(frozen=True)

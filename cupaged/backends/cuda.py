@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import compile as kernel_compiler
-from ..compile import KernelSpec
+from .. import specs as kernel_specs
+from ..specs import KernelSpec
 from .kernels import Kernels
 from .plans import KernelCall, Number
 
@@ -75,7 +76,7 @@ class CupyLauncher:
                 self._cuda.runtime.setDevice(index)
                 module = driver.moduleLoad(str(kernel_compiler.cubin(spec, arch).path))
                 function = driver.moduleGetFunction(module, spec.entry)
-                if spec.dynamic_shared_memory > kernel_compiler.STATIC_SHARED_MEMORY:
+                if spec.dynamic_shared_memory > kernel_specs.STATIC_SHARED_MEMORY:
                     attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     driver.funcSetAttribute(function, attribute, spec.dynamic_shared_memory)
                 self._functions[spec, index] = function

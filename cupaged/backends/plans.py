@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from .. import compile as kernel_compiler
-from ..compile import KernelSpec
+from .. import specs as kernel_specs
 from ..params import AttentionParams
+from ..specs import KernelSpec
 
 Number = np.int32 | np.int64 | np.float32  # carries its width
 
@@ -84,7 +84,7 @@ def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Te
     _require_aligned_cache(kv_cache)
     num_tokens, num_kv_heads, head_size = key.shape
     return KernelCall(
-        kernel_compiler.spec_reshape_and_cache(DTYPE_NAMES[key.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]),
+        kernel_specs.reshape_and_cache(DTYPE_NAMES[key.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]),
         (num_tokens, 1),
         (
             np.int64(key.stride(0)),
@@ -103,7 +103,7 @@ def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Te
 def copy_blocks(src: torch.Tensor, dst: torch.Tensor, num_pairs: int) -> KernelCall:
     unit_bytes = copy_unit(src, dst)
     units = _block_bytes(src) // unit_bytes
-    spec = kernel_compiler.spec_copy_blocks(unit_bytes)
+    spec = kernel_specs.copy_blocks(unit_bytes)
     # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
     return KernelCall(
         spec,
@@ -203,7 +203,7 @@ def decode(
         return DecodePlan(call, kernel.can_share, not invariant)
     slots = num_seqs if singles else num_tokens
     merge = KernelCall(
-        kernel_compiler.spec_merge_splits(dtype),
+        kernel_specs.merge_splits(dtype),
         (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
         (
             np.int64(out.stride(0)),
@@ -228,10 +228,10 @@ def decode(
     wide = None
     if most_wide:
         wide_items = most_wide * num_kv_heads * max_splits
-        spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
         wide = replace(call, spec=spec, grid=(min(wide_items, DECODE_WIDE_BLOCKS_PER_SM * sm_count), 1))
     search = KernelCall(
-        kernel_compiler.spec_find_shared_pieces(),
+        kernel_specs.find_shared_pieces(),
         (max_splits, 1),
         (
             np.int64(block_tables.stride(0)),
@@ -241,7 +241,7 @@ def decode(
             np.int32(SPLIT_TOKENS),
             np.int32(max_splits),
             np.int32(group),
-            np.int32(kernel_compiler.decode_mma_rows(head_size, arch, wide=True) if wide else 0),
+            np.int32(kernel_specs.decode_mma_rows(head_size, arch, wide=True) if wide else 0),
             np.int32(capacity),
         ),
     )
@@ -268,7 +268,7 @@ def prefill(
     )
     tile_heads = kernel.tile_heads
     schedule = KernelCall(
-        kernel_compiler.spec_plan_prefill(),
+        kernel_specs.plan_prefill(),
         (1, 1),
         (np.int32(num_tokens), np.int32(num_seqs), np.int32(kernel.tile_tokens)),
     )
@@ -304,7 +304,7 @@ def prefill(
 def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
     num_states, num_tokens, num_heads, head_size = outs.shape
     return KernelCall(
-        kernel_compiler.spec_merge_states(DTYPE_NAMES[outs.dtype]),
+        kernel_specs.merge_states(DTYPE_NAMES[outs.dtype]),
         (_ceil_div(out.numel() // 8, THREADS), 1),
         (
             np.int64(num_tokens * num_heads),
@@ -333,13 +333,13 @@ def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch
     of 16 keys of 128 elements takes 32 products of 8 cycles on one of four tensor cores, and 550 cycles to
     arrive at a multiprocessor's share of an H100's memory.
     """
-    if dtype != "fp32" and kernel_compiler.has_mma(arch):
-        spec = kernel_compiler.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch)
+    if dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch)
         heads = min(group, DECODE_TILE_ROWS)
         return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), True)
-    tiles = kernel_compiler.head_tiles(cache_dtype)
+    tiles = kernel_specs.head_tiles(cache_dtype)
     tile = next((tile for tile in tiles if tile >= group), tiles[-1])
-    spec = kernel_compiler.spec_paged_decode(dtype, cache_dtype, head_size, tile)
+    spec = kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile)
     return DecodeKernel(spec, 1, _ceil_div(group, tile), False)
 
 
@@ -357,16 +357,16 @@ class PrefillKernel:
 def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
     """The choice between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
     need not unpack 8."""
-    if kernel_compiler.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
-        spec = kernel_compiler.spec_paged_prefill_wgmma(dtype, head_size)
-        rows = kernel_compiler.PREFILL_WGMMA_ROWS
+    if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
+        spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
+        rows = kernel_specs.PREFILL_WGMMA_ROWS
         blocks = 1
-    elif dtype != "fp32" and kernel_compiler.has_mma(arch):
-        spec = kernel_compiler.spec_paged_prefill_mma(dtype, cache_dtype, head_size, arch)
-        rows = kernel_compiler.prefill_mma_rows(head_size)
+    elif dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_prefill_mma(dtype, cache_dtype, head_size, arch)
+        rows = kernel_specs.prefill_mma_rows(head_size)
         blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 64 else PREFILL_MMA_SMALL_BLOCKS_PER_SM
     else:
-        spec = kernel_compiler.spec_paged_prefill(dtype, cache_dtype, head_size)
+        spec = kernel_specs.paged_prefill(dtype, cache_dtype, head_size)
         rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
         blocks = PREFILL_BLOCKS_PER_SM
     tile_heads = min(group, rows)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cupaged.compile import KernelSpec, cache_dir, cuda_dir, include_closure, toolkit_include_dir
+from cupaged.compile import cache_dir, cuda_dir, include_closure, toolkit_include_dir
+from cupaged.specs import KernelSpec
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"

@@ -18,7 +18,7 @@ import torch
 
 from cupaged.backends.kernels import Kernels, Launch
 from cupaged.backends.plans import KernelCall, Number
-from cupaged.compile import STATIC_SHARED_MEMORY, KernelSpec
+from cupaged.specs import STATIC_SHARED_MEMORY, KernelSpec
 
 from .build import Module, load, runtime
 from .guarded import GuardedMemory

@@ -27,7 +27,7 @@ import cupaged
 from cupaged import backends
 from cupaged.backends import cuda, reference
 from cupaged.backends.kernels import Kernels
-from cupaged.compile import spec_paged_decode_mma
+from cupaged.specs import paged_decode_mma
 
 from .build import load, runtime
 
@@ -246,7 +246,7 @@ def kernels_run_on_what_arrives() -> None:
 
 
 def large_shared_memory_is_asked_for() -> None:
-    spec = spec_paged_decode_mma("bf16", "bf16", 128, "90a")
+    spec = paged_decode_mma("bf16", "bf16", 128, "90a")
     function = cuda.CupyLauncher()._load(spec, INDEX)
     granted = DRIVER.cupaged_dynamic_shared_memory(ctypes.c_void_p(function))
     assert granted == spec.dynamic_shared_memory > 48 * 1024

@@ -9,9 +9,10 @@ import pytest
 
 from cupaged import compile as kc
 from cupaged import precompile
+from cupaged import specs as kernel_specs
 from cupaged.backends import plans
-from cupaged.compile import KernelSpec
 from cupaged.occupancy import occupancy
+from cupaged.specs import KernelSpec
 
 # 128 values alive at once in threads that can have 64 registers.
 SPILLS = """
@@ -53,7 +54,7 @@ extern "C" __global__ void planted(int* data) {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
-    work = [(spec, arch) for arch in kc.ARCHS for spec in kc.variants(arch)]
+    work = [(spec, arch) for arch in kernel_specs.ARCHS for spec in kernel_specs.variants(arch)]
     rows = list(precompile.compile_all(work, kc.cache_dir()))
     print(precompile.HEADER)
     for row in rows:
@@ -64,8 +65,8 @@ def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
     assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
     # Prefill launches a block for all that a multiprocessor has room for.
     fit = {(row.spec, row.arch): occupancy(row.spec, row.usage, row.arch).blocks for row in rows}
-    for dtype, head_size, arch in product(kc.DTYPES, kc.HEAD_SIZES, kc.ARCHS):
-        for cache_dtype in (dtype, *(kc.CACHE_DTYPES if dtype == "bf16" else ())):
+    for dtype, head_size, arch in product(kernel_specs.DTYPES, kernel_specs.HEAD_SIZES, kernel_specs.ARCHS):
+        for cache_dtype in (dtype, *(kernel_specs.CACHE_DTYPES if dtype == "bf16" else ())):
             kernel = plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
             assert fit.get((kernel.spec, arch), 0) <= kernel.blocks_per_sm, (kernel, arch)
 
@@ -85,14 +86,14 @@ def _print_summary(rows: list[precompile.Row]) -> None:
 
 
 def test_the_variants_are_what_the_readme_promises():
-    for arch in kc.ARCHS:
-        names = {str(spec) for spec in kc.variants(arch)}
+    for arch in kernel_specs.ARCHS:
+        names = {str(spec) for spec in kernel_specs.variants(arch)}
         for dtype in ("fp32", "fp16", "bf16"):
             for head_size in (32, 64, 80, 96, 112, 120, 128, 192, 256):
                 of = f"dtype={dtype}, head_size={head_size}"
                 if dtype == "fp32" or arch == "75":
                     assert f"paged_prefill[{of}]" in names
-                    for tile in kc.HEAD_TILES:
+                    for tile in kernel_specs.HEAD_TILES:
                         assert f"paged_decode[{of}, head_tile={tile}]" in names
                 else:
                     assert {f"paged_decode_mma[{of}, stages={n}]" for n in (2, 3)} & names
@@ -109,7 +110,7 @@ def test_the_variants_are_what_the_readme_promises():
                     for kernel in ("paged_prefill", "paged_decode"):
                         full = kernel if arch == "75" else f"{kernel}_mma"
                         assert any(name.startswith(f"{full}[{sizes}") for name in names)
-    sources = {spec.source for arch in kc.ARCHS for spec in kc.variants(arch)}
+    sources = {spec.source for arch in kernel_specs.ARCHS for spec in kernel_specs.variants(arch)}
     assert sources == {p.name for p in kc.cuda_dir().glob("*.cu")}
 
 

@@ -11,6 +11,7 @@ import torch
 
 from cupaged import compile as kc
 from cupaged import occupancy
+from cupaged import specs as kernel_specs
 from cupaged.backends.kernels import Kernels
 from cupaged.params import AttentionParams
 
@@ -61,11 +62,11 @@ def test_nvidias_calculator_agrees(tmp_path, seed):
     drawn = []
     for arch, (warps, _) in occupancy.MOST.items():
         reserved = 1024 if int(arch) >= 80 else 0
-        per_sm = kc.SHARED_MEMORY[arch] + reserved
+        per_sm = kernel_specs.SHARED_MEMORY[arch] + reserved
         for _ in range(300):
             threads = 32 * rng.randint(1, 32)
             registers = rng.randint(1, min(255, 65536 // threads // 8 * 8))
-            shared = rng.choice([0, rng.randrange(kc.SHARED_MEMORY[arch] + 1), rng.randrange(8192)])
+            shared = rng.choice([0, rng.randrange(kernel_specs.SHARED_MEMORY[arch] + 1), rng.randrange(8192)])
             drawn.append((arch, warps, threads, registers, shared, per_sm, reserved))
     lines = [
         f"{arch[:-1]} {arch[-1]} {warps} {threads} {registers} {shared} {per_sm} {reserved}"
@@ -104,7 +105,7 @@ class Recorder:
     """A launcher that keeps which kernels it was asked for."""
 
     def __init__(self) -> None:
-        self.specs: set[kc.KernelSpec] = set()
+        self.specs: set[kernel_specs.KernelSpec] = set()
 
     def arch(self, device):
         return "90a"
@@ -147,5 +148,5 @@ def test_what_is_launched_is_compiled_ahead_of_time():
             kernels.reshape_and_cache(key, key, cache, slots, None, None, (dtype, cache_dtype, group))
             kernels.copy_blocks(cache, torch.zeros(1, 2).long())
             kernels.merge_attention_states(query[None], torch.zeros(1, 2, 2 * group), query, torch.zeros(2))
-    assert recorder.specs <= set(kc.variants("90a"))
-    assert {spec.entry for spec in recorder.specs} == {spec.entry for spec in kc.variants("90a")}
+    assert recorder.specs <= set(kernel_specs.variants("90a"))
+    assert {spec.entry for spec in recorder.specs} == {spec.entry for spec in kernel_specs.variants("90a")}

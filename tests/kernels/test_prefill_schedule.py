@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from cupaged import compile as kc
+from cupaged import specs as kernel_specs
 from cupaged.backends import plans
-from cupaged.compile import KernelSpec
 from cupaged.params import AttentionParams
+from cupaged.specs import KernelSpec
 
 KERNELS = Path(__file__).parent.parent / "cuda_host" / "kernels"
 Tile = tuple[int, ...]  # the fields of a PrefillTile
@@ -87,7 +87,7 @@ class Schedule:
         lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
         starts = torch.tensor(batch.starts, dtype=torch.int32)
         sizes = np.int32(batch.num_tokens), np.int32(len(batch.seq_lens)), np.int32(batch.tile_tokens)
-        spec = kc.spec_plan_prefill()
+        spec = kernel_specs.plan_prefill()
         self._plan(spec, (1, 1, 1), (spec.threads, 1, 1), 0, (lengths, starts, self._workspace, *sizes))
         share = len(list(batch.tiles())) // blocks + 2
         found = torch.zeros(share * blocks, 8, dtype=torch.int32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cupaged import compile as kc
-from cupaged.compile import KernelSpec
+from cupaged import specs as kernel_specs
+from cupaged.specs import KernelSpec
 
 from .sass import complaints, opcodes
 
@@ -16,21 +17,21 @@ MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 
 # (kernel, what its code must have).
 TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
-    (kc.spec_reshape_and_cache("bf16", "bf16"), WIDE),
-    (kc.spec_reshape_and_cache("fp32", "fp32"), WIDE),
-    (kc.spec_reshape_and_cache("bf16", "fp8_e4m3"), WIDE),
-    (kc.spec_copy_blocks(16), WIDE),
-    (kc.spec_copy_blocks(1), ()),
-    (kc.spec_find_shared_pieces(), ()),
-    (kc.spec_plan_prefill(), ()),
-    (kc.spec_merge_splits("bf16"), WIDE),
-    (kc.spec_merge_states("fp16"), WIDE),
-    (kc.spec_paged_decode("bf16", "bf16", 128, 1), WIDE),
-    (kc.spec_paged_decode("bf16", "bf16", 128, 8), WIDE),
-    (kc.spec_paged_decode("fp16", "fp16", 64, 4), WIDE),
-    (kc.spec_paged_decode("fp32", "fp32", 256, 2), WIDE),
-    (kc.spec_paged_prefill("fp32", "fp32", 128), WIDE),
-    (kc.spec_paged_prefill("fp16", "fp16", 80), WIDE),
+    (kernel_specs.reshape_and_cache("bf16", "bf16"), WIDE),
+    (kernel_specs.reshape_and_cache("fp32", "fp32"), WIDE),
+    (kernel_specs.reshape_and_cache("bf16", "fp8_e4m3"), WIDE),
+    (kernel_specs.copy_blocks(16), WIDE),
+    (kernel_specs.copy_blocks(1), ()),
+    (kernel_specs.find_shared_pieces(), ()),
+    (kernel_specs.plan_prefill(), ()),
+    (kernel_specs.merge_splits("bf16"), WIDE),
+    (kernel_specs.merge_states("fp16"), WIDE),
+    (kernel_specs.paged_decode("bf16", "bf16", 128, 1), WIDE),
+    (kernel_specs.paged_decode("bf16", "bf16", 128, 8), WIDE),
+    (kernel_specs.paged_decode("fp16", "fp16", 64, 4), WIDE),
+    (kernel_specs.paged_decode("fp32", "fp32", 256, 2), WIDE),
+    (kernel_specs.paged_prefill("fp32", "fp32", 128), WIDE),
+    (kernel_specs.paged_prefill("fp16", "fp16", 80), WIDE),
 )
 
 
@@ -41,7 +42,7 @@ def test_machine_code(spec, needs, arch):
 
 
 def wide_decode(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
-    return kc.spec_paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+    return kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
 
 
 @pytest.mark.parametrize("arch", ["80", "86", "90a", "120"])
@@ -49,7 +50,7 @@ def wide_decode(dtype: str, cache_dtype: str, head_size: int, arch: str) -> Kern
     ("dtype", "cache_dtype", "head_size"),
     [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
 )
-@pytest.mark.parametrize("make", [kc.spec_paged_decode_mma, wide_decode, kc.spec_paged_prefill_mma])
+@pytest.mark.parametrize("make", [kernel_specs.paged_decode_mma, wide_decode, kernel_specs.paged_prefill_mma])
 def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size, arch):
     spec = make(dtype, cache_dtype, head_size, arch)
     assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
@@ -57,7 +58,7 @@ def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size
 
 @pytest.mark.parametrize(("dtype", "head_size"), [("bf16", 128), ("fp16", 64), ("bf16", 256)])
 def test_machine_code_of_hoppers_kernel(dtype, head_size):
-    code = opcodes(kc.cubin(kc.spec_paged_prefill_wgmma(dtype, head_size), "90a").path)
+    code = opcodes(kc.cubin(kernel_specs.paged_prefill_wgmma(dtype, head_size), "90a").path)
     assert complaints(code, WARPGROUP) == []
     assert {"USETMAXREG.DEALLOC.CTAPOOL", "USETMAXREG.TRY_ALLOC.CTAPOOL"} <= set(code)
     assert "HMMA" not in {opcode.partition(".")[0] for opcode in code}

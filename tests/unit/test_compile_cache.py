@@ -12,9 +12,10 @@ import pytest
 
 from cupaged import compile as kc
 from cupaged import precompile
+from cupaged import specs as kernel_specs
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = kc.spec_copy_blocks(16)
+SPEC = kernel_specs.copy_blocks(16)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_arch_macros_and_every_reachable_text_are_part_of_the_digest(sources):
     base = kc.digest(SPEC, "80")
     assert base == kc.digest(SPEC, "80")
     assert kc.digest(SPEC, "86") != base
-    assert kc.digest(kc.spec_copy_blocks(1), "80") != base
+    assert kc.digest(kernel_specs.copy_blocks(1), "80") != base
     for name in ("copy_blocks.cu", "common.cuh"):
         with (sources / name).open("a") as file:
             file.write("// changed\n")
@@ -118,7 +119,7 @@ def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, 
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(kc, "compile_cubin", None)  # nothing is compiled again
     for unit_bytes in (16, 1):
-        assert kc.cubin(kc.spec_copy_blocks(unit_bytes), "90a").hit
+        assert kc.cubin(kernel_specs.copy_blocks(unit_bytes), "90a").hit
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "61"], ["--only", "nothing"]])

@@ -1,0 +1,212 @@
+"""Which kernels there are: the variants of a source in `cuda/`, what each is compiled and launched with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = ("fp32", "fp16", "bf16")
+CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
+HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
+# The most common of them: what quantised caches and wide tiles of decode are compiled for ahead of time.
+COMMON_HEAD_SIZES = (64, 128, 256)
+HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
+ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+
+# Bytes of shared memory that one block can have. Above 48 KiB it has to be dynamic.
+STATIC_SHARED_MEMORY = 48 * 1024
+SHARED_MEMORY = {
+    "70": 96 * 1024,
+    "75": 64 * 1024,
+    "80": 163 * 1024,
+    "86": 99 * 1024,
+    "87": 163 * 1024,
+    "89": 99 * 1024,
+    "90": 227 * 1024,
+    "100": 227 * 1024,
+    "103": 227 * 1024,
+    "110": 227 * 1024,
+    "120": 99 * 1024,
+    "121": 99 * 1024,
+}
+
+
+# Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
+DECODE_MMA_STATIC = 4 * 1024
+PREFILL_TILE = 32  # bytes of a PrefillTile (prefill_tiles.cuh)
+# paged_prefill_wgmma: rows of the query, and its shared memory besides tiles: items, barriers.
+PREFILL_WGMMA_ROWS = 128
+PREFILL_WGMMA_STATIC = 256
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel to compile: a source in `cuda/`, its ``extern "C"`` entry point and its macros.
+
+    Also what it is launched with: the threads of a block, and its bytes of dynamic shared memory.
+    """
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, str], ...] = ()
+    threads: int = 128
+    dynamic_shared_memory: int = 0
+
+    def __str__(self) -> str:
+        values = (f"{name.removeprefix('CUPAGED_').lower()}={value}" for name, value in self.defines)
+        return f"{self.entry}[{', '.join(values)}]".lower().replace("cupaged_", "")
+
+
+def reshape_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
+    return KernelSpec("reshape_and_cache.cu", "reshape_and_cache", _defines(dtype, cache_dtype))
+
+
+def copy_blocks(unit_bytes: int) -> KernelSpec:
+    defines = (("CUPAGED_UNIT_BYTES", str(unit_bytes)),)
+    return KernelSpec("copy_blocks.cu", "copy_blocks", defines, threads=256)
+
+
+def paged_decode(dtype: str, cache_dtype: str, head_size: int, head_tile: int) -> KernelSpec:
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, HEAD_TILE=head_tile)
+    return KernelSpec("paged_decode.cu", "paged_decode", defines)
+
+
+def has_mma(arch: str) -> bool:
+    """Whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
+    return int(arch.rstrip("af")) >= 80
+
+
+def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
+    """Query rows of a tile of paged_decode_mma: 16, or with `wide` as many as it has for shared pieces."""
+    # Rows of 512 bytes leave a block of 99 KiB no room for more.
+    return (32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else 64) if wide else 16
+
+
+def paged_decode_mma(
+    dtype: str, cache_dtype: str, head_size: int, arch: str, wide: bool = False
+) -> KernelSpec:
+    """With three stages of keys and values where they fit, else two."""
+    rows = decode_mma_rows(head_size, arch, wide)
+    phases, group_rows = (4, 32 if wide else 16) if head_size <= 128 else (2, 16)
+    query_row, cache_row = _mma_rows(cache_dtype, head_size)
+    for stages in (3, 2):
+        shared_bytes = rows * query_row + phases * stages * 2 * 16 * cache_row
+        if shared_bytes + DECODE_MMA_STATIC <= _shared_memory(arch):
+            break
+    shared_bytes = max(shared_bytes, rows * query_row + 4 * phases * group_rows * head_size)
+    row_groups = rows // group_rows
+    sizes = {"HEAD_SIZE": head_size, "STAGES": stages} | ({"ROW_GROUPS": row_groups} if wide else {})
+    return KernelSpec(
+        "paged_decode_mma.cu",
+        "paged_decode_mma",
+        _defines(dtype, cache_dtype, **sizes),
+        32 * phases * row_groups,
+        shared_bytes,
+    )
+
+
+def _shared_memory(arch: str) -> int:
+    return SHARED_MEMORY[arch.rstrip("af")]
+
+
+def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
+    """Bytes of a row of the query and of the cache in the shared memory of mma_attention.cuh."""
+    chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes
+    elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
+    return 16 * (elements // 8 + 1), 16 * (chunks + 1)
+
+
+def find_shared_pieces() -> KernelSpec:
+    return KernelSpec("find_shared_pieces.cu", "find_shared_pieces", ())
+
+
+def plan_prefill() -> KernelSpec:
+    return KernelSpec("plan_prefill.cu", "plan_prefill", threads=256)
+
+
+def paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size)
+    return KernelSpec("paged_prefill.cu", "paged_prefill", defines)
+
+
+def prefill_mma_rows(head_size: int) -> int:
+    """Query rows of a block of paged_prefill_mma."""
+    return 128 if head_size <= 128 else 64
+
+
+def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
+    """With as many keys and stages of them as fit."""
+    query_row, cache_row = _mma_rows(cache_dtype, head_size)
+    # The logits of 32 keys fit into registers everywhere but on sm_120, where ptxas spills.
+    most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
+    for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
+        tile_bytes = keys * (2 * cache_row + 4)
+        shared_bytes = PREFILL_TILE + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
+        if shared_bytes <= _shared_memory(arch):
+            break
+    defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
+    return KernelSpec("paged_prefill_mma.cu", "paged_prefill_mma", defines, 128, shared_bytes)
+
+
+def has_wgmma(arch: str) -> bool:
+    """Whether it is Hopper, whose warpgroups multiply out of shared memory; no other generation does."""
+    return arch == "90a"
+
+
+def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
+    """With as many keys of a tile as leave registers for the output, and then as many stages as fit."""
+    keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
+    stages = 3 if head_size <= 128 else 2
+    row_bytes = 128 * -(-head_size // 64)
+    shared_bytes = (PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_STATIC
+    defines = _defines(dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
+    return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
+
+
+def head_tiles(cache_dtype: str) -> tuple[int, ...]:
+    """Query heads that one block of paged_decode can handle. With 8-bit codes a lane holds twice the
+    elements of a row, and 8 heads of them do not fit in registers."""
+    return HEAD_TILES[:-1] if cache_dtype in CACHE_DTYPES else HEAD_TILES
+
+
+def merge_splits(dtype: str) -> KernelSpec:
+    return KernelSpec("merge_splits.cu", "merge_splits", _defines(dtype))
+
+
+def merge_states(dtype: str) -> KernelSpec:
+    return KernelSpec("merge_states.cu", "merge_states", _defines(dtype))
+
+
+def variants(arch: str) -> tuple[KernelSpec, ...]:
+    """Every kernel that an architecture uses for the head sizes that models have; for the most common of them
+    also over quantised caches, under bfloat16 queries, and with wide tiles.
+
+    The others are compiled when they are met.
+    """
+    specs = [*(copy_blocks(unit_bytes) for unit_bytes in (16, 1)), plan_prefill()]
+    if has_mma(arch):
+        specs.append(find_shared_pieces())
+    for dtype in DTYPES:
+        specs += [merge_splits(dtype), merge_states(dtype)]
+        specs += [reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
+        tensor_cores = dtype != "fp32" and has_mma(arch)
+        for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
+            for head_size in HEAD_SIZES if cache_dtype == dtype else COMMON_HEAD_SIZES:
+                if tensor_cores:
+                    for wide in (False, True) if head_size in COMMON_HEAD_SIZES else (False,):
+                        specs.append(paged_decode_mma(dtype, cache_dtype, head_size, arch, wide))
+                    if has_wgmma(arch) and cache_dtype == dtype:
+                        specs.append(paged_prefill_wgmma(dtype, head_size))
+                    else:
+                        specs.append(paged_prefill_mma(dtype, cache_dtype, head_size, arch))
+                else:
+                    tiles = head_tiles(cache_dtype)
+                    specs += [paged_decode(dtype, cache_dtype, head_size, tile) for tile in tiles]
+                    specs.append(paged_prefill(dtype, cache_dtype, head_size))
+    return tuple(specs)
+
+
+def _defines(dtype: str, cache_dtype: str = "", **values: int) -> tuple[tuple[str, str], ...]:
+    named = [(f"CUPAGED_{name}", str(value)) for name, value in values.items()]
+    if cache_dtype in CACHE_DTYPES:
+        named.insert(0, ("CUPAGED_CACHE_DTYPE", f"CUPAGED_{cache_dtype.upper()}"))
+    return (("CUPAGED_DTYPE", f"CUPAGED_{dtype.upper()}"), *named)
