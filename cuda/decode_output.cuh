@@ -8,11 +8,15 @@
 
 namespace cupaged {
 
+// Floats from one piece's record in the workspace to the next: its output, and after it its lse.
+__host__ __device__ constexpr int record_stride(int head_size) {
+    return head_size + 4;  // outputs begin at 16 bytes
+}
+
 struct DecodeOutput {
     scalar_t* out;                    // [T, H, D]
     float* lse;                       // [T, H] or null
-    float* partial_out;               // [T or S, H, max_splits, D]
-    float* partial_lse;               // [T or S, H, max_splits], base 2
+    float* records;                   // [T or S, H, max_splits, D + 4]; lse in base 2
     const float* sinks;               // [H] or null
     int64 token_stride, head_stride;  // of out
     int num_heads, head_size, max_splits;
@@ -59,12 +63,12 @@ __device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 to
         return;
     }
     const int64 place = (slot * output.num_heads + head) * output.max_splits + piece;
-    float4* const target =
-        reinterpret_cast<float4*>(output.partial_out + place * output.head_size + element);
+    float* const record = output.records + place * record_stride(output.head_size);
+    float4* const target = reinterpret_cast<float4*>(record + element);
 #pragma unroll
     for (int i = 0; i < kVec; i += 4)
         target[i / 4] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-    if (element == 0) output.partial_lse[place] = softmax_lse_log2(state);
+    if (element == 0) record[output.head_size] = softmax_lse_log2(state);
 }
 
 }  // namespace cupaged

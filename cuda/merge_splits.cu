@@ -1,9 +1,9 @@
 // The second half of decode: merge the pieces that a sequence was divided into.
 //
-//   partial_out      float32 [N, H, max_splits, D]    out  [T, H, D]
-//   partial_lse      float32 [N, H, max_splits]       lse  float32 [T, H] or null, natural
-//   seq_lens         int32 [S]                             logarithms
-//   query_start_loc  int32 [S + 1] or null: one query token a sequence
+//   records          float32 [N, H, max_splits, D + 4]: the output of a piece and its lse (base 2)
+//   seq_lens         int32 [S]                       out  [T, H, D]
+//   query_start_loc  int32 [S + 1] or null: one      lse  float32 [T, H] or null, natural
+//                    query token a sequence               logarithms
 //   split_size       int32 [1] or null: the size of pieces where the decode kernel chose it
 //   sinks            float32 [H] or null
 //
@@ -13,17 +13,18 @@
 //
 // Macro CUPAGED_DTYPE. D is a multiple of 8.
 #include "common.cuh"
+#include "decode_output.cuh"
 #include "merge.cuh"
 #include "work.cuh"
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-    merge_splits(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
-                 const int* __restrict__ seq_lens, const int* __restrict__ query_start_loc,
-                 const int* __restrict__ split_size, const float* __restrict__ sinks,
-                 scalar_t* __restrict__ out, float* __restrict__ lse,
-                 cupaged::int64 out_token_stride, cupaged::int64 out_head_stride, int num_tokens,
-                 int num_seqs, int num_heads, int head_size, int window, int split_tokens,
-                 int max_splits, int singles, int aligned) {
+    merge_splits(const float* __restrict__ records, const int* __restrict__ seq_lens,
+                 const int* __restrict__ query_start_loc, const int* __restrict__ split_size,
+                 const float* __restrict__ sinks, scalar_t* __restrict__ out,
+                 float* __restrict__ lse, cupaged::int64 out_token_stride,
+                 cupaged::int64 out_head_stride, int num_tokens, int num_seqs, int num_heads,
+                 int head_size, int window, int split_tokens, int max_splits, int singles,
+                 int aligned) {
     using namespace cupaged;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int threads_per_row = head_size / kMergeElems;
@@ -42,12 +43,9 @@ extern "C" __global__ void __launch_bounds__(128, 4)
     const int count = plan_splits(batch, sequence).count;
     if (count <= 1) return;
 
-    const StateRow<float> states{partial_out + row * max_splits * head_size,
-                                 partial_lse + row * max_splits,
-                                 head_size,
-                                 1,
-                                 count,
-                                 1.0f};
+    const int stride = record_stride(head_size);
+    const float* const first = records + row * max_splits * stride;
+    const StateRow<float> states{first, first + head_size, stride, stride, count, 1.0f};
     float result[kMergeElems];
     SoftmaxState merged = merge_row(states, element, true, result);
     float factor = 1.0f;

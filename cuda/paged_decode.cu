@@ -8,7 +8,7 @@
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With `singles` the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
-//   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
+//   records          workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
 //
 // A work item (work.cuh) is one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, one
@@ -199,8 +199,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                  const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
                  const float* __restrict__ sinks, const float* __restrict__ k_scale,
                  const float* __restrict__ v_scale, scalar_t* __restrict__ out,
-                 float* __restrict__ lse, float* __restrict__ partial_out,
-                 float* __restrict__ partial_lse, int* __restrict__ split_size,
+                 float* __restrict__ lse, float* __restrict__ records, int* __restrict__ split_size,
                  cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
                  cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
@@ -216,17 +215,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = num_heads / num_kv_heads;
     const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                           kHeadSize};
-    const DecodeOutput output{out,
-                              lse,
-                              partial_out,
-                              partial_lse,
-                              sinks,
-                              out_token_stride,
-                              out_head_stride,
-                              num_heads,
-                              kHeadSize,
-                              max_splits,
-                              out_aligned != 0};
+    const DecodeOutput output{
+        out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
+        num_heads, kHeadSize, max_splits, out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
                 window,   split_tokens,    max_splits, singles != 0};
     const RowTiles tiles{group, num_kv_heads, kHeadTile, 1};

@@ -7,7 +7,7 @@
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With `singles` the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
-//   partial_out, partial_lse  workspace of the pieces, see merge_splits.cu
+//   records          workspace of the pieces, see merge_splits.cu
 //   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
 //   tile_counts      int32 [max_splits], tile_lists uint32 [max_splits, list_capacity], from
 //                    find_shared_pieces.cu; null: every sequence reads for itself
@@ -176,15 +176,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                      const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
                      const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                      scalar_t* __restrict__ out, float* __restrict__ lse,
-                     float* __restrict__ partial_out, float* __restrict__ partial_lse,
-                     int* __restrict__ split_size, const int* __restrict__ tile_counts,
-                     const unsigned* __restrict__ tile_lists, cupaged::int64 query_token_stride,
-                     cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
-                     cupaged::int64 out_head_stride, cupaged::int64 block_stride,
-                     cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
-                     int num_kv_heads, int block_shift, int causal, int window, int split_tokens,
-                     int max_splits, int singles, int list_capacity, float query_scale,
-                     float soft_cap_log2, int query_aligned, int out_aligned) {
+                     float* __restrict__ records, int* __restrict__ split_size,
+                     const int* __restrict__ tile_counts, const unsigned* __restrict__ tile_lists,
+                     cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
+                     cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
+                     cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
+                     int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
+                     int window, int split_tokens, int max_splits, int singles, int list_capacity,
+                     float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -200,17 +199,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = num_heads / num_kv_heads;
     const int tile_heads = min(group, kTileRows);
     const RowTiles tiles{group, num_kv_heads, tile_heads, kTileRows / tile_heads};
-    const DecodeOutput output{out,
-                              lse,
-                              partial_out,
-                              partial_lse,
-                              sinks,
-                              out_token_stride,
-                              out_head_stride,
-                              num_heads,
-                              kHeadSize,
-                              max_splits,
-                              out_aligned != 0};
+    const DecodeOutput output{
+        out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
+        num_heads, kHeadSize, max_splits, out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
                 window,   split_tokens,    max_splits, singles != 0};
     balance_splits<kThreads>(batch, tiles, split_size, sums);

@@ -134,7 +134,7 @@ def paged_attention(
         scale, causal, sliding_window, logits_soft_cap, max_query_len, batch_invariant, shared_prefix
     )
     if out is None:
-        out = out_tensor = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        out = out_tensor = torch.empty_like(query, memory_format=torch.contiguous_format)
     else:
         out_tensor = as_tensor("out", out, written=True)
     lse = None

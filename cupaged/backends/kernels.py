@@ -156,13 +156,9 @@ class Kernels:
     def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
         query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
         plan, device, empty = prepared.plan, query.device, self._launcher.empty
-        partial_out = partial_lse = split_size = None
-        if plan.partial_rows is not None:
-            partial_out = empty((*plan.partial_rows, query.shape[2]), torch.float32, device)
-            partial_lse = empty(plan.partial_rows, torch.float32, device)
-        if plan.balances:
-            split_size = empty((1,), torch.int32, device)
-        workspace = [partial_out, partial_lse, split_size]
+        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+        split_size = empty((1,), torch.int32, device) if plan.balances else None
+        workspace = [records, split_size]
         if plan.can_share:
             counts = tiles = None
             if prepared.search is not None and plan.tile_lists is not None:
@@ -175,7 +171,7 @@ class Kernels:
             workspace += counts, tiles
         prepared.decode((*tensors, *workspace))
         if prepared.merge is not None:
-            prepared.merge((partial_out, partial_lse, seq_lens, query_start_loc, split_size, sinks, out, lse))
+            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
 
     def _prepare(
         self,

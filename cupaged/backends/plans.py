@@ -65,7 +65,7 @@ class DecodePlan:
     can_share: bool  # the kernel takes lists of tiles, or none
     balances: bool  # it divides sequences by the load, and writes how
     merge: KernelCall | None = None  # of the pieces that sequences are divided into
-    partial_rows: tuple[int, int, int] | None = None  # [T or S, H, pieces]: a partial output and lse each
+    records: tuple[int, int, int, int] | None = None  # [T or S, H, pieces, D + 4]: what it reads of them
     search: KernelCall | None = None  # for pieces that sequences share
     tile_lists: tuple[int, int, int] | None = None  # [lists, pieces, tiles] that it fills
     wide: KernelCall | None = None  # decode of the second list, if there is one
@@ -219,7 +219,8 @@ def decode(
             np.int32(_rows_aligned(out)),
         ),
     )
-    plan = DecodePlan(call, kernel.can_share, not invariant, merge, (slots, num_heads, max_splits))
+    records = (slots, num_heads, max_splits, head_size + 4)
+    plan = DecodePlan(call, kernel.can_share, not invariant, merge, records)
     if not share or not kernel.can_share:
         return plan
     # Tiles of rows in a row are never more than those of whole tokens or heads.
