@@ -46,7 +46,8 @@ def peers() -> tuple[Peer, ...]:
         applies = partial(_sdpa_applies, backend)
         found.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
     found.append(Peer("flex", flex, _flex_applies))
-    found.append(Peer("cupaged unshared", unshared, _unshared_applies))
+    found.append(Peer("cupaged unshared", partial(ours, shared_prefix=False), _unshared_applies))
+    found.append(Peer("cupaged by load", partial(ours, batch_invariant=False), _by_load_applies))
     found.append(Peer("cupaged mma.sync", mma_sync, _mma_sync_applies))
     if importlib.util.find_spec("flashinfer") is not None:
         for tensor_cores in (False, True):
@@ -183,9 +184,9 @@ def flashinfer_cascade(batch: Batch) -> list[PeerRun]:
     return [planned(s) for s in range(batch.num_sets)]
 
 
-def unshared(batch: Batch) -> list[PeerRun]:
-    """Our own kernel without looking for a shared prefix."""
-    return [partial(batch.paged, s, False) for s in range(batch.num_sets)]
+def ours(batch: Batch, **settings: bool) -> list[PeerRun]:
+    """Our own call with other settings."""
+    return [partial(batch.paged, s, **settings) for s in range(batch.num_sets)]
 
 
 def mma_sync(batch: Batch) -> list[PeerRun]:
@@ -209,6 +210,11 @@ def _mma_sync_applies(case: Case, device: torch.device) -> bool:
     if device.type != "cuda" or case.query_tokens <= MAX_DECODE_QUERY_LEN or case.cache_dtype:
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _by_load_applies(case: Case, device: torch.device) -> bool:
+    """Where there may be fewer sequences than a GPU needs."""
+    return device.type == "cuda" and case.num_seqs <= 4 and not case.shared_prefix
 
 
 def _unshared_applies(case: Case, device: torch.device) -> bool:

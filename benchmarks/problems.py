@@ -102,9 +102,10 @@ class Batch:
         for s in range(self.num_sets):
             self._fill(s)
 
-    def paged(self, s: int, shared_prefix: bool | None = None) -> torch.Tensor:
-        """The call that is measured, on set ``s``; [T, H, D]. By default it looks for a shared prefix where
-        there is one."""
+    def paged(self, s: int, **settings: bool) -> torch.Tensor:
+        """The call that is measured, on set ``s``; [T, H, D]. Unless ``settings`` say otherwise it
+        looks for a shared prefix where there is one."""
+        settings = {"shared_prefix": self.case.shared_prefix > 0} | settings
         return cupaged.paged_attention(
             self.query[s],
             self.kv_cache,
@@ -112,8 +113,8 @@ class Batch:
             self.seq_lens,
             self.query_start_loc,
             max_query_len=self.case.query_tokens,
-            shared_prefix=self.case.shared_prefix > 0 if shared_prefix is None else shared_prefix,
             out=self.out[s],
+            **settings,
             **self._scales,
         )
 

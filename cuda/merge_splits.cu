@@ -1,19 +1,20 @@
-// The second half of decode: merge the pieces that a sequence was divided into.
+// The second half of decode, and of a prefill in pieces: merge the pieces that a sequence was
+// divided into.
 //
 //   records          float32 [N, H, max_splits, D + 4]: the output of a piece and its lse (base 2)
 //   seq_lens         int32 [S]                       out  [T, H, D]
 //   query_start_loc  int32 [S + 1] or null: one      lse  float32 [T, H] or null, natural
 //                    query token a sequence               logarithms
-//   split_size       int32 [1] or null: the size of pieces where the decode kernel chose it
+//   split_size       int32 [1] or null: the size of pieces where it was chosen on the device
 //   sinks            float32 [H] or null
 //
 // One thread merges 8 elements of one row (token and head); grid (ceil(N * H * D / 8 / 128)). N is
-// T, or S with `singles`, where sequences have one query token or none of their rows is ours.
-// Sequences of one piece or none were finished by the decode kernel. No shared memory.
+// T, or S with kSingles, where sequences have one query token or none of their rows is ours.
+// Sequences of one piece or none are finished already. No shared memory.
 //
 // Macro CUPAGED_DTYPE. D is a multiple of 8.
 #include "common.cuh"
-#include "decode_output.cuh"
+#include "piece_output.cuh"
 #include "merge.cuh"
 #include "work.cuh"
 
@@ -23,20 +24,21 @@ extern "C" __global__ void __launch_bounds__(128, 4)
                  const float* __restrict__ sinks, scalar_t* __restrict__ out,
                  float* __restrict__ lse, cupaged::int64 out_token_stride,
                  cupaged::int64 out_head_stride, int num_tokens, int num_seqs, int num_heads,
-                 int head_size, int window, int split_tokens, int max_splits, int singles,
+                 int head_size, int window, int split_tokens, int max_splits, int subset,
                  int aligned) {
     using namespace cupaged;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int threads_per_row = head_size / kMergeElems;
     const int64 row = index / threads_per_row;
     const int element = static_cast<int>(index % threads_per_row) * kMergeElems;
+    const bool singles = subset == kSingles;
     if (row >= static_cast<int64>(singles ? num_seqs : num_tokens) * num_heads) return;
     const int slot = static_cast<int>(row / num_heads);
     const int head = static_cast<int>(row % num_heads);
     const Batch batch{seq_lens,   query_start_loc,
                       num_seqs,   num_tokens,
                       window,     split_size != nullptr ? *split_size : split_tokens,
-                      max_splits, singles != 0};
+                      max_splits, static_cast<Subset>(subset)};
     const Sequence sequence = sequence_of(batch, singles ? slot : sequence_of_token(batch, slot));
     if (!is_ours(batch, sequence.query_len)) return;
     const int token = singles ? sequence.first_token : slot;

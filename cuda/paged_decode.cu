@@ -5,7 +5,7 @@
 //   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
-//   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With `singles` the
+//   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   records          workspace of the pieces, see merge_splits.cu
@@ -30,7 +30,7 @@
 // quantised cache, at most 256), CUPAGED_HEAD_TILE (at most 4 with a quantised cache, where a lane
 // holds twice the elements).
 #include "common.cuh"
-#include "decode_output.cuh"
+#include "piece_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
 #include "quant.cuh"
@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
                  cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
                  int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
-                 int window, int split_tokens, int max_splits, int singles, float query_scale,
+                 int window, int split_tokens, int max_splits, int subset, float query_scale,
                  float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     __shared__ Shared shared;
@@ -215,11 +215,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = num_heads / num_kv_heads;
     const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                           kHeadSize};
-    const DecodeOutput output{
+    const PieceOutput output{
         out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
         num_heads, kHeadSize, max_splits, out_aligned != 0};
     Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
-                window,   split_tokens,    max_splits, singles != 0};
+                window,   split_tokens,    max_splits, static_cast<Subset>(subset)};
     const RowTiles tiles{group, num_kv_heads, kHeadTile, 1};
     balance_splits<kThreads>(batch, tiles, split_size, sums);
 
@@ -330,8 +330,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                     kHeadTile * kHeadSize, result);
 #pragma unroll
             for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
-            store_piece(output, token, batch.singles ? item.sequence : token, first_head + g,
-                        item.piece, plan.count, element, state, result);
+            store_piece(output, token, batch.subset == kSingles ? item.sequence : token,
+                        first_head + g, item.piece, plan.count, element, state, result);
         }
     });
 }

@@ -7,7 +7,8 @@
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
-//   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
+//   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
+//   records          for merge_splits.cu, of tiles in several pieces
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -30,6 +31,7 @@
 // Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, or of 16 with a
 // quantised cache, at most 256).
 #include "common.cuh"
+#include "piece_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx.cuh"
@@ -48,8 +50,13 @@ constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
 constexpr int kRowBytes = kChunks * 16;
 constexpr int kThreadRows = kRowBytes <= 256 ? 4 : kRowBytes <= 512 ? 2 : 1;
 constexpr int kThreadKeys = kThreadRows;
-// Where registers suffice for so many.
-constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? 4 : 1;
+// Where registers suffice for so many. Turing has shared memory for two of the larger ones.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 2;
+#else
+constexpr int kMostBlocks = 4;
+#endif
+constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? kMostBlocks : 1;
 constexpr int kTileRows = kThreadsY * kThreadRows;
 constexpr int kTileKeys = kThreadsX * kThreadKeys;
 constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
@@ -111,13 +118,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                   const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
                   const float* __restrict__ sinks, const float* __restrict__ k_scale,
                   const float* __restrict__ v_scale, scalar_t* __restrict__ out,
-                  float* __restrict__ lse, int* __restrict__ workspace,
+                  float* __restrict__ lse, int* __restrict__ workspace, float* __restrict__ records,
                   cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
                   cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
                   cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
                   int num_seqs, int num_heads, int num_kv_heads, int tile_heads, int block_shift,
-                  int causal, int window, float query_scale, float soft_cap_log2, int query_aligned,
-                  int out_aligned) {
+                  int causal, int window, int max_splits, float query_scale, float soft_cap_log2,
+                  int query_aligned, int out_aligned) {
     using namespace cupaged;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
@@ -128,15 +135,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{seq_lens,
-                             query_start_loc,
-                             num_seqs,
-                             num_tokens,
-                             kTileRows / tile_heads,
-                             num_heads,
-                             num_kv_heads,
-                             tile_heads,
-                             l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
+    const PrefillBatch batch{
+        {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
+        kTileRows / tile_heads,
+        num_heads,
+        num_kv_heads,
+        tile_heads,
+        l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
@@ -177,11 +182,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
         }
 
-        // The keys that some row of the tile sees.
-        const int last_position = tile.first_position + tile.num_tokens - 1;
-        const int key_end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
-        const int key_begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
-
+        const int key_end = tile.end(causal);
+        const int key_begin = tile.begin(window);
         const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
                                               kHeadSize};
         const int* const table = block_tables + tile.sequence * table_stride;
@@ -303,11 +305,37 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         }
 
 #pragma unroll
-        for (int i = 0; i < kThreadRows; ++i) {
-            const int row = ty + i * kThreadsY;
+        for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
             for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
                 state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
+        if (tile.num_pieces > 1) {
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i) {
+                const int row = ty + i * kThreadsY;
+                if (row < num_rows) {
+                    float* const record =
+                        record_of(records, tile.first_token + row / heads, num_heads,
+                                  tile.first_head + row % heads, max_splits, tile.piece, kHeadSize);
+                    const float factor = softmax_normaliser(state[i]) * value_factor;
+                    if (tx == 0) record[kHeadSize] = softmax_lse_log2(state[i]);
+#pragma unroll
+                    for (int k = 0; k < kThreadChunks; ++k) {
+                        const int chunk = tx + k * kThreadsX;
+#pragma unroll
+                        for (int e = 0; e < kVec; e += 4)
+                            if (chunk < kChunks)
+                                *reinterpret_cast<float4*>(record + chunk * kVec + e) = make_float4(
+                                    acc[i][k][e] * factor, acc[i][k][e + 1] * factor,
+                                    acc[i][k][e + 2] * factor, acc[i][k][e + 3] * factor);
+                    }
+                }
+            }
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < kThreadRows; ++i) {
+            const int row = ty + i * kThreadsY;
             if (row >= num_rows) continue;
             const int64 token = tile.first_token + row / heads;
             const int head = tile.first_head + row % heads;

@@ -7,7 +7,8 @@
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
-//   workspace        int32 [2 * S + 5], as plan_prefill.cu leaves it
+//   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
+//   records          for merge_splits.cu, of tiles in several pieces
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -32,6 +33,7 @@
 // multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_TILE_KEYS (a multiple of
 // 16), CUPAGED_STAGES.
 #include "common.cuh"
+#include "piece_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
@@ -50,7 +52,6 @@ constexpr int kTileKeys = CUPAGED_TILE_KEYS;
 constexpr int kAttendKeys = kHeadSize <= (kQuantised ? 96 : 128) ? kTileKeys : 16;
 constexpr int kStages = CUPAGED_STAGES;
 constexpr int kTile = kTileKeys * kRowChunks;  // chunks of a tile of keys or values
-constexpr int kCopyUnroll = 1;                 // registers are scarce
 
 struct Shared {
     PrefillTile tile;
@@ -105,25 +106,24 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                       const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
                       const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                       scalar_t* __restrict__ out, float* __restrict__ lse,
-                      int* __restrict__ workspace, cupaged::int64 query_token_stride,
-                      cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
-                      cupaged::int64 out_head_stride, cupaged::int64 block_stride,
-                      cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
-                      int num_kv_heads, int tile_heads, int block_shift, int causal, int window,
-                      float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
+                      int* __restrict__ workspace, float* __restrict__ records,
+                      cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
+                      cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
+                      cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
+                      int num_seqs, int num_heads, int num_kv_heads, int tile_heads,
+                      int block_shift, int causal, int window, int max_splits, float query_scale,
+                      float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{seq_lens,
-                             query_start_loc,
-                             num_seqs,
-                             num_tokens,
-                             kTileRows / tile_heads,
-                             num_heads,
-                             num_kv_heads,
-                             tile_heads,
-                             l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
+    const PrefillBatch batch{
+        {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
+        kTileRows / tile_heads,
+        num_heads,
+        num_kv_heads,
+        tile_heads,
+        l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared.tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
@@ -135,10 +135,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                   block_tables + tile.sequence * table_stride};
         keys.kv_head = tile.kv_head;
 
-        // The keys that some row of the tile sees.
-        const int last_position = tile.first_position + tile.num_tokens - 1;
-        keys.end = causal ? min(tile.seq_len, last_position + 1) : tile.seq_len;
-        const int begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
+        keys.end = tile.end(causal);
+        const int begin = tile.begin(window);
 
 #pragma unroll
         for (int stage = 0; stage < kStages; ++stage)
@@ -227,6 +225,21 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const int row = first_row + 16 * m + 8 * r + lane / 4;
                 SoftmaxState state = acc[m].state[r];
                 float factor = 1.0f;
+                if (tile.num_pieces > 1) {
+                    if (row >= num_rows) continue;
+                    float* const record =
+                        record_of(records, tile.first_token + row / heads, num_heads,
+                                  tile.first_head + row % heads, max_splits, tile.piece, kHeadSize);
+                    factor = softmax_normaliser(state) * value_factor;
+                    for_each_element(acc[m], r, [&](int element, const float* x, int count) {
+#pragma unroll
+                        for (int i = 0; i < count; i += 2)
+                            *reinterpret_cast<float2*>(record + element + i) =
+                                make_float2(x[i] * factor, x[i + 1] * factor);
+                    });
+                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    continue;
+                }
                 if (row < num_rows) {
                     const int head = tile.first_head + row % heads;
                     if (sinks != nullptr && !softmax_is_empty(state))
@@ -248,6 +261,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 });
             }
         }
+        if (tile.num_pieces > 1) continue;
         __syncwarp();
         for (int i = lane; i < kWarpRows * kQueryChunks; i += kWarpSize) {
             const int row = first_row + i / kQueryChunks;

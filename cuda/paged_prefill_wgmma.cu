@@ -35,6 +35,7 @@
 // CUPAGED_TILE_KEYS (a multiple of 16, see Wgmma), CUPAGED_STAGES.
 #include "common.cuh"
 #include "mma_attention.cuh"
+#include "piece_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx_sm90.cuh"
@@ -201,13 +202,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                         const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
                         const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                         scalar_t* __restrict__ out, float* __restrict__ lse,
-                        int* __restrict__ workspace, cupaged::int64 query_token_stride,
-                        cupaged::int64 query_head_stride, cupaged::int64 out_token_stride,
-                        cupaged::int64 out_head_stride, cupaged::int64 block_stride,
-                        cupaged::int64 table_stride, int num_tokens, int num_seqs, int num_heads,
-                        int num_kv_heads, int tile_heads, int block_shift, int causal, int window,
-                        float query_scale, float soft_cap_log2, int query_aligned,
-                        int out_aligned) {
+                        int* __restrict__ workspace, float* __restrict__ records,
+                        cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
+                        cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
+                        cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
+                        int num_seqs, int num_heads, int num_kv_heads, int tile_heads,
+                        int block_shift, int causal, int window, int max_splits, float query_scale,
+                        float soft_cap_log2, int query_aligned, int out_aligned) {
     using namespace cupaged;
     CUPAGED_DYNAMIC_SMEM(dynamic, 1024);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -230,15 +231,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
         const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-        const PrefillBatch batch{seq_lens,
-                                 query_start_loc,
-                                 num_seqs,
-                                 num_tokens,
-                                 kTileRows / tile_heads,
-                                 num_heads,
-                                 num_kv_heads,
-                                 tile_heads,
-                                 l2_tokens(kHeadSize * static_cast<int>(sizeof(scalar_t)))};
+        const PrefillBatch batch{
+            {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
+            kTileRows / tile_heads,
+            num_heads,
+            num_kv_heads,
+            tile_heads,
+            l2_tokens(kHeadSize * static_cast<int>(sizeof(scalar_t)))};
         RingPosition landing;
         int in_flight = 0;  // stages
         // What has landed is the consumers'.
@@ -251,11 +250,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         for (int count = 0;; ++count) {
             Item& item = shared.items[count % 3];
             if (threadIdx.x == 0) {
-                const PrefillTile tile = take_tile(schedule, batch);
-                item.tile = tile;
-                item.begin = window > 0 ? max(0, tile.first_position - window + 1) : 0;
-                const int last = tile.first_position + tile.num_tokens - 1;
-                item.end = causal ? min(tile.seq_len, last + 1) : tile.seq_len;
+                item.tile = take_tile(schedule, batch);
+                item.begin = item.tile.begin(window);
+                item.end = item.tile.end(causal);
             }
             named_barrier_sync(kProducerBarrier, kWarpgroupSize);
             if (in_flight > 0) {
@@ -392,6 +389,18 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 float factor = 1.0f;
                 const int token = item.tile.first_token + row / item.tile.num_heads;
                 const int head = item.tile.first_head + row % item.tile.num_heads;
+                if (item.tile.num_pieces > 1) {
+                    if (!used) continue;
+                    float* const record = record_of(records, token, num_heads, head, max_splits,
+                                                    item.tile.piece, kHeadSize);
+                    factor = softmax_normaliser(state);
+#pragma unroll
+                    for (int n = 0; n < kHeadSize / 8; ++n)
+                        *reinterpret_cast<float2*>(record + 8 * n + 2 * (lane % 4)) =
+                            make_float2(acc.out[n][2 * r] * factor, acc.out[n][2 * r + 1] * factor);
+                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    continue;
+                }
                 if (used) {
                     if (sinks != nullptr && !softmax_is_empty(state))
                         factor = softmax_add_sink(state, sinks[head] * kLog2E);

@@ -2,7 +2,10 @@
 //
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
-//   workspace        int32 [2 * S + 5], out: a PrefillSchedule, all of what is read of it
+//   workspace        int32 [2 * S + 6], out: a PrefillSchedule, all of what is read of it
+//
+// With max_splits above 1 the size of pieces is chosen so that `blocks` blocks have about the same
+// number of keys to read.
 //
 // Sequences of several query tokens are picked and sorted by their length; those of the same length
 // stay in their order. The place of each is the number of those that come before it: n^2
@@ -17,16 +20,20 @@
 namespace cupaged {
 
 constexpr int kThreads = 256;
+constexpr int kSmallestPiece = 512;  // tokens: each costs a record, and a block without work
 
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     plan_prefill(const int* __restrict__ seq_lens, const int* __restrict__ query_start_loc,
-                 int* __restrict__ workspace, int num_tokens, int num_seqs, int tile_tokens) {
+                 int* __restrict__ workspace, int num_tokens, int num_seqs, int tile_tokens,
+                 int group, int num_kv_heads, int tile_heads, int window, int max_splits,
+                 int blocks) {
     using namespace cupaged;
     __shared__ int sums[kThreads];
     __shared__ int lengths[kThreads];
-    const PrefillBatch batch{seq_lens, query_start_loc, num_seqs, num_tokens, tile_tokens};
+    Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
+                window,   kWholeSequence,  max_splits, kMultiToken};
     const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
     const int thread = threadIdx.x;
 
@@ -35,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     int num_picked = 0;
     for (int base = 0; base < num_seqs; base += kThreads) {
         const int mine = base + thread;
-        const bool pick = mine < num_seqs && batch.start_of(mine + 1) - batch.start_of(mine) > 1;
+        const bool pick = mine < num_seqs && sequence_of(batch, mine).query_len > 1;
         block_scan<kThreads>(pick, sums);
         if (pick) picked[num_picked + sums[thread] - 1] = mine;
         num_picked += sums[kThreads - 1];
@@ -57,7 +64,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         }
         if (mine < num_picked) schedule.sequences[place] = sequence;
     }
+    if (max_splits > 1) {
+        __syncthreads();  // the sums have been read
+        const RowTiles rows{group, num_kv_heads, tile_heads, tile_tokens};
+        batch.split_tokens =
+            balanced_split_tokens<kThreads>(batch, rows, blocks, kSmallestPiece, sums);
+    }
     if (thread == 0) {
+        *schedule.split_tokens = batch.split_tokens;
         schedule.sequences[num_picked] = num_seqs;
         *schedule.num_sequences = num_picked + 1;
         *schedule.next_item = 0;
@@ -69,9 +83,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         const int mine = base + thread;
         int tiles = 0;
         if (mine <= num_picked) {
-            const int sequence = schedule.sequences[mine];
-            tiles = (batch.start_of(sequence + 1) - batch.start_of(sequence) + tile_tokens - 1) /
-                    tile_tokens;
+            const Sequence sequence = sequence_of(batch, schedule.sequences[mine]);
+            tiles = tiles_of(sequence, tile_tokens) * max(1, plan_splits(batch, sequence).count);
         }
         block_scan<kThreads>(tiles, sums);
         if (mine <= num_picked) schedule.first_tiles[mine + 1] = tiles_before + sums[thread];

@@ -6,26 +6,35 @@
 // tokens, which see the most keys, come first. So the blocks of a moment read the same keys and
 // values, and end at about the same time. They take items in this order from a counter until there
 // are none left. Lengths are read on the device only, so a CUDA graph may replay with others.
+//
+// A few short chunks over long prefixes are fewer items than a GPU has blocks for. Where the launch
+// allows more than one piece, a tile's keys are divided into pieces as decode's are (work.cuh), an
+// item each, whose records merge_splits merges.
 #pragma once
 
 #include "common.cuh"
+#include "work.cuh"
 
 namespace cupaged {
 
-// The order of the sequences, in a workspace of 2 * S + 5 ints that plan_prefill.cu fills. A
+// The order of the sequences, in a workspace of 2 * S + 6 ints that plan_prefill.cu fills. A
 // sequence of one query token is not in it: it is left to decode, so that it has the same bits here
 // and there.
 struct PrefillSchedule {
+    int* split_tokens;   // of a piece
     int* num_sequences;  // n, with the padding
     int* next_item;      // that no block has taken
     int* sequences;      // [n] of S + 1, longest first; the last one is S, the padding
-    int* first_tiles;    // [n + 1] of S + 2: tiles of query tokens before each, and of all
+    int* first_tiles;    // [n + 1] of S + 2: tiles of query tokens, times pieces, before each
 };
 
 __device__ __forceinline__ PrefillSchedule prefill_schedule(int* workspace, int num_seqs) {
-    int* const sequences = workspace + 2;
-    return {workspace, workspace + 1, sequences, sequences + num_seqs + 1};
+    int* const sequences = workspace + 3;
+    return {workspace, workspace + 1, workspace + 2, sequences, sequences + num_seqs + 1};
 }
+
+// More tokens than a sequence has, with room for another.
+constexpr int kWholeSequence = 1 << 30;
 
 // Tokens whose keys and values, of row_bytes each, may take half of the L2 cache of a large GPU.
 __host__ __device__ constexpr int l2_tokens(int row_bytes) {
@@ -34,23 +43,16 @@ __host__ __device__ constexpr int l2_tokens(int row_bytes) {
 
 // What is divided, and into tiles of what size.
 struct PrefillBatch {
-    const int* seq_lens;
-    const int* query_start_loc;
-    int num_seqs;
-    int num_tokens;
+    Batch batch;
     int tile_tokens;
     int num_heads;
     int num_kv_heads;
     int tile_heads;
     int l2_tokens;  // of one KV head, for which the L2 cache has room
-
-    // The first query token of a sequence or the padding; that of num_seqs + 1 ends the padding.
-    __device__ __forceinline__ int start_of(int sequence) const {
-        return sequence <= num_seqs ? query_start_loc[sequence] : num_tokens;
-    }
 };
 
-// What a block works on: num_heads query heads, all of one KV head, of num_tokens query tokens.
+// What a block works on: num_heads query heads, all of one KV head, of num_tokens query tokens, and
+// a piece of the sequence's keys.
 struct alignas(16) PrefillTile {
     int sequence;     // S for padding
     int first_token;  // row of query
@@ -59,11 +61,26 @@ struct alignas(16) PrefillTile {
     int first_head;
     int num_heads;
     int first_position;  // of first_token in the sequence
-    int seq_len;
+    int piece, num_pieces;
+    int piece_begin, piece_end;  // keys
+
+    // The keys of the piece that some query token sees; none if they end where they begin, or
+    // before.
+    __device__ __forceinline__ int begin(int window) const {
+        return window > 0 ? max(piece_begin, first_position - window + 1) : piece_begin;
+    }
+    __device__ __forceinline__ int end(int causal) const {
+        return causal != 0 ? min(piece_end, first_position + num_tokens) : piece_end;
+    }
 };
 
-__device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
-                                               const PrefillBatch& batch, int item) {
+// Tiles of the query tokens of a sequence, or of the padding, for each piece of its keys.
+__device__ __forceinline__ int tiles_of(const Sequence& sequence, int tile_tokens) {
+    return (sequence.query_len + tile_tokens - 1) / tile_tokens;
+}
+
+__device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule, PrefillBatch batch,
+                                               int item) {
     const int group = batch.num_heads / batch.num_kv_heads;
     const int group_tiles = (group + batch.tile_heads - 1) / batch.tile_heads;
     const int head_tiles = batch.num_kv_heads * group_tiles;
@@ -77,30 +94,35 @@ __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule,
             high = middle - 1;
     }
     if (low == n) return {};
-    const int first_tile = schedule.first_tiles[low];
-    const int tiles = schedule.first_tiles[low + 1] - first_tile;
-    const int sequence = schedule.sequences[low];
-    const int start = batch.start_of(sequence);
-    const int query_len = batch.start_of(sequence + 1) - start;
-    const int seq_len = sequence < batch.num_seqs ? batch.seq_lens[sequence] : 0;
+    const int index = schedule.sequences[low];
+    const Sequence sequence = sequence_of(batch.batch, index);
+    const int tiles = tiles_of(sequence, batch.tile_tokens);
+    batch.batch.split_tokens = *schedule.split_tokens;
+    const SplitPlan pieces = plan_splits(batch.batch, sequence);
+    const int num_pieces = max(1, pieces.count);
 
-    int rest = item - first_tile * head_tiles;
-    const int section_heads = min(batch.num_kv_heads, max(1, batch.l2_tokens / max(1, seq_len)));
-    const int section_items = section_heads * group_tiles * tiles;
+    int rest = item - schedule.first_tiles[low] * head_tiles;
+    const int section_heads =
+        min(batch.num_kv_heads, max(1, batch.l2_tokens / max(1, sequence.seq_len)));
+    const int section_items = section_heads * group_tiles * tiles * num_pieces;
     const int first_kv_head = rest / section_items * section_heads;
     rest %= section_items;
     const int heads = min(section_heads, batch.num_kv_heads - first_kv_head) * group_tiles;
-    const int offset = (tiles - 1 - rest / heads) * batch.tile_tokens;
+    const int piece = rest / heads / tiles;
+    const int offset = (tiles - 1 - rest / heads % tiles) * batch.tile_tokens;
     const int kv_head = first_kv_head + rest % heads / group_tiles;
     const int head_in_group = rest % group_tiles * batch.tile_heads;
-    return {sequence,
-            start + offset,
-            min(batch.tile_tokens, query_len - offset),
+    return {index,
+            sequence.first_token + offset,
+            min(batch.tile_tokens, sequence.query_len - offset),
             kv_head,
             kv_head * group + head_in_group,
             min(batch.tile_heads, group - head_in_group),
-            seq_len - query_len + offset,
-            seq_len};
+            sequence.seq_len - sequence.query_len + offset,
+            piece,
+            num_pieces,
+            pieces.begin_of(piece),
+            pieces.end_of(piece)};
 }
 
 // The next item that no block has: for one thread, which tells the others.

@@ -23,6 +23,10 @@ struct SplitPlan {
     }
 };
 
+// Which sequences are for a launch: where some have several query tokens, those of one are decoded
+// and the others, which have chunks of a prompt, are left to prefill.
+enum Subset { kAllSequences, kSingles, kMultiToken };
+
 // What one launch divides.
 struct Batch {
     const int* seq_lens;
@@ -32,12 +36,12 @@ struct Batch {
     int window;        // 0 for none
     int split_tokens;  // of a piece; 0: as many as spread the batch evenly over the grid
     int max_splits;    // beyond this many pieces they grow
-    bool singles;      // only sequences of one query token; the others are left to prefill
+    Subset subset;
 };
 
 // Whether a sequence is for this launch.
 __device__ __forceinline__ bool is_ours(const Batch& batch, int query_len) {
-    return !batch.singles || query_len == 1;
+    return batch.subset == kAllSequences || (batch.subset == kSingles) == (query_len == 1);
 }
 
 struct Sequence {
@@ -213,18 +217,17 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
     }
 }
 
-// Where the launch leaves it open (split_tokens 0), choose pieces that give each block of the grid
-// about the same number of keys to read. The same in every block; left in split_size for
-// merge_splits.
+// The size of pieces, of `smallest` tokens at least, that gives each of so many blocks about the
+// same number of keys to read. For all threads of a block together.
 template <int kThreads>
-__device__ __forceinline__ void balance_splits(Batch& batch, const RowTiles& rows, int* split_size,
-                                               int* sums) {
-    if (batch.split_tokens != 0) return;
+__device__ __forceinline__ int balanced_split_tokens(const Batch& batch, const RowTiles& rows,
+                                                     int blocks, int smallest, int* sums) {
     constexpr int kGranularity = 64;
     // In units of kGranularity tokens, so that the sum stays within 32 bits.
     int units = 0;
     for (int i = threadIdx.x; i < batch.num_seqs; i += kThreads) {
         const Sequence sequence = sequence_of(batch, i);
+        if (!is_ours(batch, sequence.query_len)) continue;
         const int seen = batch.window > 0
                              ? min(sequence.seq_len, batch.window + sequence.query_len - 1)
                              : sequence.seq_len;
@@ -232,8 +235,18 @@ __device__ __forceinline__ void balance_splits(Batch& batch, const RowTiles& row
     }
     block_scan<kThreads>(units, sums);
     const int64 total = static_cast<int64>(sums[kThreads - 1]) * rows.head_tiles();
-    const int share = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
-    batch.split_tokens = max(2, share) * kGranularity;
+    const int share = static_cast<int>((total + blocks - 1) / blocks);
+    return max(smallest, share * kGranularity);
+}
+
+// Where the launch leaves it open (split_tokens 0), choose the size of pieces. The same in every
+// block; left in split_size for merge_splits.
+template <int kThreads>
+__device__ __forceinline__ void balance_splits(Batch& batch, const RowTiles& rows, int* split_size,
+                                               int* sums) {
+    if (batch.split_tokens != 0) return;
+    constexpr int kSmallest = 128;
+    batch.split_tokens = balanced_split_tokens<kThreads>(batch, rows, gridDim.x, kSmallest, sums);
     if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
 }
 

@@ -105,8 +105,9 @@ def paged_attention(
             as a number (480 * scale) on a GPU.
         max_query_len: the most query tokens that a sequence has, if known: a few (speculative decoding) go
             through the decode kernel. A hint: what it says decides the speed only.
-        batch_invariant: a sequence's result has the same bits in whatever batch it is. False lets a long
-            sequence be divided by the load of the GPU, which can be faster for few sequences.
+        batch_invariant: a sequence's result has the same bits in whatever batch it is. False lets the keys
+            of a long sequence be divided by the load of the GPU, which can be faster for few sequences: in
+            decode, and in prefill of some hundred tokens over a long prefix.
         shared_prefix: look for sequences next to each other that have the same blocks, as after a common
             prompt, and read those once for all of them (cascade attention). Found in ``block_tables``, in
             pieces of 512 tokens: where nothing is shared the result is the same, to the bit. Worth a search

@@ -32,7 +32,7 @@ SHARED_MEMORY = {
 
 # Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
 DECODE_MMA_STATIC = 4 * 1024
-PREFILL_TILE = 32  # bytes of a PrefillTile (prefill_tiles.cuh)
+PREFILL_TILE = 48  # bytes of a PrefillTile (prefill_tiles.cuh)
 # paged_prefill_wgmma: rows of the query, and its shared memory besides tiles: items, barriers.
 PREFILL_WGMMA_ROWS = 128
 PREFILL_WGMMA_STATIC = 256

@@ -59,6 +59,7 @@ class PreparedPrefill:
     plan: PrefillPlan
     schedule: Launch
     prefill: Launch
+    merge: Launch | None
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,18 @@ class Kernels:
             lse,
         )
         self._decode(plan, tensors)
-        if (prefill := plan.prefill) is not None:
-            schedule = self._launcher.empty((prefill.plan.schedule_size,), torch.int32, query.device)
-            prefill.schedule((seq_lens, query_start_loc, schedule))
-            prefill.prefill((*tensors, schedule))
+        if plan.prefill is not None:
+            self._prefill(plan.prefill, tensors)
+
+    def _prefill(self, prepared: PreparedPrefill, tensors: tuple[Any, ...]) -> None:
+        query, _, _, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
+        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+        schedule = empty((plan.schedule_size,), torch.int32, device)
+        prepared.schedule((seq_lens, query_start_loc, schedule))
+        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+        prepared.prefill((*tensors, schedule, records))
+        if prepared.merge is not None:  # the schedule begins with the size of pieces
+            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
 
     def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
         query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
@@ -192,9 +201,8 @@ class Kernels:
         prefill = None
         if not plans.all_decode(params, query_start_loc):
             prefill_plan = plans.prefill(query, kv_cache, block_tables, out, params, arch, sm_count)
-            prefill = PreparedPrefill(
-                prefill_plan, prepare(prefill_plan.schedule), prepare(prefill_plan.prefill)
-            )
+            calls = prefill_plan.schedule, prefill_plan.prefill, prefill_plan.merge
+            prefill = PreparedPrefill(prefill_plan, *map(prepare, calls))
         return PreparedAttention(
             plan, prefill, *map(prepare, (plan.search, plan.wide, plan.decode, plan.merge))
         )

@@ -37,6 +37,9 @@ DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the pieces are of equal lengt
 PREFILL_BLOCKS_PER_SM = 4
 PREFILL_MMA_BLOCKS_PER_SM = 2
 PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
+MAX_PREFILL_SPLITS = 16
+SMALLEST_PREFILL_SPLIT_TOKENS = 512  # kSmallestPiece in plan_prefill.cu
+ALL_SEQUENCES, SINGLES, MULTI_TOKEN = range(3)  # Subset in work.cuh
 # Up to this many query tokens a sequence go through the decode kernels.
 MAX_DECODE_QUERY_LEN = 8
 
@@ -78,6 +81,8 @@ class PrefillPlan:
     schedule: KernelCall  # orders the sequences
     prefill: KernelCall
     schedule_size: int  # int32 elements
+    merge: KernelCall | None = None  # of the pieces that sequences are divided into
+    records: tuple[int, int, int, int] | None = None  # [T, H, pieces, D + 4]: what it reads of them
 
 
 def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> KernelCall:
@@ -192,7 +197,7 @@ def decode(
             np.int32(window),
             np.int32(split_tokens),
             np.int32(max_splits),
-            np.int32(singles),
+            np.int32(SINGLES if singles else ALL_SEQUENCES),
             *((np.int32(row_tiles * kernel.head_tiles),) if kernel.can_share else ()),
             *_logit_factors(params),
             np.int32(_rows_aligned(query)),
@@ -201,25 +206,8 @@ def decode(
     )
     if max_splits == 1:
         return DecodePlan(call, kernel.can_share, not invariant)
-    slots = num_seqs if singles else num_tokens
-    merge = KernelCall(
-        kernel_specs.merge_splits(dtype),
-        (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
-        (
-            np.int64(out.stride(0)),
-            np.int64(out.stride(1)),
-            np.int32(num_tokens),
-            np.int32(num_seqs),
-            np.int32(num_heads),
-            np.int32(head_size),
-            np.int32(window),
-            np.int32(split_tokens),
-            np.int32(max_splits),
-            np.int32(singles),
-            np.int32(_rows_aligned(out)),
-        ),
-    )
-    records = (slots, num_heads, max_splits, head_size + 4)
+    subset = SINGLES if singles else ALL_SEQUENCES
+    merge, records = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
     plan = DecodePlan(call, kernel.can_share, not invariant, merge, records)
     if not share or not kernel.can_share:
         return plan
@@ -249,6 +237,32 @@ def decode(
     return replace(plan, search=search, tile_lists=(2 if wide else 1, max_splits, capacity), wide=wide)
 
 
+def _merge(
+    out: torch.Tensor, num_seqs: int, window: int, split_tokens: int, max_splits: int, subset: int
+) -> tuple[KernelCall, tuple[int, int, int, int]]:
+    """The merging of pieces, and the shape of their records."""
+    num_tokens, num_heads, head_size = out.shape
+    slots = num_seqs if subset == SINGLES else num_tokens
+    call = KernelCall(
+        kernel_specs.merge_splits(DTYPE_NAMES[out.dtype]),
+        (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
+        (
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(head_size),
+            np.int32(window),
+            np.int32(split_tokens),
+            np.int32(max_splits),
+            np.int32(subset),
+            np.int32(_rows_aligned(out)),
+        ),
+    )
+    return call, (slots, num_heads, max_splits, head_size + 4)
+
+
 def prefill(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -268,17 +282,36 @@ def prefill(
         DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size, group, arch
     )
     tile_heads = kernel.tile_heads
+    head_tiles = num_kv_heads * _ceil_div(group, tile_heads)
+    window = params.sliding_window or 0
+    blocks = kernel.blocks_per_sm * sm_count  # that run at once
+    max_splits = 1
+    if not (params.batch_invariant or params.shared_prefix):
+        # As many as give work to all blocks. So there are never more records than for twice their rows.
+        wanted = _ceil_div(blocks, _ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
+        longest = block_tables.shape[1] * kv_cache.shape[3]
+        most = min(MAX_PREFILL_SPLITS, _ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
+        max_splits = min(wanted, most)
     schedule = KernelCall(
         kernel_specs.plan_prefill(),
         (1, 1),
-        (np.int32(num_tokens), np.int32(num_seqs), np.int32(kernel.tile_tokens)),
+        (
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(kernel.tile_tokens),
+            np.int32(group),
+            np.int32(num_kv_heads),
+            np.int32(tile_heads),
+            np.int32(window),
+            np.int32(max_splits),
+            np.int32(blocks),
+        ),
     )
     # Each sequence can end in a partly filled tile, and the padding after the last is one more.
     tiles = num_tokens // kernel.tile_tokens + num_seqs + 1
-    items = tiles * num_kv_heads * _ceil_div(group, tile_heads)
     call = KernelCall(
         kernel.spec,
-        (min(items, kernel.blocks_per_sm * sm_count), 1),
+        (min(tiles * head_tiles * max_splits, blocks), 1),
         (
             np.int64(query.stride(0)),
             np.int64(query.stride(1)),
@@ -293,13 +326,18 @@ def prefill(
             np.int32(tile_heads),
             np.int32(_block_shift(kv_cache)),
             np.int32(params.causal),
-            np.int32(params.sliding_window or 0),
+            np.int32(window),
+            np.int32(max_splits),
             *_logit_factors(params),
             np.int32(_rows_aligned(query)),
             np.int32(_rows_aligned(out)),
         ),
     )
-    return PrefillPlan(schedule, call, 2 * num_seqs + 5)
+    plan = PrefillPlan(schedule, call, 2 * num_seqs + 6)
+    if max_splits == 1:
+        return plan
+    merge, records = _merge(out, num_seqs, window, 0, max_splits, MULTI_TOKEN)
+    return replace(plan, merge=merge, records=records)
 
 
 def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:

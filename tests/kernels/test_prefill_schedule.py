@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ class Batch:
     group: int = 1
     tile_heads: int = 1
     l2_tokens: int = 1000
+    window: int = 0
+    max_splits: int = 1
+    blocks: int = 1
 
     @property
     def starts(self) -> list[int]:
@@ -40,6 +44,30 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(self.query_lens) + self.padding
 
+    def seen(self, s: int) -> range:
+        """The keys that some token of a sequence sees."""
+        before = self.seq_lens[s] - self.query_lens[s] - self.window + 1
+        return range(max(0, before) if self.window else 0, self.seq_lens[s])
+
+    @property
+    def split_tokens(self) -> int:
+        """Of a piece: an equal share of what the blocks read, in units of 64."""
+        if self.max_splits == 1:
+            return 1 << 30
+        units = sum(
+            -(-len(self.seen(s)) // 64) * -(-n // self.tile_tokens)
+            for s, n in enumerate(self.query_lens)
+            if n > 1
+        )
+        head_tiles = self.num_kv_heads * -(-self.group // self.tile_heads)
+        return max(512, -(-units * head_tiles // self.blocks) * 64)
+
+    def pieces(self, s: int) -> list[range]:
+        if s == len(self.query_lens) or not self.seq_lens[s]:
+            return [range(0)]
+        units = -(-len(self.seen(s)) // self.split_tokens)
+        return _pieces(self.seen(s), -(-units // self.max_splits) * self.split_tokens)
+
     def tiles(self) -> Iterator[Tile]:
         """All of them in their order, from the rules."""
         count = len(self.query_lens)
@@ -47,24 +75,31 @@ class Batch:
         picked = [s for s in range(count) if query_lens[s] > 1]
         for s in [*sorted(picked, key=lambda s: -seq_lens[s]), count]:
             section = max(1, self.l2_tokens // max(1, seq_lens[s]))
-            for kv_heads in _pieces(self.num_kv_heads, section):
-                for tokens in reversed(_pieces(query_lens[s], self.tile_tokens)):
-                    for kv_head in kv_heads:
-                        for heads in _pieces(self.group, self.tile_heads):
-                            yield (
-                                s,
-                                self.starts[s] + tokens[0],
-                                len(tokens),
-                                kv_head,
-                                kv_head * self.group + heads[0],
-                                len(heads),
-                                seq_lens[s] - query_lens[s] + tokens[0],
-                                seq_lens[s],
-                            )
+            pieces = self.pieces(s)
+            for kv_heads in _pieces(range(self.num_kv_heads), section):
+                for (piece, keys), tokens, kv_head, heads in itertools.product(
+                    enumerate(pieces),
+                    reversed(_pieces(range(query_lens[s]), self.tile_tokens)),
+                    kv_heads,
+                    _pieces(range(self.group), self.tile_heads),
+                ):
+                    yield (
+                        s,
+                        self.starts[s] + tokens[0],
+                        len(tokens),
+                        kv_head,
+                        kv_head * self.group + heads[0],
+                        len(heads),
+                        seq_lens[s] - query_lens[s] + tokens[0],
+                        piece,
+                        len(pieces),
+                        keys.start,
+                        keys.stop,
+                    )
 
 
-def _pieces(count: int, size: int) -> list[range]:
-    return [range(i, min(count, i + size)) for i in range(0, count, size)]
+def _pieces(whole: range, size: int) -> list[range]:
+    return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
 class Schedule:
@@ -79,7 +114,7 @@ class Schedule:
         self._list = HostLauncher(seed, KERNELS).launch
         generator = torch.Generator().manual_seed(seed)
         self._workspace = torch.randint(
-            -(2**31), 2**31, (2 * num_seqs + 5,), dtype=torch.int32, generator=generator
+            -(2**31), 2**31, (2 * num_seqs + 6,), dtype=torch.int32, generator=generator
         )
 
     def tiles(self, batch: Batch, blocks: int) -> list[Tile]:
@@ -88,11 +123,15 @@ class Schedule:
         starts = torch.tensor(batch.starts, dtype=torch.int32)
         sizes = np.int32(batch.num_tokens), np.int32(len(batch.seq_lens)), np.int32(batch.tile_tokens)
         spec = kernel_specs.plan_prefill()
-        self._plan(spec, (1, 1, 1), (spec.threads, 1, 1), 0, (lengths, starts, self._workspace, *sizes))
+        heads = batch.num_kv_heads, batch.tile_heads
+        splits = batch.window, batch.max_splits
+        numbers = (*sizes, *map(np.int32, (batch.group, *heads, *splits, batch.blocks)))
+        self._plan(spec, (1, 1, 1), (spec.threads, 1, 1), 0, (lengths, starts, self._workspace, *numbers))
+        assert self._workspace[0] == batch.split_tokens
         share = len(list(batch.tiles())) // blocks + 2
-        found = torch.zeros(share * blocks, 8, dtype=torch.int32)
-        heads = batch.num_kv_heads * batch.group, batch.num_kv_heads, batch.tile_heads
-        numbers = (*sizes, *map(np.int32, (*heads, batch.l2_tokens, share)))
+        found = torch.zeros(share * blocks, 11, dtype=torch.int32)
+        num_heads = batch.num_kv_heads * batch.group
+        numbers = (*sizes, *map(np.int32, (num_heads, *heads, batch.l2_tokens, *splits, share)))
         count = torch.zeros(1, dtype=torch.int32)
         arguments = (lengths, starts, self._workspace, found, count, *numbers)
         self._list(KernelSpec("list_tiles.cu", "list_tiles"), (blocks, 1, 1), (1, 1, 1), 0, arguments)
@@ -138,14 +177,22 @@ def test_the_tiles_come_by_the_rules(seed, kind, count):
     many = count > 100
     for _ in range(2 if many else 5):
         group = 1 if many else rng.choice([1, 3, 8])
+        max_splits = rng.choice([1, 2, 5])
+        query_lens, seq_lens = draw_lengths(rng, kind, count)
+        if max_splits > 1 and kind == "drawn":
+            seq_lens = [n and n + rng.choice([0, rng.randrange(4000)]) for n in seq_lens]
         batch = Batch(
-            *draw_lengths(rng, kind, count),
+            query_lens,
+            seq_lens,
             padding=rng.choice([0, 1, 40]),
             tile_tokens=rng.choice([16, 128] if many else [1, 16, 128]),
             num_kv_heads=1 if many else rng.choice([1, 2, 5]),
             group=group,
             tile_heads=rng.choice([1, 2, group]),
             l2_tokens=rng.choice([0, 200, 1000, 10**6]),
+            window=rng.choice([0, 0, 1, 700]),
+            max_splits=max_splits,
+            blocks=rng.choice([1, 8, 300]),
         )
         tiles = schedule.tiles(batch, rng.choice([1, 4]))
         assert tiles == list(batch.tiles())
@@ -155,7 +202,9 @@ def test_the_tiles_come_by_the_rules(seed, kind, count):
 def assert_rows_are_covered_once(batch: Batch, tiles: list[Tile]) -> None:
     """Those of sequences of several tokens, and the padding."""
     covered = np.zeros((batch.num_tokens, batch.num_kv_heads * batch.group), dtype=int)
-    for _, token, num_tokens, kv_head, head, num_heads, _, _ in tiles:
+    for _, token, num_tokens, kv_head, head, num_heads, _, piece, *_ in tiles:
+        if piece > 0:
+            continue
         assert head // batch.group == (head + num_heads - 1) // batch.group == kv_head
         covered[token : token + num_tokens, head : head + num_heads] += 1
     query_lens = np.array([*batch.query_lens, 2], dtype=int)  # the padding, however long
@@ -187,5 +236,5 @@ def test_the_grid_is_no_larger_than_the_items_or_what_fits(arch):
         blocks = plans.prefill_kernel("fp16", "fp16", 64, 2, arch).blocks_per_sm * sm_count
         assert plan.prefill.grid == (min(3 * (num_tokens // tokens + 6), blocks), 1)
         assert plan.schedule.grid == (1, 1)
-        assert plan.schedule.numbers[-1] == tokens
-        assert plan.schedule_size == 15
+        assert plan.schedule.numbers[2] == tokens
+        assert plan.schedule_size == 16

@@ -82,6 +82,7 @@ def test_which_peers_a_shape_meets_on_a_gpu(full, monkeypatch):
     assert met[speculation] == sdpa | {"flashinfer tc"}
     shared = "decode        bfloat16   64 x 8192   32/8x128 prefix 7168"
     assert met[shared] == sdpa | flashinfer | {"cupaged unshared", "flashinfer cascade"}
+    assert met["decode        bfloat16    1 x 65536  32/8x128"] >= {"cupaged by load"}
     assert sum("flex" in names for names in met.values()) <= 8  # it compiles for seconds each time
 
 

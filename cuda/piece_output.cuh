@@ -1,5 +1,5 @@
-// Where decode puts the result of a piece: into the output if it is the only one, or into the
-// workspace that merge_splits reads.
+// Where the result of a piece goes: into the output if it is the only one, or into the workspace
+// that merge_splits reads.
 #pragma once
 
 #include "common.cuh"
@@ -13,7 +13,13 @@ __host__ __device__ constexpr int record_stride(int head_size) {
     return head_size + 4;  // outputs begin at 16 bytes
 }
 
-struct DecodeOutput {
+// The record of a piece of one row; `slot` is the row's token, or its sequence where each has one.
+__device__ __forceinline__ float* record_of(float* records, int64 slot, int num_heads, int head,
+                                            int max_splits, int piece, int head_size) {
+    return records + ((slot * num_heads + head) * max_splits + piece) * record_stride(head_size);
+}
+
+struct PieceOutput {
     scalar_t* out;                    // [T, H, D]
     float* lse;                       // [T, H] or null
     float* records;                   // [T or S, H, max_splits, D + 4]; lse in base 2
@@ -44,8 +50,8 @@ __device__ __forceinline__ SoftmaxState merge_warps(const SoftmaxState* states, 
 }
 
 // Write kVecSize<scalar_t> elements of one row, starting at `element`. `sums` are the weighted sums
-// of values that belong to `state`. `slot` is the row's token, or its sequence where each has one.
-__device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 token, int64 slot,
+// of values that belong to `state`. See record_of for the slot.
+__device__ __forceinline__ void store_piece(const PieceOutput& output, int64 token, int64 slot,
                                             int head, int piece, int pieces, int element,
                                             SoftmaxState state, float* sums) {
     constexpr int kVec = kVecSize<scalar_t>;
@@ -62,8 +68,8 @@ __device__ __forceinline__ void store_piece(const DecodeOutput& output, int64 to
             output.lse[token * output.num_heads + head] = softmax_lse_log2(state) * kLn2;
         return;
     }
-    const int64 place = (slot * output.num_heads + head) * output.max_splits + piece;
-    float* const record = output.records + place * record_stride(output.head_size);
+    float* const record = record_of(output.records, slot, output.num_heads, head, output.max_splits,
+                                    piece, output.head_size);
     float4* const target = reinterpret_cast<float4*>(record + element);
 #pragma unroll
     for (int i = 0; i < kVec; i += 4)
