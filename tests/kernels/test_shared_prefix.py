@@ -260,7 +260,9 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     rng = random.Random(seed)
     count = rng.choice([5, 33, 140])
     lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]
-    lengths[rng.randrange(count)] = 2 * PIECE + 30  # one piece alone is not searched
+    query_lens = [min(n, rng.randrange(5)) for n in lengths]
+    some = rng.randrange(count)  # neither one piece alone is searched, nor a batch without query tokens
+    lengths[some], query_lens[some] = 2 * PIECE + 30, rng.randrange(1, 5)
     problem = draw(
         seed,
         dtype=torch.bfloat16,
@@ -269,7 +271,7 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
         num_kv_heads=1,
         group=rng.choice([1, 2, 3, 9]),
         seq_lens=lengths,
-        query_lens=None if queries == "one" else [min(n, rng.randrange(5)) for n in lengths],
+        query_lens=None if queries == "one" else query_lens,
         padding_rows=0 if queries == "one" else rng.choice([0, 3]),
     )
     for s in range(1, count):  # any blocks of the sequence before, not only the first ones
