@@ -85,15 +85,18 @@ __device__ __forceinline__ void load_query_step(unsigned (&q)[4], const uint4* q
 // What a lane holds of 16 rows, as mma.m16n8k16 lays them out: of rows g and g + 8 (g = lane / 4),
 // columns 2t and 2t + 1 (t = lane % 4) of every 8. Of 16 elements of a quantised row, the first 8
 // columns are the even ones.
-struct Accumulator {
+template <int kTiles>
+struct AccumulatorOf {
     SoftmaxState state[2];  // of the rows; the maximum of the row, the sum of this lane's keys
-    float out[2 * kSteps][4];
+    float out[kTiles][4];
 };
+using Accumulator = AccumulatorOf<2 * kSteps>;
 
-__device__ __forceinline__ void clear(Accumulator& acc) {
+template <int kTiles>
+__device__ __forceinline__ void clear(AccumulatorOf<kTiles>& acc) {
     acc.state[0] = acc.state[1] = softmax_empty();
 #pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n)
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc.out[n][i] = 0.0f;
 }
@@ -193,11 +196,12 @@ __device__ __forceinline__ void take_softmax(float (&score)[2 * kTiles][4], floa
     }
 }
 
-__device__ __forceinline__ void rescale(float (&out)[2 * kSteps][4], const float (&factor)[2]) {
+template <int kTiles>
+__device__ __forceinline__ void rescale(float (&out)[kTiles][4], const float (&factor)[2]) {
     // The maximum seldom changes after the first tiles.
     if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-        for (int n = 0; n < 2 * kSteps; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
     }
@@ -297,7 +301,8 @@ __device__ __forceinline__ void attend(const unsigned (*query_registers)[4], con
 }
 
 // Each lane has summed its own keys: make the sums those of the rows.
-__device__ __forceinline__ void sum_lanes(Accumulator& acc) {
+template <int kTiles>
+__device__ __forceinline__ void sum_lanes(AccumulatorOf<kTiles>& acc) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         acc.state[r].sum += __shfl_xor_sync(kFullMask, acc.state[r].sum, 1);

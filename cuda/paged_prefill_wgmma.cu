@@ -54,10 +54,13 @@ constexpr int kPanels = ceil_div(kHeadSize, 64);
 constexpr int kRowBytes = 1024;               // of 8 rows of a panel
 constexpr int kPanelBytes = 128 * kTileKeys;  // of keys or values
 constexpr int kQueryPanelBytes = 128 * kTileRows;
-constexpr int kColumns = 16 * kSteps;  // of the output: beyond kHeadSize they are zeros
+// Of the output, as many as whole panels have: beyond kHeadSize they are never read, and neither is
+// it said that a product may end inside a panel.
+constexpr int kColumns = 64 * kPanels;
 // Stages that the producer has under way when it waits for the one before them.
 constexpr int kInFlight = kStages - 2;
-// Registers of a thread: 128 * (40 + 2 * 232) are what a multiprocessor has.
+// Registers of a thread: 128 * (40 + 2 * 232) are what a block of 384 threads is launched with, 168
+// each, the most that 65536 allow.
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 // Larger heads have no time for it: their products are longer than the softmax.
@@ -173,8 +176,10 @@ __device__ __forceinline__ void start_logits(const uint4* query, const uint4* ke
 }
 
 // Start adding a tile of values.
-__device__ __forceinline__ void start_values(const unsigned (&probabilities)[kKeyTiles][4],
-                                             const uint4* values, float (&out)[2 * kSteps][4]) {
+__device__ __forceinline__ void start_values(unsigned (&probabilities)[kKeyTiles][4],
+                                             const uint4* values, float (&out)[kColumns / 8][4]) {
+    keep_in_order(probabilities);
+    keep_in_order(out);
     wgmma_fence();
 #pragma unroll
     for (int tile = 0; tile < kKeyTiles; ++tile)
@@ -221,7 +226,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     }
     __syncthreads();
 
-    const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupSize;
+    // From a shuffle the compiler knows that it is one number for the warp.
+    const int warpgroup = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0);
     const int lane = threadIdx.x % kWarpSize;
     RingPosition next;
     if (warpgroup == 0) {
@@ -342,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 return alibi_slopes[item.tile.first_head + row % item.tile.num_heads] * kLog2E;
             };
             const int kv_end = item.end;
-            Accumulator acc;
+            AccumulatorOf<kColumns / 8> acc;
             clear(acc);
             unsigned probabilities[kKeyTiles][4];
             int key = item.begin;
@@ -365,6 +371,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 form_logits<kKeyTiles>(logits, positions, slope_log2, key, kv_end, score);
                 take_softmax<kKeyTiles>(score, logits.scale_left(), acc.state, factor);
                 wgmma_wait<0>(acc.out);
+                if (p > 0) keep_in_order(probabilities);
                 arrive(&shared.empty[next.stage]);
                 next.advance();
                 rescale(acc.out, factor);

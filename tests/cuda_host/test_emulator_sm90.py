@@ -34,9 +34,11 @@ def integers(*shape, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [0, 1])
-@pytest.mark.parametrize("columns", [32, 64, 80, 96, 112, 128, 192, 256])
-def test_products(dtype, transposed, columns):
+@pytest.mark.parametrize(
+    ("columns", "transposed"),
+    [*((n, 0) for n in (64, 80, 96, 128, 192, 256)), *((n, 1) for n in (64, 128, 192, 256))],
+)
+def test_products(dtype, columns, transposed):
     depth = 80
     generator = torch.Generator().manual_seed(columns)
     a = torch.randn(64, depth, generator=generator).to(dtype)
@@ -72,10 +74,10 @@ def test_layouts_of_matrices(start, row_bytes, panel_bytes):
     image = torch.randint(-500, 500, (size // 2,), generator=torch.Generator().manual_seed(start))
     image = image.to(torch.float16)
     row, panel = row_bytes // 2, panel_bytes // 2
-    group, chunks = (8, 2), (8, 8, 2)
+    group = 8, 2
 
     def product(a_start, b_start, transposed):
-        out = torch.zeros(64, 80)
+        out = torch.zeros(64, 128 if transposed else 80)
         numbers = (a_start, row_bytes, b_start, row_bytes, panel_bytes, transposed)
         args = (image.view(torch.int16), out, size // 16, *numbers)
         launch("wgmma_layout", args, block=128, smem=size, dtype=torch.float16)
@@ -87,7 +89,7 @@ def test_layouts_of_matrices(start, row_bytes, panel_bytes):
         a = elements(image, a_start + advance, layout((8, 8), (64, row)), k)
         b = elements(image, first, layout((8, 10), (64, row)), k)
         assert torch.equal(product(a_start + advance, first, 0), a.double() @ b.double().T)
-    b = elements(image, start, layout(group, (64, row)), layout(chunks, (1, 8, panel))[:80])
+    b = elements(image, start, layout(group, (64, row)), layout((8, 8, 2), (1, 8, panel)))
     assert torch.equal(product(0, start, 1)[:16], b.double())
 
 
@@ -117,7 +119,7 @@ def test_matrices_that_cannot_be(a_start, row_bytes, b_start, panel_bytes, trans
     size = 16 * 1024
     image = torch.zeros(size // 2, dtype=torch.int16)
     numbers = (a_start, row_bytes, b_start, row_bytes, panel_bytes, transposed)
-    args = (image, torch.zeros(64, 80), size // 16, *numbers)
+    args = (image, torch.zeros(64, 128), size // 16, *numbers)
     with pytest.raises(EmulationError, match=message):
         launch("wgmma_layout", args, block=128, smem=size, dtype=torch.float16)
 
@@ -191,7 +193,7 @@ FAULTS = {
     "TooFewThreads": "no thread can go on: .*named_barrier_sync at wgmma_ring.cu",
     "DifferentThreads": "named barrier 1 of .* threads at .* it has",
     "MissingNamedBarrier": None,
-    "TooManyRegisters": "the block has 66560 registers then, a multiprocessor has 65536",
+    "TooManyRegisters": "the block has 65536 registers then, it was launched with 64512",
 }
 
 
@@ -204,8 +206,8 @@ def ring(seed, fault="None", dtype=torch.bfloat16) -> tuple[str, bool]:
     """The error, and whether the result is right."""
     a = integers(128, 64, dtype=dtype, seed=seed)
     keys = integers(64 * TILES, 64, dtype=dtype, seed=seed + 1)
-    values = integers(64 * TILES, 96, dtype=dtype, seed=seed + 2)
-    out = torch.zeros(128, 96)
+    values = integers(64 * TILES, 128, dtype=dtype, seed=seed + 2)
+    out = torch.zeros(128, 128)
     args = (a, keys, values, out, TILES, fault_numbers()[fault])
     error = error_of(launch, "wgmma_ring", args, block=384, smem=68 * 1024, seed=seed, dtype=dtype)
     expected = 2 * (a.double() @ keys.double().T) @ values.double()

@@ -7,7 +7,9 @@
 namespace cupaged_host {
 namespace {
 
-constexpr int kBlockRegisters = 65536;
+// Of a multiprocessor. A block that fills it is launched with as many for each thread as they
+// allow, a multiple of 8, and has no others.
+constexpr int kRegisters = 65536;
 
 struct Warpgroup {
     std::deque<Step> steps;  // that not all warps have taken
@@ -27,9 +29,10 @@ void resolve_registers(void* const* operands, unsigned mask) {
         if (group.registers == 0) return;
         sum += group.registers * kWarpgroupWarps * kLanes;
     }
-    if (sum > kBlockRegisters)
-        fail("%s at %s:%d: the block has %d registers then, a multiprocessor has %d", step.name,
-             base_name(step.site.file), step.site.line, sum, kBlockRegisters);
+    const int threads = machine.num_threads, launched = kRegisters / threads / 8 * 8 * threads;
+    if (sum > launched)
+        fail("%s at %s:%d: the block has %d registers then, it was launched with %d", step.name,
+             base_name(step.site.file), step.site.line, sum, launched);
 }
 
 }  // namespace

@@ -79,6 +79,25 @@ def test_prefill(backend, seed, dtype, head_size):
 
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_any_head_size(backend, seed, mode):
+    """A multiple of 8, most of which no model is known to have."""
+    rng = random.Random(seed)
+    head_size = rng.randrange(8, 257, 8)
+    seq_lens = sizes(rng, 400)
+    problem = draw(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16] if "cuda" in backend[0] else DTYPES),
+        head_size=head_size,
+        block_size=16,
+        num_kv_heads=1,
+        group=3,
+        seq_lens=seq_lens,
+        query_lens=None if mode == "decode" else [min(n, rng.randrange(2, 60)) for n in seq_lens],
+    )
+    check(*_swap(run(problem, backend[1]), problem))
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
 @pytest.mark.parametrize("features", [*FEATURES, ("full",), ("full", "window")], ids="+".join)
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
 def test_features(backend, seed, mode, features, block_size):

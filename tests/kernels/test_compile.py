@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from itertools import product
 
@@ -63,12 +64,31 @@ def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
         _print_summary(rows)
     assert [(row.spec, row.arch) for row in rows] == work
     assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
+    # A block has the registers that it is launched with; its consumers would wait for ever for others.
+    found = {row.usage.registers for row in rows if row.spec.entry == "paged_prefill_wgmma"}
+    assert found == {65536 // 384 // 8 * 8}
     # Prefill launches a block for all that a multiprocessor has room for.
     fit = {(row.spec, row.arch): occupancy(row.spec, row.usage, row.arch).blocks for row in rows}
     for dtype, head_size, arch in product(kernel_specs.DTYPES, kernel_specs.HEAD_SIZES, kernel_specs.ARCHS):
         for cache_dtype in (dtype, *(kernel_specs.CACHE_DTYPES if dtype == "bf16" else ())):
             kernel = plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
             assert fit.get((kernel.spec, arch), 0) <= kernel.blocks_per_sm, (kernel, arch)
+
+
+def test_any_head_size_compiles(seed):
+    """A multiple of 8 that is not compiled ahead of time, for each kernel that is made for its size."""
+    rng = random.Random(seed)
+    head_size = rng.choice(sorted({*range(8, 257, 8)} - {*kernel_specs.HEAD_SIZES}))
+    dtype = rng.choice(["fp16", "bf16"])
+    work = [
+        (kernel_specs.paged_prefill_wgmma(dtype, head_size), "90a"),
+        (kernel_specs.paged_prefill_mma(dtype, dtype, head_size, "86"), "86"),
+        (kernel_specs.paged_decode_mma(dtype, dtype, head_size, "90a", wide=rng.random() < 0.5), "90a"),
+        (kernel_specs.paged_prefill("fp32", "fp32", head_size), "80"),
+        (kernel_specs.paged_decode("fp32", "fp32", head_size, 2), "80"),
+    ]
+    rows = list(precompile.compile_all(work, kc.cache_dir()))
+    assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
 
 
 def _print_summary(rows: list[precompile.Row]) -> None:

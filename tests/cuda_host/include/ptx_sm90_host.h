@@ -47,6 +47,8 @@ inline void decrease_registers(CUPAGED_HOST_SITE) {
     cupaged_host::set_registers(kRegisters, "decrease_registers", {file, line});
 }
 
+template <typename T, int kCount>
+inline void keep_in_order(T (&)[kCount][4]) {}
 inline void wgmma_fence(CUPAGED_HOST_SITE) {
     cupaged_host::wgmma_fence({file, line});
 }
@@ -65,7 +67,8 @@ inline unsigned long long wgmma_descriptor(const void* start, int row_bytes, int
 template <typename T, int N>
 struct Wgmma {
     static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-    static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+    static_assert(N == 64 || N == 80 || N == 96 || N == 128 || N == 192 || N == 256,
+                  "those of ptx_sm90.cuh");
     static constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
 
     static void shared(float (&d)[N / 8][4], unsigned long long a, unsigned long long b,
@@ -74,6 +77,7 @@ struct Wgmma {
     }
     static void registers(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b,
                           bool accumulate, CUPAGED_HOST_SITE) {
+        static_assert(N % 64 == 0, "whole panels");
         cupaged_host::wgmma({d[0], a, 0, b, N, kBfloat16, true, accumulate}, {file, line});
     }
 };

@@ -20,9 +20,9 @@ __device__ void store_panels(const scalar_t* matrix, uint4* panels, int rows, in
     }
 }
 
-template <int kColumns>
+template <int kColumns, bool kTransposed>
 __device__ void multiply(const scalar_t* a, const uint4* a_panels, const uint4* b_panels,
-                         float* out, int depth, bool transposed) {
+                         float* out, int depth) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
     float d[kColumns / 8][4];
@@ -31,7 +31,7 @@ __device__ void multiply(const scalar_t* a, const uint4* a_panels, const uint4* 
     wgmma_fence();
     for (int k = 0; k < 2 * depth; k += 16) {
         const int step = k % depth;
-        if (transposed) {
+        if constexpr (kTransposed) {
             unsigned registers[4];
             for (int r = 0; r < 4; ++r) {
                 const int row = 16 * warp + g + 8 * (r % 2), column = step + 8 * (r / 2) + 2 * t;
@@ -69,15 +69,16 @@ extern "C" __global__ void wgmma_product(const scalar_t* a, const scalar_t* b, f
     fence_proxy_async();
     __syncthreads();
     switch (columns) {
-#define MULTIPLY(columns)                                                 \
-    case columns:                                                         \
-        multiply<columns>(a, a_panels, b_panels, out, depth, transposed); \
+#define MULTIPLY(columns)                                                            \
+    case columns:                                                                    \
+        if (transposed)                                                              \
+            multiply<columns, columns % 64 == 0>(a, a_panels, b_panels, out, depth); \
+        else                                                                         \
+            multiply<columns, false>(a, a_panels, b_panels, out, depth);             \
         break;
-        MULTIPLY(32)
         MULTIPLY(64)
         MULTIPLY(80)
         MULTIPLY(96)
-        MULTIPLY(112)
         MULTIPLY(128)
         MULTIPLY(192)
         MULTIPLY(256)

@@ -1,6 +1,6 @@
-// out = 2 * (a * keys^T) * values, a [128, 64], keys [64 * tiles, 64], values [64 * tiles, 96], all
-// in small integers. A warpgroup copies tiles of 64 keys and values into a ring of two stages, two
-// others multiply. `fault` says what is wrong.
+// out = 2 * (a * keys^T) * values, a [128, 64], keys [64 * tiles, 64], values [64 * tiles, 128],
+// all in small integers. A warpgroup copies tiles of 64 keys and values into a ring of two stages,
+// two others multiply. `fault` says what is wrong.
 #include "common.cuh"
 #include "ptx_sm90.cuh"
 
@@ -43,7 +43,7 @@ enum Fault {
 
 namespace cupaged {
 
-constexpr int kStages = 2, kConsumers = 2, kTile = 64, kDepth = 64, kColumns = 96;
+constexpr int kStages = 2, kConsumers = 2, kTile = 64, kDepth = 64, kColumns = 128;
 constexpr int kRowBytes = 1024, kPanelBytes = 128 * kTile;
 constexpr int kWarpgroupWarps = kWarpgroupSize / kWarpSize;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
@@ -190,7 +190,7 @@ extern "C" __global__ void wgmma_ring(const scalar_t* a, const scalar_t* keys,
     __syncthreads();
     if (threadIdx.x < kWarpgroupSize) {
         if (fault == kTooManyRegisters)
-            decrease_registers<56>();
+            decrease_registers<48>();
         else
             decrease_registers<40>();
         produce(shared, keys, values, tiles, fault);
