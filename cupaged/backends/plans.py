@@ -287,7 +287,7 @@ def prefill(
     blocks = kernel.blocks_per_sm * sm_count  # that run at once
     max_splits = 1
     if not (params.batch_invariant or params.shared_prefix):
-        # As many as give work to all blocks. So there are never more records than for twice their rows.
+        # As many as give work to all blocks. So the records are of no more rows than two tiles a block have.
         wanted = _ceil_div(blocks, _ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
         longest = block_tables.shape[1] * kv_cache.shape[3]
         most = min(MAX_PREFILL_SPLITS, _ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
