@@ -7,7 +7,7 @@ from dataclasses import dataclass
 DTYPES = ("fp32", "fp16", "bf16")
 CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
-# The most common of them: what quantised caches and wide tiles of decode are compiled for ahead of time.
+# The most common of them, for which also what is rarer is compiled ahead of time: see `variants`.
 COMMON_HEAD_SIZES = (64, 128, 256)
 HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
@@ -178,7 +178,8 @@ def merge_states(dtype: str) -> KernelSpec:
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
     """Every kernel that an architecture uses for the head sizes that models have; for the most common of them
-    also over quantised caches, under bfloat16 queries, and with wide tiles.
+    also over quantised caches, under bfloat16 queries, with wide tiles, in float32 on GPUs with tensor cores,
+    and in bfloat16 on those before.
 
     The others are compiled when they are met.
     """
@@ -189,8 +190,9 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs += [merge_splits(dtype), merge_states(dtype)]
         specs += [reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
+        usual = dtype != ("fp32" if has_mma(arch) else "bf16")
         for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
-            for head_size in HEAD_SIZES if cache_dtype == dtype else COMMON_HEAD_SIZES:
+            for head_size in HEAD_SIZES if usual and cache_dtype == dtype else COMMON_HEAD_SIZES:
                 if tensor_cores:
                     for wide in (False, True) if head_size in COMMON_HEAD_SIZES else (False,):
                         specs.append(paged_decode_mma(dtype, cache_dtype, head_size, arch, wide))
