@@ -13,7 +13,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         action="append",
-        choices=["reference", "cpu", "cuda_host", "cuda"],
+        choices=["reference", "cpu", "cuda_host", "cuda_ptx", "cuda"],
         help="run the kernel suite on these backends only; may be repeated",
     )
 

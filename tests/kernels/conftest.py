@@ -1,4 +1,7 @@
-"""The backends the kernel suite runs over: reference, cpu, cuda_host (emulation), cuda (a GPU)."""
+"""The backends the kernel suite runs over: reference, cpu, cuda_host (emulation), cuda (a GPU).
+
+Only when asked for: cuda_ptx, which interprets what NVRTC makes of the kernels.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,10 @@ def backend(request, monkeypatch, seed):
 
         # Hopper has a prefill of its own; half of the tests run what the others have.
         module = emulator.backend(seed, "90a" if seed % 2 else "80")
+    elif name == "cuda_ptx":
+        from tests.ptx import launcher
+
+        module = launcher.backend(seed, ("75", "80", "90a")[seed % 3])
     else:
         module = importlib.import_module(f"cupaged.backends.{name}")
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)

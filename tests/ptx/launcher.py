@@ -1,0 +1,105 @@
+"""`backend()` has the functions of the CUDA backend over interpreted PTX.
+
+The emulation in `tests/cuda_host` runs the sources as g++ understands them, with C++ in the place of a GPU's
+instructions. This runs what NVRTC makes of them: the inline assembly, the branches, the layout of shared
+memory, the widths of the arguments.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+
+import torch
+
+from cupaged import compile as kernel_compiler
+from cupaged.backends.kernels import Kernels, Launch
+from cupaged.backends.plans import KernelCall
+from cupaged.specs import KernelSpec
+
+from .machine import Machine
+from .memory import GlobalMemory
+from .program import parse
+
+
+@cache
+def ptx(spec: KernelSpec, arch: str) -> str:
+    """What NVRTC makes of the kernel."""
+    kernel_compiler.import_cupy()
+    from cupy.cuda import nvrtc
+
+    directory = kernel_compiler.cuda_dir()
+    path = directory / spec.source
+    options = (
+        *(option for option in kernel_compiler.OPTIONS if "ptxas" not in option),
+        "--generate-line-info",
+        f"--gpu-architecture=compute_{arch}",
+        f"-I{directory}",
+        f"-I{kernel_compiler.toolkit_include_dir()}",
+        *(f"-D{name}={value}" for name, value in spec.defines),
+    )
+    program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        text = nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    return text if isinstance(text, str) else text.decode()
+
+
+@lru_cache(16)
+def _machine(text: str) -> Machine:
+    return Machine(parse(text))
+
+
+class PtxLauncher:
+    """The `Launcher` for CPU tensors.
+
+    Args:
+        seed: of what PTX leaves open; each launch draws from it.
+        arch: of the GPU that it stands for.
+        change: of the text, to plant a fault.
+    """
+
+    def __init__(self, seed: int, arch: str, change: Callable[[str], str] = lambda text: text) -> None:
+        self._random = random.Random(seed)
+        self._arch, self._change = arch, change
+
+    def sm_count(self, device: torch.device) -> int:
+        return 2
+
+    def arch(self, device: torch.device) -> str:
+        return self._arch
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Filled with 0xFF: NaN, or -1."""
+        result = torch.empty(tuple(shape), dtype=dtype, device=device)
+        result.view(-1).view(torch.uint8).fill_(0xFF)
+        return result
+
+    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        return True
+
+    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.clone()
+
+    def prepare(self, call: KernelCall, device: torch.device) -> Launch:
+        def launch(tensors: Sequence[torch.Tensor | None]) -> None:
+            spec = call.spec
+            machine = _machine(self._change(ptx(spec, self._arch)))
+            memory = GlobalMemory([tensor for tensor in tensors if tensor is not None])
+            addresses = [0 if tensor is None else memory.address(tensor) for tensor in tensors]
+            params = [address.to_bytes(8, "little") for address in addresses]
+            params += [number.tobytes() for number in call.numbers]
+            machine.launch(
+                call.grid, spec.threads, spec.dynamic_shared_memory, params, memory.space, self._random
+            )
+            memory.copy_back()
+
+        return launch
+
+
+def backend(seed: int, arch: str, change: Callable[[str], str] = lambda text: text) -> Kernels:
+    """The functions of the CUDA backend over interpreted PTX."""
+    return Kernels(PtxLauncher(seed, arch, change))
