@@ -300,8 +300,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                         acc);
                 stage = stage == kStages - 1 ? 0 : stage + 1;
             }
-            cp_async_wait<0>();
-            phase_barrier();
+            cp_async_wait<0>();  // a block barrier comes before the tiles are written again
         }
 
 #pragma unroll

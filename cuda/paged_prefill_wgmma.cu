@@ -59,6 +59,7 @@ constexpr int kQueryPanelBytes = 128 * kTileRows;
 constexpr int kColumns = 64 * kPanels;
 // Stages that the producer has under way when it waits for the one before them.
 constexpr int kInFlight = kStages - 2;
+static_assert(kInFlight == 0 || kInFlight == 1, "it hands over one stage at a time");
 // Registers of a thread: 128 * (40 + 2 * 232) are what a block of 384 threads is launched with, 168
 // each, the most that 65536 allow.
 constexpr int kProducerRegisters = 40;
@@ -263,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             named_barrier_sync(kProducerBarrier, kWarpgroupSize);
             if (in_flight > 0) {
                 cp_async_wait<0>();
-                while (in_flight > 0) hand_over();
+                hand_over();
             }
             mbarrier_wait(&shared.query_empty, count % 2 ^ 1);
             const bool last_item = item.tile.num_tokens <= 0;
@@ -308,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         }
         if (in_flight > 0) {
             cp_async_wait<0>();
-            while (in_flight > 0) hand_over();
+            hand_over();
         }
     } else {
         increase_registers<kConsumerRegisters>();

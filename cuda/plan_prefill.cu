@@ -65,7 +65,6 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         if (mine < num_picked) schedule.sequences[place] = sequence;
     }
     if (max_splits > 1) {
-        __syncthreads();  // the sums have been read
         const RowTiles rows{group, num_kv_heads, tile_heads, tile_tokens};
         batch.split_tokens =
             balanced_split_tokens<kThreads>(batch, rows, blocks, kSmallestPiece, sums);

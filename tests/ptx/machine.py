@@ -10,12 +10,13 @@ import numpy as np
 from .memory import POISON, PtxError, Space
 from .memory_steps import Copy
 from .program import Instruction, Program
-from .races import Races
+from .races import Order, Races
 from .steps import Step, step
 from .warp import Warp
 
 SHARED_BASE = 1024  # what is below belongs to the system, as on Hopper
 LONGEST_TURN = 400  # instructions
+MOST_GLOBAL = 256 << 10  # bytes in which races are looked for
 
 
 class Machine:
@@ -80,7 +81,11 @@ class Block:
         }
         self.symbols, size = _place(self.program, dynamic_shared)
         self.shared = Space("shared", SHARED_BASE, np.full(size, POISON, np.uint8))
-        self.races = Races(threads, SHARED_BASE, size)
+        self.order = Order(threads)
+        self.races = Races("shared", self.order, SHARED_BASE, size)
+        # Of global memory where there is little, as for what plans: there threads of a block share some.
+        size = memory.content.size
+        self.global_races = Races("global", self.order, memory.base, size) if size <= MOST_GLOBAL else None
         self._events = 0  # that others may have waited for
         self._barriers: dict[int, tuple[int, list[Warp]]] = {}  # threads that arrived, warps that wait
         self._phases: dict[int, list[int]] = {}  # expected, pending, phase
@@ -119,16 +124,16 @@ class Block:
         if count > threads:
             raise PtxError(f"{count} threads at barrier {number} of {threads}")
         self._events += 1
-        self.races.arrive(("bar", number), warp.threads)
+        self.order.arrive(("bar", number), warp.threads)
         if waits:
             warp.blocked = True
             waiting = [*waiting, warp]
         self._barriers[number] = count, waiting
         if count == threads:
-            self.races.complete(("bar", number))
+            self.order.complete(("bar", number))
             for other in waiting:
                 other.blocked = False
-                self.races.learn(("bar", number), other.threads)
+                self.order.learn(("bar", number), other.threads)
             del self._barriers[number]
 
     def start_phases(self, address: int, count: int, threads: np.ndarray) -> None:
@@ -140,16 +145,16 @@ class Block:
         state = self._phase(address, threads)
         self._events += 1
         for thread in threads:
-            self.races.arrive(("mbarrier", address), thread[None])
+            self.order.arrive(("mbarrier", address), thread[None])
             state[1] -= 1
             if state[1] == 0:
                 state[1], state[2] = state[0], state[2] + 1
-                self.races.complete(("mbarrier", address))
+                self.order.complete(("mbarrier", address))
 
     def is_over(self, address: int, parity: int, threads: np.ndarray) -> bool:
         over = self._phase(address, threads)[2] % 2 != parity
         if over:
-            self.races.learn(("mbarrier", address), threads)
+            self.order.learn(("mbarrier", address), threads)
         return over
 
     def _phase(self, address: int, threads: np.ndarray) -> list[int]:

@@ -25,24 +25,40 @@ class Space:
     """
 
     def __init__(self, name: str, base: int, content: np.ndarray, allowed: np.ndarray | None = None) -> None:
-        self._name, self._base, self._size = name, base, content.size
+        self._name, self.base, self._size = name, base, content.size
         self._views = {width: content.view(f"u{width}") for width in WIDTHS}
         self._allowed = None if allowed is None else {width: allowed.view(f"u{width}") for width in WIDTHS}
+        constant, written = np.zeros(content.size, np.uint8), np.zeros(content.size, np.uint8)
+        self._constant = {width: constant.view(f"u{width}") for width in WIDTHS}
+        self._written = {width: written.view(f"u{width}") for width in WIDTHS}
 
     @property
     def content(self) -> np.ndarray:
         return self._views[1]
 
-    def load(self, addresses: np.ndarray, width: int, count: int = 1) -> np.ndarray:
-        """``count`` words of ``width`` bytes from each address on: [count, lanes]."""
-        return self._views[width][self._indices(addresses, width, count)]
+    def load(self, addresses: np.ndarray, width: int, count: int = 1, constant: bool = False) -> np.ndarray:
+        """``count`` words of ``width`` bytes from each address on: [count, lanes].
+
+        Args:
+            constant: as ld.global.nc reads: what no thread of the launch writes.
+        """
+        indices = self._indices(addresses, width, count)
+        if constant:
+            if self._written[width][indices].any():
+                raise PtxError("ld.global.nc of what this launch has written")
+            self._constant[width][indices] = 1
+        return self._views[width][indices]
 
     def store(self, addresses: np.ndarray, words: np.ndarray, width: int) -> None:
         """Words [count, lanes], from each address on."""
-        self._views[width][self._indices(addresses, width, len(words))] = words
+        indices = self._indices(addresses, width, len(words))
+        if self._constant[width][indices].any():
+            raise PtxError("a write to what this launch has read with ld.global.nc")
+        self._written[width][indices] = 1
+        self._views[width][indices] = words
 
     def _indices(self, addresses: np.ndarray, width: int, count: int) -> np.ndarray:
-        offsets = addresses.astype(np.int64) - self._base
+        offsets = addresses.astype(np.int64) - self.base
         if not offsets.size:
             return np.zeros((count, 0), np.int64)
         if int(np.bitwise_or.reduce(offsets)) % (width * count):

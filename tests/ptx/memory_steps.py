@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,7 +11,11 @@ from .arithmetic import DTYPES, bits_of
 from .memory import PtxError
 from .operands import address_of, read, write
 from .program import Address, Immediate, Instruction, Operand, Program, Symbol, Vector
+from .races import WORD, Races
 from .warp import Warp
+
+if TYPE_CHECKING:
+    from .machine import Block
 
 Action = Callable[[Warp], None]
 VECTOR = {"v2": 2, "v4": 4}
@@ -50,14 +55,14 @@ def load(instruction: Instruction, modifiers: list[str], program: Program) -> Ac
     if modifiers[0] == "param":
         return _load_param(instruction, kind, program)
     addresses, width, count = address_of(address), bits_of(kind) // 8, len(puts)
-    shared = "shared" in modifiers
+    shared, constant = "shared" in modifiers, "nc" in modifiers
 
     def act(warp: Warp) -> None:
         mask, block = warp.mask, warp.block
         where = addresses(warp)[mask]
-        words = (block.shared if shared else block.memory).load(where, width, count)
-        if shared:
-            block.races.read(warp.threads[mask], where, width * count)
+        words = (block.shared if shared else block.memory).load(where, width, count, constant)
+        if (races := _races(block, shared, width * count)) is not None:
+            races.read(warp.threads[mask], where, width * count)
         for put, row in zip(puts, words):
             lanes = row
             if not warp.full:
@@ -66,6 +71,13 @@ def load(instruction: Instruction, modifiers: list[str], program: Program) -> Ac
             put(warp, lanes.view(DTYPES[kind]))
 
     return act
+
+
+def _races(block: Block, shared: bool, size: int) -> Races | None:
+    """Where to look for races. Halves of words are written to global memory only, as outputs."""
+    if shared:
+        return block.races
+    return block.global_races if size % WORD == 0 else None
 
 
 def _load_param(instruction: Instruction, kind: str, program: Program) -> Action:
@@ -87,8 +99,8 @@ def store(instruction: Instruction, modifiers: list[str], program: Program) -> A
         mask, block = warp.mask, warp.block
         where = addresses(warp)[mask]
         words = np.stack([np.ascontiguousarray(take(warp)).view(f"u{width}")[mask] for take in takes])
-        if shared:
-            block.races.write(warp.threads[mask], where, width * len(takes))
+        if (races := _races(block, shared, width * len(takes))) is not None:
+            races.write(warp.threads[mask], where, width * len(takes))
         (block.shared if shared else block.memory).store(where, words, width)
 
     return act

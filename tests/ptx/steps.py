@@ -23,7 +23,7 @@ def step(instruction: Instruction, program: Program) -> Step:
     name, *modifiers = instruction.opcode.split(".")
     operands = instruction.operands
     if instruction.opcode == "fence.proxy.async.shared::cta":
-        return _guarded(instruction, lambda warp: warp.block.races.fence_proxy(warp.threads[warp.mask]))
+        return _guarded(instruction, lambda warp: warp.block.order.fence_proxy(warp.threads[warp.mask]))
     if instruction.opcode.startswith(IGNORED):
         return _guarded(instruction, lambda warp: None)
     if name in warp_steps.STEPS:

@@ -98,7 +98,7 @@ def _barrier(instruction: Instruction, program: Program) -> Control:
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "bar.warp.sync":
         return _together(
-            instruction, lambda warp: warp.block.races.meet(warp.threads[warp.mask]), read(operands[0], "u32")
+            instruction, lambda warp: warp.block.order.meet(warp.threads[warp.mask]), read(operands[0], "u32")
         )
     if opcode not in ("bar.sync", "bar.arrive"):
         raise ValueError(f"unknown instruction: {instruction.text}")
