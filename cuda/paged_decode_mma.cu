@@ -85,11 +85,16 @@ constexpr int kMinBlocks = kRowGroups > 1                        ? 1
 
 static_assert(kTileRows <= kMaxTileRows, "pack_tile");
 
+// Floats of a row of phase_out: such that rows that a warp stores together are in banks of their
+// own, 8 floats of each of 4 rows, or 16 of each of 2.
+constexpr int kOutSpread = kQuantised ? 16 : 8;
+constexpr int kOutStride = kHeadSize + (kHeadSize / kOutSpread % 2 == 0 ? kOutSpread : 0);
+
 struct Shared {
     uint4 query[kTileRows * kQueryRowChunks];
     union {
-        uint4 tiles[kPhases][kStages][2][kTile];          // 2: keys, values
-        float phase_out[kPhases][kGroupRows][kHeadSize];  // of one row group at a time
+        uint4 tiles[kPhases][kStages][2][kTile];           // 2: keys, values
+        float phase_out[kPhases][kGroupRows][kOutStride];  // of one row group at a time
     };
 };
 
@@ -336,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 float result[kQueryVec];
                 const SoftmaxState state = merge_warps<kPhases>(&phase_state[0][row], kGroupRows,
                                                                 &shared.phase_out[0][row][element],
-                                                                kGroupRows * kHeadSize, result);
+                                                                kGroupRows * kOutStride, result);
 #pragma unroll
                 for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
                 const int64 token = rows.token(done + row);

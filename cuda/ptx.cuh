@@ -62,6 +62,14 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// 16 bytes to global memory in one access. Where the parts of a uint4 come from elsewhere, the
+// compiler does not always put them together.
+__device__ __forceinline__ void store_global_16(void* target, const uint4& raw) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)),
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                 : "memory");
+}
+
 // Load four matrices of 8x8 16-bit elements from shared memory; lane 8m + r gives the address of
 // row r of matrix m. Lane 4g + t gets elements 2t and 2t + 1 of row g of each.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&registers)[4], const void* row) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace cupaged {
 
@@ -92,7 +93,7 @@ __device__ __forceinline__ uint4 load_vec(const T* source, bool aligned) {
 template <typename T>
 __device__ __forceinline__ void store_vec(T* target, const uint4& raw, bool aligned) {
     if (aligned) {
-        *reinterpret_cast<uint4*>(target) = raw;
+        store_global_16(target, raw);
         return;
     }
     T elements[kVecSize<T>];

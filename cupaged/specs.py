@@ -92,7 +92,9 @@ def paged_decode_mma(
         shared_bytes = rows * query_row + phases * stages * 2 * 16 * cache_row
         if shared_bytes + DECODE_MMA_STATIC <= _shared_memory(arch):
             break
-    shared_bytes = max(shared_bytes, rows * query_row + 4 * phases * group_rows * head_size)
+    spread = 16 if cache_dtype in CACHE_DTYPES else 8
+    out_row = 4 * (head_size + (spread if head_size // spread % 2 == 0 else 0))
+    shared_bytes = max(shared_bytes, rows * query_row + phases * group_rows * out_row)
     row_groups = rows // group_rows
     sizes = {"HEAD_SIZE": head_size, "STAGES": stages} | ({"ROW_GROUPS": row_groups} if wide else {})
     return KernelSpec(

@@ -21,6 +21,7 @@ from cupaged.specs import KernelSpec
 from .machine import Machine
 from .memory import GlobalMemory
 from .program import parse
+from .traffic import Traffic
 
 
 @cache
@@ -60,11 +61,15 @@ class PtxLauncher:
         seed: of what PTX leaves open; each launch draws from it.
         arch: of the GPU that it stands for.
         change: of the text, to plant a fault.
+
+    Attributes:
+        traffic: by entry point, for what is launched while this is no longer None.
     """
 
     def __init__(self, seed: int, arch: str, change: Callable[[str], str] = lambda text: text) -> None:
         self._random = random.Random(seed)
         self._arch, self._change = arch, change
+        self.traffic: dict[str, Traffic] | None = None
 
     def sm_count(self, device: torch.device) -> int:
         return 2
@@ -93,7 +98,13 @@ class PtxLauncher:
             params = [address.to_bytes(8, "little") for address in addresses]
             params += [number.tobytes() for number in call.numbers]
             machine.launch(
-                call.grid, spec.threads, spec.dynamic_shared_memory, params, memory.space, self._random
+                call.grid,
+                spec.threads,
+                spec.dynamic_shared_memory,
+                params,
+                memory.space,
+                self._random,
+                None if self.traffic is None else self.traffic.setdefault(spec.entry, Traffic()),
             )
             memory.copy_back()
 

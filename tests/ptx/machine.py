@@ -12,6 +12,7 @@ from .memory_steps import Copy
 from .program import Instruction, Program
 from .races import Order, Races
 from .steps import Step, step
+from .traffic import Traffic
 from .warp import Warp
 
 SHARED_BASE = 1024  # what is below belongs to the system, as on Hopper
@@ -40,6 +41,7 @@ class Machine:
         params: Sequence[bytes],
         memory: Space,
         rng: random.Random,
+        traffic: Traffic | None = None,
     ) -> None:
         """Run all blocks to their end.
 
@@ -53,7 +55,7 @@ class Machine:
         rng.shuffle(blocks)
         with np.errstate(all="ignore"):
             for block in blocks:
-                Block(self, grid, block, threads, dynamic_shared, named, memory, rng).run()
+                Block(self, grid, block, threads, dynamic_shared, named, memory, rng, traffic).run()
 
 
 class Block:
@@ -69,7 +71,9 @@ class Block:
         params: dict[str, bytes],
         memory: Space,
         rng: random.Random,
+        traffic: Traffic | None,
     ) -> None:
+        self.traffic = traffic
         self.program, self.code, self._limit = machine.program, machine.code, machine.limit
         self.params, self.memory, self.random, self.threads = params, memory, rng, threads
         self._index = index

@@ -61,6 +61,7 @@ def load(instruction: Instruction, modifiers: list[str], program: Program) -> Ac
         mask, block = warp.mask, warp.block
         where = addresses(warp)[mask]
         words = (block.shared if shared else block.memory).load(where, width, count, constant)
+        _count(instruction, block, shared, where, width * count)
         if (races := _races(block, shared, width * count)) is not None:
             races.read(warp.threads[mask], where, width * count)
         for put, row in zip(puts, words):
@@ -71,6 +72,12 @@ def load(instruction: Instruction, modifiers: list[str], program: Program) -> Ac
             put(warp, lanes.view(DTYPES[kind]))
 
     return act
+
+
+def _count(instruction: Instruction, block: Block, shared: bool, where: np.ndarray, size: int) -> None:
+    if block.traffic is not None:
+        count = block.traffic.count_shared if shared else block.traffic.count_global
+        count((instruction.line, instruction.opcode), where, size)
 
 
 def _races(block: Block, shared: bool, size: int) -> Races | None:
@@ -99,6 +106,7 @@ def store(instruction: Instruction, modifiers: list[str], program: Program) -> A
         mask, block = warp.mask, warp.block
         where = addresses(warp)[mask]
         words = np.stack([np.ascontiguousarray(take(warp)).view(f"u{width}")[mask] for take in takes])
+        _count(instruction, block, shared, where, width * len(takes))
         if (races := _races(block, shared, width * len(takes))) is not None:
             races.write(warp.threads[mask], where, width * len(takes))
         (block.shared if shared else block.memory).store(where, words, width)
@@ -168,7 +176,10 @@ def copy(instruction: Instruction) -> Action:
         sizes = np.full(32, 16) if size is None else size(warp).copy()
         if not np.isin(sizes[warp.mask], (0, 16)).all():
             raise PtxError("only copies of 0 and 16 bytes are known")
-        warp.copies.append(Copy(warp, to(warp), source(warp), sizes == 16))
+        targets, sources = to(warp), source(warp)
+        _count(instruction, warp.block, True, targets[warp.mask], 16)
+        _count(instruction, warp.block, False, sources[warp.mask & (sizes == 16)], 16)
+        warp.copies.append(Copy(warp, targets, sources, sizes == 16))
 
     return issue
 

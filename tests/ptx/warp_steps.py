@@ -170,6 +170,8 @@ def _load_matrix(instruction: Instruction, program: Program) -> Control:
 
     def load(warp: Warp) -> None:
         rows = addresses(warp)[: 8 * count]
+        if warp.block.traffic is not None:
+            warp.block.traffic.count_shared((instruction.line, instruction.opcode), rows, 16)
         warp.block.races.read_by_all(warp.threads, rows, 16)  # each gets some of every matrix
         registers = matrices.load_matrices(warp.block.shared, rows, count, transposed)
         for put, register in zip(puts, registers):

@@ -22,5 +22,8 @@ template <int N>
 inline void cp_async_wait() {
     cupaged_host::copy_async_wait(N);
 }
+inline void store_global_16(void* target, const uint4& raw) {
+    *static_cast<uint4*>(target) = raw;
+}
 
 }  // namespace cupaged
