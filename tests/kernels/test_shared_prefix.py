@@ -107,8 +107,12 @@ def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.int8], ids=str)
-@pytest.mark.parametrize(("group", "queries"), [(2, "one"), (1, "one"), (4, "few"), (12, "one")])
-def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
+@pytest.mark.parametrize(
+    ("group", "queries", "batch_invariant"),
+    [(2, "one", True), (1, "one", False), (4, "few", True), (12, "one", True), (3, "mixed", False)],
+)
+def test_sharing_changes_no_bit(backend, seed, group, queries, batch_invariant, cache_dtype):
+    """Nor where some of the sequences are left to prefill; batch invariance is implied."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
@@ -122,9 +126,10 @@ def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
         group=group,
         features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
     )
-    problem.options["max_query_len"] = 8
+    if queries != "mixed":
+        problem.options["max_query_len"] = 8
     out, lse = run(problem, backend[1])
-    problem.options["shared_prefix"] = True
+    problem.options |= {"shared_prefix": True, "batch_invariant": batch_invariant}
     shared_out, shared_lse = run(problem, backend[1])
     assert torch.equal(out, shared_out)
     assert torch.equal(lse, shared_lse)
