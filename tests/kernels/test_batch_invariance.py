@@ -77,7 +77,8 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, se
     check(out, problem, lse)
 
 
-def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
+@pytest.mark.parametrize("windowed", [False, True])
+def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch, windowed):
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(plans, "MAX_SPLITS", 3)
@@ -89,9 +90,11 @@ def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
         block_size=16,
         num_kv_heads=2,
         group=1,
-        seq_lens=[1500, 769, 768, 300],
-        features=("sinks", "window"),
+        seq_lens=[3000, 1537, 1536, 300],
+        features=("sinks",),
     )
+    if windowed:
+        problem.options["sliding_window"] = 2000
     p = problem.to(backend[1])
     out, lse = cupaged.paged_attention(
         p.query, p.kv_cache, p.block_tables, p.seq_lens, **p.options, return_lse=True
