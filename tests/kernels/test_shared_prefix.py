@@ -180,7 +180,7 @@ def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cach
         cache_dtype=cache_dtype,
         head_size=head_size,
         num_kv_heads=2 if head_size == 32 else 1,
-        features=random.Random(seed).choice([(), ("alibi", "sinks"), ("cap",)]),
+        features=random.Random(seed).choice([(), ("alibi", "sinks"), ("alibi", "cap")]),
     )
     out, lse = run(problem, backend[1])
     problem.options["shared_prefix"] = True
