@@ -58,8 +58,12 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, seed, monkeypatch, dtype):
-    """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well."""
+@pytest.mark.parametrize("window", [None, 5001])
+def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
+    backend, seed, monkeypatch, dtype, window
+):
+    """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well. Under a
+    window the first block is a part of one."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(plans, "MAX_SPLITS", 1)
@@ -72,12 +76,16 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(backend, se
         group=2,
         seq_lens=[8150, 8150, 6100, 4089, 4088, 2041, 17],
     )
+    problem.options["sliding_window"] = window
     p = problem.to(backend[1])
-    out, lse = cupaged.paged_attention(p.query, p.kv_cache, p.block_tables, p.seq_lens, return_lse=True)
+    out, lse = cupaged.paged_attention(
+        p.query, p.kv_cache, p.block_tables, p.seq_lens, **p.options, return_lse=True
+    )
     check(out, problem, lse)
 
 
-def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
+@pytest.mark.parametrize("windowed", [False, True])
+def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch, windowed):
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(plans, "MAX_SPLITS", 3)
@@ -89,9 +97,11 @@ def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch):
         block_size=16,
         num_kv_heads=2,
         group=1,
-        seq_lens=[1500, 769, 768, 300],
-        features=("sinks", "window"),
+        seq_lens=[3000, 1537, 1536, 300],
+        features=("sinks",),
     )
+    if windowed:
+        problem.options["sliding_window"] = 2000
     p = problem.to(backend[1])
     out, lse = cupaged.paged_attention(
         p.query, p.kv_cache, p.block_tables, p.seq_lens, **p.options, return_lse=True

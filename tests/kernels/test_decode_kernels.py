@@ -46,9 +46,9 @@ def test_the_choice(dtype, cache, group, arch, name):
 def draw_few(seed: int, **options):
     """A batch with 0 to 8 query tokens a sequence, some of them its whole length."""
     rng = random.Random(seed)
-    seq_lens = [0, 1, 7, *(rng.randrange(1, 1300) for _ in range(3))]
+    seq_lens = [0, 1, 7, rng.randrange(17, 23), *(rng.randrange(1, 1300) for _ in range(2))]
     query_lens = [min(n, rng.randrange(9)) for n in seq_lens]
-    query_lens[2] = 7
+    query_lens[2:4] = 7, 8  # of the 8, a tile of 16 keys ends between what the first and the last one see
     return draw(
         seed,
         block_size=rng.choice([8, 16, 64]),

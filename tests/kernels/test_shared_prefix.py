@@ -107,8 +107,12 @@ def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.int8], ids=str)
-@pytest.mark.parametrize(("group", "queries"), [(2, "one"), (1, "one"), (4, "few"), (12, "one")])
-def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
+@pytest.mark.parametrize(
+    ("group", "queries", "batch_invariant"),
+    [(2, "one", True), (1, "one", False), (4, "few", True), (12, "one", True), (3, "mixed", False)],
+)
+def test_sharing_changes_no_bit(backend, seed, group, queries, batch_invariant, cache_dtype):
+    """Nor where some of the sequences are left to prefill; batch invariance is implied."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
@@ -122,12 +126,36 @@ def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
         group=group,
         features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
     )
-    problem.options["max_query_len"] = 8
+    if queries != "mixed":
+        problem.options["max_query_len"] = 8
     out, lse = run(problem, backend[1])
-    problem.options["shared_prefix"] = True
+    problem.options |= {"shared_prefix": True, "batch_invariant": batch_invariant}
     shared_out, shared_lse = run(problem, backend[1])
     assert torch.equal(out, shared_out)
     assert torch.equal(lse, shared_lse)
+
+
+def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
+    """Of two prefixes, one for rows of more than a wide tile, the other for a few rows more than two narrow
+    ones; a loner in between is wide if its own heads are enough."""
+    rng = random.Random(seed)
+    tokens = 1 if queries == "one" else 4
+    many, few = (-(-rows // (group * tokens)) for rows in (65, 33))
+    lengths = [PIECE + rng.randrange(tokens, 40) for _ in range(many + 1 + few)]
+    problem = draw(
+        seed,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        block_size=rng.choice([8, 16, 128]),
+        group=group,
+        seq_lens=lengths,
+        query_lens=None if queries == "one" else [4, *(rng.choice([2, 3, 4, 4]) for _ in lengths[1:])],
+        padding_rows=0 if queries == "one" else rng.choice([0, 3]),
+        **options,
+    )
+    share(problem, [(0, s, PIECE) for s in range(1, many)])
+    share(problem, [(many + 1, s, PIECE) for s in range(many + 2, len(lengths))])
+    problem.options["max_query_len"] = 4
+    return problem
 
 
 @pytest.mark.parametrize(
@@ -143,35 +171,52 @@ def test_sharing_changes_no_bit(backend, seed, group, queries, cache_dtype):
     ids=str,
 )
 def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cache_dtype):
-    """Of two prefixes, one for rows of more than a wide tile, the other for a few rows more than two narrow
-    ones; a loner in between is wide if its own heads are enough."""
     if "cuda" not in backend[0]:
         pytest.skip("about the CUDA kernels")
-    rng = random.Random(seed)
-    tokens = 1 if queries == "one" else 4
-    many, few = (-(-rows // (group * tokens)) for rows in (65, 33))
-    lengths = [PIECE + rng.randrange(tokens, 40) for _ in range(many + 1 + few)]
-    problem = draw(
+    problem = draw_wide(
         seed,
-        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        group=group,
+        queries=queries,
         cache_dtype=cache_dtype,
         head_size=head_size,
-        block_size=rng.choice([8, 16, 128]),
         num_kv_heads=2 if head_size == 32 else 1,
-        group=group,
-        seq_lens=lengths,
-        query_lens=None if queries == "one" else [4, *(rng.choice([2, 3, 4, 4]) for _ in lengths[1:])],
-        padding_rows=0 if queries == "one" else rng.choice([0, 3]),
-        features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
+        features=random.Random(seed).choice([(), ("alibi", "sinks"), ("alibi", "cap")]),
     )
-    share(problem, [(0, s, PIECE) for s in range(1, many)])
-    share(problem, [(many + 1, s, PIECE) for s in range(many + 2, len(lengths))])
-    problem.options["max_query_len"] = 4
     out, lse = run(problem, backend[1])
     problem.options["shared_prefix"] = True
     shared_out, shared_lse = run(problem, backend[1])
     assert torch.equal(out, shared_out)
     assert torch.equal(lse, shared_lse)
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("emulated_arch", ["86"], indirect=True)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
+def test_wide_tiles_that_are_smaller(emulated_arch, seed, cache_dtype):
+    """With less shared memory they have 32 rows at the largest head sizes."""
+    problem = draw_wide(seed, group=12, queries="one", cache_dtype=cache_dtype, head_size=256, num_kv_heads=1)
+    problem.options["shared_prefix"] = True
+    out, lse = run(problem, "cpu")
+    check(out, problem, lse)
+
+
+@pytest.mark.parametrize("emulated_arch", ["90a"], indirect=True)
+def test_wide_tiles_of_more_blocks_than_shared_memory_has_ids_for(emulated_arch, seed, monkeypatch):
+    """All warps of a block go through the runs of a piece together."""
+    monkeypatch.setattr(plans, "MAX_SPLITS", 2)
+    rng = random.Random(seed)
+    problem = draw(
+        seed,
+        dtype=torch.float16,
+        head_size=32,
+        block_size=8,
+        num_kv_heads=1,
+        group=17,
+        seq_lens=[16 * PIECE + rng.randrange(1, PIECE) for _ in range(2)],
+    )
+    share(problem, [(0, 1, 9 * PIECE)])
+    problem.options["shared_prefix"] = True
+    out, lse = run(problem, "cpu")
     check(out, problem, lse)
 
 
@@ -258,11 +303,12 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     """Runs of any length over borders of 32 sequences and of 128, in the middle of other ones."""
     monkeypatch.setattr(plans, "MAX_SPLITS", max_splits)
     rng = random.Random(seed)
-    count = rng.choice([5, 33, 140])
+    count = rng.randrange(130, 150)
     lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]
     query_lens = [min(n, rng.randrange(5)) for n in lengths]
-    some = rng.randrange(count)  # neither one piece alone is searched, nor a batch without query tokens
-    lengths[some], query_lens[some] = 2 * PIECE + 30, rng.randrange(1, 5)
+    # Neither one piece alone is searched, nor a batch without query tokens; there are runs at the borders.
+    for some in (rng.randrange(count), *(s for s in range(count) if (s + 1) % 32 < 2)):
+        lengths[some], query_lens[some] = 2 * PIECE + 30, rng.randrange(1, 5)
     problem = draw(
         seed,
         dtype=torch.bfloat16,
@@ -280,6 +326,8 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
             for piece in (p for p in pieces if rng.random() < 0.8):
                 blocks = slice(piece * PIECE // 128, (piece + 1) * PIECE // 128 - (rng.random() < 0.1))
                 problem.block_tables[s, blocks] = problem.block_tables[s - 1, blocks]
+                if rng.random() < 0.1:  # the same blocks in another order are others
+                    problem.block_tables[s, blocks] = problem.block_tables[s, blocks].flip(0)
     problem.options |= {"max_query_len": 8, "shared_prefix": True}
     out, lse = run(problem, "cpu")
     assert tiles_of(emulation) == expected_tiles(problem, len(tiles_of(emulation)))
