@@ -23,6 +23,7 @@ from .plan import ScheduledSequence
 from .request import Sequence, SequenceGroup
 from .sampling_params import SamplingParams
 
+_LARGEST = 2**62  # what a request asks for may be any integer; the arrays hold 64 bits
 _SLICE = 64  # positions of a prompt whose log probabilities are taken at once
 
 
@@ -218,12 +219,12 @@ class Sampler:
             uses,
             params.temperature,
             params.min_p,
-            min(params.top_k, 2**62),
+            min(params.top_k, _LARGEST),
             params.top_p,
             seq.seed,
             seq.index,
-            seq.prompt_len + params.min_tokens,
-            params.logprobs or 0,
+            seq.prompt_len + min(params.min_tokens, group.max_tokens),
+            min(params.logprobs or 0, _LARGEST),
         )
         return row
 

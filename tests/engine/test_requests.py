@@ -70,6 +70,17 @@ def test_the_largest_request_that_fits_runs(llama_dir):
     assert outputs["a"].outputs[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("name", ["min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+def test_a_number_of_any_size_is_served(llama_dir, name):
+    """No array that has 64 bits for it ends the step of everybody."""
+    params = SamplingParams(**{"max_tokens": None, name: 10**30})
+    engine = small_engine(llama_dir)
+    good = run(engine, {"good": (prompt(20), GREEDY)})["good"]
+    outputs = run(engine, {"good": (prompt(20), GREEDY), "x": (prompt(120), params)})
+    assert outputs["good"].outputs == good.outputs
+    assert len(outputs["x"].outputs[0].token_ids) == 8 or name != "min_tokens"
+
+
 def test_a_warm_up_leaves_no_trace(llama_dir):
     """Not in the totals, not in the blocks, and not in what requests without a seed draw."""
     drawn = SamplingParams(temperature=1, max_tokens=8, ignore_eos=True)
