@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
@@ -218,6 +219,18 @@ def test_when_no_beam_can_become_one_of_the_best(early_stopping, penalty, done):
     one = beam_search.Hypothesis([1], -1.0, -1.0, "stop", None)
     assert beam_search._is_done(group, beam_search.Beams(hypotheses=[one, one]), 3, -10.0) is done
     assert not beam_search._is_done(group, beam_search.Beams(hypotheses=[one]), 3, -10.0)
+
+
+@pytest.mark.parametrize("penalty", [-16, -16.0, 16, 16.0])
+def test_the_largest_penalties_leave_the_scores_of_long_outputs_in_order(penalty):
+    """A power that is no float would end the step of everybody."""
+    params = SamplingParams(beam_width=1, early_stopping="never", length_penalty=penalty)
+    group = SimpleNamespace(params=params, width=1, max_tokens=10**7, stop_ids=())
+    for length in (1, 10**6):
+        parent = SimpleNamespace(output_token_ids=[5] * length)
+        one, two = (beam_search._hypothesis(group, parent, 5, total) for total in (-1e3, -1e7))
+        assert -math.inf < two.score < one.score < 0
+        assert beam_search._is_done(group, beam_search.Beams(hypotheses=[one]), length + 1, -math.inf)
 
 
 @pytest.mark.parametrize(
