@@ -19,12 +19,15 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, words: SequenceABC[str]) -> tup
     One that ends in another one is left out: it is never complete where the other is not.
 
     Raises:
-        ValueError: a word has no tokens.
+        ValueError: a word has no tokens, or is no text.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), f" {word.lstrip()}"):
-            token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            try:
+                token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+                raise ValueError(f"bad_words: the tokenizer refuses {word!r}: {error}") from error
             if not token_ids:
                 raise ValueError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
             found[token_ids] = None

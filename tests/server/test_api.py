@@ -228,6 +228,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"1000": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
         ({"best_of": 2, "n": 3}, "best_of"),
