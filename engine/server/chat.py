@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -13,8 +16,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionReque
     """The tokens of a conversation, with the opening of the assistant's answer.
 
     Raises:
-        ValueError: the model has no chat template, or the template refuses the messages.
+        ValueError: the model has no chat template, or the template refuses the messages or their settings.
     """
+    _check_settings(request.chat_template_kwargs)
     if not tokenizer.chat_template:
         raise ValueError("messages: the model has no chat template; use /v1/completions")
     try:
@@ -32,3 +36,12 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionReque
     except (TypeError, UnicodeError) as error:
         raise ValueError(f"messages: the tokenizer refuses their text: {error}") from error
     return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+def _check_settings(names: Iterable[str]) -> None:
+    """Settings are variables of the template. Another template, above all, would be a program of the client's
+    that runs here for as long as it likes, and nobody else is answered meanwhile."""
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in names:
+        if name in arguments and name not in ("tools", "documents"):
+            raise ValueError(f"chat_template_kwargs must be variables of the template; leave {name!r} out")

@@ -40,6 +40,20 @@ def test_a_refusal_may_quote_what_is_not_unicode(server, field):
     assert r"\ud800" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "max_length", "continue_final_message", "self"]
+)
+def test_settings_of_a_template_are_its_variables(server, name):
+    """A template of the client's own would run on the server for as long as it likes."""
+    request = {**FIELDS["chat/completions"][1], "chat_template_kwargs": {name: "{{ 6 * 7 }}"}}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=request)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "chat_template_kwargs"
+    assert repr(name) in response.json()["error"]["message"]
+    request["chat_template_kwargs"] = {"enable_thinking": False}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=request).status_code == 200
+
+
 @pytest.mark.parametrize("path", FIELDS)
 def test_null_is_a_field_left_out(server, path):
     model, needed = FIELDS[path]
