@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
+from cupaged.engine import SamplingParams
+from cupaged.engine.outputs import CompletionOutput, RequestOutput
+from cupaged.engine.server.completions import Completions
+from cupaged.engine.server.metrics import Metrics
 from cupaged.engine.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
 
 from .conftest import MODEL
@@ -60,3 +66,30 @@ def test_null_is_a_field_left_out(server, path):
     nothing = dict.fromkeys([*model.model_fields, *UNSUPPORTED])
     response = httpx.post(f"{server.url}/v1/{path}", json={**nothing, **needed})
     assert response.status_code == 200, response.text
+
+
+def test_a_client_that_does_not_read_piles_nothing_up(server):
+    """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
+
+    class Engine:
+        async def generate(self, request_id, prompt, params, priority):
+            for count in range(1, 101):
+                await asyncio.sleep(0)
+                done = CompletionOutput(0, "", list(range(count)), "length" if count == 100 else None)
+                yield RequestOutput(request_id, None, [1], [done], count == 100)
+
+    async def read():
+        metrics = Metrics(MODEL, server.engine.stats)
+        completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL)
+        outputs = completions._run("r", ["x", "y"], SamplingParams(), 0)
+        first = {position: output async for position, output in _take(outputs, 2)}
+        assert sorted(first) == [0, 1]
+        for _ in range(300):
+            await asyncio.sleep(0)
+        return [(position, len(output.outputs[0].token_ids)) async for position, output in outputs]
+
+    async def _take(outputs, count):
+        for _ in range(count):
+            yield await anext(outputs)
+
+    assert asyncio.run(read()) == [(0, 100), (1, 100)]
