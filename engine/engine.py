@@ -149,7 +149,7 @@ class LLMEngine:
             priority=priority,
             cache_salt=_cache_salt(prompt),
             skip_reading_prefix_cache=params.needs_whole_prompt,
-            bad_words=bad_words.tokenise(self.tokenizer, params.bad_words),
+            bad_words=bad_words.tokenise(self.tokenizer, params.bad_words, max_tokens),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
