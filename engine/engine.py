@@ -79,6 +79,8 @@ class LLMEngine:
         self.max_model_len: int = min(wanted, held)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
+        # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
+        self.max_characters = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
@@ -149,7 +151,11 @@ class LLMEngine:
             priority=priority,
             cache_salt=_cache_salt(prompt),
             skip_reading_prefix_cache=params.needs_whole_prompt,
-            bad_words=bad_words.tokenise(self.tokenizer, params.bad_words, max_tokens),
+            bad_words=bad_words.tokenise(
+                self.tokenizer,
+                [word for word in params.bad_words if len(word) <= self.max_characters],
+                max_tokens,
+            ),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
@@ -324,6 +330,11 @@ class LLMEngine:
         text: str | None
         given: Iterable[Any]
         if isinstance(prompt, str):
+            if len(prompt) > self.max_characters:
+                raise ValueError(
+                    f"the prompt has {len(prompt)} characters, and {self.max_model_len} tokens "
+                    f"(max_model_len) have at most {self.max_characters}: shorten the prompt"
+                )
             try:
                 text, given = prompt, self.tokenizer(prompt)["input_ids"]
             except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry

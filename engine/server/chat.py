@@ -12,8 +12,13 @@ from ..engine import Prompt
 from .protocol import ChatCompletionRequest
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest) -> Prompt:
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int
+) -> Prompt:
     """The tokens of a conversation, with the opening of the assistant's answer.
+
+    Args:
+        max_characters: more have too many tokens; nobody is answered while they are counted.
 
     Raises:
         ValueError: the model has no chat template, or the template refuses the messages or their settings.
@@ -30,6 +35,11 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionReque
         )
     except (TemplateError, TypeError) as error:
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+    if len(text) > max_characters:
+        raise ValueError(
+            f"messages: they have {len(text)} characters, and as many tokens as a sequence may have have at "
+            f"most {max_characters}: shorten them"
+        )
     try:
         # The template has written the special tokens already.
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]

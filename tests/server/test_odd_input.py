@@ -68,6 +68,29 @@ def test_null_is_a_field_left_out(server, path):
     assert response.status_code == 200, response.text
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("completions", "prompt", "x" * 5_000_000),
+        ("chat/completions", "messages", [{"role": "user", "content": "x" * 5_000_000}]),
+    ],
+)
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(server, monkeypatch, path, field, value):
+    """For as long as that takes nobody else is answered."""
+
+    def tokenise(self, text, *args, **kwargs):
+        assert len(text) < 1_000_000
+        return original(self, text, *args, **kwargs)
+
+    kind = type(server.engine.tokenizer)
+    original = kind.__call__
+    monkeypatch.setattr(kind, "__call__", tokenise)
+    response = httpx.post(f"{server.url}/v1/{path}", json={**FIELDS[path][1], field: value})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == field
+    assert "characters" in response.json()["error"]["message"]
+
+
 def test_a_client_that_does_not_read_piles_nothing_up(server):
     """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
 
