@@ -160,6 +160,11 @@ class Sampler:
                 "allowed_token_ids are all tokens that end an output, and min_tokens rules those out: allow "
                 "another token, or leave min_tokens out"
             )
+        if params.min_tokens and left <= 0:
+            raise ValueError(
+                "stop_token_ids are all tokens there are, and min_tokens rules those out: give fewer, or "
+                "leave min_tokens out"
+            )
 
     def release(self, group: SequenceGroup) -> None:
         """Forget a request."""

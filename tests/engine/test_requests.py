@@ -45,6 +45,11 @@ BAD_REQUESTS = {
         SamplingParams(min_tokens=2, allowed_token_ids=[257, 5], stop_token_ids=[5]),
         "allowed_token_ids",
     ),
+    "nothing but stop tokens": (
+        prompt(4),
+        SamplingParams(min_tokens=2, stop_token_ids=range(320)),
+        "stop_token_ids",
+    ),
     "params of another type": (prompt(4), {"temperature": 0}, "sampling_params"),
     "an id in use": (prompt(4), GREEDY, "request_id"),
 }
