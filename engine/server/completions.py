@@ -180,6 +180,8 @@ async def _events(
 ) -> AsyncIterator[str]:
     """The lines of a stream of server-sent events."""
     latest: dict[int, RequestOutput] = {}
+    if wanted.include_usage:
+        head = {**head, "usage": None}  # of all chunks but the last one, as OpenAI's clients expect
 
     def event(choices: list[Json], **more: Any) -> str:
         return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
