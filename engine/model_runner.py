@@ -34,6 +34,8 @@ class ModelRunner:
         self.device = next(model.parameters()).device
         if self.config.is_encoder_decoder:
             raise ValueError(f"{self.config.model_type} has an encoder; the engine runs decoders only")
+        if getattr(model, "_is_stateful", False):  # transformers' word for it
+            raise ValueError(f"{self.config.model_type} has recurrent layers; only attention is supported")
         if getattr(self.config, "attention_chunk_size", None):
             raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
 
