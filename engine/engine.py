@@ -86,6 +86,7 @@ class LLMEngine:
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
+        self._runner.settle_frequencies(self.max_model_len)
         scales = calibrate(
             self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
         )

@@ -62,6 +62,24 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def settle_frequencies(self, max_model_len: int) -> None:
+        """Choose the frequencies for this length once, where the model has two sets of them ("longrope").
+
+        transformers chooses by the longest sequence of a step. A request's keys would depend on what else ran
+        when they were computed, and those before and after it has grown would not go together.
+        """
+        last = self._tensor(np.array([[max_model_len - 1]], dtype=np.int64))
+        for module in self._model.modules():
+            kinds = getattr(module, "rope_type", None)
+            if kinds == "longrope":
+                module(last.float(), last)
+                module.rope_type = "default"  # type: ignore[assignment]
+            elif isinstance(kinds, dict):
+                for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
+                    module(last.float(), last, layer_type)
+                    kinds[layer_type] = "default"
+
+    @torch.inference_mode()
     def run(
         self, scheduled: tuple[ScheduledSequence, ...], blocks: BlockManager, cache: KVCache
     ) -> torch.Tensor:

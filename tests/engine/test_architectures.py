@@ -1,4 +1,4 @@
-"""Models whose layers are not all of the kind that the paged cache serves."""
+"""Models whose layers are not all of the kind that the paged cache serves, or not the same in every batch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers as tf
 
+from cupaged.engine import SamplingParams
 from tests import tiny_models
 
-from .harness import small_engine
+from .harness import run, small_engine
 
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 FEW = {**tiny_models._COMMON, "num_hidden_layers": 2}
 IDS = tiny_models._IDS
 REFUSED = {
@@ -57,3 +59,28 @@ def test_a_model_with_other_layers_is_refused(tmp_path, name):
     tiny_models.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         small_engine(str(tmp_path))
+
+
+def test_the_frequencies_are_those_of_max_model_len_in_every_batch(tmp_path):
+    """Of a model with two sets, one for sequences of up to 64 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    directory = str(tiny_models.save("llama", tmp_path, rope_parameters=rope))
+    short, long = ([(3 * i * i + 7 * i) % 256 for i in range(length)] for length in (30, 100))
+    outputs = {}
+    for max_model_len in (64, 128):
+        engine = small_engine(directory, max_model_len=max_model_len, max_num_batched_tokens=256)
+        alone = run(engine, {"x": ({"prompt_token_ids": short}, GREEDY)})["x"].outputs
+        outputs[max_model_len] = alone[0].token_ids
+        if max_model_len > 64:
+            both = {"long": ({"prompt_token_ids": long}, GREEDY), "x": ({"prompt_token_ids": short}, GREEDY)}
+            found = run(engine, both)
+            assert found["x"].outputs == alone
+            outputs[100] = found["long"].outputs[0].token_ids
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    for length, prompt in ((64, short), (100, long)):  # each within one set from its first token to its last
+        generated = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        assert outputs[length] == generated[0, len(prompt) :].tolist()
+    assert outputs[128] != outputs[64]
