@@ -36,6 +36,10 @@ REFUSED = {
         lambda: tf.BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4, **IDS),
         "bloom is not supported.* cache: 0, 1$",
     ),
+    "a mask of its own": (
+        lambda: tf.DogeConfig(**FEW, keep_window_size=8),
+        "doge does not run on the paged cache: DogeAttention attends with a mask of its own",
+    ),
     "values of another size than keys": (
         lambda: tf.DeepseekV3Config(
             **{**FEW, "num_key_value_heads": 4},
