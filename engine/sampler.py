@@ -322,11 +322,13 @@ def _take_beams(
     is_beam = np.array([scheduled[position].group.params.beam_width is not None for position in planned])
     positions = np.array(planned)
     beams = positions[is_beam].tolist()
-    most = min(max(num_candidates(scheduled[position].group) for position in beams), logits.shape[1])
+    counts = np.array([num_candidates(scheduled[position].group) for position in beams])
     rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
-    logprobs, tokens = rows.topk(most)
-    for position, of_tokens, of_logprobs in zip(beams, tokens.tolist(), logprobs.tolist()):
-        output.candidates[position] = Candidates(of_tokens, of_logprobs)
+    for count in np.unique(counts):  # which of equal tokens come first depends on how many are asked for
+        which = np.flatnonzero(counts == count)
+        logprobs, tokens = rows[_on(logits, which)].topk(min(int(count), logits.shape[1]))
+        for i, of_tokens, of_logprobs in zip(which, tokens.tolist(), logprobs.tolist()):
+            output.candidates[beams[i]] = Candidates(of_tokens, of_logprobs)
     return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
 
 
