@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from numbers import Integral
 from typing import Any
 
@@ -141,6 +141,12 @@ class LLMEngine:
             raise ValueError(f"priority must be an integer, got {priority!r}")
         params.check_vocabulary(self._vocab_size)
         self._sampler.check(params, self._vocab_size)
+        given = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if isinstance(given, Sized) and len(given) > self.max_model_len:  # millions take seconds to look at
+            raise ValueError(
+                f"the prompt has {len(given)} tokens, and a sequence may have {self.max_model_len} "
+                "(max_model_len): shorten the prompt"
+            )
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)

@@ -67,6 +67,18 @@ def test_a_bad_request_is_refused_by_name_and_the_others_go_on(llama_dir, name):
     assert finish(engine) == {"good": alone}
 
 
+def test_a_prompt_of_millions_of_tokens_is_not_looked_at(llama_dir):
+    """Nobody else gets a token meanwhile."""
+
+    class Tokens(list):
+        def __iter__(self):
+            raise AssertionError("they are looked at one by one")
+
+    engine = small_engine(llama_dir)
+    with pytest.raises(ValueError, match=r"the prompt has 129 tokens.*128 \(max_model_len\)"):
+        engine.add_request("x", {"prompt_token_ids": Tokens([1] * 129)})
+
+
 def test_the_largest_request_that_fits_runs(llama_dir):
     """A prompt of one token less than the model's length; the whole pool for one request."""
     engine = small_engine(llama_dir, num_gpu_blocks_override=16)
