@@ -137,8 +137,7 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
     name = options.served_model_name or engine.model_name
-    host = "localhost" if options.host in ("127.0.0.1", "0.0.0.0", "::") else options.host
-    address = f"http://{host}:{bound.getsockname()[1]}"
+    address = _address(options.host, bound.getsockname()[1])
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
@@ -155,6 +154,13 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
         server.run(sockets=[bound])
     except KeyboardInterrupt:
         print("Stopped.")
+
+
+def _address(host: str, port: int) -> str:
+    """Where to find a server on this machine that listens there."""
+    if host in ("127.0.0.1", "0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _greeting(address: str, model: str) -> str:

@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 import cupaged
 
 ATTENTION_NAME = "cupaged"
+# Keywords of models that attend to some keys only, or with other weights; the kernels know neither.
+_UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ def paged_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     paged: AttentionMetadata | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write this layer's keys and values to the cache and attend over it.
 
     Args:
         query: ``[1, H, T, D]``. key, value: ``[1, Hkv, T, D]``.
-        attention_mask: None; the mask follows from ``paged``.
+        attention_mask: None; the mask follows from ``paged``. transformers builds none for this attention, so
+            one that comes is the model's own.
         s_aux: attention sinks ``[H]``.
 
     Returns:
@@ -74,6 +77,10 @@ def paged_attention_forward(
             f"a model with the {ATTENTION_NAME!r} attention was called without the argument `paged` "
             "(AttentionMetadata): run it through cupaged.engine.LLM, or load it with another attention"
         )
+    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
+    if attention_mask is not None or unknown:
+        what = ", ".join(unknown) or "a mask of its own"
+        raise ValueError(f"{type(module).__name__} attends with {what}, which is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]

@@ -13,22 +13,35 @@ from .logits_processors import Users
 _NONE = -1  # no token: matches any in a word, and none in an output
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, words: SequenceABC[str]) -> tuple[tuple[int, ...], ...]:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, words: SequenceABC[str], max_tokens: int
+) -> tuple[tuple[int, ...], ...]:
     """Each word as the tokens it has at the start of a text and after a space.
 
-    One that ends in another one is left out: it is never complete where the other is not.
+    One that ends in another one is left out: it is never complete where the other is not. So is one of more
+    tokens than an output has, ``max_tokens``; it would take memory for as many of every sequence.
 
     Raises:
-        ValueError: a word has no tokens.
+        ValueError: a word has no tokens, or is no text.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), f" {word.lstrip()}"):
-            token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            try:
+                token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+                raise ValueError(f"bad_words: the tokenizer refuses {word!r}: {error}") from error
             if not token_ids:
                 raise ValueError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
-            found[token_ids] = None
-    return tuple(ids for ids in found if not any(ids[i:] in found for i in range(1, len(ids))))
+            if len(token_ids) <= max_tokens:
+                found[token_ids] = None
+    # Backwards and sorted, those that end in a word follow it.
+    kept: list[tuple[int, ...]] = []
+    for backwards in sorted(ids[::-1] for ids in found):
+        if not kept or backwards[: len(kept[-1])] != kept[-1]:
+            kept.append(backwards)
+    needed = set(kept)
+    return tuple(ids for ids in found if ids[::-1] in needed)
 
 
 class BadWords:

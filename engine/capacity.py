@@ -60,7 +60,8 @@ class Capacity:
             )
 
     def check_prefix(self, group: SequenceGroup, others: Iterable[SequenceGroup]) -> None:
-        """Raise ValueError where a prefix does not fit beside the other ones and any of the requests."""
+        """Raise ValueError where a prefix does not fit beside the other ones and any of the requests, or is
+        longer than a prompt can be."""
         keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
         taken, total = self._pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
         most = max((self._most(other, keys) for other in others if not other.is_prefix), default=0)
@@ -69,6 +70,11 @@ class Capacity:
             raise ValueError(
                 f"the pinned prefixes would take {taken} blocks{promised}; the KV cache has {total}: "
                 "shorten the prefix, remove another one, or give the engine more memory"
+            )
+        if group.prompt_len >= self._max_model_len:  # the model may have no positions for it
+            raise ValueError(
+                f"the prefix has {group.prompt_len} tokens in full blocks, and a prompt must have fewer than "
+                f"{self._max_model_len} (max_model_len): shorten the prefix"
             )
 
     def _most(self, group: SequenceGroup, pinned: Sequence[bytes] = ()) -> int:

@@ -60,7 +60,8 @@ class EngineConfig:
         max_num_batched_tokens: most tokens of one step, prefill and decode together. Longer prompts are
             prefilled in chunks.
         max_model_len: most tokens of a sequence, prompt and output; None: the model's limit, or what the KV
-            cache holds where that is less.
+            cache holds where that is less. A model with frequencies for short and for long texts ("longrope")
+            uses the one set that this length asks for.
         preemption_mode: what becomes of a request that loses its blocks: "recompute" drops them, "swap" moves
             them to the swap space (and drops them when that is full), "auto" does the one that takes less
             time at the rates measured so far.

@@ -34,15 +34,18 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """New text after these tokens; empty while a character is incomplete."""
-        if not token_ids:
-            return ""
-        self._ids += token_ids
+        # One by one, or an incomplete character would spoil those before it: a decoder with a token a byte
+        # replaces all bytes in a row where the last ones are none.
+        return "".join(map(self._append, token_ids))
+
+    def _append(self, token: int) -> str:
+        self._ids.append(token)
         text = self._pending()
         if text and not text.endswith("\ufffd"):
             self._advance(len(self._ids))
             return text
-        if len(token_ids) > 1 or text == self._held:  # tokens without a text would pile up, or hide a border
-            self._ids[-len(token_ids) :] = [token for token in token_ids if not self._is_silent(token)]
+        if text == self._held and self._is_silent(token):  # they would pile up, or hide a border
+            self._ids.pop()
         self._held = text
         if len(self._ids) - self._read <= _HELD:
             return ""

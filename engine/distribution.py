@@ -100,7 +100,7 @@ def _truncate(weights: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray) -> No
         head = (weights if len(rows) == len(weights) else weights[rows]).topk(size).values
         number = _num_kept(head, counts[rows], shares[rows], totals[rows], vocabulary)
         known = number <= size
-        end = number.clamp(max=size)[:, None]
+        end = number.clamp(1, size)[:, None]  # of weights that are NaN none count
         border, after = head.gather(-1, end - 1)[:, 0], head.gather(-1, end.clamp(max=size - 1))[:, 0]
         kept[rows], least[rows], tied[rows] = number, border, (border == after) & (border > 0)
         rows = rows[~known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from numbers import Integral
 from typing import Any
 
@@ -18,6 +18,7 @@ from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .cpu_linear import pack_linears
+from .dry_run import check_layers
 from .kv_cache import KVCache
 from .kv_scales import calibrate
 from .loader import load_model
@@ -62,6 +63,7 @@ class LLMEngine:
             pack_linears(loaded)
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
+        check_layers(self._runner, self._runner.kv_shape(config.block_size))
         model_len = getattr(self._runner.config, "max_position_embeddings", None)
         wanted = config.max_model_len or model_len
         if wanted is None:
@@ -79,9 +81,12 @@ class LLMEngine:
         self.max_model_len: int = min(wanted, held)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
+        # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
+        self.max_characters = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
+        self._runner.settle_frequencies(self.max_model_len)
         scales = calibrate(
             self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
         )
@@ -136,6 +141,12 @@ class LLMEngine:
             raise ValueError(f"priority must be an integer, got {priority!r}")
         params.check_vocabulary(self._vocab_size)
         self._sampler.check(params, self._vocab_size)
+        given = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if isinstance(given, Sized) and len(given) > self.max_model_len:  # millions take seconds to look at
+            raise ValueError(
+                f"the prompt has {len(given)} tokens, and a sequence may have {self.max_model_len} "
+                "(max_model_len): shorten the prompt"
+            )
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
@@ -149,7 +160,11 @@ class LLMEngine:
             priority=priority,
             cache_salt=_cache_salt(prompt),
             skip_reading_prefix_cache=params.needs_whole_prompt,
-            bad_words=bad_words.tokenise(self.tokenizer, params.bad_words),
+            bad_words=bad_words.tokenise(
+                self.tokenizer,
+                [word for word in params.bad_words if len(word) <= self.max_characters],
+                max_tokens,
+            ),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
@@ -324,6 +339,11 @@ class LLMEngine:
         text: str | None
         given: Iterable[Any]
         if isinstance(prompt, str):
+            if len(prompt) > self.max_characters:
+                raise ValueError(
+                    f"the prompt has {len(prompt)} characters, and {self.max_model_len} tokens "
+                    f"(max_model_len) have at most {self.max_characters}: shorten the prompt"
+                )
             try:
                 text, given = prompt, self.tokenizer(prompt)["input_ids"]
             except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry

@@ -34,6 +34,8 @@ class ModelRunner:
         self.device = next(model.parameters()).device
         if self.config.is_encoder_decoder:
             raise ValueError(f"{self.config.model_type} has an encoder; the engine runs decoders only")
+        if getattr(model, "_is_stateful", False):  # transformers' word for it
+            raise ValueError(f"{self.config.model_type} has recurrent layers; only attention is supported")
         if getattr(self.config, "attention_chunk_size", None):
             raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
 
@@ -58,6 +60,24 @@ class ModelRunner:
             head_size=head_size,
             dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,
         )
+
+    @torch.inference_mode()
+    def settle_frequencies(self, max_model_len: int) -> None:
+        """Choose the frequencies for this length once, where the model has two sets of them ("longrope").
+
+        transformers chooses by the longest sequence of a step. A request's keys would depend on what else ran
+        when they were computed, and those before and after it has grown would not go together.
+        """
+        last = self._tensor(np.array([[max_model_len - 1]], dtype=np.int64))
+        for module in self._model.modules():
+            kinds = getattr(module, "rope_type", None)
+            if kinds == "longrope":
+                module(last.float(), last)
+                module.rope_type = "default"  # type: ignore[assignment]
+            elif isinstance(kinds, dict):
+                for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
+                    module(last.float(), last, layer_type)
+                    kinds[layer_type] = "default"
 
     @torch.inference_mode()
     def run(

@@ -23,6 +23,7 @@ from .plan import ScheduledSequence
 from .request import Sequence, SequenceGroup
 from .sampling_params import SamplingParams
 
+_LARGEST = 2**62  # what a request asks for may be any integer; the arrays hold 64 bits
 _SLICE = 64  # positions of a prompt whose log probabilities are taken at once
 
 
@@ -159,6 +160,11 @@ class Sampler:
                 "allowed_token_ids are all tokens that end an output, and min_tokens rules those out: allow "
                 "another token, or leave min_tokens out"
             )
+        if params.min_tokens and left <= 0:
+            raise ValueError(
+                "stop_token_ids are all tokens there are, and min_tokens rules those out: give fewer, or "
+                "leave min_tokens out"
+            )
 
     def release(self, group: SequenceGroup) -> None:
         """Forget a request."""
@@ -218,12 +224,12 @@ class Sampler:
             uses,
             params.temperature,
             params.min_p,
-            min(params.top_k, 2**62),
+            min(params.top_k, _LARGEST),
             params.top_p,
             seq.seed,
             seq.index,
-            seq.prompt_len + params.min_tokens,
-            params.logprobs or 0,
+            seq.prompt_len + min(params.min_tokens, group.max_tokens),
+            min(params.logprobs or 0, _LARGEST),
         )
         return row
 
@@ -316,11 +322,13 @@ def _take_beams(
     is_beam = np.array([scheduled[position].group.params.beam_width is not None for position in planned])
     positions = np.array(planned)
     beams = positions[is_beam].tolist()
-    most = min(max(num_candidates(scheduled[position].group) for position in beams), logits.shape[1])
+    counts = np.array([num_candidates(scheduled[position].group) for position in beams])
     rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
-    logprobs, tokens = rows.topk(most)
-    for position, of_tokens, of_logprobs in zip(beams, tokens.tolist(), logprobs.tolist()):
-        output.candidates[position] = Candidates(of_tokens, of_logprobs)
+    for count in np.unique(counts):  # which of equal tokens come first depends on how many are asked for
+        which = np.flatnonzero(counts == count)
+        logprobs, tokens = rows[_on(logits, which)].topk(min(int(count), logits.shape[1]))
+        for i, of_tokens, of_logprobs in zip(which, tokens.tolist(), logprobs.tolist()):
+            output.candidates[beams[i]] = Candidates(of_tokens, of_logprobs)
     return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
 
 

@@ -233,6 +233,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
     "prompt_logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
     "beam_width": ("an integer of at least 1 or None", _or_none(_integer_from(1))),
-    "length_penalty": ("a number in [-100, 100]", _number_in(-100, 100)),
+    # Lengths to this power, and log probabilities over them, are far from the ends of a float.
+    "length_penalty": ("a number in [-16, 16]", _number_in(-16, 16)),
     "early_stopping": ('True, False or "never"', lambda v: isinstance(v, bool) or v == "never"),
 }

@@ -57,7 +57,7 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         check_model(body.model)
-        prompt = chat_prompt(tokenizer, body)
+        prompt = chat_prompt(tokenizer, body, engine.engine.max_characters)
         params = body.sampling_params(default_max_tokens=None)
         return await completions.respond(request, CHAT, [prompt], params, body)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -9,12 +12,18 @@ from ..engine import Prompt
 from .protocol import ChatCompletionRequest
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest) -> Prompt:
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int
+) -> Prompt:
     """The tokens of a conversation, with the opening of the assistant's answer.
 
+    Args:
+        max_characters: more have too many tokens; nobody is answered while they are counted.
+
     Raises:
-        ValueError: the model has no chat template, or the template refuses the messages.
+        ValueError: the model has no chat template, or the template refuses the messages or their settings.
     """
+    _check_settings(request.chat_template_kwargs)
     if not tokenizer.chat_template:
         raise ValueError("messages: the model has no chat template; use /v1/completions")
     try:
@@ -26,9 +35,23 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionReque
         )
     except (TemplateError, TypeError) as error:
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+    if len(text) > max_characters:
+        raise ValueError(
+            f"messages: they have {len(text)} characters, and as many tokens as a sequence may have have at "
+            f"most {max_characters}: shorten them"
+        )
     try:
         # The template has written the special tokens already.
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except (TypeError, UnicodeError) as error:
         raise ValueError(f"messages: the tokenizer refuses their text: {error}") from error
     return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+def _check_settings(names: Iterable[str]) -> None:
+    """Settings are variables of the template. Another template, above all, would be a program of the client's
+    that runs here for as long as it likes, and nobody else is answered meanwhile."""
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in names:
+        if name in arguments and name not in ("tools", "documents"):
+            raise ValueError(f"chat_template_kwargs must be variables of the template; leave {name!r} out")

@@ -89,8 +89,13 @@ class Completions:
     async def _run(
         self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams, priority: int
     ) -> AsyncGenerator[_Positioned, None]:
-        """The outputs of all prompts as they come, each with its prompt's position."""
-        arrived: asyncio.Queue[_Positioned | Exception] = asyncio.Queue()
+        """The outputs of all prompts as they come, each with its prompt's position.
+
+        Of outputs that come faster than they are taken only the newest is kept: it has all tokens of those
+        before it, and a client that does not read would pile them up.
+        """
+        newest: dict[int, RequestOutput] = {}  # by position
+        arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions with a newest output
 
         async def run_one(position: int, prompt: Prompt) -> None:
             timer = self._metrics.request()
@@ -99,7 +104,9 @@ class Completions:
                 async with contextlib.aclosing(stream):
                     async for output in stream:
                         timer.observe(output)
-                        arrived.put_nowait((position, output))
+                        if position not in newest:
+                            arrived.put_nowait(position)
+                        newest[position] = output
             except Exception as error:
                 arrived.put_nowait(error)
 
@@ -110,8 +117,9 @@ class Completions:
                 item = await arrived.get()
                 if isinstance(item, Exception):
                     raise item
-                unfinished -= item[1].finished
-                yield item
+                output = newest.pop(item)
+                unfinished -= output.finished
+                yield item, output
         finally:  # one that fails, or a client that leaves, ends them all
             for task in tasks:
                 task.cancel()
@@ -172,6 +180,8 @@ async def _events(
 ) -> AsyncIterator[str]:
     """The lines of a stream of server-sent events."""
     latest: dict[int, RequestOutput] = {}
+    if wanted.include_usage:
+        head = {**head, "usage": None}  # of all chunks but the last one, as OpenAI's clients expect
 
     def event(choices: list[Json], **more: Any) -> str:
         return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"

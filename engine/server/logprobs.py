@@ -13,7 +13,7 @@ from ..detokenizer import Detokenizer
 from ..outputs import Logprob, PositionLogprobs
 
 Json = dict[str, Any]
-_LEAST = -9999.0  # JSON has no infinity
+_LEAST = -9999.0  # JSON has no infinity, and no NaN
 
 
 def top(position: PositionLogprobs, count: int) -> PositionLogprobs:
@@ -126,4 +126,4 @@ def _with_first(position: PositionLogprobs, count: int) -> PositionLogprobs:
 
 
 def _finite(one: Logprob) -> float:
-    return max(one.logprob, _LEAST)
+    return one.logprob if one.logprob > _LEAST else _LEAST

@@ -23,9 +23,14 @@ from pydantic import (
 from ..sampling_params import SamplingParams
 
 
+def sendable(text: str) -> str:
+    """With an escape for half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shown(value: Any) -> str:
     """A value of a request as JSON, cut short, for a message about it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = sendable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -112,6 +117,8 @@ class _Sampling(_Strict):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            # Clients that write all their fields send null for those that are not set.
+            data = {name: value for name, value in data.items() if value is not None}
             for name, neutral in UNSUPPORTED.items():
                 value = None if name in cls.model_fields else data.get(name)
                 # 0 == False, but logprobs=0 asks for something
@@ -182,7 +189,7 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
         return None
     found = {}
     for token, bias in biases.items():
-        if not token.isdecimal():
+        if not token.isdecimal() or len(token) > 18:  # int() refuses thousands of digits, and not by name
             raise ValueError(f"logit_bias must have token ids for names, got {shown(token)}")
         found[int(token)] = bias
     return found
@@ -309,4 +316,4 @@ def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """OpenAI's shape of an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": sendable(message), "type": kind, "param": param, "code": code}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import torch
 import transformers as tf
 
 from cupaged.engine import SamplingParams, beam_search
+from cupaged.engine.plan import ScheduledSequence
+from cupaged.engine.request import Sequence, SequenceGroup
+from cupaged.engine.sampler import Sampler
 from tests import tiny_models
 
 from .harness import finish, run, small_engine
@@ -218,6 +222,36 @@ def test_when_no_beam_can_become_one_of_the_best(early_stopping, penalty, done):
     one = beam_search.Hypothesis([1], -1.0, -1.0, "stop", None)
     assert beam_search._is_done(group, beam_search.Beams(hypotheses=[one, one]), 3, -10.0) is done
     assert not beam_search._is_done(group, beam_search.Beams(hypotheses=[one]), 3, -10.0)
+
+
+def test_candidates_are_the_same_whatever_other_searches_ask_for(seed):
+    """Of bfloat16 logits many are equal."""
+    torch.manual_seed(seed)
+    logits = (torch.randn(8, 5000) * 2).bfloat16()
+    params = SamplingParams(beam_width=4, temperature=0)
+
+    def beam(number: int, num_stops: int) -> ScheduledSequence:
+        seq = Sequence(number, 0, [1, 2], 2, 0)
+        group = SequenceGroup("r", None, [1, 2], params, 9, 0, [seq], stop_ids=frozenset(range(num_stops)))
+        return ScheduledSequence(group, seq, 0, 2, 4)
+
+    few = [beam(number, 4) for number in range(7)]
+    alone = Sampler(frozenset()).sample(logits[:7].clone(), few).candidates
+    together = Sampler(frozenset()).sample(logits.clone(), [*few, beam(7, 99)]).candidates
+    assert len(together.pop(7).token_ids) == 400
+    assert together == alone
+
+
+@pytest.mark.parametrize("penalty", [-16, -16.0, 16, 16.0])
+def test_the_largest_penalties_leave_the_scores_of_long_outputs_in_order(penalty):
+    """A power that is no float would end the step of everybody."""
+    params = SamplingParams(beam_width=1, early_stopping="never", length_penalty=penalty)
+    group = SimpleNamespace(params=params, width=1, max_tokens=10**7, stop_ids=())
+    for length in (1, 10**6):
+        parent = SimpleNamespace(output_token_ids=[5] * length)
+        one, two = (beam_search._hypothesis(group, parent, 5, total) for total in (-1e3, -1e7))
+        assert -math.inf < two.score < one.score < 0
+        assert beam_search._is_done(group, beam_search.Beams(hypotheses=[one]), length + 1, -math.inf)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,21 @@ def test_a_pinned_prefix_that_does_not_fit_is_refused(llama_dir, seed):
     assert_clean(engine)
 
 
+def test_a_pinned_prefix_that_no_prompt_can_begin_with_is_refused(tmp_path, seed):
+    """gpt2 has no positions beyond its length: every step would fail, as long as the prefix waits."""
+    rng = random.Random(seed)
+    directory = str(tiny_models.save("gpt2", tmp_path))
+    engine = small_engine(directory, num_gpu_blocks_override=64, max_model_len=256)
+    for length in (256, 320):
+        with pytest.raises(ValueError, match=r"prefix has \d+ tokens .* fewer than 256 \(max_model_len\)"):
+            engine.add_prefix("p", ids(drawn(rng, length)))
+    engine.add_prefix("p", ids(drawn(rng, 255)))
+    while engine.has_unfinished():
+        engine.step()
+    engine.remove_prefix("p")
+    assert_clean(engine)
+
+
 def test_after_a_failed_step_the_engine_goes_on(llama_dir, seed, monkeypatch):
     """What the step was to write is not found, and everything is computed again."""
     rng = random.Random(seed)

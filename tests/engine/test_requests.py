@@ -45,6 +45,11 @@ BAD_REQUESTS = {
         SamplingParams(min_tokens=2, allowed_token_ids=[257, 5], stop_token_ids=[5]),
         "allowed_token_ids",
     ),
+    "nothing but stop tokens": (
+        prompt(4),
+        SamplingParams(min_tokens=2, stop_token_ids=range(320)),
+        "stop_token_ids",
+    ),
     "params of another type": (prompt(4), {"temperature": 0}, "sampling_params"),
     "an id in use": (prompt(4), GREEDY, "request_id"),
 }
@@ -62,12 +67,35 @@ def test_a_bad_request_is_refused_by_name_and_the_others_go_on(llama_dir, name):
     assert finish(engine) == {"good": alone}
 
 
+def test_a_prompt_of_millions_of_tokens_is_not_looked_at(llama_dir):
+    """Nobody else gets a token meanwhile."""
+
+    class Tokens(list):
+        def __iter__(self):
+            raise AssertionError("they are looked at one by one")
+
+    engine = small_engine(llama_dir)
+    with pytest.raises(ValueError, match=r"the prompt has 129 tokens.*128 \(max_model_len\)"):
+        engine.add_request("x", {"prompt_token_ids": Tokens([1] * 129)})
+
+
 def test_the_largest_request_that_fits_runs(llama_dir):
     """A prompt of one token less than the model's length; the whole pool for one request."""
     engine = small_engine(llama_dir, num_gpu_blocks_override=16)
     outputs = run(engine, {"a": (prompt(127), GREEDY), "b": (prompt(1), SamplingParams(max_tokens=None))})
     assert len(outputs["a"].outputs[0].token_ids) == 1
     assert outputs["a"].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+def test_a_number_of_any_size_is_served(llama_dir, name):
+    """No array that has 64 bits for it ends the step of everybody."""
+    params = SamplingParams(**{"max_tokens": None, name: 10**30})
+    engine = small_engine(llama_dir)
+    good = run(engine, {"good": (prompt(20), GREEDY)})["good"]
+    outputs = run(engine, {"good": (prompt(20), GREEDY), "x": (prompt(120), params)})
+    assert outputs["good"].outputs == good.outputs
+    assert len(outputs["x"].outputs[0].token_ids) == 8 or name != "min_tokens"
 
 
 def test_a_warm_up_leaves_no_trace(llama_dir):

@@ -65,6 +65,7 @@ def test_streams_add_up_to_the_whole(client):
     assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 3, "it came in one piece"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage
+    assert all("usage" in c.model_fields_set and c.usage is None for c in chunks[:-1])
     assert len({c.id for c in chunks}) == 1
     text_chunks = list(client.completions.create(model=MODEL, prompt="abc", stream=True, **GREEDY))
     whole_text = client.completions.create(model=MODEL, prompt="abc", **GREEDY)
@@ -228,6 +229,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"1000": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
         ({"best_of": 2, "n": 3}, "best_of"),

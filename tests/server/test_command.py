@@ -37,6 +37,14 @@ def test_a_port_that_is_none(capsys, port):
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("0.0.0.0", "http://localhost:80"), ("10.0.0.1", "http://10.0.0.1:80"), ("::1", "http://[::1]:80")],
+)
+def test_the_address_that_is_shown_is_one(host, address):
+    assert serve._address(host, 80) == address
+
+
 def test_a_model_that_is_not_there(capsys):
     assert "model './no-such-model' does not exist" in error_of(capsys, "--port", "0")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import httpx
 import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
+from cupaged.engine.outputs import Logprob
 from cupaged.engine.sampler import Sampler, SamplerOutput
-from cupaged.engine.server.logprobs import token_bytes
+from cupaged.engine.server.logprobs import ChatLogprobs, TextLogprobs, for_prompt, token_bytes
 from tests import tiny_models
 from tests.unit.test_detokenizer import byte_fallback_tokenizer
 
@@ -280,6 +283,16 @@ def test_log_probabilities_of_the_prompt_in_vllms_shape(client, offline):
         assert [one["logprob"] for one in entry.values()] == near([o.logprob for o in position.values()])
     chat = client.chat.completions.create(**settings, messages=CHAT)
     assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_what_json_has_no_number_for(value):
+    """The answer would be a 400, or in a stream no JSON."""
+    position = {5: Logprob(value, 1, "a")}
+    assert for_prompt([None, position], 1)[1]["5"]["logprob"] == -9999
+    chat = ChatLogprobs(tiny_models.tokenizer(), 1).of([5], [position])["content"][0]
+    assert chat["logprob"] == chat["top_logprobs"][0]["logprob"] == -9999
+    assert TextLogprobs(tiny_models.tokenizer(), 1).of([5], [position])["token_logprobs"] == [-9999]
 
 
 def test_the_bytes_of_a_token():

@@ -95,6 +95,18 @@ def test_a_character_comes_with_its_last_token():
     ]
 
 
+@pytest.mark.parametrize("size", [2, 5, 99])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_several_tokens_at_once_are_as_one_by_one(tokenizer, size, cut):
+    """A beam's text is read at its end, which may be within a character; those before it stay."""
+    prompt, output = ids_of(tokenizer, "prompt"), ids_of(tokenizer, "漢字🙂é€漢字🙂")[:-cut]
+    detokenizer = Detokenizer(tokenizer, prompt, True)
+    parts = [detokenizer.append(output[i : i + size]) for i in range(0, len(output), size)]
+    whole = "".join(deltas(tokenizer, prompt, output))
+    assert "".join([*parts, detokenizer.flush()]) == whole
+    assert "漢字🙂é€" in whole
+
+
 @given(st.lists(st.integers(0, 319), max_size=30))
 @settings(max_examples=150, deadline=None)
 def test_any_bytes_add_up(output):
@@ -116,9 +128,9 @@ def test_several_tokens_at_once():
     tokenizer = tiny_models.tokenizer()
     ids = ids_of(tokenizer, "a€b🙂")
     detokenizer = Detokenizer(tokenizer, [], True)
-    assert detokenizer.append(ids[:3]) == ""  # held back with the incomplete character after it
-    assert detokenizer.append(ids[3:7]) == ""
-    assert detokenizer.append(ids[7:]) == "a€b🙂"
+    assert detokenizer.append(ids[:3]) == "a"  # what comes after it is held back
+    assert detokenizer.append(ids[3:7]) == "€b"
+    assert detokenizer.append(ids[7:]) == "🙂"
 
 
 def test_an_incomplete_end_is_flushed_once():

@@ -216,6 +216,20 @@ def test_a_very_low_temperature_is_greedy(temperature):
         assert set(sample(logits, [item])[0]) == {1}
 
 
+@pytest.mark.parametrize(
+    "params", [{"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.5}, {"min_p": 0.1}, {}]
+)
+def test_logits_that_are_no_numbers_harm_nobody_else(params, seed):
+    """A model whose activations overflow for one prompt; an index out of range would end everybody's step."""
+    torch.manual_seed(seed)
+    logits = torch.randn(3, VOCABULARY)
+    logits[1] = torch.nan
+    items = [scheduled(SamplingParams(**params), seed + i) for i in range(3)]
+    tokens = sample(logits, items)
+    assert 0 <= tokens[1][0] < VOCABULARY
+    assert tokens[::2] == sample(logits[::2], items[::2])
+
+
 def test_a_very_high_temperature_is_even_and_keeps_what_is_ruled_out():
     logits = torch.tensor([[5.0, -5.0, -torch.inf, 100.0]])
     tokens = sample(logits, [scheduled(SamplingParams(temperature=1e300), 3, num_samples=3000)])[0]

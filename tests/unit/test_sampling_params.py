@@ -33,7 +33,7 @@ BAD = {
     "logprobs": [-2, 1.5, True, "2"],
     "prompt_logprobs": [-2, 1.5, True, "2"],
     "beam_width": [0, -1, 1.5, True, "2"],
-    "length_penalty": [-101, math.nan, math.inf, None, "1"],
+    "length_penalty": [-17, 16.5, math.nan, math.inf, None, "1"],
     "early_stopping": [1, None, "always"],
 }
 

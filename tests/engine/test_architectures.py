@@ -1,0 +1,90 @@
+"""Models whose layers are not all of the kind that the paged cache serves, or not the same in every batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from cupaged.engine import SamplingParams
+from tests import tiny_models
+
+from .harness import run, small_engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+FEW = {**tiny_models._COMMON, "num_hidden_layers": 2}
+IDS = tiny_models._IDS
+REFUSED = {
+    "a convolution": (lambda: tf.Lfm2Config(**FEW, layer_types=["conv", "full_attention"]), "cache: 0$"),
+    "linear attention": (
+        lambda: tf.MiniMaxConfig(
+            **FEW, head_dim=16, num_local_experts=2, layer_types=["full_attention", "linear_attention"]
+        ),
+        "cache: 1$",
+    ),
+    "a state beside attention": (
+        lambda: tf.JambaConfig(
+            **FEW, attn_layer_period=2, attn_layer_offset=1, num_experts=1, use_mamba_kernels=False
+        ),
+        "jamba has recurrent layers",
+    ),
+    "states alone": (
+        lambda: tf.MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, state_size=8, **IDS),
+        "mamba has recurrent layers",
+    ),
+    "attention of its own": (
+        lambda: tf.BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4, **IDS),
+        "bloom is not supported.* cache: 0, 1$",
+    ),
+    "a mask of its own": (
+        lambda: tf.DogeConfig(**FEW, keep_window_size=8),
+        "doge does not run on the paged cache: DogeAttention attends with a mask of its own",
+    ),
+    "values of another size than keys": (
+        lambda: tf.DeepseekV3Config(
+            **{**FEW, "num_key_value_heads": 4},
+            first_k_dense_replace=2,
+            kv_lora_rank=16,
+            q_lora_rank=None,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
+        "deepseek_v3 does not run on the paged cache",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_with_other_layers_is_refused(tmp_path, name):
+    """It would run, mix the requests of a step and forget those before it."""
+    config, message = REFUSED[name]
+    tf.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        small_engine(str(tmp_path))
+
+
+def test_the_frequencies_are_those_of_max_model_len_in_every_batch(tmp_path):
+    """Of a model with two sets, one for sequences of up to 64 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    directory = str(tiny_models.save("llama", tmp_path, rope_parameters=rope))
+    short, long = ([(3 * i * i + 7 * i) % 256 for i in range(length)] for length in (30, 100))
+    outputs = {}
+    for max_model_len in (64, 128):
+        engine = small_engine(directory, max_model_len=max_model_len, max_num_batched_tokens=256)
+        alone = run(engine, {"x": ({"prompt_token_ids": short}, GREEDY)})["x"].outputs
+        outputs[max_model_len] = alone[0].token_ids
+        if max_model_len > 64:
+            both = {"long": ({"prompt_token_ids": long}, GREEDY), "x": ({"prompt_token_ids": short}, GREEDY)}
+            found = run(engine, both)
+            assert found["x"].outputs == alone
+            outputs[100] = found["long"].outputs[0].token_ids
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    for length, prompt in ((64, short), (100, long)):  # each within one set from its first token to its last
+        generated = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        assert outputs[length] == generated[0, len(prompt) :].tolist()
+    assert outputs[128] != outputs[64]

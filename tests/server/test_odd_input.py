@@ -1,0 +1,118 @@
+"""What no client should send and some do."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from cupaged.engine import SamplingParams
+from cupaged.engine.outputs import CompletionOutput, RequestOutput
+from cupaged.engine.server.completions import Completions
+from cupaged.engine.server.metrics import Metrics
+from cupaged.engine.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
+
+from .conftest import MODEL
+
+CHAT = [{"role": "user", "content": "Hi"}]
+FIELDS = {
+    "completions": (CompletionRequest, {"model": MODEL, "prompt": "x", "max_tokens": 1}),
+    "chat/completions": (ChatCompletionRequest, {"model": MODEL, "messages": CHAT, "max_tokens": 1}),
+}
+
+
+def post(server, path: str, content: str) -> httpx.Response:
+    headers = {"Content-Type": "application/json"}
+    return httpx.post(f"{server.url}/v1/{path}", content=content, headers=headers)
+
+
+HALF_PAIRS = {
+    '"temperature": "\\ud800"': "temperature",
+    '"stop": {"a": "\\ud800"}': "stop",
+    '"logit_bias": {"\\ud800": 1}': "logit_bias",
+    '"bad_words": ["\\ud800"]': "bad_words",
+}
+
+
+@pytest.mark.parametrize("field", HALF_PAIRS)
+def test_a_refusal_may_quote_what_is_not_unicode(server, field):
+    """JSON can carry half of a surrogate pair."""
+    response = post(server, "completions", f'{{"model": "{MODEL}", "prompt": "x", {field}}}')
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == HALF_PAIRS[field]
+    assert error["param"] in error["message"]
+    assert r"\ud800" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "max_length", "continue_final_message", "self"]
+)
+def test_settings_of_a_template_are_its_variables(server, name):
+    """A template of the client's own would run on the server for as long as it likes."""
+    request = {**FIELDS["chat/completions"][1], "chat_template_kwargs": {name: "{{ 6 * 7 }}"}}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=request)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "chat_template_kwargs"
+    assert repr(name) in response.json()["error"]["message"]
+    request["chat_template_kwargs"] = {"enable_thinking": False}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=request).status_code == 200
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_null_is_a_field_left_out(server, path):
+    model, needed = FIELDS[path]
+    nothing = dict.fromkeys([*model.model_fields, *UNSUPPORTED])
+    response = httpx.post(f"{server.url}/v1/{path}", json={**nothing, **needed})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("completions", "prompt", "x" * 5_000_000),
+        ("chat/completions", "messages", [{"role": "user", "content": "x" * 5_000_000}]),
+    ],
+)
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(server, monkeypatch, path, field, value):
+    """For as long as that takes nobody else is answered."""
+
+    def tokenise(self, text, *args, **kwargs):
+        assert len(text) < 1_000_000
+        return original(self, text, *args, **kwargs)
+
+    kind = type(server.engine.tokenizer)
+    original = kind.__call__
+    monkeypatch.setattr(kind, "__call__", tokenise)
+    response = httpx.post(f"{server.url}/v1/{path}", json={**FIELDS[path][1], field: value})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == field
+    assert "characters" in response.json()["error"]["message"]
+
+
+def test_a_client_that_does_not_read_piles_nothing_up(server):
+    """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
+
+    class Engine:
+        async def generate(self, request_id, prompt, params, priority):
+            for count in range(1, 101):
+                await asyncio.sleep(0)
+                done = CompletionOutput(0, "", list(range(count)), "length" if count == 100 else None)
+                yield RequestOutput(request_id, None, [1], [done], count == 100)
+
+    async def read():
+        metrics = Metrics(MODEL, server.engine.stats)
+        completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL)
+        outputs = completions._run("r", ["x", "y"], SamplingParams(), 0)
+        first = {position: output async for position, output in _take(outputs, 2)}
+        assert sorted(first) == [0, 1]
+        for _ in range(300):
+            await asyncio.sleep(0)
+        return [(position, len(output.outputs[0].token_ids)) async for position, output in outputs]
+
+    async def _take(outputs, count):
+        for _ in range(count):
+            yield await anext(outputs)
+
+    assert asyncio.run(read()) == [(0, 100), (1, 100)]
