@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 import cupaged
 
 ATTENTION_NAME = "cupaged"
+_OF_THE_MASK = "of the mask"  # a window
 # Keywords of models that attend to some keys only, or with other weights; the kernels know neither.
 _UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")
 
@@ -55,7 +56,7 @@ def paged_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | str | None = _OF_THE_MASK,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     paged: AttentionMetadata | None = None,
@@ -67,6 +68,7 @@ def paged_attention_forward(
         query: ``[1, H, T, D]``. key, value: ``[1, Hkv, T, D]``.
         attention_mask: None; the mask follows from ``paged``. transformers builds none for this attention, so
             one that comes is the model's own.
+        sliding_window: where a model leaves it out, its window is in the mask that transformers would build.
         s_aux: attention sinks ``[H]``.
 
     Returns:
@@ -82,6 +84,7 @@ def paged_attention_forward(
         what = ", ".join(unknown) or "a mask of its own"
         raise ValueError(f"{type(module).__name__} attends with {what}, which is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    window = _mask_window(module.config, layer) if isinstance(sliding_window, str) else sliding_window
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]
     cupaged.reshape_and_cache(
@@ -99,7 +102,7 @@ def paged_attention_forward(
         paged.seq_lens,
         paged.query_start_loc,
         scale=scaling,
-        sliding_window=sliding_window,
+        sliding_window=window,
         logits_soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.float(),
         k_scale=k_scale,
@@ -107,3 +110,11 @@ def paged_attention_forward(
         shared_prefix=paged.shared_prefix,
     )
     return out.unsqueeze(0), None
+
+
+def _mask_window(config: Any, layer: int) -> int | None:
+    """The window of a layer in transformers' masks (phimoe, qwen2_moe)."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)

@@ -168,7 +168,7 @@ def decode(
     cache_dtype = CACHE_DTYPE_NAMES[kv_cache.dtype]
     kernel = decode_kernel(dtype, cache_dtype, head_size, group, arch)
     # Sequences can share pieces only if they are divided alike.
-    invariant = params.batch_invariant or share or singles
+    invariant = params.batch_invariant or params.shared_prefix or singles
     split_tokens = SPLIT_TOKENS if invariant else 0
     # The width of the table bounds the pieces, but never changes how a sequence is divided.
     longest = table_width * block_size

@@ -88,3 +88,29 @@ def test_the_frequencies_are_those_of_max_model_len_in_every_batch(tmp_path):
         )
         assert outputs[length] == generated[0, len(prompt) :].tolist()
     assert outputs[128] != outputs[64]
+
+
+MOE = {**tiny_models._COMMON, "num_experts_per_tok": 1, "sliding_window": 8}
+SIZES = {"num_experts": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: tf.PhimoeConfig(**MOE, num_local_experts=2),
+        lambda: tf.Qwen2MoeConfig(**MOE, **SIZES, use_sliding_window=True, layer_types=KINDS),
+    ],
+    ids=["phimoe", "qwen2_moe"],
+)
+def test_a_window_that_is_in_the_mask_only(tmp_path, config):
+    """The models do not tell their attention of it."""
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    prompt = [(3 * i * i + 7 * i) % 256 for i in range(40)]
+    request = {"x": ({"prompt_token_ids": prompt}, GREEDY)}
+    found = run(small_engine(str(tmp_path)), request)["x"].outputs[0].token_ids
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    generated = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    assert found == generated[0, len(prompt) :].tolist()
