@@ -109,37 +109,42 @@ __device__ __forceinline__ int num_key_tiles(const Item& item) {
 
 // A row that this lane has found for its warp to copy.
 struct Row {
-    const scalar_t* data;
-    bool valid;  // else zeros
+    const scalar_t* data;  // of some row in any case
+    bool valid;            // else zeros; rows after it are not valid either
 };
 
 // Begin copying kRows rows into panels. Each warp copies a quarter of them, lane i having found the
-// i-th.
-template <int kRows>
-__device__ __forceinline__ void copy_rows(const Row& mine, uint4 (*panels)[kRows * 8],
-                                          bool aligned) {
+// i-th. What a copy takes besides itself counts: the consumers leave few issue slots.
+template <int kRows, bool kAligned>
+__device__ __forceinline__ void copy_rows(const Row& mine, uint4 (*panels)[kRows * 8]) {
     constexpr int kWarpRows = kRows / kWarpgroupWarps;
     constexpr int kRowLanes = next_power_of_two(kTileChunks);
     constexpr int kPassRows = kWarpSize / kRowLanes;
     static_assert(kRowLanes <= kWarpSize && kWarpRows % kPassRows == 0, "whole passes");
+    static_assert(kWarpRows % 4 == 0, "the swizzle by a row is one by `first`, then one by `pass`");
     const int lane = threadIdx.x % kWarpSize;
     const int chunk = lane % kRowLanes;
-    const int first = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
-    const unsigned valid = __ballot_sync(kFullMask, mine.valid);
-#pragma unroll 4
+    const int first = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows + lane / kRowLanes;
+    const int chunk_in_row = swizzle_chunk(first, chunk % 8);
+    uint4* row_target = panels[chunk / 8] + first * 8;
+    int row = lane / kRowLanes;
+    const int num_valid = __popc(__ballot_sync(kFullMask, mine.valid));
+#pragma unroll(kAligned ? 4 : 1)
     for (int pass = 0; pass < kWarpRows; pass += kPassRows) {
-        const int row = pass + lane / kRowLanes;
-        const scalar_t* const source = bit_cast<const scalar_t*>(
-            __shfl_sync(kFullMask, bit_cast<unsigned long long>(mine.data), row));
-        const bool read = (valid >> row & 1) != 0 && chunk < kChunks;
-        uint4* const target =
-            panels[chunk / 8] + (first + row) * 8 + swizzle_chunk(first + row, chunk % 8);
+        const scalar_t* const source =
+            bit_cast<const scalar_t*>(
+                __shfl_sync(kFullMask, bit_cast<unsigned long long>(mine.data), row)) +
+            chunk * kVec;
+        const bool read = row < num_valid && chunk < kChunks;
+        uint4* const target = row_target + swizzle_chunk(pass, chunk_in_row);
+        row += kPassRows;
+        row_target += kPassRows * 8;
         if (chunk >= kTileChunks) continue;
-        if (aligned) {
-            cp_async_16_zfill(target, read ? source + chunk * kVec : source, read);
+        if (kAligned) {
+            cp_async_16_zfill(target, source, read);
         } else {
             uint4 raw = make_uint4(0, 0, 0, 0);
-            if (read) raw = load_vec(source + chunk * kVec, false);
+            if (read) raw = load_vec(source, false);
             store_for_async_proxy(target, raw);
         }
     }
@@ -165,13 +170,15 @@ __device__ __forceinline__ void transpose_quad(unsigned (&x)[4]) {
 // Start the logits of 64 rows and a tile of keys.
 __device__ __forceinline__ void start_logits(const uint4* query, const uint4* keys,
                                              float (&score)[2 * kKeyTiles][4]) {
+    const unsigned long long a = wgmma_descriptor(query, kRowBytes, 0);
+    const unsigned long long b = wgmma_descriptor(keys, kRowBytes, 0);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        const int panel = step / 4, chunk = step % 4 * 2;
+        const int panel = step / 4, in_row = step % 4 * 32;  // bytes
         Wgmma<scalar_t, kTileKeys>::shared(
-            score, wgmma_descriptor(query + panel * (kQueryPanelBytes / 16) + chunk, kRowBytes, 0),
-            wgmma_descriptor(keys + panel * (kPanelBytes / 16) + chunk, kRowBytes, 0), step > 0);
+            score, wgmma_advance(a, panel * kQueryPanelBytes + in_row),
+            wgmma_advance(b, panel * kPanelBytes + in_row), step > 0);
     }
     wgmma_commit();
 }
@@ -179,14 +186,14 @@ __device__ __forceinline__ void start_logits(const uint4* query, const uint4* ke
 // Start adding a tile of values.
 __device__ __forceinline__ void start_values(unsigned (&probabilities)[kKeyTiles][4],
                                              const uint4* values, float (&out)[kColumns / 8][4]) {
+    const unsigned long long b = wgmma_descriptor(values, kRowBytes, kPanelBytes);
     keep_in_order(probabilities);
     keep_in_order(out);
     wgmma_fence();
 #pragma unroll
     for (int tile = 0; tile < kKeyTiles; ++tile)
-        Wgmma<scalar_t, kColumns>::registers(
-            out, probabilities[tile],
-            wgmma_descriptor(values + tile * 16 * 8, kRowBytes, kPanelBytes), true);
+        Wgmma<scalar_t, kColumns>::registers(out, probabilities[tile],
+                                             wgmma_advance(b, tile * 16 * 128), true);
     wgmma_commit();
 }
 
@@ -277,7 +284,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                         (item.tile.first_token + row / item.tile.num_heads) * query_token_stride +
                         (item.tile.first_head + row % item.tile.num_heads) * query_head_stride,
                     index < num_rows};
-                copy_rows<kTileRows>(mine, shared.query, query_aligned);
+                if (query_aligned)
+                    copy_rows<kTileRows, true>(mine, shared.query);
+                else
+                    copy_rows<kTileRows, false>(mine, shared.query);
             }
             const int num_tiles = last_item ? 0 : num_key_tiles(item);
             const int* const table = block_tables + item.tile.sequence * table_stride;
@@ -287,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             Row values = {cache_data, false};
             for (int p = 0; p <= num_tiles; ++p) {
                 mbarrier_wait(&shared.empty[next.stage], next.phase ^ 1);
-                if (p > 0) copy_rows<kTileKeys>(values, shared.stages[next.stage].values, true);
+                if (p > 0) copy_rows<kTileKeys, true>(values, shared.stages[next.stage].values);
                 if (p < num_tiles) {
                     Row keys = {cache_data, valid};
                     if (valid)
@@ -297,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                     token += kTileKeys;
                     valid = lane < kWarpKeys && token < item.end;
                     if (valid) block = table[cache.table_index(token)];
-                    copy_rows<kTileKeys>(keys, shared.stages[next.stage].keys, true);
+                    copy_rows<kTileKeys, true>(keys, shared.stages[next.stage].keys);
                 }
                 cp_async_commit();
                 next.advance();

@@ -134,6 +134,18 @@ __device__ __forceinline__ unsigned long long wgmma_descriptor(const void* start
            static_cast<unsigned long long>(row_bytes >> 4) << 32 | swizzle_128_bytes << 62;
 }
 
+// The descriptor of a matrix that begins so many bytes after another one. Its address is in the low
+// word and cannot overflow there, which the compiler does not know.
+__device__ __forceinline__ unsigned long long wgmma_advance(unsigned long long descriptor,
+                                                            int bytes) {
+    unsigned long long result;
+    asm("{\n.reg .b32 low, high;\nmov.b64 {low, high}, %1;\nadd.u32 low, low, %2;\n"
+        "mov.b64 %0, {low, high};\n}"
+        : "=l"(result)
+        : "l"(descriptor), "r"(bytes / 16));
+    return result;
+}
+
 // Products of a warpgroup: d += a * b, or d = a * b, for a 64x16, b 16xN, d 64xN in float32. T is
 // the type of a and b, __half or __nv_bfloat16. Warp w holds rows 16w to 16w + 15 of d, and of a
 // where it is in registers: each 8 columns of d as mma_m16n8k16 lays out its c, each 16 columns of

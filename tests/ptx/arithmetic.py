@@ -133,6 +133,10 @@ def _leading_zeros(a: Lanes) -> Lanes:
     return np.array([32 - x.bit_length() for x in np.atleast_1d(a).tolist()], np.uint32)
 
 
+def _ones(a: Lanes) -> Lanes:
+    return np.array([x.bit_count() for x in np.atleast_1d(a).tolist()], np.uint32)
+
+
 def _shift_to_top(a: Lanes) -> Lanes:
     """bfind.shiftamt: how far the highest one is from the top; -1 if there is none."""
     return np.where(a == 0, np.uint32(0xFFFFFFFF), _leading_zeros(a))
@@ -177,6 +181,7 @@ _UNARY: dict[str, Callable[..., Lanes]] = {
     "tanh": lambda a: np.tanh(a),
     "brev": _reverse,
     "clz": _leading_zeros,
+    "popc": _ones,
     "bfind": _shift_to_top,
 }
 

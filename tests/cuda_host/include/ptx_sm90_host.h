@@ -64,6 +64,10 @@ inline unsigned long long wgmma_descriptor(const void* start, int row_bytes, int
     return cupaged_host::wgmma_descriptor(start, row_bytes, panel_bytes, {file, line});
 }
 
+inline unsigned long long wgmma_advance(unsigned long long descriptor, int bytes) {
+    return descriptor + bytes / 16;
+}
+
 template <typename T, int N>
 struct Wgmma {
     static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
