@@ -124,6 +124,13 @@ __device__ __forceinline__ unsigned cvt_e5m2x2(float first, float second) {
     asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
     return codes;
 }
+
+// Two e4m3 as a pair of fp16, the one in the low byte first; exact.
+__device__ __forceinline__ unsigned cvt_f16x2_e4m3x2(unsigned short codes) {
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+    return halves;
+}
 #else
 #define CUPAGED_HAS_FP8 0
 #endif

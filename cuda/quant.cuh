@@ -15,6 +15,14 @@
 #define CUPAGED_FP8_E5M2 4
 #define CUPAGED_INT8 5
 
+// Whether fp16 comes from e4m3 by the instruction of sm_89. Where rows are many (row groups)
+// registers are too scarce for it, by ptxas' count.
+#if CUPAGED_HAS_FP8 && !defined(CUPAGED_ROW_GROUPS)
+#define CUPAGED_CONVERTS_E4M3 1
+#else
+#define CUPAGED_CONVERTS_E4M3 0
+#endif
+
 namespace cupaged {
 
 template <typename T>
@@ -39,7 +47,7 @@ struct int8_code {
 };
 
 template <>
-constexpr float kUnpackedScale<fp8_e4m3> = 256.0f;
+constexpr float kUnpackedScale<fp8_e4m3> = CUPAGED_CONVERTS_E4M3 ? 1.0f : 256.0f;
 
 // Four codes into two pairs of fp16, in order; exact.
 template <typename T>
@@ -52,14 +60,20 @@ __device__ __forceinline__ void unpack_halves<fp8_e5m2>(unsigned word, unsigned 
     halves[1] = __byte_perm(word, 0, 0x3424);
 }
 
-// Moved right by one bit, exponent and mantissa are those of an fp16, whose bias is larger by 8;
-// subnormals too. The code of NaN, though, becomes a number: 480.
+// An instruction a pair, or: moved right by one bit, exponent and mantissa
+// are those of an fp16, whose bias is larger by 8; subnormals too. The code of NaN, though, becomes
+// a number: 480.
 template <>
 __device__ __forceinline__ void unpack_halves<fp8_e4m3>(unsigned word, unsigned (&halves)[2]) {
+#if CUPAGED_CONVERTS_E4M3
+    halves[0] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(word));
+    halves[1] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(word >> 16));
+#else
     unpack_halves<fp8_e5m2>(word, halves);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
         halves[i] = (halves[i] & 0x80008000u) | ((halves[i] & 0x7f007f00u) >> 1);
+#endif
 }
 
 // 0x6400 + u is the fp16 1024 + u, with u = code + 128.

@@ -188,13 +188,6 @@ _UNARY: dict[str, Callable[..., Lanes]] = {
 
 def _convert(modifiers: list[str]) -> tuple[str, list[str], Callable[..., Lanes]]:
     to, source = modifiers[-2:]
-    if to in _PACKED:  # the first operand goes to the upper half
-        torch_dtype, bits = _PACKED[to]
-
-        def pack(upper: Lanes, lower: Lanes) -> Lanes:
-            return _codes(lower, torch_dtype, bits) | _codes(upper, torch_dtype, bits) << bits
-
-        return ("b16" if bits == 8 else "b32"), [source, source], pack
     if source in ("e4m3x2", "e5m2x2"):
         dtype = _PACKED[source][0]
 
@@ -204,6 +197,13 @@ def _convert(modifiers: list[str]) -> tuple[str, list[str], Callable[..., Lanes]
             return halves.view(np.uint32)
 
         return "b32", ["b16"], unpack
+    if to in _PACKED:  # the first operand goes to the upper half
+        torch_dtype, bits = _PACKED[to]
+
+        def pack(upper: Lanes, lower: Lanes) -> Lanes:
+            return _codes(lower, torch_dtype, bits) | _codes(upper, torch_dtype, bits) << bits
+
+        return ("b16" if bits == 8 else "b32"), [source, source], pack
     if "bf16" in (to, source):
         if to == "bf16":
             return "b16", [source], lambda a: _codes(a, torch.bfloat16, 16).astype(np.uint16)
