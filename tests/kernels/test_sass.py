@@ -64,6 +64,13 @@ def test_machine_code_of_hoppers_kernel(dtype, head_size):
     assert "HMMA" not in {opcode.partition(".")[0] for opcode in code}
 
 
+@pytest.mark.parametrize("make", [kernel_specs.paged_decode_mma, kernel_specs.paged_prefill_mma])
+@pytest.mark.parametrize(("arch", "converts"), [("80", False), ("89", True), ("90a", True), ("120", True)])
+def test_e4m3_is_converted_where_there_is_an_instruction(make, arch, converts):
+    code = opcodes(kc.cubin(make("bf16", "fp8_e4m3", 128, arch), arch).path)
+    assert any(opcode.startswith("F2FP.F16.E4M3.UNPACK") for opcode in code) == converts
+
+
 def test_every_kernel_is_checked():
     others = {"paged_decode_mma.cu", "paged_prefill_mma.cu", "paged_prefill_wgmma.cu"}
     checked = {spec.source for spec, _ in TABLE} | others
