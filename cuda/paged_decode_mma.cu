@@ -42,8 +42,8 @@
 // Predicted for an H100 at D = 128 in 16 bits, not measured yet: keys and values of 16 tokens, 8
 // KB, take a multiprocessor 540 clocks from memory, its tensor cores 64 and ldmatrix as many. Two
 // blocks have up to 128 KB under way, where 20 KB cover the latency. A token takes some 45
-// instructions of a warp in 16 bits and in 8, and has 135 issue slots, or half of that. So memory is
-// the bound, whatever the group.
+// instructions of a warp in 16 bits and in 8, and has 135 issue slots, or half of that. So memory
+// is the bound, whatever the group.
 //
 // Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_CACHE_DTYPE (quant.cuh), CUPAGED_HEAD_SIZE (D, a
 // multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES,
