@@ -229,9 +229,10 @@ _PACKED = {
 
 
 def _codes(a: Lanes, dtype: torch.dtype, bits: int) -> Lanes:
-    """The nearest of a 16- or 8-bit format, in a wider integer. Those of 8 bits saturate."""
+    """The nearest of a 16- or 8-bit format, in a wider integer. Those of 8 bits saturate; NaN is 0x7f."""
     values = torch.from_numpy(np.broadcast_to(a, 32).astype(np.float32))
     if bits == 8:
         values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    codes = values.to(dtype).view(torch.uint8 if bits == 8 else torch.int16).numpy()
-    return codes.astype(np.uint16) if bits == 8 else codes.view(np.uint16).astype(np.uint32)
+        codes = values.to(dtype).view(torch.uint8).masked_fill(values.isnan(), 0x7F)
+        return codes.numpy().astype(np.uint16)
+    return values.to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
