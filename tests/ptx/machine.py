@@ -28,7 +28,7 @@ class Machine:
         limit: instructions of a warp after which a launch is taken to hang.
     """
 
-    def __init__(self, program: Program, limit: int = 3_000_000) -> None:
+    def __init__(self, program: Program, limit: int = 30_000_000) -> None:
         self.program = program
         self.code = [_step(instruction, program) for instruction in program.instructions]
         self.limit = limit
