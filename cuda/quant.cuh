@@ -60,9 +60,8 @@ __device__ __forceinline__ void unpack_halves<fp8_e5m2>(unsigned word, unsigned 
     halves[1] = __byte_perm(word, 0, 0x3424);
 }
 
-// An instruction a pair, or: moved right by one bit, exponent and mantissa
-// are those of an fp16, whose bias is larger by 8; subnormals too. The code of NaN, though, becomes
-// a number: 480.
+// An instruction a pair, or: moved right by one bit, exponent and mantissa are those of an fp16,
+// whose bias is larger by 8; subnormals too. The code of NaN, though, becomes a number: 480.
 template <>
 __device__ __forceinline__ void unpack_halves<fp8_e4m3>(unsigned word, unsigned (&halves)[2]) {
 #if CUPAGED_CONVERTS_E4M3

@@ -19,6 +19,7 @@ import torch
 from cupaged.backends.kernels import Kernels, Launch
 from cupaged.backends.plans import KernelCall, Number
 from cupaged.specs import STATIC_SHARED_MEMORY, KernelSpec
+from tests.cpu_launcher import CpuLauncher
 
 from .build import Module, load, runtime
 from .guarded import GuardedMemory
@@ -34,7 +35,7 @@ class EmulationError(RuntimeError):
     """A kernel did what CUDA does not define, or a launch that CUDA refuses."""
 
 
-class HostLauncher:
+class HostLauncher(CpuLauncher):
     """The `Launcher` for CPU tensors.
 
     Args:
@@ -47,30 +48,12 @@ class HostLauncher:
     def __init__(
         self, seed: int, sources: Path | None = None, time_limit_s: float = 120.0, arch: str = "90a"
     ) -> None:
+        super().__init__(arch, sm_count=4)
         self._random = random.Random(seed)
         self._sources = sources
         self._time_limit_s = time_limit_s
-        self._arch = arch
         self._modules: dict[KernelSpec, Module] = {}
         self._lock = threading.Lock()
-
-    def sm_count(self, device: torch.device) -> int:
-        return 4
-
-    def arch(self, device: torch.device) -> str:
-        return self._arch
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Filled with 0xFF: NaN, or -1."""
-        result = torch.empty(tuple(shape), dtype=dtype, device=device)
-        result.view(-1).view(torch.uint8).fill_(0xFF)
-        return result
-
-    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        return True
-
-    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.clone()
 
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
         spec = call.spec

@@ -17,6 +17,7 @@ from cupaged import compile as kernel_compiler
 from cupaged.backends.kernels import Kernels, Launch
 from cupaged.backends.plans import KernelCall
 from cupaged.specs import KernelSpec
+from tests.cpu_launcher import CpuLauncher
 
 from .machine import Machine
 from .memory import GlobalMemory
@@ -54,7 +55,7 @@ def _machine(text: str) -> Machine:
     return Machine(parse(text))
 
 
-class PtxLauncher:
+class PtxLauncher(CpuLauncher):
     """The `Launcher` for CPU tensors.
 
     Args:
@@ -67,27 +68,9 @@ class PtxLauncher:
     """
 
     def __init__(self, seed: int, arch: str, change: Callable[[str], str] = lambda text: text) -> None:
-        self._random = random.Random(seed)
-        self._arch, self._change = arch, change
+        super().__init__(arch, sm_count=2)
+        self._random, self._change = random.Random(seed), change
         self.traffic: dict[str, Traffic] | None = None
-
-    def sm_count(self, device: torch.device) -> int:
-        return 2
-
-    def arch(self, device: torch.device) -> str:
-        return self._arch
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Filled with 0xFF: NaN, or -1."""
-        result = torch.empty(tuple(shape), dtype=dtype, device=device)
-        result.view(-1).view(torch.uint8).fill_(0xFF)
-        return result
-
-    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        return True
-
-    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.clone()
 
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
         def launch(tensors: Sequence[torch.Tensor | None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .memory import POISON, PtxError, Space
+from .memory import POISON, PtxError, Space, TensorSpace
 from .memory_steps import Copy
 from .program import Instruction, Program
 from .races import Order, Races
@@ -39,7 +39,7 @@ class Machine:
         threads: int,
         dynamic_shared: int,
         params: Sequence[bytes],
-        memory: Space,
+        memory: TensorSpace,
         rng: random.Random,
         traffic: Traffic | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class Block:
         threads: int,
         dynamic_shared: int,
         params: dict[str, bytes],
-        memory: Space,
+        memory: TensorSpace,
         rng: random.Random,
         traffic: Traffic | None,
     ) -> None:

@@ -21,23 +21,49 @@ class Space:
 
     Args:
         base: address of the first byte, a multiple of 256.
-        allowed: 1 for the bytes that there are; by default all.
     """
 
-    def __init__(self, name: str, base: int, content: np.ndarray, allowed: np.ndarray | None = None) -> None:
+    def __init__(self, name: str, base: int, content: np.ndarray) -> None:
         self._name, self.base, self._size = name, base, content.size
-        self._views = {width: content.view(f"u{width}") for width in WIDTHS}
-        self._allowed = None if allowed is None else {width: allowed.view(f"u{width}") for width in WIDTHS}
-        constant, written = np.zeros(content.size, np.uint8), np.zeros(content.size, np.uint8)
-        self._constant = {width: constant.view(f"u{width}") for width in WIDTHS}
-        self._written = {width: written.view(f"u{width}") for width in WIDTHS}
+        self._views = by_width(content)
 
     @property
     def content(self) -> np.ndarray:
         return self._views[1]
 
+    def load(self, addresses: np.ndarray, width: int, count: int = 1) -> np.ndarray:
+        """``count`` words of ``width`` bytes from each address on: [count, lanes]."""
+        return self._views[width][self._indices(addresses, width, count)]
+
+    def store(self, addresses: np.ndarray, words: np.ndarray, width: int) -> None:
+        """Words [count, lanes], from each address on."""
+        self._views[width][self._indices(addresses, width, len(words))] = words
+
+    def _indices(self, addresses: np.ndarray, width: int, count: int) -> np.ndarray:
+        offsets = addresses.astype(np.int64) - self.base
+        if not offsets.size:
+            return np.zeros((count, 0), np.int64)
+        if int(np.bitwise_or.reduce(offsets)) % (width * count):
+            raise PtxError(f"an address in {self._name} memory is no multiple of {width * count}")
+        if offsets.min() < 0 or offsets.max() + width * count > self._size:
+            raise PtxError(f"an access beyond {self._name} memory")
+        return offsets // width + np.arange(count)[:, None]
+
+
+class TensorSpace(Space):
+    """Global memory, of which only tensors may be touched, and what is read as constant not written.
+
+    Args:
+        allowed: 1 for the bytes of tensors.
+    """
+
+    def __init__(self, base: int, content: np.ndarray, allowed: np.ndarray) -> None:
+        super().__init__("global", base, content)
+        self._allowed = by_width(allowed)
+        self._constant, self._written = (by_width(np.zeros_like(allowed)) for _ in range(2))
+
     def load(self, addresses: np.ndarray, width: int, count: int = 1, constant: bool = False) -> np.ndarray:
-        """``count`` words of ``width`` bytes from each address on: [count, lanes].
+        """See `Space`.
 
         Args:
             constant: as ld.global.nc reads: what no thread of the launch writes.
@@ -50,7 +76,6 @@ class Space:
         return self._views[width][indices]
 
     def store(self, addresses: np.ndarray, words: np.ndarray, width: int) -> None:
-        """Words [count, lanes], from each address on."""
         indices = self._indices(addresses, width, len(words))
         if self._constant[width][indices].any():
             raise PtxError("a write to what this launch has read with ld.global.nc")
@@ -58,21 +83,17 @@ class Space:
         self._views[width][indices] = words
 
     def _indices(self, addresses: np.ndarray, width: int, count: int) -> np.ndarray:
-        offsets = addresses.astype(np.int64) - self.base
-        if not offsets.size:
-            return np.zeros((count, 0), np.int64)
-        if int(np.bitwise_or.reduce(offsets)) % (width * count):
-            raise PtxError(f"an address in {self._name} memory is no multiple of {width * count}")
-        if offsets.min() < 0 or offsets.max() + width * count > self._size:
-            raise PtxError(f"an access beyond {self._name} memory")
-        indices = offsets // width + np.arange(count)[:, None]
-        if self._allowed is not None and (self._allowed[width][indices] != _ALL_ALLOWED[width]).any():
-            raise PtxError(f"an access to {self._name} memory outside every tensor")
+        indices = super()._indices(addresses, width, count)
+        if (self._allowed[width][indices] != _ALL_ALLOWED[width]).any():
+            raise PtxError("an access to global memory outside every tensor")
         return indices
 
 
-WIDTHS = (1, 2, 4, 8)
-_ALL_ALLOWED = {width: int.from_bytes(b"\1" * width, "little") for width in WIDTHS}
+def by_width(content: np.ndarray) -> dict[int, np.ndarray]:
+    return {width: content.view(f"u{width}") for width in (1, 2, 4, 8)}
+
+
+_ALL_ALLOWED = {width: int.from_bytes(b"\1" * width, "little") for width in (1, 2, 4, 8)}
 
 
 class GlobalMemory:
@@ -101,7 +122,7 @@ class GlobalMemory:
         for tensor in tensors:
             if tensor.numel():
                 _mark(allowed, self.address(tensor) - self.BASE, tensor)
-        self.space = Space("global", self.BASE, content, allowed)
+        self.space = TensorSpace(self.BASE, content, allowed)
 
     def address(self, tensor: torch.Tensor) -> int:
         if not tensor.numel():

@@ -9,8 +9,8 @@ import numpy as np
 
 from .arithmetic import DTYPES, bits_of
 from .memory import PtxError
-from .operands import address_of, read, write
-from .program import Address, Immediate, Instruction, Operand, Program, Symbol, Vector
+from .operands import address_of, parts, read, write
+from .program import Address, Immediate, Instruction, Program, Symbol, Vector
 from .races import WORD, Races
 from .warp import Warp
 
@@ -21,37 +21,33 @@ Action = Callable[[Warp], None]
 VECTOR = {"v2": 2, "v4": 4}
 
 
-def _parts(operand: Operand) -> tuple[Operand, ...]:
-    return operand.parts if isinstance(operand, Vector) else (operand,)
-
-
 def move_parts(instruction: Instruction) -> Action:
     """mov between a register and its halves."""
     kind = instruction.opcode.split(".")[1]
     to, source = instruction.operands
-    parts = _parts(to) if isinstance(to, Vector) else _parts(source)
-    part_kind = f"b{bits_of(kind) // len(parts)}"
+    pieces = parts(to) if isinstance(to, Vector) else parts(source)
+    part_kind = f"b{bits_of(kind) // len(pieces)}"
     if isinstance(to, Vector):
-        take, puts = read(source, kind), [write(part, part_kind) for part in parts]
+        take, puts = read(source, kind), [write(part, part_kind) for part in pieces]
 
         def split(warp: Warp) -> None:
-            pieces = np.ascontiguousarray(take(warp)).view(DTYPES[part_kind]).reshape(32, len(puts))
+            halves = np.ascontiguousarray(take(warp)).view(DTYPES[part_kind]).reshape(32, len(puts))
             for i, put in enumerate(puts):
-                put(warp, pieces[:, i].copy())
+                put(warp, halves[:, i].copy())
 
         return split
-    put, takes = write(to, kind), [read(part, part_kind) for part in parts]
+    put, takes = write(to, kind), [read(part, part_kind) for part in pieces]
 
     def join(warp: Warp) -> None:
-        pieces = np.stack([take(warp) for take in takes], axis=1)
-        put(warp, np.ascontiguousarray(pieces).view(DTYPES[kind]).ravel())
+        halves = np.stack([take(warp) for take in takes], axis=1)
+        put(warp, np.ascontiguousarray(halves).view(DTYPES[kind]).ravel())
 
     return join
 
 
 def load(instruction: Instruction, modifiers: list[str], program: Program) -> Action:
     kind, (to, address) = modifiers[-1], instruction.operands
-    puts = [write(part, kind, loose=True) for part in _parts(to)]
+    puts = [write(part, kind, loose=True) for part in parts(to)]
     if modifiers[0] == "param":
         return _load_param(instruction, kind, program)
     addresses, width, count = address_of(address), bits_of(kind) // 8, len(puts)
@@ -60,7 +56,10 @@ def load(instruction: Instruction, modifiers: list[str], program: Program) -> Ac
     def act(warp: Warp) -> None:
         mask, block = warp.mask, warp.block
         where = addresses(warp)[mask]
-        words = (block.shared if shared else block.memory).load(where, width, count, constant)
+        if shared:
+            words = block.shared.load(where, width, count)
+        else:
+            words = block.memory.load(where, width, count, constant)
         _count(instruction, block, shared, where, width * count)
         if (races := _races(block, shared, width * count)) is not None:
             races.read(warp.threads[mask], where, width * count)
@@ -99,7 +98,7 @@ def _load_param(instruction: Instruction, kind: str, program: Program) -> Action
 
 def store(instruction: Instruction, modifiers: list[str], program: Program) -> Action:
     kind, (address, source) = modifiers[-1], instruction.operands
-    takes = [read(part, kind, loose=True) for part in _parts(source)]
+    takes = [read(part, kind, loose=True) for part in parts(source)]
     addresses, width, shared = address_of(address), bits_of(kind) // 8, "shared" in modifiers
 
     def act(warp: Warp) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .arithmetic import DTYPES, bits_of
 from .memory import PtxError
-from .program import Address, Immediate, Instruction, Operand, Register, Special, Symbol
+from .program import Address, Immediate, Instruction, Operand, Register, Special, Symbol, Vector
 from .warp import ALL, Warp
 
 Reader = Callable[[Warp], Any]  # 32 lanes
@@ -71,6 +71,11 @@ def write(operand: Operand, kind: str, loose: bool = False) -> Writer:
 def _check_width(register: Register, kind: str) -> None:
     if register.width != bits_of(kind):
         raise ValueError(f"a register of {register.width} bits for {kind}")
+
+
+def parts(operand: Operand) -> tuple[Operand, ...]:
+    """What is in braces; the operand itself where it has none."""
+    return operand.parts if isinstance(operand, Vector) else (operand,)
 
 
 def address_of(operand: Operand) -> Reader:

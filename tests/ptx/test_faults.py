@@ -63,6 +63,9 @@ FAULTS = {
     ),
     "decode: not transposed": Fault(DECODE, r"\.trans\.", ".", WRONG),
     "decode: half a copy's address": Fault(DECODE, r"(cp.async.cg\S+ \[%r\d+)\]", r"\1+8]", "multiple of 16"),
+    "decode: beyond the cache": Fault(
+        DECODE, r"(cp.async.cg\S+ \[%r\d+\], \[%rd\d+)\]", r"\1+1048576]", "global memory"
+    ),
     "hopper: not transposed": Fault(HOPPER, r", p, 1, 1, 1;", ", p, 1, 1, 0;", WRONG),
     "hopper: adds to what was before": Fault(
         HOPPER, r"setp.ne.b32 p, %r\d+, 0;", "setp.eq.b32 p, 0, 0;", WRONG

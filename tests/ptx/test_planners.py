@@ -100,3 +100,11 @@ def is_noticed(name: str, text: str) -> bool:
         except PtxError:
             return True
     return False
+
+
+def test_constant_loads_of_what_is_written_are_noticed():
+    """As a pointer to const would let the compiler make them."""
+    call, tensors = plan_prefill(random.Random(0))
+    launcher = PtxLauncher(0, "80", lambda text: text.replace("ld.global.u32", "ld.global.nc.u32"))
+    with pytest.raises(PtxError, match=r"ld\.global\.nc"):
+        launcher.prepare(call, CPU)(tensors)

@@ -11,8 +11,8 @@ import numpy as np
 
 from . import matrices
 from .memory import PtxError
-from .operands import Reader, address_of, condition, read, same, write
-from .program import Both, Immediate, Instruction, Operand, Program, Symbol, Vector
+from .operands import Reader, address_of, condition, parts, read, same, write
+from .program import Both, Immediate, Instruction, Program, Symbol, Vector
 from .warp import ALL, Group, Warp
 
 Control = Callable[[Warp, Group], None]
@@ -156,16 +156,10 @@ def _try_wait(instruction: Instruction) -> Control:
     return try_wait
 
 
-def _parts(operand: Operand) -> tuple[Operand, ...]:
-    if not isinstance(operand, Vector):
-        raise ValueError(f"not several registers: {operand}")
-    return operand.parts
-
-
 def _load_matrix(instruction: Instruction, program: Program) -> Control:
     modifiers = instruction.opcode.split(".")
     count, transposed = int(next(m for m in modifiers if m in ("x1", "x2", "x4"))[1]), "trans" in modifiers
-    puts = [write(part, "b32") for part in _parts(instruction.operands[0])]
+    puts = [write(part, "b32") for part in parts(instruction.operands[0])]
     addresses = address_of(instruction.operands[1])
 
     def load(warp: Warp) -> None:
@@ -184,7 +178,7 @@ def _multiply(instruction: Instruction, program: Program) -> Control:
     if not instruction.opcode.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
         raise ValueError(f"unknown instruction: {instruction.text}")
     kind = instruction.opcode.split(".")[-2]
-    to, *sources = (_parts(operand) for operand in instruction.operands)
+    to, *sources = (parts(operand) for operand in instruction.operands)
     puts = [write(part, "f32") for part in to]
     a, b, c = ([read(part, k) for part in s] for s, k in zip(sources, ("b32", "b32", "f32")))
 
@@ -206,18 +200,18 @@ def _warpgroup(instruction: Instruction, program: Program) -> Control:
     *_, shape, to_kind, kind, other = opcode.split(".")
     columns = int(shape.partition("n")[2].partition("k")[0])
     to, a, b, accumulates, *constants = operands
-    parts, in_registers = _parts(to), isinstance(a, Vector)
+    accumulators, in_registers = parts(to), isinstance(a, Vector)
     factors = [constant.value for constant in constants if isinstance(constant, Immediate)]
     if (
         not opcode.startswith("wgmma.mma_async.sync.aligned.m64")
         or (shape[-3:], to_kind, kind) != ("k16", "f32", other)
         or factors[:2] != [1, 1]
         or len(factors) != (3 if in_registers else 4)
-        or len(parts) != columns // 2
+        or len(accumulators) != columns // 2
     ):
         raise ValueError(f"unknown instruction: {instruction.text}")
-    puts, takes = [write(part, "f32") for part in parts], [read(part, "f32") for part in parts]
-    left = [read(part, "b32") for part in _parts(a)] if in_registers else [read(a, "u64")]
+    puts, takes = [write(part, "f32") for part in accumulators], [read(part, "f32") for part in accumulators]
+    left = [read(part, "b32" if in_registers else "u64") for part in parts(a)]
     right, adds = read(b, "u64"), read(accumulates, "pred")
     transposed = (0 if in_registers else int(factors[2]), int(factors[-1]))
 
