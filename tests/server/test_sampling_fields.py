@@ -34,7 +34,13 @@ def offline(llama_dir):
 
 
 def near(value):
-    return pytest.approx(value, abs=1e-4)
+    """Equal but for the last bits of floats: on some CPUs those of a product depend on how many tokens it
+    is for, and for a prompt seen before fewer are computed."""
+    if isinstance(value, dict):
+        return {key: near(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [near(item) for item in value]
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
 
 
 def add_up(chunks) -> tuple[str, dict[str, list]]:
@@ -187,11 +193,11 @@ def test_log_probabilities_of_a_text(client, offline):
         assert likely == named(position)
     assert client.completions.create(**SETTINGS, prompt=PROMPT).choices[0].logprobs is None
     none = client.completions.create(**SETTINGS, prompt=PROMPT, logprobs=0).choices[0].logprobs
-    assert none.token_logprobs == found.token_logprobs
+    assert none.token_logprobs == near(found.token_logprobs)
     assert [list(likely.values()) for likely in none.top_logprobs] == [[x] for x in none.token_logprobs]
     # Whole or in pieces.
     streamed = client.completions.create(**SETTINGS, prompt=PROMPT, logprobs=3, stream=True)
-    assert add_up(streamed)[1] == {name: getattr(found, name) for name in add_up([])[1]}
+    assert add_up(streamed)[1] == near({name: getattr(found, name) for name in add_up([])[1]})
 
 
 def test_log_probabilities_of_an_answer(client, offline):
@@ -210,7 +216,7 @@ def test_log_probabilities_of_an_answer(client, offline):
     for chunk in client.chat.completions.create(**settings, top_logprobs=2, stream=True):
         if chunk.choices[0].logprobs is not None:
             pieces += chunk.choices[0].logprobs.content
-    assert [piece.model_dump() for piece in pieces] == [entry.model_dump() for entry in found]
+    assert [piece.model_dump() for piece in pieces] == near([entry.model_dump() for entry in found])
 
 
 @pytest.mark.parametrize("as_tokens", [False, True])
@@ -241,8 +247,9 @@ def test_echo(client, server, offline, as_tokens, logprobs):
     ):
         assert logprob == near(position[token].logprob)
         assert likely == named(position)
-    assert add_up(chunks) == (whole.choices[0].text, found.model_dump())
-    assert alone.choices[0].logprobs.model_dump() == {k: v[: len(ids)] for k, v in found.model_dump().items()}
+    assert add_up(chunks) == (whole.choices[0].text, near(found.model_dump()))
+    in_prompt = {name: values[: len(ids)] for name, values in found.model_dump().items()}
+    assert alone.choices[0].logprobs.model_dump() == near(in_prompt)
 
 
 def test_every_token_has_its_place_in_the_text(client, server, monkeypatch):
@@ -268,7 +275,7 @@ def test_every_token_has_its_place_in_the_text(client, server, monkeypatch):
         *["a", "bytes:\\xc3", "bytes:\\xb1", "bytes:\\xe2", "bytes:\\x98", "bytes:\\x83", "b"]
     ]
     assert found.logprobs.text_offset == [0, 1, 1, 2, 2, 2, 3]
-    assert add_up(client.completions.create(**settings, stream=True))[1] == found.logprobs.model_dump()
+    assert add_up(client.completions.create(**settings, stream=True))[1] == near(found.logprobs.model_dump())
 
 
 def test_log_probabilities_of_the_prompt_in_vllms_shape(client, offline):
