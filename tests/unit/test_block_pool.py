@@ -78,11 +78,11 @@ class Adapters(RuleBasedStateMachine):
     def preempt(self, data):
         """As many as drawn go to the host at once; what they share is copied once."""
         count = data.draw(st.integers(0, len(self.running)))
-        chosen = self.running[len(self.running) - count :]
+        first = len(self.running) - count
+        chosen = self.running[first:]
         needed, free = num_to_move(chosen, self.host), self.host.num_free
         if needed > free:
             return
-        del self.running[len(self.running) - count :]
         moved, copies = move(chosen, self.device, self.host)
         assert free - self.host.num_free == needed
         assert len(copies) == len({target for _, target in copies})
@@ -91,6 +91,7 @@ class Adapters(RuleBasedStateMachine):
         self.host.confirm()
         self.waiting += [(blocks, keys) for blocks, (_, keys) in zip(moved, chosen)]
         for _, keys in chosen:
+            del self.running[first]  # the next ones still hold what they share with it
             self.drop(list(reversed(keys)))
 
     @rule()
@@ -180,6 +181,23 @@ def test_the_longest_unused_goes_first_and_a_hit_makes_it_recent():
     assert evicted == ["b", "c", "a"]
 
 
+def test_a_promise_is_revoked_once_and_alone():
+    """Not with what was there before, nor with what came after."""
+    pool = BlockPool(4)
+    old, twin, promised, later = (pool.allocate() for _ in range(4))
+    pool.register(old, "old")
+    for block, key in ((twin, "old"), (old, "another"), (promised, "new")):
+        pool.promise(block, key)
+    assert pool.find("new") == promised
+    pool.revoke()
+    assert [pool.find(key) for key in ("old", "another", "new")] == [old, None, None]
+    pool.register(promised, "new")
+    pool.promise(later, "later")
+    pool.confirm()
+    pool.revoke()
+    assert [pool.find(key) for key in ("old", "new", "later")] == [old, promised, later]
+
+
 def lose(pool: BlockPool) -> None:
     pool._empty.pop()
 
@@ -190,6 +208,10 @@ def free_twice(pool: BlockPool) -> None:
 
 def free_in_use(pool: BlockPool) -> None:
     pool._empty.append(0)
+
+
+def free_a_stranger(pool: BlockPool) -> None:
+    pool._empty.append(pool.num_blocks)
 
 
 def miscount(pool: BlockPool) -> None:
@@ -209,7 +231,8 @@ def find_wrong(pool: BlockPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lose, free_twice, free_in_use, miscount, cache_in_use, cache_nothing, find_wrong]
+    "damage",
+    [lose, free_twice, free_in_use, free_a_stranger, miscount, cache_in_use, cache_nothing, find_wrong],
 )
 def test_check_integrity_sees_damage(damage):
     pool = BlockPool(4)
