@@ -67,16 +67,22 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
         params = body.sampling_params(default_max_tokens=16)
         return await completions.respond(request, TEXT, body.prompts(), params, body)
 
+    card = {
+        "id": served_model_name,
+        "object": "model",
+        "created": started,
+        "owned_by": "cupaged",
+        "max_model_len": engine.engine.max_model_len,
+    }
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {
-            "id": served_model_name,
-            "object": "model",
-            "created": started,
-            "owned_by": "cupaged",
-            "max_model_len": engine.engine.max_model_len,
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")  # hub ids and directories have slashes
+    async def model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return card
 
     @app.get("/health")
     async def health() -> Response:

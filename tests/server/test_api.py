@@ -12,6 +12,7 @@ import pytest
 
 from cupaged.engine import LLM, SamplingParams
 from cupaged.engine.sampler import Sampler, SamplerOutput
+from cupaged.engine.server.app import create_app
 from tests import tiny_models
 
 from .conftest import MODEL, wait_until
@@ -397,6 +398,29 @@ def test_models_health_and_page(client, server):
     page = httpx.get(server.url)
     assert page.headers["content-type"].startswith("text/html")
     assert "//" not in page.text.replace("<!--", ""), "the page loads something from elsewhere"
+
+
+def test_a_model_is_retrieved_by_its_name(client, server):
+    assert client.models.retrieve(MODEL) == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="tiny-llama") as caught:
+        client.models.retrieve("gpt-5")
+    assert caught.value.code == "model_not_found"
+    response = httpx.get(f"{server.url}/v1/models/gpt-5")
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("name", ["org/name", "/models/a name?", "C:\\models\\50%#"])
+def test_a_model_whose_name_is_a_path_is_retrieved(server, name):
+    transport = httpx.ASGITransport(app=create_app(server.async_engine, name))
+
+    async def retrieve():
+        async with httpx.AsyncClient(transport=transport) as http:
+            client = openai.AsyncOpenAI(base_url="http://x/v1", api_key="none", http_client=http)
+            return (await client.models.retrieve(name)).id, (await http.get(f"http://x/v1/models/{name}/x"))
+
+    found, other = asyncio.run(retrieve())
+    assert found == name
+    assert other.status_code == 404
 
 
 def test_events_are_as_the_format_wants(server):
