@@ -82,7 +82,10 @@ def _setting_texts() -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port in use is noticed before a model is loaded.
+    """A socket that listens, so that a port in use is noticed before a model is loaded.
+
+    With SO_REUSEADDR, which a restart needs, Linux gives one address to two sockets until one of them
+    listens: being bound would not keep another server away. Who connects while the model is loaded waits.
 
     Raises:
         RuntimeError: the address cannot be had.
@@ -92,6 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen()
     except OSError as error:
         found.close()
         raise RuntimeError(

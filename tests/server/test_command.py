@@ -17,8 +17,8 @@ def error_of(capsys, *arguments: str) -> str:
 
 
 def test_a_port_in_use_is_said_before_a_model_is_loaded(capsys):
+    """By a server that may still be loading its own model."""
     with serve.listen("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         error = error_of(capsys, "--port", str(port))
     assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (Address already in use): choose")
