@@ -10,7 +10,7 @@ import dataclasses
 import re
 import socket
 import sys
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from .device import choose_device
 from .engine.config import (
@@ -131,11 +131,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig) -> None:
-    import uvicorn
-
     from .engine import LLMEngine
-    from .engine.server.app import create_app
     from .engine.server.async_engine import AsyncEngine
+    from .engine.server.http_server import Server
 
     engine = LLMEngine(options.model, config)
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
@@ -143,17 +141,7 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     name = options.served_model_name or engine.model_name
     address = _address(options.host, bound.getsockname()[1])
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                print(_greeting(address, name), flush=True)
-
-    server = Server(
-        uvicorn.Config(
-            create_app(AsyncEngine(engine), name), log_level="warning", timeout_graceful_shutdown=2
-        )
-    )
+    server = Server(AsyncEngine(engine), name, on_start=lambda: print(_greeting(address, name), flush=True))
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:

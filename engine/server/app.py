@@ -137,7 +137,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(EngineDeadError)
     async def dead(request: Request, error: EngineDeadError) -> JSONResponse:
-        return respond(500, str(error))
+        return respond(503, str(error))
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:

@@ -54,12 +54,16 @@ class AsyncEngine:
 
     def stop(self) -> None:
         """End the thread after the step it is in; requests still running fail with `EngineDeadError`."""
+        self.request_stop()
+        self._thread.join()
+
+    def request_stop(self) -> None:
+        """As `stop`, without waiting for it."""
 
         def end() -> None:
             self._stopping = True
 
         self._commands.put(end)
-        self._thread.join()
 
     @property
     def alive(self) -> bool:

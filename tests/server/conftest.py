@@ -7,11 +7,10 @@ import time
 
 import openai
 import pytest
-import uvicorn
 
 from cupaged.engine import EngineConfig, LLMEngine
-from cupaged.engine.server.app import create_app
 from cupaged.engine.server.async_engine import AsyncEngine
+from cupaged.engine.server.http_server import Server
 from cupaged.serve import listen
 
 MODEL = "tiny-llama"
@@ -26,8 +25,7 @@ class Running:
         self.async_engine = AsyncEngine(self.engine)
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        app = create_app(self.async_engine, MODEL)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        self._server = Server(self.async_engine, MODEL, grace=1.0)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
 
     def __enter__(self) -> Running:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -68,11 +70,14 @@ def test_an_engine_that_fails_tells_everyone(llama_dir, monkeypatch):
             raise RuntimeError("planted")
 
         monkeypatch.setattr(server.engine, "step", broken_step)
-        with pytest.raises(openai.InternalServerError, match="planted"):
+        with pytest.raises(openai.InternalServerError, match="planted") as caught:
             client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+        assert caught.value.status_code == 503
         wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
-        with pytest.raises(openai.InternalServerError, match="planted"):  # and it does not hang
+        with pytest.raises(openai.InternalServerError, match="planted") as caught:  # and it does not hang
             client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+        assert caught.value.status_code == 503
+        assert set(caught.value.body) == {"message", "type", "param", "code"}
 
 
 def test_an_engine_that_fails_in_a_stream_says_so_in_the_stream(llama_dir, monkeypatch):
@@ -93,6 +98,35 @@ def test_a_server_that_stops_ends_its_streams(llama_dir):
         stream = client.completions.create(model=MODEL, prompt="x", max_tokens=240, stream=True)
         next(iter(stream))
     # __exit__ has checked that the thread ended
+
+
+def test_a_server_that_stops_answers_every_request(llama_dir, monkeypatch):
+    """Also those that would not end in time by themselves."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 240, "ignore_eos": True}
+    with ThreadPoolExecutor() as threads, Running(llama_dir) as server:
+        step = server.engine.step
+
+        def slow_step():
+            time.sleep(0.05)
+            return step()
+
+        monkeypatch.setattr(server.engine, "step", slow_step)
+        url = f"{server.url}/v1/completions"
+        whole = threads.submit(httpx.post, url, json=body, timeout=60)
+        stream = threads.submit(httpx.post, url, json={**body, "stream": True}, timeout=60)
+        wait_until(lambda: server.async_engine.stats().num_running == 2)
+    assert whole.result().status_code == 503
+    error = whole.result().json()["error"]
+    assert error == {
+        "message": "the server is shutting down",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+    *pieces, last, done, _ = stream.result().text.split("\n\n")
+    assert pieces
+    assert json.loads(last.removeprefix("data: ")) == {"error": error}
+    assert done == "data: [DONE]"
 
 
 @pytest.mark.parametrize("busy", [False, True])

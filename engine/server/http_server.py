@@ -1,0 +1,54 @@
+"""uvicorn around the application, with an end at which every request gets its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from .app import create_app
+from .async_engine import AsyncEngine
+
+
+class Server(uvicorn.Server):
+    """Serves an engine over HTTP.
+
+    Args:
+        model_name: what requests must call the model.
+        grace: seconds that requests have to end by themselves when the server stops. Then the engine stops,
+            and those left are told so.
+        on_start: called when the server takes requests.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        model_name: str,
+        grace: float = 2.0,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        # uvicorn would cancel what runs after its own time, and answer it with 500. That is for clients who
+        # do not read, and an engine in a long step.
+        last = round(grace) + 3
+        super().__init__(
+            uvicorn.Config(
+                create_app(engine, model_name), log_level="warning", timeout_graceful_shutdown=last
+            )
+        )
+        self._engine = engine
+        self._grace = grace
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = asyncio.get_running_loop().call_later(self._grace, self._engine.request_stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
