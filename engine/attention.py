@@ -7,7 +7,7 @@ which token is whose stands in `AttentionMetadata`, a keyword argument of ``mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class AttentionMetadata:
         seq_lens: int32 ``[S]``, tokens of each sequence, those of this step included.
         query_start_loc: int32 ``[S + 1]``, or None when every sequence has one token in this step.
         shared_prefix: neighbours begin with the same blocks, and it may pay to read those once.
+        attended: the layers that have attended in this step.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -42,6 +43,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor | None
     shared_prefix: bool = False
+    attended: set[int] = field(default_factory=set)
 
 
 def register_attention() -> None:
@@ -59,6 +61,7 @@ def paged_attention_forward(
     sliding_window: int | str | None = _OF_THE_MASK,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     paged: AttentionMetadata | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -70,20 +73,26 @@ def paged_attention_forward(
             one that comes is the model's own.
         sliding_window: where a model leaves it out, its window is in the mask that transformers would build.
         s_aux: attention sinks ``[H]``.
+        is_causal: where a model leaves it out, its module says it.
 
     Returns:
         ``[1, T, H, D]`` and no attention weights.
     """
     if paged is None:
         raise ValueError(
-            f"a model with the {ATTENTION_NAME!r} attention was called without the argument `paged` "
-            "(AttentionMetadata): run it through cupaged.engine.LLM, or load it with another attention"
+            f"{type(module).__name__} was called without the argument `paged` (AttentionMetadata): the model "
+            "does not hand arguments on to its attention, or was not run through cupaged.engine.LLM"
         )
     unknown = [name for name in _UNKNOWN if others.get(name) is not None]
     if attention_mask is not None or unknown:
         what = ", ".join(unknown) or "a mask of its own"
         raise ValueError(f"{type(module).__name__} attends with {what}, which is not supported")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"{type(module).__name__} attends to later tokens as well, which is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if layer in paged.attended:  # the keys and values of one time would be lost
+        raise ValueError(f"{type(module).__name__} attends twice in layer {layer}, which is not supported")
+    paged.attended.add(layer)
     window = _mask_window(module.config, layer) if isinstance(sliding_window, str) else sliding_window
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]

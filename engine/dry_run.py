@@ -33,17 +33,28 @@ def check_layers(runner: ModelRunner, shape: KVShape) -> None:
     """Raise ValueError unless every layer of the model keeps keys and values in the cache, of its shape.
 
     A layer that does not, and is no error either, has attention of its own or a state: it would mix the
-    sequences of a step, and know nothing of the steps before.
+    sequences of a step, and know nothing of the steps before. A model that counts positions itself knows
+    nothing of them either.
     """
     kind = runner.config.model_type
     try:
         cache = dry_run(runner, shape, [0], fill=_UNWRITTEN)
-    except (ValueError, AttributeError, TypeError, LookupError) as error:
+    except ValueError as error:
         raise ValueError(f"{kind} does not run on the paged cache: {error}") from error
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"{kind} does not run on the paged cache: its code fails there with {type(error).__name__}: "
+            f"{error}"
+        ) from error
     unwritten = (cache.blocks[0, :, :, :, 0] == _UNWRITTEN).all(dim=-1).flatten(1).any(dim=-1)
     if unwritten.any():
         layers = ", ".join(map(str, unwritten.nonzero().flatten().tolist()))
         raise ValueError(
             f"{kind} is not supported: of its {len(unwritten)} layers these do not keep keys and values in "
             f"the paged cache: {layers}"
+        )
+    if not runner.takes_positions:
+        raise ValueError(
+            f"{kind} is not supported: it does not take the positions of tokens as the engine gives them, "
+            "but counts its own"
         )

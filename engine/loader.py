@@ -77,8 +77,11 @@ def _checked_load(
     try:
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
+        # Some models choose among classes of their own, by the name.
+        unknown = isinstance(error, KeyError) and error.args == (attention,)
+        why = "its attention is not an interface of transformers" if unknown else error
         raise ValueError(
-            f"model {place!r} ({config.model_type}) cannot be loaded as a decoder: {error}"
+            f"model {place!r} ({config.model_type}) cannot be loaded as a decoder: {why}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
+_SHAPE = ("num_attention_heads", "num_key_value_heads", "head_dim")
 LONG_PREFIX = 1024  # tokens that neighbours share before a search for them may pay
 
 
@@ -38,6 +40,22 @@ class ModelRunner:
             raise ValueError(f"{self.config.model_type} has recurrent layers; only attention is supported")
         if getattr(self.config, "attention_chunk_size", None):
             raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
+        of_layers = getattr(self.config, "per_layer_attributes", None) or ()
+        varying = [name for name in _SHAPE if name in of_layers]
+        if varying:
+            raise ValueError(
+                f"{self.config.model_type} has layers of different {', '.join(varying)}; the paged cache has "
+                "one shape for all layers"
+            )
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told where a token stands in its sequence, the first one at 0."""
+        after_padding = any(  # roberta and its kin number tokens from behind their padding
+            name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+            for name, module in self._model.named_modules()
+        )
+        return not after_padding and "position_ids" in inspect.signature(self._model.forward).parameters
 
     def kv_shape(self, block_size: int, kv_cache_dtype: str = "auto") -> KVShape:
         """The shape of a block of this model's cache.

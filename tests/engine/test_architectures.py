@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -14,6 +16,22 @@ from .harness import run, small_engine
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 FEW = {**tiny_models._COMMON, "num_hidden_layers": 2}
 IDS = tiny_models._IDS
+
+
+def gemma4(**changes) -> tf.Gemma4TextConfig:
+    settings = {
+        **tiny_models._COMMON,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8,
+        "tie_word_embeddings": False,
+    }
+    return tf.Gemma4TextConfig(**{**settings, **changes})
+
+
 REFUSED = {
     "a convolution": (lambda: tf.Lfm2Config(**FEW, layer_types=["conv", "full_attention"]), "cache: 0$"),
     "linear attention": (
@@ -50,7 +68,58 @@ REFUSED = {
             qk_nope_head_dim=16,
             v_head_dim=16,
         ),
-        "deepseek_v3 does not run on the paged cache",
+        "deepseek_v3 does not run on the paged cache: key must be",
+    ),
+    "keys of another size in some layers": (
+        lambda: gemma4(global_head_dim=32, attention_k_eq_v=True, num_global_key_value_heads=1),
+        "gemma4_text has layers of different num_key_value_heads, head_dim",
+    ),
+    "attention to what comes later": (
+        lambda: tf.Gemma3TextConfig(**FEW, head_dim=16, use_bidirectional_attention=True),
+        "Gemma3Attention attends to later tokens",
+    ),
+    "attention twice in a layer": (
+        lambda: tf.DiffLlamaConfig(**FEW, head_dim=16),
+        "DiffLlamaAttention attends twice",
+    ),
+    "positions of its own": (
+        lambda: tf.BartConfig(
+            vocab_size=320,
+            d_model=64,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            encoder_layers=2,  # what num_hidden_layers means, of a decoder alone too
+            encoder_attention_heads=4,
+            **IDS,
+        ),
+        "bart is not supported: it does not take the positions",
+    ),
+    "positions that begin elsewhere": (
+        lambda: tf.RobertaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            is_decoder=True,
+            **{**IDS, "pad_token_id": 1},
+        ),
+        "roberta is not supported: it does not take the positions",
+    ),
+    "attention classes of its own": (
+        lambda: tf.FalconConfig(
+            vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **IDS
+        ),
+        "falcon.* cannot be loaded as a decoder: its attention is not an interface of transformers",
+    ),
+    "attention that is told nothing": (
+        lambda: tf.StableLmConfig(**FEW),
+        "StableLmAttention was called without the argument `paged`.* does not hand arguments on",
+    ),
+    "code that fails": (
+        lambda: tf.MptConfig(vocab_size=320, d_model=64, n_layers=2, n_heads=4, **IDS),
+        "mpt does not run on the paged cache: its code fails there with AttributeError",
     ),
 }
 
@@ -105,12 +174,22 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 )
 def test_a_window_that_is_in_the_mask_only(tmp_path, config):
     """The models do not tell their attention of it."""
+    assert_greedy_as_transformers(config(), tmp_path)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_gemma4_whose_layers_have_one_size(tmp_path, shared):
+    """The last layers may take the keys and values of those before them."""
+    assert_greedy_as_transformers(gemma4(global_head_dim=16, num_kv_shared_layers=shared), tmp_path)
+
+
+def assert_greedy_as_transformers(config: tf.PretrainedConfig, directory: Path) -> None:
     torch.manual_seed(0)
-    tf.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path)
-    tiny_models.tokenizer().save_pretrained(tmp_path)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tiny_models.tokenizer().save_pretrained(directory)
     prompt = [(3 * i * i + 7 * i) % 256 for i in range(40)]
     request = {"x": ({"prompt_token_ids": prompt}, GREEDY)}
-    found = run(small_engine(str(tmp_path)), request)["x"].outputs[0].token_ids
-    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    found = run(small_engine(str(directory)), request)["x"].outputs[0].token_ids
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     generated = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert found == generated[0, len(prompt) :].tolist()
