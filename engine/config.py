@@ -33,7 +33,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "swap_space": (lambda v: is_number(v) and v >= 0, "a number of GiB, at least 0"),
     "max_num_seqs": (_count, "an integer of at least 1"),
     "max_num_batched_tokens": (_count, "an integer of at least 1"),
-    "max_model_len": (_count_or_none, "an integer of at least 1 or None"),
+    "max_model_len": (lambda v: v is None or (is_integer(v) and v >= 2), "an integer of at least 2 or None"),
     "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
     "scheduling_policy": (lambda v: v in SCHEDULING_POLICIES, f"one of {', '.join(SCHEDULING_POLICIES)}"),
     "memory_policy": (lambda v: v in MEMORY_POLICIES, f"one of {', '.join(MEMORY_POLICIES)}"),
@@ -53,9 +53,12 @@ class EngineConfig:
     Args:
         block_size: tokens a KV block holds; a power of two from 8 to 256.
         gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take
-            together. On a CPU the cache takes at most 4 GiB and a quarter of what is free.
+            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available. It is never
+            larger than twice what ``max_num_seqs`` sequences of ``max_model_len`` tokens take, the second
+            time for the prefix cache.
         num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
-        swap_space: GiB of CPU memory for the blocks of preempted requests. Never more than the KV cache.
+        swap_space: GiB of CPU memory for the blocks of preempted requests, where ``preemption_mode`` moves
+            them there. Never more than the KV cache.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of one step, prefill and decode together. Longer prompts are
             prefilled in chunks.

@@ -1,31 +1,48 @@
-"""One prompt through the model before there is an engine: what it takes and what it writes."""
+"""Prompts through the model before there is an engine: what they take and what they write."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
 
 from .block_manager import BlockManager
 from .kv_cache import KVCache, KVShape
 from .model_runner import ModelRunner
 from .plan import ScheduledSequence
 from .request import Sequence, SequenceGroup
+from .sampler import Sampler
 from .sampling_params import SamplingParams
 
 _UNWRITTEN = 0.5  # a number that is no key's or value's in all places; a zero or a NaN may be
 
 
-def dry_run(runner: ModelRunner, shape: KVShape, token_ids: list[int], fill: float = 0.0) -> KVCache:
-    """Compute the prompt in one step, in a cache of its own that just holds it.
+def dry_run(
+    runner: ModelRunner,
+    shape: KVShape,
+    prompts: SequenceABC[list[int]],
+    fill: float = 0.0,
+    params: SamplingParams | None = None,
+) -> KVCache:
+    """Compute the prompts in one step, in a cache of its own that just holds them.
+
+    Args:
+        params: sample a token after each as these say; None: none is sampled.
 
     Returns:
         The cache, not quantised; ``fill`` where no token was written.
     """
-    num_tokens = len(token_ids)
-    blocks = BlockManager(-(-num_tokens // shape.block_size), 0, shape.block_size)
-    cache = KVCache(shape, blocks.gpu.num_blocks, 0, runner.device)
+    num_blocks = sum(-(-len(token_ids) // shape.block_size) for token_ids in prompts)
+    blocks = BlockManager(num_blocks, 0, shape.block_size)
+    cache = KVCache(shape, num_blocks, 0, runner.device)
     cache.blocks.fill_(fill)
-    seq = Sequence(0, 0, token_ids, num_tokens, 0)
-    group = SequenceGroup("dry run", None, token_ids, SamplingParams(), 1, 0, [seq])
-    blocks.append(0, 0, num_tokens)
-    runner.run((ScheduledSequence(group, seq, 0, num_tokens, 1),), blocks, cache)
+    scheduled = []
+    for i, token_ids in enumerate(prompts):
+        seq = Sequence(i, 0, token_ids, len(token_ids), 0)
+        group = SequenceGroup("dry run", None, token_ids, params or SamplingParams(), 1, i, [seq])
+        blocks.append(i, 0, len(token_ids))
+        scheduled.append(ScheduledSequence(group, seq, 0, len(token_ids), 1))
+    logits = runner.run(tuple(scheduled), blocks, cache)
+    if params is not None:
+        Sampler(frozenset()).sample(logits, scheduled)
     return cache
 
 
@@ -38,7 +55,7 @@ def check_layers(runner: ModelRunner, shape: KVShape) -> None:
     """
     kind = runner.config.model_type
     try:
-        cache = dry_run(runner, shape, [0], fill=_UNWRITTEN)
+        cache = dry_run(runner, shape, [[0]], fill=_UNWRITTEN)
     except ValueError as error:
         raise ValueError(f"{kind} does not run on the paged cache: {error}") from error
     except (AttributeError, TypeError, LookupError) as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterable, Sized
 from numbers import Integral
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .validation import is_integer
 
+_log = logging.getLogger("cupaged.engine")
+
 Prompt = str | dict[str, Any]
 
 
@@ -50,8 +54,9 @@ class LLMEngine:
             missing.
     """
 
-    def __init__(self, model: str | None = None, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: str | PathLike[str] | None = None, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
+        model = None if model is None else fspath(model)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
         loaded, self.tokenizer = load_model(
@@ -79,6 +84,8 @@ class LLMEngine:
                 "the cache more memory"
             )
         self.max_model_len: int = min(wanted, held)
+        if held < wanted:
+            _log.warning("sequences end at %d tokens, which the KV cache holds, not at %d", held, wanted)
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
         # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
@@ -88,7 +95,7 @@ class LLMEngine:
         self._rates = Rates(shape.block_bytes)
         self._runner.settle_frequencies(self.max_model_len)
         scales = calibrate(
-            self._runner, shape, int(self._vocab_size), min(self.max_model_len, config.max_num_batched_tokens)
+            self._runner, shape, self._vocab_size, min(self.max_model_len, config.max_num_batched_tokens)
         )
         self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device, scales)
         eos_token_ids = _eos_token_ids(loaded, self.tokenizer)
@@ -139,6 +146,11 @@ class LLMEngine:
             raise ValueError(f"request_id {request_id!r} is already running")
         if not is_integer(priority):
             raise ValueError(f"priority must be an integer, got {priority!r}")
+        if priority and self.config.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority is {priority}, and requests run in the order of their arrival: leave it out, or "
+                "set scheduling_policy='priority'"
+            )
         params.check_vocabulary(self._vocab_size)
         self._sampler.check(params, self._vocab_size)
         given = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
@@ -222,7 +234,13 @@ class LLMEngine:
             raise ValueError(f"prefix_id {prefix_id!r}: there is no such prefix")
         self._scheduler.remove_prefix(prefix_id)
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the requests that have not finished."""
+        return list(self._groups)
+
     def has_unfinished(self) -> bool:
+        """Whether there is something to run: requests, or prefixes to be computed."""
         return self._scheduler.has_unfinished()
 
     def step(self) -> list[RequestOutput]:
@@ -265,7 +283,7 @@ class LLMEngine:
         scheduler = self._scheduler
         totals = self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
-        self.add_request("warm-up", {"prompt_token_ids": [0, 0]}, params)
+        self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)
         while self.has_unfinished():
             self.step()
         self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries = totals
@@ -321,6 +339,8 @@ class LLMEngine:
 
     def _measure(self, plan: Plan) -> None:
         """How fast prompts are computed: over whole steps, from one that was waited for to the next."""
+        if self.config.preemption_mode != "auto":
+            return
         self._unmeasured += sum(item.num_tokens for item in plan.scheduled)
         if any(item.num_samples for item in plan.scheduled):  # somebody has read the step's tokens
             if self._unmeasured > 2 * len(plan.scheduled):  # mostly prompts

@@ -46,7 +46,7 @@ def calibrate(runner: ModelRunner, shape: KVShape, vocab_size: int, max_tokens: 
         return None
     num_tokens = min(CALIBRATION_TOKENS, max_tokens)
     drawn = torch.randint(vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
-    cache = dry_run(runner, runner.kv_shape(shape.block_size), drawn.tolist())
+    cache = dry_run(runner, runner.kv_shape(shape.block_size), [drawn.tolist()])
     largest = cache.blocks.abs().amax(dim=(0, 4, 5)).float()
     if not largest.isfinite().all():
         raise ValueError(
