@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ class LLM:
         ValueError: as `EngineConfig` and `LLMEngine` do.
     """
 
-    def __init__(self, model: str | None = None, **config: Any) -> None:
+    def __init__(self, model: str | PathLike[str] | None = None, **config: Any) -> None:
         self.engine = LLMEngine(model, EngineConfig.from_kwargs(config))
         self._next_id = 0
 
@@ -50,8 +51,14 @@ class LLM:
             The outputs in the order of the prompts.
 
         Raises:
-            ValueError: a request is malformed or could never run. None of them has run then.
+            ValueError: a request is malformed or could never run, or the engine has other requests. None has
+                run then.
         """
+        if others := self.engine.request_ids:
+            raise ValueError(
+                f"the engine has other requests ({', '.join(others[:3])}), whose outputs `generate` would "
+                "lose: call `engine.step()` until they have finished, or abort them"
+            )
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
         if not isinstance(prompts, Sequence):
@@ -68,10 +75,8 @@ class LLM:
                 f"got {len(sampling_params)}"
             )
         priority = [0] * len(prompts) if priority is None else priority
-        if len(priority) != len(prompts):
-            raise ValueError(
-                f"priority must be one for each of the {len(prompts)} prompts, got {len(priority)}"
-            )
+        if not isinstance(priority, Sequence) or len(priority) != len(prompts):
+            raise ValueError(f"priority must be one for each of the {len(prompts)} prompts, got {priority!r}")
         ids: list[str] = []
         try:
             for position, (prompt, params, rank) in enumerate(zip(prompts, sampling_params, priority)):

@@ -33,7 +33,7 @@ class CompletionOutput:
         index: which of the ``n``.
         text: the output without its stop string. Text that may yet become one is held back.
         token_ids: all sampled tokens, an end-of-sequence token included.
-        finish_reason: None while it runs, then "stop", "length" or "abort".
+        finish_reason: None while it runs, then "stop" or "length".
         stop_reason: the stop string or stop token id that ended it, if one of the request's did.
         logprobs: for each token those that ``SamplingParams.logprobs`` asks for, else None.
         cumulative_logprob: the sum over its tokens; None unless ``logprobs``, ``best_of`` or beams need it.
@@ -78,8 +78,8 @@ class EngineStats:
     num_swapped: int
     gpu_cache_usage: float  # share of the blocks in use, 0 to 1
     cpu_cache_usage: float
-    num_preemptions: int  # since the start, as the two below
+    num_preemptions: int  # since the start, as all below
     prompt_tokens: int
     generation_tokens: int
-    prefix_cache_queries: int  # prompt tokens looked for in the prefix cache, those of resumed requests too
+    prefix_cache_queries: int  # tokens looked for in the prefix cache: of prompts, and of resumed requests
     prefix_cache_hits: int  # and found there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
@@ -117,6 +119,33 @@ def test_ids_may_be_used_again(llama_dir):
     assert run(engine, {"x": (prompt(5), GREEDY)}) == first
 
 
+def test_generate_loses_no_outputs_of_other_requests(llama_dir):
+    """But a prefix that is still to be computed is none."""
+    llm = LLM(llama_dir, **SMALL)
+    llm.engine.add_prefix("p", prompt(40))
+    llm.engine.add_request("mine", prompt(9), GREEDY)
+    with pytest.raises(ValueError, match=r"the engine has other requests \(mine\)"):
+        llm.generate(prompt(30), GREEDY, use_tqdm=False)
+    while not (outputs := llm.engine.step()) or not outputs[0].finished:
+        pass
+    assert outputs[0].request_id == "mine"
+    assert len(llm.generate(prompt(30), GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("longest", [2, 3])
+def test_the_shortest_sequences(llama_dir, longest):
+    engine = small_engine(llama_dir, max_model_len=longest)
+    engine.warm_up()
+    assert_clean(engine)
+    assert len(run(engine, {"a": (prompt(longest - 1), GREEDY)})["a"].outputs[0].token_ids) == 1
+
+
+def test_a_model_may_be_a_path(llama_dir, tmp_path):
+    assert LLM(Path(llama_dir), **SMALL).engine.model_name == llama_dir
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM(tmp_path / "none", **SMALL)
+
+
 def test_generate_with_one_bad_prompt_leaves_the_engine_clean(llama_dir):
     llm = LLM(llama_dir, **SMALL)
     good = [prompt(9), prompt(30)]
@@ -126,8 +155,12 @@ def test_generate_with_one_bad_prompt_leaves_the_engine_clean(llama_dir):
     assert_clean(llm.engine)
     with pytest.raises(ValueError, match="sampling_params"):
         llm.generate(good, [GREEDY], use_tqdm=False)
-    with pytest.raises(ValueError, match="priority must be one for each of the 2 prompts, got 1"):
+    with pytest.raises(ValueError, match=r"priority must be one for each of the 2 prompts, got \[1\]"):
         llm.generate(good, GREEDY, use_tqdm=False, priority=[1])
+    with pytest.raises(ValueError, match="priority must be one for each of the 2 prompts, got 1"):
+        llm.generate(good, GREEDY, use_tqdm=False, priority=1)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: priority is 2, .* set scheduling_policy='priority'"):
+        llm.generate(good, GREEDY, use_tqdm=False, priority=[0, 2])
     for params in ({"temperature": 0}, 5, "x"):
         with pytest.raises(ValueError, match="sampling_params"):
             llm.generate(good[:1], params, use_tqdm=False)

@@ -340,12 +340,15 @@ def test_the_priority_reaches_the_scheduler(server, monkeypatch):
 
     def recorded(*arguments, priority):
         given.append(priority)
-        add(*arguments, priority=priority)
+        add(*arguments)
 
     monkeypatch.setattr(server.engine, "add_request", recorded)
     client = server.client()
     client.completions.create(prompt="Hi", model=MODEL, max_tokens=1, extra_body={"priority": -3})
     client.chat.completions.create(messages=CHAT, model=MODEL, max_tokens=1)
     assert given == [-3, 0]
+    monkeypatch.undo()
+    with pytest.raises(openai.BadRequestError, match=r"priority is -3, .* scheduling_policy"):
+        client.completions.create(prompt="Hi", model=MODEL, extra_body={"priority": -3})
     with pytest.raises(openai.BadRequestError, match="priority"):
         client.completions.create(prompt="Hi", model=MODEL, extra_body={"priority": "high"})
