@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
         for position in range(len(self.tokens[seq_id]), self.blocks.writable[seq_id]):
             block = blocks[position // size]
             assert self.blocks.gpu.ref_counts[block] == 1
-            assert block not in self.blocks.gpu._keys
+            assert self.blocks.gpu._keys[block] is None
 
     def teardown(self):
         for seq_ids in getattr(self, "members", {}).values():
@@ -256,6 +256,42 @@ def test_what_is_shared_is_still_copied_on_write_after_a_swap():
     assert blocks.writable == {0: 0, 1: 0}, "both have to ask"
     assert blocks.append(0, 6, 1) is not None
     assert blocks.append(1, 6, 1) is None
+
+
+def test_what_was_filled_without_asking_is_found_when_it_is_freed():
+    """A decode writes to the end of its last block by itself; only `free` hears that it is full."""
+    blocks = BlockManager(4, 0, 4)
+    keys = [b"first", b"second"]
+    blocks.append(0, 0, 5, keys[:1])
+    blocks.confirm()
+    second = blocks.table(0)[1]
+    blocks.free(0, 8, keys)
+    assert blocks.find_prefix(keys)[0][1:] == [second]
+    blocks.check_integrity()
+
+
+def test_what_is_written_again_is_found_under_its_new_key():
+    blocks = BlockManager(4, 0, 4)
+    blocks.append(0, 0, 8, [b"first", b"second"])
+    first, second = blocks.table(0)
+    blocks.append(0, 4, 4, [b"first", b"other"])
+    blocks.confirm()
+    assert blocks.find_prefix([b"first", b"second"]) == ([first], 0)
+    assert blocks.find_prefix([b"first", b"other"]) == ([first, second], 0)
+
+
+def test_a_pinned_prefix_is_found_when_the_other_copy_is_gone():
+    """Two compute the same at the same time: one of the copies is found, and lost."""
+    blocks = BlockManager(2, 0, 4)
+    for seq in (0, 1):
+        blocks.append(seq, 0, 4, [b"key"])
+    blocks.confirm()
+    blocks.free(0)
+    blocks.append(2, 0, 4)  # where the first copy was
+    assert blocks.find_prefix([b"key"])[0] == []
+    blocks.unify(1)
+    assert blocks.find_prefix([b"key"])[0] == blocks.table(1)
+    blocks.check_integrity()
 
 
 def test_check_integrity_sees_a_sequence_in_two_places():

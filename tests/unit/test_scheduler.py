@@ -237,6 +237,35 @@ def test_a_group_that_is_computed_again_holds_its_prompt_once():
     assert simulation.scheduler.num_preemptions == 1
 
 
+def test_no_more_make_way_than_have_to():
+    """Three hold 3 of 12 blocks each. An urgent prompt of 4 blocks, and one that stays free, take those of
+    the last one."""
+    simulation = Simulation(num_blocks=12, budget=32, by_priority=True)
+    groups = [simulation.add(8, 4) for _ in range(3)]
+    for _ in range(2):
+        simulation.step()
+    assert simulation.blocks.gpu.num_free == 3
+    urgent = simulation.add(16, 1, priority=-1)
+    plan = simulation.step()
+    assert [group.status for group in groups] == [Status.RUNNING, Status.RUNNING, Status.PREEMPTED]
+    assert {item.group for item in plan.scheduled} == {urgent, *groups[:2]}
+    simulation.run()
+
+
+def test_who_reads_no_cache_is_no_query_of_it():
+    simulation = Simulation(num_blocks=12)
+    prompt = simulation.prompt(9)
+    simulation.add(prompt, 1)
+    simulation.run()
+    assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (9, 0)
+    simulation.add(prompt, 1, skip_reading_prefix_cache=True)
+    simulation.run()
+    assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (9, 0)
+    simulation.add(prompt, 1)
+    simulation.run()
+    assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (18, 8)
+
+
 def test_a_prefix_is_where_requests_find_it():
     """An urgent request makes the prefix that it begins with wait, half computed in the swap space, and
     computes it itself. Two copies and the request's own blocks would not fit into the pool."""
