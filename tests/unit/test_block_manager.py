@@ -301,3 +301,11 @@ def test_check_integrity_sees_a_sequence_in_two_places():
     blocks.append(0, 0, 4)
     with pytest.raises(RuntimeError, match="swapped out"):
         blocks.check_integrity()
+
+
+def test_check_integrity_sees_an_array_that_is_not_the_tables():
+    blocks = BlockManager(4, 0, 4)
+    blocks.append(0, 0, 8)
+    blocks._tables._array += 1
+    with pytest.raises(RuntimeError, match="row of sequence 0 is not its block table"):
+        blocks.check_integrity()
