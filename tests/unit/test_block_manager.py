@@ -309,3 +309,15 @@ def test_check_integrity_sees_an_array_that_is_not_the_tables():
     blocks._tables._array += 1
     with pytest.raises(RuntimeError, match="row of sequence 0 is not its block table"):
         blocks.check_integrity()
+
+
+def test_a_failed_step_leaves_what_was_there_before_it():
+    """On the GPU, and in the swap space."""
+    blocks = BlockManager(4, 4, 4)
+    for seq, key in enumerate((b"stays", b"leaves")):
+        blocks.append(seq, 0, 4, [key])
+    blocks.swap_out([1])
+    blocks.confirm()
+    blocks.revoke()
+    assert blocks.find_prefix([b"stays"])[0] == blocks.table(0)
+    assert blocks.cpu.find(b"leaves") is not None
