@@ -265,3 +265,6 @@ class BlockManager:
             raise RuntimeError(f"sequences {sorted(both)} are on the GPU and swapped out")
         if sorted(self.writable) != sorted(self._tables):
             raise RuntimeError("sequences that may write and those with GPU blocks differ")
+        for seq_id, end in self.writable.items():
+            if end > len(self._tables[seq_id].blocks) * self.block_size:
+                raise RuntimeError(f"sequence {seq_id} may write beyond its blocks")

@@ -303,12 +303,46 @@ def test_check_integrity_sees_a_sequence_in_two_places():
         blocks.check_integrity()
 
 
-def test_check_integrity_sees_an_array_that_is_not_the_tables():
-    blocks = BlockManager(4, 0, 4)
-    blocks.append(0, 0, 8)
+def damage_the_array(blocks):
     blocks._tables._array += 1
-    with pytest.raises(RuntimeError, match="row of sequence 0 is not its block table"):
+
+
+def lose_a_block_of_the_swap_space(blocks):
+    blocks.cpu.allocate()
+
+
+def forget_what_may_be_written(blocks):
+    del blocks.writable[0]
+
+
+def write_too_far(blocks):
+    blocks.writable[0] += 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_the_array, "row of sequence 0 is not its block table"),
+        (lose_a_block_of_the_swap_space, "counts 1 references, 0 exist"),
+        (forget_what_may_be_written, "may write and those with GPU blocks differ"),
+        (write_too_far, "sequence 0 may write beyond its blocks"),
+    ],
+)
+def test_check_integrity_sees_damage(damage, message):
+    blocks = BlockManager(4, 2, 4)
+    blocks.append(0, 0, 8)
+    blocks.check_integrity()
+    damage(blocks)
+    with pytest.raises(RuntimeError, match=message):
         blocks.check_integrity()
+
+
+def test_the_swap_space_may_be_filled_to_the_last_block():
+    blocks = BlockManager(3, 2, 4)
+    blocks.append(0, 0, 8)
+    blocks.append(1, 0, 4)
+    assert blocks.can_swap_out([0])
+    assert not blocks.can_swap_out([0, 1])
 
 
 def test_a_failed_step_leaves_what_was_there_before_it():
