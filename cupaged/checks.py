@@ -102,6 +102,25 @@ def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
         )
 
 
+def rows_apart(name: str, value: torch.Tensor) -> None:
+    """No two elements of a tensor [T, H, D], contiguous in D, share memory."""
+    (tokens, heads, size), (token, head, _) = value.shape, value.stride()
+    # The usual cases, of which the first says nothing about T: it may be a symbol.
+    if (head >= size or heads <= 1) and (token >= (heads - 1) * head + size or tokens <= 1):
+        return
+    if token >= size and head >= (tokens - 1) * token + size:
+        return
+    # Other strides may interleave the rows: for each head the token nearest to it, before and after.
+    for h in range(heads if tokens else 0):
+        before = min(h * head // token if token else 0, tokens - 1)
+        for t in (before, min(before + 1, tokens - 1)):
+            if (t or h) and abs(t * token - h * head) < size:
+                raise ValueError(
+                    f"the rows of {name} overlap: shape {list(value.shape)} with strides "
+                    f"{list(value.stride())}; pass one with memory for each of its elements"
+                )
+
+
 def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
     """A layer's cache view [num_blocks, 2, Hkv, B, D]; only the block stride is free."""
     tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES + QUANTISED)
@@ -222,6 +241,7 @@ def attention(
         last_dim_contiguous("query_start_loc", query_start_loc)
     tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
     last_dim_contiguous("out", out)
+    rows_apart("out", out)
     for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if value is not None:
             tensor(name, value, "H", sizes, dtype=torch.float32, device=device)

@@ -1,0 +1,81 @@
+"""What the checks of arguments let through, and how they say what is wrong."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cupaged
+from cupaged import backends, checks
+from cupaged.backends import reference
+
+from .test_ops import batch
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    monkeypatch.setattr(backends, "for_device", lambda device_type: reference)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(4, 32).expand(2, 4, 32),
+        torch.empty(2, 1, 32).expand(2, 4, 32),
+        torch.empty(1, 1, 32).expand(2, 4, 32),
+        torch.empty(500).as_strided((2, 4, 32), (127, 32, 1)),
+        torch.empty(500).as_strided((2, 4, 32), (128, 31, 1)),
+    ],
+    ids=["tokens", "heads", "both", "tokens by one element", "heads by one element"],
+)
+def test_an_out_whose_rows_overlap_is_refused(out):
+    with pytest.raises(ValueError, match=r"the rows of out overlap: shape \[2, 4, 32\] with strides"):
+        cupaged.paged_attention(**batch(), out=out)
+    b = batch()
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in b.items()}
+        with pytest.raises(ValueError, match="the rows of out overlap"):
+            cupaged.paged_attention(**fakes, out=mode.from_tensor(out))
+
+
+def test_an_out_of_any_strides_that_keep_rows_apart_is_written():
+    b = batch()
+    expected = cupaged.paged_attention(**b)
+    for out in (
+        torch.zeros(4, 2, 32).transpose(0, 1),
+        torch.zeros(2, 9, 48)[:, ::2, 8:40][:, :4],
+        torch.zeros(400).as_strided((2, 4, 32), (40, 80, 1)),  # heads of both tokens take turns
+        torch.zeros(500).as_strided((2, 4, 32), (96, 64, 1)),  # and so that neither stride covers the other
+    ):
+        assert torch.equal(cupaged.paged_attention(**b, out=out), expected)
+    query = b["query"].clone()
+    assert cupaged.paged_attention(**{**b, "query": query}, out=query) is query
+    assert torch.equal(query, expected)
+
+
+def test_rows_overlap_where_two_elements_have_one_address(seed):
+    """Small shapes and strides, drawn, against all addresses; a stride of a size of 1 says nothing."""
+    rng = random.Random(seed)
+    seen = {True: 0, False: 0}
+    for _ in range(3000):
+        size = rng.choice([1, 2, 8])
+        shape = (rng.randrange(5), rng.randrange(5), size)
+        strides = (rng.randrange(6 * size), rng.randrange(6 * size), 1)
+        addresses = [
+            a * strides[0] + b * strides[1] + c
+            for a in range(shape[0])
+            for b in range(shape[1])
+            for c in range(size)
+        ]
+        overlap = len(set(addresses)) < len(addresses)
+        seen[overlap] += 1
+        value = torch.empty(300).as_strided(shape, strides)
+        if overlap:
+            with pytest.raises(ValueError, match="the rows of out overlap"):
+                checks.rows_apart("out", value)
+        else:
+            checks.rows_apart("out", value)
+    assert min(seen.values()) > 300
