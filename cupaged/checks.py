@@ -21,12 +21,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
+SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU takes what is below 2**-126 to be 0, the reciprocal as well
 LAYOUTS = 1024  # that are remembered to have passed a check
 
 
 @cache
 def device_checks_enabled() -> bool:
-    """Whether ``CUPAGED_CHECK=1`` asks for ids to be checked on the GPU, which synchronises."""
+    """Whether ``CUPAGED_CHECK=1`` asks for ids and scales to be checked on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
 
 
@@ -319,9 +320,16 @@ def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
 
 
 def scale_values(name: str, scale: torch.Tensor | None) -> None:
-    """Reads the data: every scale is positive and finite."""
-    if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError(f"{name} must be positive and finite, got {scale.tolist()}")
+    """Reads the data: every scale, and its reciprocal, is a number of float32."""
+    if scale is None or scale.numel() == 0:
+        return
+    smallest, largest = (float(x) for x in torch.aminmax(scale))  # both NaN, if one is
+    if not SCALE_RANGE[0] <= smallest <= largest <= SCALE_RANGE[1]:
+        raise ValueError(
+            f"{name} must be positive and finite, and 1 / {name} too (from {SCALE_RANGE[0]:.1e} to "
+            f"{SCALE_RANGE[1]:.1e}), got {scale.tolist()}; where a head is all zeros any scale will do: "
+            f"pass {name}.clamp(min=1e-9)"
+        )
 
 
 def mapping_ids(mapping: torch.Tensor, num_src: int, num_dst: int) -> None:

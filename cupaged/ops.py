@@ -38,10 +38,11 @@ def reshape_and_cache(
             or int8 (D a multiple of 16). Index 0 of dimension 1 holds the keys. Each block is contiguous;
             the stride between blocks is free.
         slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token.
-        k_scale, v_scale: float32 [Hkv], positive; with a quantised cache both are needed. Stored is
-            x * (1 / scale), rounded to the nearest code with ties to even. What is beyond the largest
-            code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in int8. The scale
-            that just holds every key is ``key.abs().amax(dim=(0, 2)).float() / 448``.
+        k_scale, v_scale: float32 [Hkv], positive and with a finite reciprocal; with a quantised cache both
+            are needed. Stored is x * (1 / scale), rounded to the nearest code with ties to even. What is
+            beyond the largest code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in
+            int8. The scale that just holds every key is
+            ``key.abs().amax(dim=(0, 2)).float().clamp(min=1e-6) / 448``.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, strides or device. Slots and scales are checked

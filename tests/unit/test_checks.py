@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cupaged
 from cupaged import backends, checks
 from cupaged.backends import reference
+from cupaged.quantisation import LARGEST
 
 from .test_ops import batch
 
@@ -79,3 +82,32 @@ def test_rows_overlap_where_two_elements_have_one_address(seed):
         else:
             checks.rows_apart("out", value)
     assert min(seen.values()) > 300
+
+
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
+def test_a_scale_and_its_reciprocal_are_positive_and_finite(dtype):
+    """1 / 1e-40 is beyond float32, and a GPU, which takes what is below 2**-126 to be 0, needs a bit more."""
+    key, cache, slots = torch.zeros(3, 2, 32), torch.ones(5, 2, 2, 8, 32).to(dtype), torch.arange(3)
+    one = torch.ones(2)
+    for bad in (0.0, -1.0, math.nan, math.inf, 1e-40, 1e-38, 1e38):
+        scale = torch.tensor([1.0, bad])
+        for name, scales in (("k_scale", (scale, one)), ("v_scale", (one, scale))):
+            with pytest.raises(
+                ValueError, match=rf"^{name} must be positive and finite, and 1 / {name} too.*{name}\.clamp\("
+            ):
+                cupaged.reshape_and_cache(key, key, cache, slots, *scales)
+    for good in (2.0**-126, 2.0**126):
+        scale = torch.tensor([1.0, good])
+        cupaged.reshape_and_cache(key, key, cache, slots, scale, scale)
+        assert not cache[0, :, :, :3].float().any()
+
+
+def test_the_recipe_for_scales_holds_for_a_head_of_zeros():
+    recipe = re.search(r"just holds every key is\s+``(.*?)``", cupaged.reshape_and_cache.__doc__)[1]
+    key = torch.randn(3, 2, 32)
+    key[:, 1] = 0
+    scale = eval(recipe, {"key": key})
+    cache = torch.zeros(5, 2, 2, 8, 32).to(torch.float8_e4m3fn)
+    cupaged.reshape_and_cache(key, key, cache, torch.arange(3), scale, scale)
+    assert cache.float().abs().amax() == 448
+    assert not cache[:, :, 1].float().any()
