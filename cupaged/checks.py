@@ -19,6 +19,8 @@ from .quantisation import LARGEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+CASTS = {torch.int32: "int", torch.int64: "long"}  # methods, from one integer to another
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
 SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU takes what is below 2**-126 to be 0, the reciprocal as well
@@ -84,13 +86,14 @@ def tensor(
     for dim, letter in enumerate(names):
         expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, shape[dim])
         if shape[dim] != expected:
-            raise ValueError(
-                f"{name} must be [{', '.join(names)}] with {letter} = {expected}, got shape {list(shape)}"
-            )
+            wanted = f"{letter} in dimension {dim}" if letter.isdigit() else f"{letter} = {expected}"
+            raise ValueError(f"{name} must be [{', '.join(names)}] with {wanted}, got shape {list(shape)}")
     allowed = dtype if isinstance(dtype, tuple) else (dtype,)
     if value.dtype not in allowed:
         wanted = " or ".join(str(d) for d in allowed)
-        raise ValueError(f"{name} must be {wanted}, got {value.dtype}")
+        cast = CASTS.get(allowed[0]) if value.dtype in INTEGERS else None
+        remedy = f"; pass {name}.{cast}()" if cast else ""
+        raise ValueError(f"{name} must be {wanted}, got {value.dtype}{remedy}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the other arguments, got {value.device}")
 
@@ -368,8 +371,13 @@ def attention_ids(
             raise ValueError(
                 f"query_start_loc ends at {int(query_start_loc[-1])}, but query has {query.shape[0]} tokens"
             )
-        if bool((query_lens > seq_lens).logical_and(seq_lens > 0).any()):
-            raise ValueError("seq_lens counts the query's own tokens: it must be at least the query's length")
+        longer = (query_lens > seq_lens).logical_and(seq_lens > 0)
+        if bool(longer.any()):
+            s = int(longer.nonzero()[0])
+            raise ValueError(
+                f"seq_lens counts the query's own tokens: sequence {s} has {int(query_lens[s])} query "
+                f"tokens, but seq_lens[{s}] is {int(seq_lens[s])}"
+            )
     first = torch.zeros_like(seq_lens)
     if sliding_window is not None:
         first = (seq_lens - query_lens - sliding_window + 1).clamp(min=0) // block_size

@@ -111,3 +111,52 @@ def test_the_recipe_for_scales_holds_for_a_head_of_zeros():
     cupaged.reshape_and_cache(key, key, cache, torch.arange(3), scale, scale)
     assert cache.float().abs().amax() == 448
     assert not cache[:, :, 1].float().any()
+
+
+@pytest.mark.parametrize("name", ["block_tables", "seq_lens", "query_start_loc"])
+def test_ids_and_lengths_of_other_integers_are_told_the_cast(name):
+    b = batch(query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32))
+    for dtype in (torch.int64, torch.int16, torch.uint8):
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be torch\.int32, got {dtype}; pass {name}\.int\(\)$"
+        ):
+            cupaged.paged_attention(**{**b, name: b[name].to(dtype)})
+    for dtype in (torch.float32, torch.bool):  # of which a cast may be no remedy
+        with pytest.raises(ValueError, match=rf"^{name} must be torch\.int32, got {dtype}$"):
+            cupaged.paged_attention(**{**b, name: b[name].to(dtype)})
+
+
+def test_slots_and_mappings_of_other_integers_are_told_the_cast():
+    key, cache = torch.zeros(3, 2, 32), torch.zeros(5, 2, 2, 8, 32)
+    pairs = torch.tensor([[0, 1]], dtype=torch.int32)
+    wanted = r"{0} must be torch\.int64, got torch\.int32; pass {0}\.long\(\)$"
+    with pytest.raises(ValueError, match=wanted.format("slot_mapping")):
+        cupaged.reshape_and_cache(key, key, cache, torch.arange(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=wanted.format("block_mapping")):
+        cupaged.copy_blocks(cache, pairs)
+    with pytest.raises(ValueError, match=wanted.format("block_mapping")):
+        cupaged.swap_blocks(cache, cache.clone(), pairs)
+
+
+def test_a_size_that_is_a_number_is_named_by_its_place():
+    vllm = torch.zeros(2, 5, 8, 2, 32)  # keys and values first, heads after tokens
+    with pytest.raises(ValueError) as raised:
+        cupaged.paged_attention(**batch(kv_cache=vllm))
+    assert str(raised.value) == (
+        "kv_cache must be [num_blocks, 2, Hkv, B, D] with 2 in dimension 1, got shape [2, 5, 8, 2, 32]"
+    )
+
+
+def test_a_query_longer_than_its_sequence_is_named():
+    b = batch(
+        query=torch.randn(6, 4, 32),
+        seq_lens=torch.tensor([0, 3], dtype=torch.int32),  # nothing is asked of an empty sequence
+        query_start_loc=torch.tensor([0, 2, 6], dtype=torch.int32),
+    )
+    with pytest.raises(ValueError) as raised:
+        cupaged.paged_attention(**b)
+    assert str(raised.value) == (
+        "seq_lens counts the query's own tokens: sequence 1 has 4 query tokens, but seq_lens[1] is 3"
+    )
+    b["query_start_loc"][1] = 3
+    cupaged.paged_attention(**b)
