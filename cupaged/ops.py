@@ -81,7 +81,8 @@ def paged_attention(
 
     Decode, prefill and chunked prefill are one call: sequence s owns the query rows
     ``query_start_loc[s]`` to ``query_start_loc[s + 1]``, the last tokens of its ``seq_lens[s]``.
-    Their keys and values must be in the cache already (`reshape_and_cache`).
+    Their keys and values must be in the cache already (`reshape_and_cache`). For inference: no function
+    here gives gradients, whatever its inputs require.
 
     The logit of query position i and key position j is ``s = scale * q.k``, then
     ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``. Sums are in float32.
@@ -192,6 +193,8 @@ def merge_attention_states(
         raise ValueError("outs holds no state to merge; pass at least one")
     if sizes["D"] % 8:
         raise ValueError(f"outs has head size {sizes['D']}; it must be a multiple of 8")
+    if torch.is_grad_enabled():  # or torch takes the results for part of a graph
+        stacked_outs, stacked_lses = stacked_outs.detach(), stacked_lses.detach()
     return _call("merge_attention_states", stacked_outs.contiguous(), stacked_lses.contiguous())
 
 

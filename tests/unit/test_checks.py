@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 import re
@@ -160,3 +161,23 @@ def test_a_query_longer_than_its_sequence_is_named():
     )
     b["query_start_loc"][1] = 3
     cupaged.paged_attention(**b)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_results_are_no_part_of_autograds_graph(name, monkeypatch):
+    """Inputs that require grad are taken, also where they are traced; no result does, nor does the cache."""
+    module = importlib.import_module(f"cupaged.backends.{name}")
+    monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+
+    def all_three(query, kv_cache, block_tables, seq_lens):
+        cupaged.reshape_and_cache(query[:, :2], query[:, 2:], kv_cache, torch.tensor([3, 17]))
+        out, lse = cupaged.paged_attention(query, kv_cache, block_tables, seq_lens, return_lse=True)
+        states = [out + query * 0, query], [lse + query.sum() * 0, lse]
+        return (out, lse, *cupaged.merge_attention_states(*states))
+
+    b = batch(query=torch.randn(2, 4, 32, requires_grad=True))
+    for function in (all_three, torch.compile(all_three, fullgraph=True, backend="aot_eager")):
+        results = function(**b)
+        assert not [result for result in (*results, b["kv_cache"]) if result.requires_grad]
+    stacked = torch.randn(2, 3, 4, 32, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    assert not [result for result in cupaged.merge_attention_states(*stacked) if result.requires_grad]
