@@ -37,7 +37,8 @@ def reshape_and_cache(
         kv_cache: [num_blocks, 2, Hkv, B, D] of the same dtype, or quantised: float8_e4m3fn, float8_e5m2
             or int8 (D a multiple of 16). Index 0 of dimension 1 holds the keys. Each block is contiguous;
             the stride between blocks is free.
-        slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token.
+        slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token. No slot may be
+            there twice: which of the tokens it gets is not defined.
         k_scale, v_scale: float32 [Hkv], positive and with a finite reciprocal; with a quantised cache both
             are needed. Stored is x * (1 / scale), rounded to the nearest code with ties to even. What is
             beyond the largest code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in
@@ -101,7 +102,8 @@ def paged_attention(
         sliding_window: a query at i sees keys at j > i - sliding_window only.
         logits_soft_cap: bounds the logits (Gemma 2).
         alibi_slopes: float32 [H].
-        sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss).
+        sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss). Of parts to be
+            merged (`merge_attention_states`) one gets them, in which every row sees a key.
         k_scale, v_scale: float32 [Hkv], the scales of `reshape_and_cache`: a stored code reads as
             code * scale. Needed with a quantised cache. A visible NaN of a float8_e4m3fn cache may read
             as a number (480 * scale) on a GPU.
@@ -172,6 +174,8 @@ def merge_attention_states(
     outs: Array | Sequence[Array], lses: Array | Sequence[Array]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge N attentions of the same queries over disjoint keys into the attention over all of them.
+
+    Sinks count in every state that was computed with them: give them to one part only.
 
     Args:
         outs: [N, T, H, D], or a sequence of N tensors [T, H, D].
