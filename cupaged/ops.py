@@ -13,7 +13,7 @@ to be immutable. NumPy and CuPy pass neither bfloat16 nor fp8: pass a view of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -77,7 +77,7 @@ def paged_attention(
     shared_prefix: bool = False,
     out: Array | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Any:  # with return_lse a pair: Any, so that a type checker takes either use
     """Attention of a batch of sequences over their paged KV cache (PagedAttention, section 4.1).
 
     Decode, prefill and chunked prefill are one call: sequence s owns the query rows
@@ -166,8 +166,7 @@ def paged_attention(
         out_tensor,
         lse,
     )
-    result = cast(torch.Tensor, out)  # or what array the caller gave
-    return result if lse is None else (result, lse)
+    return out if lse is None else (out, lse)  # out may be what array the caller gave
 
 
 def merge_attention_states(
