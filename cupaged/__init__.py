@@ -4,6 +4,16 @@ Importing this package loads neither CuPy nor numba; a backend is loaded at its 
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .ops import (
+        copy_blocks,
+        merge_attention_states,
+        paged_attention,
+        reshape_and_cache,
+        swap_blocks,
+    )
 
 __version__ = "0.1.0"
 
@@ -13,14 +23,24 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "engine").exists():
     __path__.append(str(_root))
 
-_OPS = ("copy_blocks", "merge_attention_states", "paged_attention", "reshape_and_cache", "swap_blocks")
-__all__ = [*_OPS, "__version__"]
+__all__ = [
+    "__version__",
+    "copy_blocks",
+    "merge_attention_states",
+    "paged_attention",
+    "reshape_and_cache",
+    "swap_blocks",
+]
 
 
 def __getattr__(name: str):  # torch is imported at the first use of an operator
-    if name in _OPS:
+    if name in __all__:
         from . import ops
 
         globals()[name] = found = getattr(ops, name)  # to come here at every call would take 2 us
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,14 +19,17 @@ from .quantisation import LARGEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+CASTS = {torch.int32: "int", torch.int64: "long"}  # methods, from one integer to another
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
+SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU takes what is below 2**-126 to be 0, the reciprocal as well
 LAYOUTS = 1024  # that are remembered to have passed a check
 
 
 @cache
 def device_checks_enabled() -> bool:
-    """Whether ``CUPAGED_CHECK=1`` asks for ids to be checked on the GPU, which synchronises."""
+    """Whether ``CUPAGED_CHECK=1`` asks for ids and scales to be checked on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
 
 
@@ -83,13 +86,14 @@ def tensor(
     for dim, letter in enumerate(names):
         expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, shape[dim])
         if shape[dim] != expected:
-            raise ValueError(
-                f"{name} must be [{', '.join(names)}] with {letter} = {expected}, got shape {list(shape)}"
-            )
+            wanted = f"{letter} in dimension {dim}" if letter.isdigit() else f"{letter} = {expected}"
+            raise ValueError(f"{name} must be [{', '.join(names)}] with {wanted}, got shape {list(shape)}")
     allowed = dtype if isinstance(dtype, tuple) else (dtype,)
     if value.dtype not in allowed:
         wanted = " or ".join(str(d) for d in allowed)
-        raise ValueError(f"{name} must be {wanted}, got {value.dtype}")
+        cast = CASTS.get(allowed[0]) if value.dtype in INTEGERS else None
+        remedy = f"; pass {name}.{cast}()" if cast else ""
+        raise ValueError(f"{name} must be {wanted}, got {value.dtype}{remedy}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the other arguments, got {value.device}")
 
@@ -100,6 +104,25 @@ def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
             f"{name} must be contiguous in its last dimension, got strides {list(value.stride())}; "
             f"pass {name}.contiguous()"
         )
+
+
+def rows_apart(name: str, value: torch.Tensor) -> None:
+    """No two elements of a tensor [T, H, D], contiguous in D, share memory."""
+    (tokens, heads, size), (token, head, _) = value.shape, value.stride()
+    # The usual cases, of which the first says nothing about T: it may be a symbol.
+    if (head >= size or heads <= 1) and (token >= (heads - 1) * head + size or tokens <= 1):
+        return
+    if token >= size and head >= (tokens - 1) * token + size:
+        return
+    # Other strides may interleave the rows: for each head the token nearest to it, before and after.
+    for h in range(heads if tokens else 0):
+        before = min(h * head // token if token else 0, tokens - 1)
+        for t in (before, min(before + 1, tokens - 1)):
+            if (t or h) and abs(t * token - h * head) < size:
+                raise ValueError(
+                    f"the rows of {name} overlap: shape {list(value.shape)} with strides "
+                    f"{list(value.stride())}; pass one with memory for each of its elements"
+                )
 
 
 def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
@@ -222,6 +245,7 @@ def attention(
         last_dim_contiguous("query_start_loc", query_start_loc)
     tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
     last_dim_contiguous("out", out)
+    rows_apart("out", out)
     for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if value is not None:
             tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
@@ -299,9 +323,16 @@ def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
 
 
 def scale_values(name: str, scale: torch.Tensor | None) -> None:
-    """Reads the data: every scale is positive and finite."""
-    if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError(f"{name} must be positive and finite, got {scale.tolist()}")
+    """Reads the data: every scale, and its reciprocal, is a number of float32."""
+    if scale is None or scale.numel() == 0:
+        return
+    smallest, largest = (float(x) for x in torch.aminmax(scale))  # both NaN, if one is
+    if not SCALE_RANGE[0] <= smallest <= largest <= SCALE_RANGE[1]:
+        raise ValueError(
+            f"{name} must be positive and finite, and 1 / {name} too (from {SCALE_RANGE[0]:.1e} to "
+            f"{SCALE_RANGE[1]:.1e}), got {scale.tolist()}; where a head is all zeros any scale will do: "
+            f"pass {name}.clamp(min=1e-9)"
+        )
 
 
 def mapping_ids(mapping: torch.Tensor, num_src: int, num_dst: int) -> None:
@@ -340,8 +371,13 @@ def attention_ids(
             raise ValueError(
                 f"query_start_loc ends at {int(query_start_loc[-1])}, but query has {query.shape[0]} tokens"
             )
-        if bool((query_lens > seq_lens).logical_and(seq_lens > 0).any()):
-            raise ValueError("seq_lens counts the query's own tokens: it must be at least the query's length")
+        longer = (query_lens > seq_lens).logical_and(seq_lens > 0)
+        if bool(longer.any()):
+            s = int(longer.nonzero()[0])
+            raise ValueError(
+                f"seq_lens counts the query's own tokens: sequence {s} has {int(query_lens[s])} query "
+                f"tokens, but seq_lens[{s}] is {int(seq_lens[s])}"
+            )
     first = torch.zeros_like(seq_lens)
     if sliding_window is not None:
         first = (seq_lens - query_lens - sliding_window + 1).clamp(min=0) // block_size

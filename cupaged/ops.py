@@ -13,7 +13,7 @@ to be immutable. NumPy and CuPy pass neither bfloat16 nor fp8: pass a view of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -37,11 +37,13 @@ def reshape_and_cache(
         kv_cache: [num_blocks, 2, Hkv, B, D] of the same dtype, or quantised: float8_e4m3fn, float8_e5m2
             or int8 (D a multiple of 16). Index 0 of dimension 1 holds the keys. Each block is contiguous;
             the stride between blocks is free.
-        slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token.
-        k_scale, v_scale: float32 [Hkv], positive; with a quantised cache both are needed. Stored is
-            x * (1 / scale), rounded to the nearest code with ties to even. What is beyond the largest
-            code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in int8. The scale
-            that just holds every key is ``key.abs().amax(dim=(0, 2)).float() / 448``.
+        slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token. No slot may be
+            there twice: which of the tokens it gets is not defined.
+        k_scale, v_scale: float32 [Hkv], positive and with a finite reciprocal; with a quantised cache both
+            are needed. Stored is x * (1 / scale), rounded to the nearest code with ties to even. What is
+            beyond the largest code (448, 57344, 127) saturates; a NaN stays one in fp8 and becomes 0 in
+            int8. The scale that just holds every key is
+            ``key.abs().amax(dim=(0, 2)).float().clamp(min=1e-6) / 448``.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, strides or device. Slots and scales are checked
@@ -75,12 +77,13 @@ def paged_attention(
     shared_prefix: bool = False,
     out: Array | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Any:  # with return_lse a pair: Any, so that a type checker takes either use
     """Attention of a batch of sequences over their paged KV cache (PagedAttention, section 4.1).
 
     Decode, prefill and chunked prefill are one call: sequence s owns the query rows
     ``query_start_loc[s]`` to ``query_start_loc[s + 1]``, the last tokens of its ``seq_lens[s]``.
-    Their keys and values must be in the cache already (`reshape_and_cache`).
+    Their keys and values must be in the cache already (`reshape_and_cache`). For inference: no function
+    here gives gradients, whatever its inputs require.
 
     The logit of query position i and key position j is ``s = scale * q.k``, then
     ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``. Sums are in float32.
@@ -99,7 +102,8 @@ def paged_attention(
         sliding_window: a query at i sees keys at j > i - sliding_window only.
         logits_soft_cap: bounds the logits (Gemma 2).
         alibi_slopes: float32 [H].
-        sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss).
+        sinks: float32 [H], one more logit a head in the softmax, without a value (gpt-oss). Of parts to be
+            merged (`merge_attention_states`) one gets them, in which every row sees a key.
         k_scale, v_scale: float32 [Hkv], the scales of `reshape_and_cache`: a stored code reads as
             code * scale. Needed with a quantised cache. A visible NaN of a float8_e4m3fn cache may read
             as a number (480 * scale) on a GPU.
@@ -162,14 +166,15 @@ def paged_attention(
         out_tensor,
         lse,
     )
-    result = cast(torch.Tensor, out)  # or what array the caller gave
-    return result if lse is None else (result, lse)
+    return out if lse is None else (out, lse)  # out may be what array the caller gave
 
 
 def merge_attention_states(
     outs: Array | Sequence[Array], lses: Array | Sequence[Array]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge N attentions of the same queries over disjoint keys into the attention over all of them.
+
+    Sinks count in every state that was computed with them: give them to one part only.
 
     Args:
         outs: [N, T, H, D], or a sequence of N tensors [T, H, D].
@@ -191,6 +196,8 @@ def merge_attention_states(
         raise ValueError("outs holds no state to merge; pass at least one")
     if sizes["D"] % 8:
         raise ValueError(f"outs has head size {sizes['D']}; it must be a multiple of 8")
+    if torch.is_grad_enabled():  # or torch takes the results for part of a graph
+        stacked_outs, stacked_lses = stacked_outs.detach(), stacked_lses.detach()
     return _call("merge_attention_states", stacked_outs.contiguous(), stacked_lses.contiguous())
 
 

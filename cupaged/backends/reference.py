@@ -10,6 +10,7 @@ from ..params import AttentionParams
 from ..quantisation import LARGEST, dequantise, quantise
 
 
+@torch.no_grad()  # or the cache would become part of autograd's graph; no other backend's does
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -33,6 +34,7 @@ def reshape_and_cache(
             kv_cache[block, i, :, offset] = rows
 
 
+@torch.no_grad()
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,

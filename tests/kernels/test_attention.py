@@ -286,8 +286,9 @@ def test_nothing_to_do(backend, mode):
         assert torch.isneginf(lse).all()
 
 
-def test_splitting_the_keys_and_merging(backend, seed):
-    """Attention over two halves of the keys, merged, is attention over all of them."""
+@pytest.mark.parametrize("features", [("full",), ("full", "sinks")], ids="+".join)
+def test_splitting_the_keys_and_merging(backend, seed, features):
+    """Attention over two halves of the keys, merged, is attention over all of them; one has the sinks."""
     problem = draw(
         seed,
         dtype=torch.float32,
@@ -296,15 +297,15 @@ def test_splitting_the_keys_and_merging(backend, seed):
         num_kv_heads=2,
         group=2,
         seq_lens=[100, 40, 16],
-        features=("full",),
+        features=features,
     )
     p = problem.to(backend[1])
     first = p.seq_lens.clamp(max=32)
     states = [
-        cupaged.paged_attention(p.query, p.kv_cache, tables, lens, causal=False, return_lse=True)
-        for tables, lens in [
-            (p.block_tables, first),
-            (p.block_tables[:, 2:], p.seq_lens - first),
+        cupaged.paged_attention(p.query, p.kv_cache, tables, lens, causal=False, sinks=sinks, return_lse=True)
+        for tables, lens, sinks in [
+            (p.block_tables, first, p.options.get("sinks")),
+            (p.block_tables[:, 2:], p.seq_lens - first, None),
         ]
     ]
     outs, lses = zip(*states)

@@ -42,7 +42,7 @@ BAD_ATTENTION = {
     "rank": ({"query": torch.randn(4, 32)}, "query must have 3 dimensions"),
     "type": ({"query": [1.0]}, "query must be a torch.Tensor"),
     "cache rank": ({"kv_cache": torch.randn(5, 2, 8, 32)}, "kv_cache must have 5 dimensions"),
-    "cache pair": ({"kv_cache": torch.randn(5, 3, 2, 8, 32)}, "with 2 = 2"),
+    "cache pair": ({"kv_cache": torch.randn(5, 3, 2, 8, 32)}, "with 2 in dimension 1"),
     "dtype": ({"query": torch.randn(2, 4, 32).half()}, "query must be torch.float32, got torch.float16"),
     "cache dtype": ({"kv_cache": torch.zeros(5, 2, 2, 8, 32).int()}, "kv_cache must be torch.float32 or"),
     "heads": ({"query": torch.randn(2, 3, 32)}, "3 heads, not a multiple of kv_cache's 2"),

@@ -52,7 +52,7 @@ def test_every_environment_variable_is_listed():
 
 
 def test_the_tree_is_the_tree():
-    """What it names is there, and every module of the package is in it."""
+    """What it names is there, and every module of the package is in it, once."""
     tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL)[1]
     folder, named = "", set()
     for line in tree.splitlines():
@@ -64,6 +64,7 @@ def test_the_tree_is_the_tree():
         for file in re.findall(r"[\w*]+\.py", line):
             found = list((ROOT / within).glob(file))
             assert found, f"{file} in {line!r}"
+            assert not named & set(found), f"{file} twice"
             named |= set(found)
     modules = {p for p in sources("cupaged", "engine") if p.name != "__init__.py"}
     modules -= {p for p in modules if p.parent.name == "server"}

@@ -84,6 +84,21 @@ def test_an_import_loads_no_backend(statement):
     assert output.stdout.strip() == "[]"
 
 
+def test_names_are_known_before_they_are_used():
+    """To completion, by ``dir``, and to editors, which run nothing; torch stays unloaded."""
+    code = "import sys, cupaged; print(*dir(cupaged)); print('torch' in sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names, torch_loaded = output.stdout.splitlines()
+    assert {*cupaged.__all__, "__doc__", "__path__"} <= set(names.split())
+    assert torch_loaded == "False"
+    tree = ast.parse((ROOT / "cupaged" / "__init__.py").read_text())
+    blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    shown = {a.name for b in blocks for n in b.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert shown == set(cupaged.__all__) - {"__version__"}
+
+
 def test_public_names():
     """A change here is a change for users: say so in the CHANGELOG."""
     assert sorted(cupaged.__all__) == [
