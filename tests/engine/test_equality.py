@@ -142,4 +142,4 @@ def test_swap_moves_blocks_and_recompute_does_not(llama_dir, monkeypatch, mode, 
     )
     assert llm.engine.stats().num_preemptions > 0
     assert (moved > 0) == moves
-    assert rates.prefill_tokens_per_s > 0
+    assert (rates.prefill_tokens_per_s is not None) == (mode == "auto"), "nobody else asks"
