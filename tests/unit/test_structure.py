@@ -84,19 +84,20 @@ def test_an_import_loads_no_backend(statement):
     assert output.stdout.strip() == "[]"
 
 
-def test_names_are_known_before_they_are_used():
+@pytest.mark.parametrize(("name", "place"), [("cupaged", "cupaged"), ("cupaged.engine", "engine")])
+def test_names_are_known_before_they_are_used(name, place):
     """To completion, by ``dir``, and to editors, which run nothing; torch stays unloaded."""
-    code = "import sys, cupaged; print(*dir(cupaged)); print('torch' in sys.modules)"
+    code = f"import sys, {name} as m; print(*m.__all__); print(*dir(m)); print('torch' in sys.modules)"
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    names, torch_loaded = output.stdout.splitlines()
-    assert {*cupaged.__all__, "__doc__", "__path__"} <= set(names.split())
+    public, names, torch_loaded = output.stdout.splitlines()
+    assert {*public.split(), "__doc__", "__path__"} <= set(names.split())
     assert torch_loaded == "False"
-    tree = ast.parse((ROOT / "cupaged" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / place / "__init__.py").read_text())
     blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     shown = {a.name for b in blocks for n in b.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert shown == set(cupaged.__all__) - {"__version__"}
+    assert shown == set(public.split()) - {"__version__"}
 
 
 def test_public_names():
