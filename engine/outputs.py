@@ -78,8 +78,9 @@ class EngineStats:
     num_swapped: int
     gpu_cache_usage: float  # share of the blocks in use, 0 to 1
     cpu_cache_usage: float
-    num_preemptions: int  # since the start, as the two below
+    num_preemptions: int  # since the start, as all below
     prompt_tokens: int
     generation_tokens: int
     prefix_cache_queries: int  # prompt tokens looked for in the prefix cache, those of resumed requests too
     prefix_cache_hits: int  # and found there
+    num_failed_steps: int
