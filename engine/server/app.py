@@ -115,6 +115,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = first["msg"].removeprefix("Value error, ")
         if kind == "json_invalid":  # its place is a position in the text, not a field
             return respond(400, f"the body is not JSON: {first['ctx']['error']}")
+        if kind == "unsupported":
+            return respond(400, first["msg"], param=first["ctx"]["name"])
         if not fields and kind != "value_error":
             return respond(400, "the body must be a JSON object, sent with Content-Type: application/json")
         place = ""
