@@ -105,7 +105,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until Ctrl-C. Returns the exit status."""
+    """Serve until Ctrl-C, or the death of the engine. Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
         return _serve(options)
@@ -146,6 +146,8 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
         server.run(sockets=[bound])
     except KeyboardInterrupt:
         print("Stopped.")
+    if server.failure is not None:
+        raise server.failure
 
 
 def _address(host: str, port: int) -> str:

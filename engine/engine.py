@@ -120,6 +120,8 @@ class LLMEngine:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self.failed_requests: tuple[str, ...] | None = None  # see `step`
+        self._failed_steps = 0
         self._unmeasured = 0  # tokens of the steps since the last measurement
         self._measured_from = 0.0
 
@@ -248,7 +250,12 @@ class LLMEngine:
 
         Returns:
             The outputs so far of every request that got a token.
+
+        After an error of the model or the sampler every request can go on: the next step computes again what
+        is lost, and ``failed_requests`` has the ids of those that were in this one. It is None otherwise,
+        also after errors that leave the engine wrong about itself.
         """
+        self.failed_requests = None
         plan = self._scheduler.schedule()
         if not plan.scheduled:
             if self.has_unfinished():
@@ -263,6 +270,9 @@ class LLMEngine:
         except BaseException:
             self._unmeasured = 0
             self._scheduler.step_failed()
+            self._failed_steps += 1
+            groups = dict.fromkeys(item.group for item in plan.scheduled)
+            self.failed_requests = tuple(group.request_id for group in groups if not group.is_prefix)
             raise
         self._measure(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
@@ -302,6 +312,7 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
+            num_failed_steps=self._failed_steps,
         )
 
     def check_integrity(self) -> None:

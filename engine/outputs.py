@@ -83,3 +83,4 @@ class EngineStats:
     generation_tokens: int
     prefix_cache_queries: int  # tokens looked for in the prefix cache: of prompts, and of resumed requests
     prefix_cache_hits: int  # and found there
+    num_failed_steps: int

@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from .async_engine import AsyncEngine, EngineDeadError
+from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
 from .chat import chat_prompt
 from .choices import CHAT, TEXT
 from .completions import Completions
@@ -115,6 +115,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = first["msg"].removeprefix("Value error, ")
         if kind == "json_invalid":  # its place is a position in the text, not a field
             return respond(400, f"the body is not JSON: {first['ctx']['error']}")
+        if kind == "unsupported":
+            return respond(400, first["msg"], param=first["ctx"]["name"])
         if not fields and kind != "value_error":
             return respond(400, "the body must be a JSON object, sent with Content-Type: application/json")
         place = ""
@@ -138,6 +140,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EngineDeadError)
     async def dead(request: Request, error: EngineDeadError) -> JSONResponse:
         return respond(503, str(error))
+
+    @app.exception_handler(StepFailedError)  # the engine has logged it
+    async def failed(request: Request, error: StepFailedError) -> JSONResponse:
+        return respond(500, str(error))
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:

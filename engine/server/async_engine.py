@@ -7,18 +7,25 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..engine import LLMEngine, Prompt
 from ..outputs import EngineStats, RequestOutput
 from ..sampling_params import SamplingParams
 
 _log = logging.getLogger("cupaged.server")
+_MOST_FAILURES = 6  # steps one after the other: three, each tried twice
 
 
 class EngineDeadError(RuntimeError):
     """The engine's thread has ended, by an error or because the server stops."""
+
+
+class StepFailedError(RuntimeError):
+    """Steps with the request have failed, or many before it. The engine goes on without it."""
 
 
 @dataclass
@@ -27,6 +34,8 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput | Exception]
+    started: bool = False  # there has been an output
+    failed: bool = False  # it was in a step that failed, and there has been no output since
 
     def put(self, item: RequestOutput | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -37,6 +46,10 @@ class AsyncEngine:
     """Runs an engine in a thread of its own between `start` and `stop`.
 
     Nothing but that thread touches the engine: adding, aborting and stepping happen there, in turn.
+
+    A step that fails is tried again, once. Then requests that were in it end with `StepFailedError`, and the
+    others go on. An engine that does not work without them either is dead, as is one that may be wrong about
+    itself.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
@@ -46,6 +59,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # of the thread alone
         self._closed = threading.Lock()  # between looking whether the thread takes commands and giving one
         self._stopping = False
+        self._failures = 0  # steps that failed, since one did not
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="cupaged-engine", daemon=True)
 
@@ -84,6 +98,7 @@ class AsyncEngine:
 
         Raises:
             ValueError: the request is malformed or can never run.
+            StepFailedError: the engine cannot run it.
             EngineDeadError: the engine has failed or stops.
         """
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -127,15 +142,72 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._run_commands(wait=not self.engine.has_unfinished())
+                busy = self.engine.has_unfinished()
+                if not (busy and self._failures):  # a step is tried again without those that have come since
+                    self._run_commands(wait=not busy)
                 if self.engine.has_unfinished() and not self._stopping:
-                    self._deliver(self.engine.step())
+                    self._step()
                 self._stats = self.engine.stats()
             reason = EngineDeadError("the server is shutting down")
-        except Exception as error:
-            reason = EngineDeadError(f"the engine has failed: {error}")
+        except BaseException as error:  # who waits has to be told, whatever ends this thread
+            reason = EngineDeadError(f"the engine has failed: {_in_a_line(error)}; start the server again")
             _log.exception("the engine has failed")
         self._fail_all(reason)
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            request_ids = self.engine.failed_requests
+            if request_ids is None:
+                raise
+            _log.exception("a step has failed, with %d requests", len(request_ids))
+            reason = StepFailedError(
+                f"steps have failed, the last one with {_in_a_line(error)}: send the request again, or a "
+                "smaller one; the server's log has more"
+            )
+        else:
+            self._failures = 0
+            self._deliver(outputs)
+            return
+        # Not in the clause above, where the error holds on to the tensors of the step. Where the device is
+        # lost this fails, and so will the next step.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()  # nothing where CUDA is not in use
+        self._failures += 1
+        if self._failures < _MOST_FAILURES:
+            self._end_suspects(request_ids, reason)
+        else:
+            self._probe(reason)
+
+    def _end_suspects(self, request_ids: Sequence[str], reason: StepFailedError) -> None:
+        """After a step that failed, end those of its requests that were in another one before.
+
+        Those that have had an output since are no suspects: a request that always fails comes to its end,
+        whatever succeeds without it in between. Nor are those that have ever had one while others have not.
+        """
+        streams = {name: self._streams[name] for name in request_ids if name in self._streams}
+        newcomers = not all(stream.started for stream in streams.values())
+        for name, stream in streams.items():
+            if stream.failed and not (newcomers and stream.started):
+                del self._streams[name]
+                self.engine.abort(name)
+                stream.put(reason)
+            stream.failed = True
+
+    def _probe(self, reason: StepFailedError) -> None:
+        """End all requests, and see whether the engine can run one of its own.
+
+        It may have been the requests that failed, with nothing to run between them, as when a client sends
+        the same again and again. An error from here means that the engine itself does not work.
+        """
+        for name in self._streams:
+            self.engine.abort(name)
+        self.engine.warm_up()
+        self._failures = 0
+        for stream in self._streams.values():
+            stream.put(reason)
+        self._streams.clear()
 
     def _run_commands(self, wait: bool) -> None:
         if wait:
@@ -149,6 +221,7 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
+            stream.started, stream.failed = True, False
             if output.finished:
                 del self._streams[output.request_id]
             stream.put(output)
@@ -158,7 +231,14 @@ class AsyncEngine:
             self.error = reason
         with contextlib.suppress(queue.Empty):
             while True:  # requests that were being added are told as well
-                self._commands.get_nowait()()
+                command = self._commands.get_nowait()
+                with contextlib.suppress(Exception):  # of an engine that is wrong about itself
+                    command()
         for stream in self._streams.values():
             stream.put(reason)
         self._streams.clear()
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).splitlines()  # those of CUDA are followed by advice
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

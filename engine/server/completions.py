@@ -55,6 +55,7 @@ class Completions:
 
         Raises:
             ValueError: a prompt is malformed or can never run.
+            StepFailedError: the engine cannot run one of them.
             EngineDeadError: the engine has failed or stops.
         """
         wanted = body.wanted()

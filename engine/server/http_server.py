@@ -1,4 +1,5 @@
-"""uvicorn around the application, with an end at which every request gets its answer."""
+"""uvicorn around the application, with an end at which every request gets its answer, also when the engine
+ends before it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import uvicorn
 
 from .app import create_app
-from .async_engine import AsyncEngine
+from .async_engine import AsyncEngine, EngineDeadError
 
 
 class Server(uvicorn.Server):
@@ -18,8 +19,12 @@ class Server(uvicorn.Server):
     Args:
         model_name: what requests must call the model.
         grace: seconds that requests have to end by themselves when the server stops. Then the engine stops,
-            and those left are told so.
+            and those left are told so. After the death of the engine, seconds in which everybody is told
+            before the server stops.
         on_start: called when the server takes requests.
+
+    Attributes:
+        failure: the death of the engine, if that is why the server stops.
     """
 
     def __init__(
@@ -40,11 +45,21 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._grace = grace
         self._on_start = on_start
+        self.failure: EngineDeadError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.failure is None and self._engine.error is not None:
+            self.failure = self._engine.error
+            asyncio.get_running_loop().call_later(self._grace, self._exit)
+        return await super().on_tick(counter)
+
+    def _exit(self) -> None:
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = asyncio.get_running_loop().call_later(self._grace, self._engine.request_stop)

@@ -100,3 +100,8 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        failed = CounterMetricFamily(
+            "cupaged:failed_steps", "Steps of the engine that failed.", labels=["model_name"]
+        )
+        failed.add_metric([self._model_name], stats.num_failed_steps)
+        yield failed

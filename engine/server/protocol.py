@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ..sampling_params import SamplingParams
 
@@ -124,7 +125,12 @@ class _Sampling(_Strict):
                 # 0 == False, but logprobs=0 asks for something
                 same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
                 if value is not None and not any(same):
-                    raise ValueError(f"{name} is not supported; leave it out")
+                    instead = _INSTEAD.get(name, "leave it out")
+                    raise PydanticCustomError(
+                        "unsupported",
+                        "{name} is not supported; {instead}",
+                        {"name": name, "instead": instead},
+                    )
         return data
 
     @model_validator(mode="after")
@@ -195,36 +201,60 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
     return found
 
 
-# Fields that change the answer and are not supported, with the values that ask for nothing.
+# Fields that change the answer and are not supported, with the values that ask for nothing: OpenAI's, vLLM's
+# and the engine's own. Those that only one of the endpoints has are unsupported by the other.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "audio": (),
+    "beam_width": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "detokenize": (True,),
     "documents": ([],),
     "echo": (False,),
+    "extra_args": ({},),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
+    "guided_decoding": ({},),
     "guided_grammar": (),
     "guided_json": (),
+    "guided_json_object": (False,),
     "guided_regex": (),
+    "include_reasoning": (True,),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "max_completion_tokens": (),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
+    "prompt_logprob_token_ids": ([],),
+    "reasoning_effort": (),
+    "repetition_detection": ({},),
     "response_format": ({"type": "text"},),
+    "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
+    "structural_tag": (),
     "structured_outputs": ({},),
     "suffix": ("",),
+    "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "trace_decode_token_ids": ([],),
     "truncate_prompt_tokens": (),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
     "web_search_options": (),
+}
+
+_INSTEAD = {
+    "beam_width": "set use_beam_search to true, and n, or best_of, to the number of beams",
+    "max_completion_tokens": "set max_tokens",
+    "reasoning_effort": "leave it out; settings of the model's template go in chat_template_kwargs",
 }
 
 

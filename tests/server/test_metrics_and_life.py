@@ -62,7 +62,7 @@ def test_two_servers_in_one_process_count_apart(llama_dir):
 
 
 def test_an_engine_that_fails_tells_everyone(llama_dir, monkeypatch):
-    with Running(llama_dir) as server, server.client() as client:
+    with Running(llama_dir, grace=30) as server, server.client() as client:
         client.completions.create(model=MODEL, prompt="x", max_tokens=1)
 
         def broken_step():

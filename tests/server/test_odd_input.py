@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import httpx
 import pytest
@@ -58,6 +59,55 @@ def test_settings_of_a_template_are_its_variables(server, name):
     assert repr(name) in response.json()["error"]["message"]
     request["chat_template_kwargs"] = {"enable_thinking": False}
     assert httpx.post(f"{server.url}/v1/chat/completions", json=request).status_code == 200
+
+
+UNSUPPORTED_VALUES = {
+    "beam_width": 3,
+    "extra_args": {"a": 1},
+    "guided_decoding": {"regex": "a"},
+    "guided_json_object": True,
+    "include_reasoning": False,
+    "logprob_token_ids": [5],
+    "prompt_embeds": "AAAA",
+    "prompt_logprob_token_ids": [5],
+    "reasoning_effort": "low",
+    "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
+    "return_prompt_text": True,
+    "structural_tag": "{}",
+    "structured_outputs": {"regex": "a"},
+    "thinking_token_budget": 0,
+    "trace_decode_token_ids": [5],
+    "truncate_prompt_tokens": 1,
+    "verbosity": "low",
+    "vllm_xargs": {"a": 1},
+    "watermarking": True,
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@pytest.mark.parametrize("name", UNSUPPORTED_VALUES)
+def test_what_would_change_the_answer_is_refused_by_name(server, path, name):
+    request = {**FIELDS[path][1], name: UNSUPPORTED_VALUES[name]}
+    response = httpx.post(f"{server.url}/v1/{path}", json=request)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} is not supported")
+    if name == "beam_width":
+        assert "use_beam_search" in error["message"]
+
+
+def test_a_text_has_the_older_name_of_its_length_only(server):
+    request = {**FIELDS["completions"][1], "max_completion_tokens": 5}
+    error = httpx.post(f"{server.url}/v1/completions", json=request).json()["error"]
+    assert error["param"] == "max_completion_tokens"
+    assert "set max_tokens" in error["message"]
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_no_setting_of_the_engine_is_ignored(path):
+    fields = {*FIELDS[path][0].model_fields, *UNSUPPORTED}
+    assert [field.name for field in dataclasses.fields(SamplingParams) if field.name not in fields] == []
 
 
 @pytest.mark.parametrize("path", FIELDS)
