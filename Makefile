@@ -26,9 +26,11 @@ SERVING := $(VENV)/.serve$(CUDA)
 TESTING := $(VENV)/.test$(CUDA)
 INSTALL := $(BIN)/python -m pip install
 
-.PHONY: help venv serve test lint format clean
+RUNS ?= 5
+
+.PHONY: help venv serve test test-matrix test-all test-fresh lint format clean
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -52,8 +54,19 @@ venv: $(TESTING)  ## a virtual environment with everything the tests and the lin
 serve: $(SERVING)  ## chat server with the demo model on port $(PORT)
 	$(BIN)/python -m cupaged.serve --port $(PORT)
 
-test: $(TESTING)  ## the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test: $(TESTING)  ## the tests, some minutes; the same for everyone
+	$(PYTEST)
+
+test-matrix: $(TESTING)  ## the rest: every kernel for every architecture, every model class
+	$(PYTEST) -m matrix
+
+test-all: $(TESTING)  ## the tests and the rest of the matrix
+	$(PYTEST) -m ""
+
+test-fresh: $(TESTING)  ## what draws, $(RUNS) times with new seeds: RUNS=20, TESTS="tests/unit -k pool"
+	$(PYTEST) --fresh $(RUNS) $(TESTS)
 
 lint: $(TESTING)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(SOURCES)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import random
-import zlib
-
 import pytest
+
+pytest_plugins = ["tests.drawing"]
 
 
 def pytest_addoption(parser):
@@ -24,16 +22,6 @@ def exact_exp() -> None:
     import torch  # not for --help
 
     torch.zeros(1).exp_()
-
-
-@pytest.fixture
-def seed(request) -> int:
-    """Fresh at every run, in CI the test's own; printed on failure. CUPAGED_TEST_SEED repeats one."""
-    own = zlib.crc32(request.node.name.encode()) >> 1
-    fresh = random.SystemRandom().getrandbits(31)
-    value = int(os.environ.get("CUPAGED_TEST_SEED") or (own if "CI" in os.environ else fresh))
-    print(f"CUPAGED_TEST_SEED={value}")
-    return value
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis.stateful import (
     multiple,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from cupaged.engine.block_manager import BlockManager
@@ -218,8 +220,9 @@ class Machine(RuleBasedStateMachine):
             assert self.blocks.cpu.num_free == self.blocks.cpu.num_blocks
 
 
-TestBlockManager = Machine.TestCase
-TestBlockManager.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, print_blob=True)
+def test_any_sequence_of_calls_keeps_the_blocks(seed):
+    limits = settings(max_examples=150, stateful_step_count=40)
+    run_state_machine_as_test(hypothesis.seed(seed)(Machine), settings=limits)
 
 
 def test_the_last_writer_of_a_shared_block_keeps_it():

@@ -6,10 +6,11 @@ from __future__ import annotations
 import doctest
 from collections import Counter
 
+import hypothesis
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from cupaged.engine import block_pool
 from cupaged.engine.block_pool import BlockPool, move, num_to_move
@@ -157,8 +158,9 @@ class Adapters(RuleBasedStateMachine):
         assert self.device.num_cached == len(self.unused)
 
 
-TestAdapters = Adapters.TestCase
-TestAdapters.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, print_blob=True)
+def test_adapters_share_pages_and_come_back(seed):
+    limits = settings(max_examples=150, stateful_step_count=30)
+    run_state_machine_as_test(hypothesis.seed(seed)(Adapters), settings=limits)
 
 
 def test_the_example_in_the_docstring():

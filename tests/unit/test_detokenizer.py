@@ -72,7 +72,7 @@ def deltas(tokenizer, prompt: list[int], output: list[int], skip_special_tokens:
 @given(TEXT, TEXT)
 @example("🙂🙂", "🙂a")
 @example("", " a b")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_deltas_are_whole_characters_and_add_up(tokenizer, prompt, output):
     """What streams out is what the whole, prompt included, decodes to beyond the prompt."""
     before = ids_of(tokenizer, prompt)
@@ -108,7 +108,7 @@ def test_several_tokens_at_once_are_as_one_by_one(tokenizer, size, cut):
 
 
 @given(st.lists(st.integers(0, 319), max_size=30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_add_up(output):
     """Bytes that are no UTF-8 come out as U+FFFD, and nothing around them is lost."""
     tokenizer = tiny_models.tokenizer()
@@ -218,7 +218,7 @@ EURO = [0xE2, 0x82, 0xAC]
 )
 @example([[0xFF]] * 7 + [EURO, [0xFF], [0xFF]], 12)
 @example([[0xE2], [0xE2], [0x82], [256], [256], [256], [0x82], [0xE2], EURO], 5)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bytes_that_nearly_are_characters_add_up(output, at_once):
     """Held back or given up, with special tokens and tokens without a text between them."""
     tokenizer = tiny_models.tokenizer()

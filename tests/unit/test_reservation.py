@@ -16,7 +16,7 @@ from .simulation import Simulation
 CONTIGUOUS = MEMORY_POLICIES[1:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 70), st.lists(st.tuples(st.booleans(), st.integers(1, 70)), max_size=60))
 def test_runs_never_meet_and_come_back_whole(num_blocks, actions):
     buddy = BuddyAllocator(num_blocks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+import hypothesis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from cupaged.engine.kv_cache import in_turn
 from cupaged.engine.request import SequenceGroup, Status
@@ -126,8 +127,9 @@ class Machine(RuleBasedStateMachine):
             self.simulation.run()
 
 
-TestScheduler = Machine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=20, deadline=None, print_blob=True)
+def test_any_sequence_of_calls_keeps_the_promises(seed):
+    limits = settings(max_examples=150, stateful_step_count=20)
+    run_state_machine_as_test(hypothesis.seed(seed)(Machine), settings=limits)
 
 
 @given(
@@ -141,7 +143,7 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=20, dead
     mode=st.sampled_from(["swap", "recompute"]),
     caching=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=60)
 def test_any_load_is_served_in_order(requests, num_blocks, block_size, mode, caching):
     simulation = Simulation(
         num_blocks=num_blocks, num_cpu_blocks=20, block_size=block_size, mode=mode, caching=caching
