@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["tests.drawing"]
+pytest_plugins = ["tests.drawing", "tests.thinning"]
 
 
 def pytest_addoption(parser):

@@ -18,6 +18,7 @@ from cupaged.specs import KernelSpec
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
+ROOT = HERE.parents[1]
 MAX_THREADS = 1024  # of any block
 
 # Kernels load 16 bytes through pointers to other types.
@@ -95,7 +96,10 @@ def build(
         texts: the files that the result depends on besides unit and options.
     """
     options = (*options, *os.environ.get("CXXFLAGS", "").split())
-    sha = hashlib.sha256(repr((unit, options, link_options, _compiler_version())).encode())
+    # Another checkout of the same sources has the same digest, and its messages the same places.
+    what = repr((unit, options, link_options, _compiler_version())).replace(f"{ROOT}/", "")
+    sha = hashlib.sha256(what.encode())
+    options = (*options, f"-ffile-prefix-map={ROOT}/=")
     for text in texts:
         sha.update(text.read_bytes())
     folder = cache_dir() / "host"

@@ -1,4 +1,4 @@
-"""The backends the kernel suite runs over: reference, cpu, cuda_host (emulation), cuda (a GPU).
+"""The backends the kernel suite runs over: reference, cpu, cuda_host (emulation), cuda where there is a GPU.
 
 Only when asked for: cuda_ptx, which interprets what NVRTC makes of the kernels.
 """
@@ -18,8 +18,12 @@ HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not 
 
 
 def pytest_generate_tests(metafunc):
+    """Run on each backend that there is, or on those that were asked for."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS, indirect=True)
+        names = metafunc.config.getoption("--backend") or [n for n in BACKENDS if n != "cuda" or HAS_GPU]
+        if metafunc.definition.get_closest_marker("cuda_kernels"):
+            names = [name for name in names if "cuda" in name]
+        metafunc.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture
@@ -29,9 +33,7 @@ def backend(request, monkeypatch, seed):
     device = "cpu"
     if name == "cuda":
         if not HAS_GPU:
-            if request.config.getoption("--backend"):
-                pytest.fail("--backend cuda was asked for, and there is no GPU")
-            pytest.skip("no GPU")
+            pytest.fail("--backend cuda was asked for, and there is no GPU")
         device = "cuda"
         module = importlib.import_module("cupaged.backends.cuda").backend()
     elif name == "cuda_host":

@@ -57,6 +57,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode, dtype):
         assert torch.equal(alone, together[rows])
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 5001])
 def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
@@ -64,8 +65,6 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
 ):
     """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well. Under a
     window the first block is a part of one."""
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(plans, "MAX_SPLITS", 1)
     problem = draw(
         seed,
@@ -84,10 +83,9 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
     check(out, problem, lse)
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("windowed", [False, True])
 def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch, windowed):
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     monkeypatch.setattr(plans, "MAX_SPLITS", 3)
     monkeypatch.setattr(plans, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than pieces: they go round
     problem = draw(

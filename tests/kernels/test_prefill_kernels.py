@@ -96,12 +96,11 @@ def test_quantised_caches_on_every_generation(emulated_arch, seed, cache_dtype, 
     check(out, problem, lse)
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_window_that_moves_under_the_rows(backend, seed, dtype):
     """Whole tiles of keys lie before the window of some rows, and one key too many would be a large part of
     all that a row sees."""
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
     problem = draw(
         seed,
@@ -119,12 +118,11 @@ def test_a_window_that_moves_under_the_rows(backend, seed, dtype):
     check(out, problem, lse)
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_decode_among_prefills_has_the_bits_of_a_decode(backend, seed, dtype, group):
     """Of one piece and of several; nothing of the others, or of the padding, is touched by it."""
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
     query_lens = [1, rng.randrange(30, 60), 1, 0, 1, 2]
     problem = draw(

@@ -84,11 +84,10 @@ def draw_shared(seed: int, *, queries: str = "one", **options) -> Problem:
     return share(problem, pairs)
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("queries", ["one", "few"])
 @pytest.mark.parametrize("features", [(), ("cap", "alibi"), ("sinks",), ("full",), ("window",)], ids="+".join)
 def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
     problem = draw_shared(
         seed,
@@ -106,6 +105,7 @@ def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
     check(out, problem, lse)
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize(
     ("group", "queries", "batch_invariant"),
@@ -113,8 +113,6 @@ def test_shared_blocks_give_the_same_result(backend, seed, queries, features):
 )
 def test_sharing_changes_no_bit(backend, seed, group, queries, batch_invariant, cache_dtype):
     """Nor where some of the sequences are left to prefill; batch invariance is implied."""
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     rng = random.Random(seed)
     problem = draw_shared(
         seed,
@@ -158,6 +156,7 @@ def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
     return problem
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize(
     ("group", "queries", "head_size", "cache_dtype"),
     [
@@ -171,8 +170,6 @@ def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
     ids=str,
 )
 def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cache_dtype):
-    if "cuda" not in backend[0]:
-        pytest.skip("about the CUDA kernels")
     problem = draw_wide(
         seed,
         group=group,
