@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Tests run beside each other. Threads that wait for more work by spinning would take the cores from the others,
+# five times as many CPU seconds. It is read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 pytest_plugins = ["tests.drawing", "tests.thinning"]
 
