@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-# Tests run beside each other. Threads that spin while they wait for work would take the cores from the others:
+# Tests run beside each other. Threads that spin while they wait for work would take the cores from the rest:
 # five times as many CPU seconds. It is read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
