@@ -133,10 +133,8 @@ def test_moved_blocks_keep_their_codes(llama_dir, monkeypatch, seed, name, mode,
     monkeypatch.setattr(engine._cache, "move_blocks", counting)
     rng = random.Random(seed)
     requests = {}
-    for key in "abcd":
-        tokens = [
-            rng.randrange(tiny_models.PAD) for _ in range(8 * rng.randrange(1, 4) + rng.randrange(1, 8))
-        ]
+    for key, length in {"a": 21, "b": 11, "c": 30, "d": 17}.items():  # they decide who is preempted
+        tokens = [rng.randrange(tiny_models.PAD) for _ in range(length)]
         params = SamplingParams(n=3, temperature=1, seed=rng.randrange(2**31), max_tokens=12, ignore_eos=True)
         requests[key] = ({"prompt_token_ids": tokens}, params)
     run(engine, requests)

@@ -79,6 +79,41 @@ def test_an_output_has_its_run_from_its_first_step_to_its_end(policy, tokens):
     simulation.check_end()
 
 
+@pytest.mark.parametrize("policy", MEMORY_POLICIES)
+def test_as_many_start_at_once_as_their_runs_fit(policy, seed):
+    """Prompts within a block of 8, of which there are 48, and up to 128 tokens. A run takes a power of two of
+    blocks, and of empty memory the runs are taken without a gap. Where memory is paged everybody starts."""
+    rng = random.Random(seed)
+    simulation = Simulation(
+        num_blocks=48, block_size=8, max_model_len=128, max_num_seqs=36, budget=96, memory_policy=policy
+    )
+    groups = [
+        simulation.add(rng.randrange(1, 9), rng.randrange(2, 100), rng.choice([1, 1, 1, 2, 3]))
+        for _ in range(12)
+    ]
+    simulation.step()
+    starting, left = [], 48
+    for group in groups:
+        tokens = {
+            "paged": 1,
+            "orca-max": 128,
+            "orca-pow2": group.prompt_len + power_of_two(group.max_tokens),
+            "orca-oracle": group.prompt_len + group.max_tokens - 1,
+        }[policy]
+        taken = group.width * power_of_two(-(-min(tokens, 128) // 8))
+        if policy != "paged" and taken > left:
+            break
+        starting.append(group)
+        left -= taken
+    assert simulation.scheduler.running == starting
+    simulation.run()
+
+
+def power_of_two(number: int) -> int:
+    """The first that is not less."""
+    return next(2**i for i in range(10) if 2**i >= number)
+
+
 @pytest.mark.parametrize("by_priority", [False, True])
 @pytest.mark.parametrize("policy", CONTIGUOUS)
 def test_a_load_runs_without_preemption_and_sharing(policy, by_priority, seed):
@@ -135,7 +170,7 @@ def test_a_static_batch_lets_nobody_join(seed):
     simulation = Simulation(num_blocks=40, budget=24, static=True, seed=seed)
     for _ in range(20):
         simulation.add(rng.randrange(1, 12), rng.randrange(1, 12), rng.choice([1, 1, 2]))
-    batches = 0
+    outputs, batches = sum(group.width for group in simulation.groups), 0
     while simulation.scheduler.has_unfinished():
         before = set(simulation.scheduler.running)
         simulation.step()
@@ -145,4 +180,4 @@ def test_a_static_batch_lets_nobody_join(seed):
         else:
             batches += 1
     simulation.check_end()
-    assert 3 < batches < 20
+    assert outputs / simulation.max_num_seqs <= batches < 20
