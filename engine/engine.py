@@ -20,7 +20,8 @@ from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .cpu_linear import pack_linears
-from .dry_run import check_layers
+from .dry_run import check_layers, dry_run
+from .failed_step import FailedStep
 from .kv_cache import KVCache
 from .kv_scales import calibrate
 from .loader import load_model
@@ -121,7 +122,8 @@ class LLMEngine:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
-        self._failed_steps = 0
+        self._failed_step = FailedStep()
+        self._num_failed_steps = 0
         self._unmeasured = 0  # tokens of the steps since the last measurement
         self._measured_from = 0.0
 
@@ -251,12 +253,15 @@ class LLMEngine:
         Returns:
             The outputs so far of every request that got a token.
 
-        After an error of the model or the sampler every request can go on: the next step computes again what
-        is lost, and ``failed_requests`` has the ids of those that were in this one. It is None otherwise,
-        also after errors that leave the engine wrong about itself.
+        After an error of the model or the sampler every request can go on, and keeps what it has computed.
+        ``failed_requests`` has the ids of those that were in the step, of prefixes as well; the next steps
+        run them again before anything else: several by halves, so that those which fail are found and the
+        others go on, one alone. It is None otherwise, also after errors that leave the engine wrong about
+        itself.
         """
         self.failed_requests = None
-        plan = self._scheduler.schedule()
+        part = self._failed_step.next()
+        plan = Plan(part) if part else self._scheduler.schedule()
         if not plan.scheduled:
             if self.has_unfinished():
                 raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
@@ -265,14 +270,16 @@ class LLMEngine:
             self._measured_from = time.perf_counter()
         try:
             self._move_blocks(plan)
+        except BaseException:
+            self._step_failed(plan)
+            self._scheduler.moves_failed()
+            raise
+        try:
             logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
             samples = self._sampler.sample(logits, plan.scheduled)
         except BaseException:
-            self._unmeasured = 0
-            self._scheduler.step_failed()
-            self._failed_steps += 1
-            groups = dict.fromkeys(item.group for item in plan.scheduled)
-            self.failed_requests = tuple(group.request_id for group in groups if not group.is_prefix)
+            self._step_failed(plan)
+            self._failed_step.add(self._scheduler.hold(plan.scheduled))
             raise
         self._measure(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
@@ -284,6 +291,18 @@ class LLMEngine:
         if self.config.check_integrity:
             self.check_integrity()
         return outputs
+
+    def _step_failed(self, plan: Plan) -> None:
+        self._unmeasured = 0
+        self._num_failed_steps += 1
+        groups = dict.fromkeys(item.group for item in plan.scheduled)
+        self.failed_requests = tuple(group.request_id for group in groups)
+
+    def probe(self) -> None:
+        """Compute and sample a token in a cache of its own, beside whatever requests there are. An error
+        means that the engine itself does not work."""
+        shape = self._runner.kv_shape(self.config.block_size)
+        dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
 
     def warm_up(self) -> None:
         """Run a small request, so that what is compiled at its first use delays no real one.
@@ -312,7 +331,7 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
-            num_failed_steps=self._failed_steps,
+            num_failed_steps=self._num_failed_steps,
         )
 
     def check_integrity(self) -> None:
