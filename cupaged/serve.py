@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import re
 import socket
 import sys
@@ -88,20 +89,45 @@ def listen(host: str, port: int) -> socket.socket:
     listens: being bound would not keep another server away. Who connects while the model is loaded waits.
 
     Raises:
-        RuntimeError: the address cannot be had.
+        RuntimeError: the address cannot be had; the message names the option that is to blame.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family)
+    try:
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RuntimeError(
+            f"cannot listen on {host}:{port}: no address is known for the --host ({why}); give one of this "
+            "machine's, or 0.0.0.0 for all"
+        ) from error
+    # IPv4 where a name has both.
+    family, _, _, _, address = min(known, key=lambda one: one[0] != socket.AF_INET)
+    try:
+        found = socket.socket(family)
+    except OSError as error:
+        raise RuntimeError(_refusal(host, port, error)) from error
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        found.bind(address)
         found.listen()
     except OSError as error:
         found.close()
-        raise RuntimeError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port (make serve PORT=...)"
-        ) from error
+        raise RuntimeError(_refusal(host, port, error)) from error
     return found
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    """What to do about an address that the system does not give."""
+    another_port = "choose another --port (make serve PORT=...)"
+    remedies = {
+        errno.EADDRINUSE: another_port,
+        errno.EACCES: "this user may not take that port, as those below 1024 are often reserved; "
+        + another_port,
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; choose another --host, or 0.0.0.0 "
+        "for all it has",
+        errno.EAFNOSUPPORT: "this machine has no addresses of that kind; choose another --host",
+    }
+    remedy = remedies.get(error.errno or 0, "choose another --host or --port")
+    return f"cannot listen on {host}:{port} ({error.strerror}): {remedy}"
 
 
 def main(arguments: list[str] | None = None) -> int:
