@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from ..engine import LLMEngine, Prompt
 from ..outputs import EngineStats, RequestOutput
 from ..sampling_params import SamplingParams
 from .failure_policy import Action, FailurePolicy
+from .request_log import RequestLog
 
 _log = logging.getLogger("cupaged.server")
 
@@ -59,15 +61,22 @@ class AsyncEngine:
         self._stopping = False
         self._policy = FailurePolicy()
         self._stats = engine.stats()
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="cupaged-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the step it is in; requests still running fail with `EngineDeadError`."""
+    def stop(self, timeout: float | None = None) -> None:
+        """End the thread after the step it is in; requests still running fail with `EngineDeadError`.
+
+        Args:
+            timeout: maximum number of seconds to wait for it. The thread does not keep the process alive.
+        """
         self.request_stop()
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            _log.warning("the engine is still in a step, which is not waited for")
 
     def request_stop(self) -> None:
         """As `stop`, without waiting for it."""
@@ -85,6 +94,12 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the thread has been at the same step, or at what it does between two; 0 if it waits."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def generate(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
@@ -112,6 +127,7 @@ class AsyncEngine:
             else:
                 self._streams[request_id] = stream
 
+        log = RequestLog(request_id)
         self._submit(add)
         finished = False
         try:
@@ -119,10 +135,13 @@ class AsyncEngine:
                 item = await stream.outputs.get()
                 if isinstance(item, Exception):
                     finished = True  # there is nothing to abort
+                    log.failed(item)
                     raise item
                 finished = item.finished
+                log.observe(item)
                 yield item
         finally:
+            log.close()
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._submit(lambda: self._abort(request_id))
@@ -141,6 +160,7 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 self._run_commands(wait=not self.engine.has_unfinished())
+                self._busy_since = time.monotonic()
                 if self.engine.has_unfinished() and not self._stopping:
                     self._step()
                 self._stats = self.engine.stats()
@@ -148,6 +168,7 @@ class AsyncEngine:
         except BaseException as error:  # who waits has to be told, whatever ends this thread
             reason = EngineDeadError(f"the engine has failed: {_in_a_line(error)}; start the server again")
             _log.exception("the engine has failed")
+        self._busy_since = None
         self._fail_all(reason)
 
     def _step(self) -> None:
@@ -196,7 +217,10 @@ class AsyncEngine:
 
     def _run_commands(self, wait: bool) -> None:
         if wait:
-            self._commands.get()()
+            self._busy_since = None
+            command = self._commands.get()
+            self._busy_since = time.monotonic()
+            command()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._commands.get_nowait()()

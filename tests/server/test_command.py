@@ -64,6 +64,13 @@ def test_each_refusal_of_the_system_has_its_remedy(capsys, monkeypatch, number, 
     assert re.search(remedy.replace("(", r"\(").replace(")", r"\)"), error_of(capsys, "--port", "80"))
 
 
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "soon"])
+def test_seconds_that_are_none(capsys, text):
+    with pytest.raises(SystemExit):
+        serve.parser().parse_args([f"--shutdown-timeout={text}"])
+    assert "argument --shutdown-timeout" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "http"])
 def test_a_port_that_is_none(capsys, port):
     with pytest.raises(SystemExit):
