@@ -305,10 +305,18 @@ class LLMEngine:
         dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
 
     def warm_up(self) -> None:
-        """Run a small request, so that what is compiled at its first use delays no real one.
+        """Run a small request and move blocks, so that what is compiled at its first use delays no real one.
 
         To be called before there are requests. The totals of `stats` are as before.
         """
+        gpu, cpu = self._blocks.gpu, self._blocks.cpu
+        self._cache.move_blocks(
+            Plan(
+                swap_out=((0, 0),) if cpu.num_blocks else (),
+                swap_in=((0, 0),) if cpu.num_blocks else (),
+                copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
+            )
+        )
         scheduler = self._scheduler
         totals = self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
