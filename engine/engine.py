@@ -30,6 +30,7 @@ from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
 from .plan import Plan
 from .preemption import Preemption, Rates
+from .progress import without_bars
 from .request import SequenceGroup, Status
 from .reservation import longest
 from .sampler import Sampler
@@ -60,9 +61,10 @@ class LLMEngine:
         model = None if model is None else fspath(model)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
-        loaded, self.tokenizer = load_model(
-            model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
-        )
+        with without_bars(model is None):  # the demo model is small, and its download has a bar
+            loaded, self.tokenizer = load_model(
+                model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
+            )
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
             torch.zeros(1).exp_()
