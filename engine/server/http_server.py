@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         self._grace = grace
         self._shutdown_timeout = shutdown_timeout
         self._on_start = on_start
-        self._signalled = False
+        self._signal: signal.Signals | None = None  # the first one
         self.failure: EngineDeadError | None = None
 
     def _healthy(self) -> bool:
@@ -90,17 +90,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if self._signal is not None:
             os._exit(128 + sig)
-        self._signalled = self.should_exit = True
-        _log.info(
-            "%s: %d requests may finish within %g s (--shutdown-timeout); another signal ends at once",
-            signal.Signals(sig).name,
-            self._drain.num_active,
-            self._shutdown_timeout,
-        )
+        self._signal, self.should_exit = signal.Signals(sig), True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._signal is not None:
+            _log.info(
+                "%s: %d requests may finish within %g s (--shutdown-timeout); another signal ends at once",
+                self._signal.name,
+                self._drain.num_active,
+                self._shutdown_timeout,
+            )
         await self._drain.run(self._shutdown_timeout)
         self._engine.request_stop()
         await super().shutdown(sockets)
