@@ -38,10 +38,11 @@ $(BIN)/python:
 $(VENV)/constraints.txt: .ci/constraints.txt | $(BIN)/python
 	grep -vE '^(cuda-toolkit|nvidia-cuda)' $< > $@
 
-# torch first and by its exact pin; everything else is satisfied by it. Not quietly: it can be gigabytes.
+# torch first and by its exact pin; everything else is satisfied by it. It can be gigabytes: pip says what it
+# downloads, without a bar for each of a dozen wheels.
 $(SERVING): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(NO_INDEX)
-	$(INSTALL) $(addprefix --extra-index-url ,$(TORCH_INDEX)) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
+	$(INSTALL) --progress-bar off $(addprefix --extra-index-url ,$(TORCH_INDEX)) "torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)"
 	$(INSTALL) -q -c $(CONSTRAINTS) -e ".$(addsuffix ],$(addprefix [,$(CUDA)))"
 	@touch $@
 

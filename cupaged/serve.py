@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import logging
+import math
 import re
 import socket
 import sys
@@ -32,6 +35,7 @@ _CHOICES = {
     "kv_cache_dtype": KV_CACHE_DTYPES,
 }
 _HIDDEN = ("check_integrity",)
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +51,35 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--served-model-name", help="what requests call the model; --model if not given")
     found.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     found.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
+    found.add_argument(
+        "--shutdown-timeout",
+        type=seconds,
+        default=25.0,
+        help="seconds that running requests have to finish after SIGTERM or Ctrl-C, while new ones get 503; "
+        "Kubernetes kills after 30; a second signal ends at once",
+    )
+    found.add_argument(
+        "--step-timeout",
+        type=seconds,
+        default=300.0,
+        help="seconds after which a step of the engine is taken to hang, and /health says 503 until it ends; "
+        "to compile a kernel at its first use takes a minute where a machine is busy; 0: never",
+    )
+    found.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="info", help="what the log, on standard error, begins at"
+    )
+    found.add_argument(
+        "--log-requests",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="log a line for each request that has ended",
+    )
+    found.add_argument(
+        "--log-stats",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="log a line about load and cache every ten seconds while there is load",
+    )
     engine = found.add_argument_group("engine")
     hints, texts = get_type_hints(EngineConfig), _setting_texts()
     for field in dataclasses.fields(EngineConfig):
@@ -65,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
             option, type=kinds[0], default=field.default, choices=_CHOICES.get(field.name), help=text
         )
     return found
+
+
+def seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+    return number
 
 
 def port_number(text: str) -> int:
@@ -88,20 +128,45 @@ def listen(host: str, port: int) -> socket.socket:
     listens: being bound would not keep another server away. Who connects while the model is loaded waits.
 
     Raises:
-        RuntimeError: the address cannot be had.
+        RuntimeError: the address cannot be had; the message names the option that is to blame.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family)
+    try:
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RuntimeError(
+            f"cannot listen on {host}:{port}: no address is known for the --host ({why}); give one of this "
+            "machine's, or 0.0.0.0 for all"
+        ) from error
+    # IPv4 where a name has both.
+    family, _, _, _, address = min(known, key=lambda one: one[0] != socket.AF_INET)
+    try:
+        found = socket.socket(family)
+    except OSError as error:
+        raise RuntimeError(_refusal(host, port, error)) from error
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        found.bind(address)
         found.listen()
     except OSError as error:
         found.close()
-        raise RuntimeError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port (make serve PORT=...)"
-        ) from error
+        raise RuntimeError(_refusal(host, port, error)) from error
     return found
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    """What to do about an address that the system does not give."""
+    another_port = "choose another --port (make serve PORT=...)"
+    remedies = {
+        errno.EADDRINUSE: another_port,
+        errno.EACCES: "this user may not take that port, as those below 1024 are often reserved; "
+        + another_port,
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; choose another --host, or 0.0.0.0 "
+        "for all it has",
+        errno.EAFNOSUPPORT: "this machine has no addresses of that kind; choose another --host",
+    }
+    remedy = remedies.get(error.errno or 0, "choose another --host or --port")
+    return f"cannot listen on {host}:{port} ({error.strerror}): {remedy}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,11 +188,19 @@ def _serve(options: argparse.Namespace) -> int:
         if field.name not in _HIDDEN
     }
     EngineConfig(**settings)  # a wrong setting is said at once
+    _set_up_logs(options)
     with listen(options.host, options.port) as found:
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
         _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
     return 0
+
+
+def _set_up_logs(options: argparse.Namespace) -> None:
+    """Ours from the level on that is asked for, those of libraries from warnings on, on standard error."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cupaged").setLevel(options.log_level.upper())
+    logging.getLogger("cupaged.requests").disabled = not options.log_requests
 
 
 def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig) -> None:
@@ -141,11 +214,15 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     name = options.served_model_name or engine.model_name
     address = _address(options.host, bound.getsockname()[1])
 
-    server = Server(AsyncEngine(engine), name, on_start=lambda: print(_greeting(address, name), flush=True))
-    try:
-        server.run(sockets=[bound])
-    except KeyboardInterrupt:
-        print("Stopped.")
+    server = Server(
+        AsyncEngine(engine),
+        name,
+        on_start=lambda: print(_greeting(address, name), flush=True),
+        shutdown_timeout=options.shutdown_timeout,
+        step_timeout=options.step_timeout,
+        log_stats=options.log_stats,
+    )
+    server.run(sockets=[bound])
     if server.failure is not None:
         raise server.failure
 

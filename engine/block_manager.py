@@ -201,9 +201,15 @@ class BlockManager:
         self.cpu.confirm()
 
     def revoke(self) -> None:
-        """The step that was planned has failed: nothing may find what it was to write."""
-        self.gpu.revoke()
+        """The step that was planned has failed: nothing may find what it was to write.
+
+        Whoever holds the blocks may write them yet; what is full then is found again.
+        """
+        revoked = set(self.gpu.revoke())
         self.cpu.revoke()
+        for table in map(self._tables.__getitem__, self._tables if revoked else ()):
+            keyed = table.blocks[: table.num_keyed]
+            table.num_keyed = next((i for i, block in enumerate(keyed) if block in revoked), len(keyed))
 
     # -- swapping ------------------------------------------------------------------------------------
 

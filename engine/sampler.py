@@ -197,7 +197,7 @@ class Sampler:
             old, new = len(self._settings), max(64, 2 * len(self._settings))
             self._settings = np.append(self._settings, np.zeros(new - old, dtype=_SETTINGS))
             self._free = list(range(new - 1, old - 1, -1))
-        row = self._row_of[seq.seq_id] = self._free.pop()
+        row = self._free.pop()
         uses = _Use(0)
         if not params.greedy:
             uses |= _Use.DRAW
@@ -231,6 +231,7 @@ class Sampler:
             seq.prompt_len + min(params.min_tokens, group.max_tokens),
             min(params.logprobs or 0, _LARGEST),
         )
+        self._row_of[seq.seq_id] = row  # at last: after an error above it is added again
         return row
 
     def _ending_tokens(self, params: SamplingParams) -> list[int]:

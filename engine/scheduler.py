@@ -165,8 +165,8 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan:
-        """Plan the next step and take the blocks it needs. The caller runs it, then calls `update`, or
-        `step_failed`."""
+        """Plan the next step and take the blocks it needs. The caller runs it, then calls `update`; or, after
+        an error, `moves_failed`, or `hold` and an `update` for every part that could be computed."""
         draft = Draft(self._max_num_batched_tokens)
         admits = not (self._static and self.running)
         made_way = self._make_way(draft) if self._makes_way and admits else None
@@ -215,11 +215,40 @@ class Scheduler:
         for group, beams in searches.items():
             self._advance_beams(group, beams)
 
-    def step_failed(self) -> None:
-        """After an error in a step nobody knows what its blocks hold: all of them are computed again."""
+    def hold(self, scheduled: SequenceABC[ScheduledSequence]) -> list[ScheduledSequence]:
+        """After an error in computing a step, keep what it had planned, to be computed in parts.
+
+        Moves of blocks have run; what these sequences have computed before is as it was, and what the step
+        wrote is written again. Groups that were to read what others write in the same step lose their blocks:
+        they could not run without them.
+
+        Returns:
+            What can be computed in any order, group by group, each followed by an `update`.
+        """
+        self._blocks.revoke()
+        size = self._blocks.block_size
+        writers: dict[int, SequenceGroup] = {}
+        for item in scheduled:
+            first, end = (item.start + item.num_stored) // size, item.start + item.num_tokens
+            written = self._blocks.table(item.seq.seq_id)[first : self._blocks.blocks_for(end)]
+            writers.update(dict.fromkeys(written, item.group))
+        dependent = {
+            item.group
+            for item in scheduled
+            for block in self._blocks.table(item.seq.seq_id)
+            if writers.get(block, item.group) is not item.group
+        }
+        self._start_again([group for group in self.running if group in dependent])
+        return [item for item in scheduled if item.group not in dependent]
+
+    def moves_failed(self) -> None:
+        """After an error in moving blocks nobody knows what they hold: all of them are computed again."""
         self._blocks.revoke()
         swapped = [group for group in self.preempted if group.status is Status.SWAPPED]
-        for group in [*self.running, *swapped]:
+        self._start_again([*self.running, *swapped])
+
+    def _start_again(self, groups: list[SequenceGroup]) -> None:
+        for group in groups:
             self._queue_of(group).remove(group)
             self._memory.drop(group, keep=False)
             insort(self.preempted, group, key=_rank)

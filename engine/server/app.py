@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from .completions import Completions
 from .metrics import Metrics
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body, shown
 
+_LAST_STEP_SECONDS = 5.0  # that the engine's last step has when the server stops; one that hangs never ends
 
-def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
+
+def create_app(
+    engine: AsyncEngine, served_model_name: str, healthy: Callable[[], bool] | None = None
+) -> FastAPI:
     """The application around an engine, which runs as long as the application does.
 
     Args:
         served_model_name: what requests must call the model.
+        healthy: what ``/health`` says; by default whether the engine takes requests.
     """
 
     @contextlib.asynccontextmanager
@@ -37,7 +42,7 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
         try:
             yield
         finally:
-            engine.stop()
+            engine.stop(timeout=_LAST_STEP_SECONDS)
 
     # The interactive documentation would load its scripts from elsewhere.
     app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -86,7 +91,7 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if engine.alive else 503)
+        return Response(status_code=200 if (engine.alive if healthy is None else healthy()) else 503)
 
     @app.get("/metrics")
     async def prometheus() -> Response:

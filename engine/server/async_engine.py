@@ -7,7 +7,8 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ import torch
 from ..engine import LLMEngine, Prompt
 from ..outputs import EngineStats, RequestOutput
 from ..sampling_params import SamplingParams
+from .failure_policy import Action, FailurePolicy
+from .request_log import RequestLog
 
 _log = logging.getLogger("cupaged.server")
-_MOST_FAILURES = 6  # steps one after the other: three, each tried twice
 
 
 class EngineDeadError(RuntimeError):
@@ -25,7 +27,7 @@ class EngineDeadError(RuntimeError):
 
 
 class StepFailedError(RuntimeError):
-    """Steps with the request have failed, or many before it. The engine goes on without it."""
+    """The request makes steps fail. The engine goes on without it."""
 
 
 @dataclass
@@ -34,8 +36,6 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput | Exception]
-    started: bool = False  # there has been an output
-    failed: bool = False  # it was in a step that failed, and there has been no output since
 
     def put(self, item: RequestOutput | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -47,9 +47,9 @@ class AsyncEngine:
 
     Nothing but that thread touches the engine: adding, aborting and stepping happen there, in turn.
 
-    A step that fails is tried again, once. Then requests that were in it end with `StepFailedError`, and the
-    others go on. An engine that does not work without them either is dead, as is one that may be wrong about
-    itself.
+    After a step that fails, the requests that make it fail end with `StepFailedError`, and the others go on
+    (`FailurePolicy`). An engine that does not work without them either is dead, as is one that may be wrong
+    about itself.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
@@ -59,17 +59,24 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # of the thread alone
         self._closed = threading.Lock()  # between looking whether the thread takes commands and giving one
         self._stopping = False
-        self._failures = 0  # steps that failed, since one did not
+        self._policy = FailurePolicy()
         self._stats = engine.stats()
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="cupaged-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the step it is in; requests still running fail with `EngineDeadError`."""
+    def stop(self, timeout: float | None = None) -> None:
+        """End the thread after the step it is in; requests still running fail with `EngineDeadError`.
+
+        Args:
+            timeout: maximum number of seconds to wait for it. The thread does not keep the process alive.
+        """
         self.request_stop()
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            _log.warning("the engine is still in a step, which is not waited for")
 
     def request_stop(self) -> None:
         """As `stop`, without waiting for it."""
@@ -87,6 +94,12 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the thread has been at the same step, or at what it does between two; 0 if it waits."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def generate(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
@@ -114,6 +127,7 @@ class AsyncEngine:
             else:
                 self._streams[request_id] = stream
 
+        log = RequestLog(request_id)
         self._submit(add)
         finished = False
         try:
@@ -121,10 +135,13 @@ class AsyncEngine:
                 item = await stream.outputs.get()
                 if isinstance(item, Exception):
                     finished = True  # there is nothing to abort
+                    log.failed(item)
                     raise item
                 finished = item.finished
+                log.observe(item)
                 yield item
         finally:
+            log.close()
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._submit(lambda: self._abort(request_id))
@@ -142,9 +159,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                busy = self.engine.has_unfinished()
-                if not (busy and self._failures):  # a step is tried again without those that have come since
-                    self._run_commands(wait=not busy)
+                self._run_commands(wait=not self.engine.has_unfinished())
+                self._busy_since = time.monotonic()
                 if self.engine.has_unfinished() and not self._stopping:
                     self._step()
                 self._stats = self.engine.stats()
@@ -152,6 +168,7 @@ class AsyncEngine:
         except BaseException as error:  # who waits has to be told, whatever ends this thread
             reason = EngineDeadError(f"the engine has failed: {_in_a_line(error)}; start the server again")
             _log.exception("the engine has failed")
+        self._busy_since = None
         self._fail_all(reason)
 
     def _step(self) -> None:
@@ -161,57 +178,49 @@ class AsyncEngine:
             request_ids = self.engine.failed_requests
             if request_ids is None:
                 raise
-            _log.exception("a step has failed, with %d requests", len(request_ids))
+            # One traceback for all that is tried because of it.
+            _log.error(
+                "a step has failed, with %d requests: %s",
+                len(request_ids),
+                _in_a_line(error),
+                exc_info=not self._policy.failing,
+            )
             reason = StepFailedError(
-                f"steps have failed, the last one with {_in_a_line(error)}: send the request again, or a "
-                "smaller one; the server's log has more"
+                f"the engine failed twice in a step with this request, the last time with "
+                f"{_in_a_line(error)}: send it again, or a smaller one; the server's log has more"
             )
         else:
-            self._failures = 0
+            self._policy.succeeded()
             self._deliver(outputs)
             return
         # Not in the clause above, where the error holds on to the tensors of the step. Where the device is
         # lost this fails, and so will the next step.
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()  # nothing where CUDA is not in use
-        self._failures += 1
-        if self._failures < _MOST_FAILURES:
-            self._end_suspects(request_ids, reason)
-        else:
-            self._probe(reason)
+        match self._policy.failed(request_ids):
+            case Action.END:
+                for request_id in request_ids:
+                    self._end(request_id, reason)
+            case Action.PROBE:  # an error from here means that the engine itself does not work
+                self.engine.probe()
 
-    def _end_suspects(self, request_ids: Sequence[str], reason: StepFailedError) -> None:
-        """After a step that failed, end those of its requests that were in another one before.
-
-        Those that have had an output since are no suspects: a request that always fails comes to its end,
-        whatever succeeds without it in between. Nor are those that have ever had one while others have not.
-        """
-        streams = {name: self._streams[name] for name in request_ids if name in self._streams}
-        newcomers = not all(stream.started for stream in streams.values())
-        for name, stream in streams.items():
-            if stream.failed and not (newcomers and stream.started):
-                del self._streams[name]
-                self.engine.abort(name)
-                stream.put(reason)
-            stream.failed = True
-
-    def _probe(self, reason: StepFailedError) -> None:
-        """End all requests, and see whether the engine can run one of its own.
-
-        It may have been the requests that failed, with nothing to run between them, as when a client sends
-        the same again and again. An error from here means that the engine itself does not work.
-        """
-        for name in self._streams:
-            self.engine.abort(name)
-        self.engine.warm_up()
-        self._failures = 0
-        for stream in self._streams.values():
+    def _end(self, request_id: str, reason: StepFailedError) -> None:
+        """End a request, or a prefix, that the engine cannot run."""
+        _log.error("%s ends: it failed twice", request_id)
+        stream = self._streams.pop(request_id, None)
+        self.engine.abort(request_id)
+        if stream is not None:
             stream.put(reason)
-        self._streams.clear()
+        else:
+            with contextlib.suppress(ValueError):  # it is no prefix either
+                self.engine.remove_prefix(request_id)
 
     def _run_commands(self, wait: bool) -> None:
         if wait:
-            self._commands.get()()
+            self._busy_since = None
+            command = self._commands.get()
+            self._busy_since = time.monotonic()
+            command()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._commands.get_nowait()()
@@ -221,7 +230,6 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
-            stream.started, stream.failed = True, False
             if output.finished:
                 del self._streams[output.request_id]
             stream.put(output)

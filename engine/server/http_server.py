@@ -1,27 +1,42 @@
-"""uvicorn around the application, with an end at which every request gets its answer, also when the engine
-ends before it."""
+"""uvicorn around the application: how it ends, and what it looks after while it runs."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
 from .app import create_app
 from .async_engine import AsyncEngine, EngineDeadError
+from .drain import Drain
+from .load_log import LoadLog
+from .watchdog import Watchdog
+
+_log = logging.getLogger("cupaged.server")
+_LAST_SECONDS = 5  # in which those are told who did not finish in time; then uvicorn cancels them
 
 
 class Server(uvicorn.Server):
     """Serves an engine over HTTP.
 
+    The first SIGTERM or SIGINT lets running requests finish and refuses new ones; a second one ends the
+    process at once, with exit status 128 + its number, as a shell says of who was ended by a signal. (The
+    signal's own default action would not do: the first process of a container has none.)
+
     Args:
         model_name: what requests must call the model.
-        grace: seconds that requests have to end by themselves when the server stops. Then the engine stops,
-            and those left are told so. After the death of the engine, seconds in which everybody is told
-            before the server stops.
+        grace: seconds after the death of the engine in which everybody is told before the server stops.
         on_start: called when the server takes requests.
+        shutdown_timeout: maximum number of seconds that running requests have to finish when the server
+            stops. Then the engine stops, and those left are told so.
+        step_timeout: seconds after which a step is taken to hang, and ``/health`` says 503; 0: never.
+        log_stats: say every ten seconds how much load there is, while there is some.
 
     Attributes:
         failure: the death of the engine, if that is why the server stops.
@@ -33,19 +48,29 @@ class Server(uvicorn.Server):
         model_name: str,
         grace: float = 2.0,
         on_start: Callable[[], None] = lambda: None,
+        *,
+        shutdown_timeout: float = 25.0,
+        step_timeout: float = 300.0,
+        log_stats: bool = True,
     ) -> None:
-        # uvicorn would cancel what runs after its own time, and answer it with 500. That is for clients who
-        # do not read, and an engine in a long step.
-        last = round(grace) + 3
+        self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
+        self._drain = Drain(create_app(engine, model_name, self._healthy))
         super().__init__(
             uvicorn.Config(
-                create_app(engine, model_name), log_level="warning", timeout_graceful_shutdown=last
+                self._drain, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_SECONDS
             )
         )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         self._engine = engine
+        self._load_log = LoadLog(engine.stats) if log_stats else None
         self._grace = grace
+        self._shutdown_timeout = shutdown_timeout
         self._on_start = on_start
+        self._signal: signal.Signals | None = None  # the first one
         self.failure: EngineDeadError | None = None
+
+    def _healthy(self) -> bool:
+        return self._engine.alive and not self._watchdog.hangs() and not self._drain.begun
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -53,6 +78,9 @@ class Server(uvicorn.Server):
             self._on_start()
 
     async def on_tick(self, counter: int) -> bool:
+        self._watchdog.hangs()
+        if self._load_log is not None:
+            self._load_log.tick()
         if self.failure is None and self._engine.error is not None:
             self.failure = self._engine.error
             asyncio.get_running_loop().call_later(self._grace, self._exit)
@@ -61,9 +89,19 @@ class Server(uvicorn.Server):
     def _exit(self) -> None:
         self.should_exit = True
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + sig)
+        self._signal, self.should_exit = signal.Signals(sig), True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        end = asyncio.get_running_loop().call_later(self._grace, self._engine.request_stop)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            end.cancel()
+        if self._signal is not None:
+            _log.info(
+                "%s: %d requests may finish within %g s (--shutdown-timeout); another signal ends at once",
+                self._signal.name,
+                self._drain.num_active,
+                self._shutdown_timeout,
+            )
+        await self._drain.run(self._shutdown_timeout)
+        self._engine.request_stop()
+        await super().shutdown(sockets)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import re
 
 import pytest
 
@@ -24,8 +27,48 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(capsys):
     assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (Address already in use): choose")
 
 
-def test_a_host_that_is_not_ours(capsys):
-    assert "cannot listen on no.such.host.invalid" in error_of(capsys, "--host", "no.such.host.invalid")
+@pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::7"])  # addresses that are for documents only
+def test_an_address_that_is_not_of_this_machine(capsys, host):
+    error = error_of(capsys, "--host", host, "--port", "0")
+    assert error.startswith(f"error: cannot listen on {host}:0 (")
+    assert f"{host} is not an address of this machine" in error or "no addresses of that kind" in error
+    assert "choose another --host" in error
+    assert "--port" not in error
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 70 + ".invalid", "10.1.2.3.4"])
+def test_a_host_that_nobody_knows(capsys, host):
+    error = error_of(capsys, "--host", host)
+    assert error.startswith(f"error: cannot listen on {host}:8000: no address is known for the --host (")
+    assert "--port" not in error
+
+
+def refusing(number: int):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "(Permission denied): this user may not take that port, .*; choose another --port"),
+        (errno.EADDRNOTAVAIL, "127.0.0.1 is not an address of this machine; choose another --host"),
+        (errno.EADDRINUSE, "(Address already in use): choose another --port"),
+        (errno.ENOBUFS, "(No buffer space available): choose another --host or --port"),
+    ],
+)
+def test_each_refusal_of_the_system_has_its_remedy(capsys, monkeypatch, number, remedy):
+    monkeypatch.setattr(serve.socket.socket, "bind", refusing(number))
+    assert re.search(remedy.replace("(", r"\(").replace(")", r"\)"), error_of(capsys, "--port", "80"))
+
+
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "soon"])
+def test_seconds_that_are_none(capsys, text):
+    with pytest.raises(SystemExit):
+        serve.parser().parse_args([f"--shutdown-timeout={text}"])
+    assert "argument --shutdown-timeout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "http"])

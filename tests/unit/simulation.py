@@ -7,6 +7,7 @@ import random
 from cupaged.engine import SamplingParams
 from cupaged.engine.beam_search import Candidates, num_candidates
 from cupaged.engine.block_manager import BlockManager
+from cupaged.engine.failed_step import FailedStep
 from cupaged.engine.kv_cache import in_turn
 from cupaged.engine.plan import Plan
 from cupaged.engine.preemption import Preemption, Rates
@@ -102,16 +103,20 @@ class Simulation:
             if item.group in running:
                 assert not item.num_stored
         self.check_plan(plan)
+        self.move(plan)
         self.compute(plan)
+        self.update(plan)
+        self.check_blocks()
+        return plan
+
+    def update(self, plan: Plan) -> None:
         samples, candidates = [], {}
         for position, item in enumerate(plan.scheduled):
             is_beam = item.group.params.beam_width is not None
             samples.append([] if is_beam else [self.draw() for _ in range(item.num_samples)])
             if is_beam and item.num_samples:
                 candidates[position] = self.draw_candidates(item.group)
-        scheduler.update(plan, samples, candidates)
-        self.check_blocks()
-        return plan
+        self.scheduler.update(plan, samples, candidates)
 
     def fail(self) -> None:
         """A step that ends in an error; what it was to write and to move is poison."""
@@ -124,8 +129,42 @@ class Simulation:
             for position in range(item.start + item.num_stored, item.start + item.num_tokens):
                 block, offset = divmod(position, self.blocks.block_size)
                 self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
-        self.scheduler.step_failed()
+        self.scheduler.moves_failed()
         self.check_blocks()
+
+    def fail_in_parts(self) -> None:
+        """A step whose blocks are moved and whose tokens cannot be computed together. Of the parts that are
+        tried then, some fail again; a request that fails alone ends, or disappears meanwhile."""
+        scheduler, parts = self.scheduler, FailedStep()
+        plan = scheduler.schedule()
+        self.move(plan)
+        failed = plan.scheduled
+        while failed:
+            for item in failed:
+                for position in range(item.start + item.num_stored, item.start + item.num_tokens):
+                    block, offset = divmod(position, self.blocks.block_size)
+                    self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
+            parts.add(scheduler.hold(failed))
+            self.check_blocks()
+            failed = ()
+            while not failed and (part := parts.next()):
+                if self.random.random() < 0.6:
+                    self.compute(Plan(part))
+                    self.update(Plan(part))
+                elif len({item.group for item in part}) == 1 and self.random.random() < 0.5:
+                    self.end(part[0].group)
+                else:
+                    failed = part
+                if self.random.random() < 0.1 and self.unfinished():
+                    scheduler.abort(self.random.choice(self.unfinished()))
+                    failed = tuple(item for item in failed if not item.group.finished)
+                self.check_blocks()
+
+    def end(self, group: SequenceGroup) -> None:
+        if group.is_prefix:
+            self.scheduler.remove_prefix(group.request_id)
+        else:
+            self.scheduler.abort(group)
 
     def check_plan(self, plan: Plan) -> None:
         assert plan.scheduled, "nobody runs"
@@ -149,14 +188,16 @@ class Simulation:
             if planned or group is oldest:
                 assert not [seq for seq in decoding if seq not in planned and self.blocks.holds(seq.seq_id)]
 
-    def compute(self, plan: Plan) -> None:
+    def move(self, plan: Plan) -> None:
         self.num_swaps += len(plan.swap_out)
         self.num_copies += len(plan.copies)
-        self.num_computed += sum(item.num_tokens for item in plan.scheduled)
         self.memory.move(plan.swap_out, plan.swap_in)
         for copies in in_turn(plan.copies):
             assert not {source for source, _ in copies} & {target for _, target in copies}
             self.memory.move(copies=copies)
+
+    def compute(self, plan: Plan) -> None:
+        self.num_computed += sum(item.num_tokens for item in plan.scheduled)
         # Writes first, as in every layer: what a step shares wrongly is read wrongly.
         for item in plan.scheduled:
             tokens = item.seq.token_ids[: item.start + item.num_tokens]

@@ -72,7 +72,10 @@ class Machine(RuleBasedStateMachine):
             if self.simulation.scheduler.has_unfinished():
                 self.simulation.step()
 
-    @rule(kind=st.sampled_from(["abort", "replace", "end_one", "replace", "fail"]), data=st.data())
+    @rule(
+        kind=st.sampled_from(["abort", "replace", "end_one", "replace", "fail", "fail_in_parts"]),
+        data=st.data(),
+    )
     def disturb(self, kind, data):
         if self.simulation.unfinished():
             getattr(self, kind)(data)
@@ -80,6 +83,11 @@ class Machine(RuleBasedStateMachine):
 
     def fail(self, data):
         self.simulation.fail()
+
+    def fail_in_parts(self, data):
+        self.simulation.fail_in_parts()
+        gone = self.simulation.scheduler.pinned.groups
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.request_id in gone]
 
     def abort(self, data):
         self.simulation.scheduler.abort(data.draw(st.sampled_from(self.simulation.unfinished())))
@@ -295,3 +303,17 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
         assert first.seqs[0].num_output_tokens == step + 1
         assert long.seqs[0].num_computed == 7 * step
     simulation.run()
+
+
+def test_nobody_reads_what_one_that_failed_never_wrote():
+    """The second is admitted on blocks that the first is to write in the same step."""
+    simulation = Simulation(num_blocks=16, budget=64)
+    prompt = simulation.prompt(12)
+    first, second = (simulation.add(prompt + more, 4) for more in ([], [1, 2]))
+    plan = simulation.scheduler.schedule()
+    assert [item.start for item in plan.scheduled] == [0, 12], "they do not share"
+    assert [item.group for item in simulation.scheduler.hold(plan.scheduled)] == [first]
+    assert second.status is Status.PREEMPTED
+    simulation.scheduler.abort(first)
+    simulation.run()
+    assert second.seqs[0].finish_reason == "length"
