@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import re
@@ -74,7 +75,8 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     @app.post(CHAT_PATH, responses=_ANSWERS)
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         check_model(body.model)
-        prompt = await chat_prompt(tokenizer, body, engine.engine.max_characters)
+        # In another thread: a template may take seconds.
+        prompt = await asyncio.to_thread(chat_prompt, tokenizer, body, engine.engine.max_characters)
         params = body.sampling_params(default_max_tokens=None)
         return await completions.respond(request, CHAT, [prompt], params, body)
 

@@ -16,7 +16,7 @@ from .time_limit import run_within
 _SECONDS = 5.0
 
 
-async def chat_prompt(
+def chat_prompt(
     tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int
 ) -> Prompt:
     """The tokens of a conversation, with the opening of the assistant's answer.
@@ -40,7 +40,7 @@ async def chat_prompt(
         )
 
     try:
-        text = await run_within(_SECONDS, render)
+        text = run_within(_SECONDS, render)
     except TemplateError as error:  # in the template's own words, as a rule
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
     except Exception as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import ctypes
 import threading
 from collections.abc import Callable
@@ -12,50 +10,38 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def run_within(seconds: float, work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread of its own, and stop it when it has had its time or nobody waits any more.
+def run_within(seconds: float, work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread of its own, and stop it when it has had its time.
 
     It is stopped between two instructions of Python; what takes for ever in a single one goes on.
 
     Raises:
         TimeoutError: it was stopped.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[tuple[T | None, BaseException | None]] = loop.create_future()
+    results: list[T] = []
+    errors: list[BaseException] = []
     lock, ended = threading.Lock(), False
-
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if not outcome.done():
-            outcome.set_result((value, error))
 
     def run() -> None:
         nonlocal ended
-        value, problem = None, None
         try:
-            value = work()
+            results.append(work())
         except BaseException as error:  # that of being stopped too
-            problem = error
+            errors.append(error)
         finally:
             with lock:
                 ended = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, value, problem)
 
     thread = threading.Thread(target=run, name="cupaged-time-limit", daemon=True)
     thread.start()
-    try:
-        await asyncio.wait({outcome}, timeout=seconds)
-        if not outcome.done():
+    thread.join(seconds)
+    with lock:  # while it is held, no other thread has this one's number
+        if not ended:
+            _exit(thread)
             raise TimeoutError(f"it has not ended within {seconds:g} seconds")
-    finally:
-        outcome.cancel()
-        with lock:  # while it is held, no other thread has this one's number
-            if not ended:
-                _exit(thread)
-    value, error = outcome.result()
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _exit(thread: threading.Thread) -> None:
