@@ -196,9 +196,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             # Nothing is allowed to pages from elsewhere, so a preflight gets the same as any other OPTIONS.
             methods = {*headers["Allow"].split(", "), "OPTIONS"}
-            headers["Allow"] = allowed = ", ".join(
-                sorted(methods | ({"HEAD"} if "GET" in methods else set()))
-            )
+            if "GET" in methods:
+                methods.add("HEAD")
+            headers["Allow"] = allowed = ", ".join(sorted(methods))
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
             answer = respond(405, f"{request.method} is not allowed here; what is: {allowed}")
@@ -209,10 +209,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _parameter_of(message: str, request: Request) -> str | None:
-    """Return the field that a message is about: it names it before any other.
-
-    The engine has its own name for some.
-    """
+    """Return the field that a message is about: the first that it names, in the engine's words."""
     kind = ChatCompletionRequest if request.scope["path"] == CHAT_PATH else CompletionRequest
     text = "messages" if kind is ChatCompletionRequest else "prompt"
     api = {"prompt": text, "prompt_token_ids": text, "beam_width": "n"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -197,39 +197,39 @@ def test_a_template_that_fails_is_no_fault_of_the_servers(template):
     assert FAILING[template].lower() in str(error.value).lower()
 
 
-def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
-    """The others are answered meanwhile, and the next conversation is."""
-    monkeypatch.setattr(chat, "_SECONDS", 1.5)
-    directory = tiny_models.save("llama", tmp_path)
-    tokenizer = tiny_models.tokenizer()
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    """No client writes it, but what it loops over, and whether, may be the client's."""
+    monkeypatch.setattr(chat, "_SECONDS", 0.5)
     loops = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
-    tokenizer.chat_template = "{% if loop_for_ever %}" + loops + "{% endif %}{{ messages[0].content }}"
-    tokenizer.save_pretrained(directory)
+    template = "{% if often %}" + loops + "{% endif %}{{ messages[0].content }}"
+    with pytest.raises(ValueError, match=r"^messages: the model's chat template failed: .*0\.5 seconds"):
+        prompt_of(USER, template=template, often=True)
+    assert_no_thread_is_left()
+    monkeypatch.undo()
+    assert prompt_of(USER, template=template) == "Weather?"
+
+
+def test_others_are_answered_while_a_template_is_rendered(server, monkeypatch):
+    begun, others_answered = threading.Event(), threading.Event()
+
+    def slow(seconds, work):
+        monkeypatch.setattr(chat, "run_within", run_within)
+        begun.set()
+        assert others_answered.wait(120)
+        return work()
+
+    monkeypatch.setattr(chat, "run_within", slow)
     body = {"model": MODEL, "messages": [USER], "max_tokens": 1}
-
-    async def ask(server):
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-
-            async def answer(**settings):
-                return await client.post(
-                    "/v1/chat/completions", json={**body, "chat_template_kwargs": settings}
-                )
-
-            endless = asyncio.create_task(answer(loop_for_ever=True))
-            await asyncio.sleep(0.2)
-            meanwhile = [await answer(), await client.get("/health")]
-            assert not endless.done()
-            return [await endless, *meanwhile, await answer()]
-
-    with Running(str(directory)) as server:
-        endless, *others = asyncio.run(ask(server))
-        assert [response.status_code for response in others] == [200, 200, 200]
-        assert endless.status_code == 400
-        error = endless.json()["error"]
-        assert error["param"] == "messages"
-        assert "chat template failed" in error["message"]
-        assert "1.5 seconds" in error["message"]
-        assert_no_thread_is_left()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=180)
+        try:
+            assert begun.wait(120)
+            assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+            assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+            assert not first.done()
+        finally:
+            others_answered.set()
+        assert first.result().status_code == 200
 
 
 def assert_no_thread_is_left() -> None:
