@@ -214,10 +214,11 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     name = options.served_model_name or engine.model_name
     address = _address(options.host, bound.getsockname()[1])
 
+    greeting = _greeting(address, name, chat=bool(engine.tokenizer.chat_template))
     server = Server(
         AsyncEngine(engine),
         name,
-        on_start=lambda: print(_greeting(address, name), flush=True),
+        on_start=lambda: print(greeting, flush=True),
         shutdown_timeout=options.shutdown_timeout,
         step_timeout=options.step_timeout,
         log_stats=options.log_stats,
@@ -234,11 +235,20 @@ def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(address: str, model: str) -> str:
-    return f"""{model} is served on {address} (chat in a browser, or)
+def _greeting(address: str, model: str, chat: bool) -> str:
+    if chat:
+        where, path = f"{address} (chat in a browser, or)", "chat/completions"
+        asked = '"messages": [{"role": "user", "content": "What is paging?"}]'
+    else:
+        where, path = (
+            f"{address}\n(it has no chat template: it continues texts, and does not chat)",
+            "completions",
+        )
+        asked = '"prompt": "Paging is", "max_tokens": 50'
+    return f"""{model} is served on {where}
 
-curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is paging?"}}]}}'
+curl {address}/v1/{path} -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", {asked}}}'
 
 Ctrl-C ends it."""
 

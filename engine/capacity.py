@@ -36,10 +36,11 @@ class Capacity:
     def check(self, group: SequenceGroup) -> None:
         """Raise ValueError where a request does not fit even alone, beside the pinned prefixes."""
         params = group.params
-        if group.prompt_len >= self._max_model_len:
+        if group.prompt_len + (not params.only_prompt) > self._max_model_len:
+            sampled = "" if params.only_prompt else ", at least one of them sampled"
             raise ValueError(
                 f"the prompt has {group.prompt_len} tokens, and a sequence may have {self._max_model_len} "
-                "(max_model_len), at least one of them sampled: shorten the prompt"
+                f"(max_model_len){sampled}: shorten the prompt"
             )
         if group.width > self._max_num_seqs:
             name = "beam_width" if params.beam_width else "n" if group.width == params.n else "best_of"

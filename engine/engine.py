@@ -168,6 +168,8 @@ class LLMEngine:
         text, token_ids = self._tokenize(prompt)
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
+        if params.only_prompt:
+            max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
         group = SequenceGroup(
             request_id,
             text,

@@ -56,6 +56,9 @@ class OutputProcessor:
                 state.cumulative_logprob += one.logprobs[0]
         outputs = []
         for group in dict.fromkeys(item.group for item in scheduled if item.num_samples):
+            if group.params.only_prompt:
+                outputs.append(self._empty_output(group))
+                continue
             if group.params.beam_width is not None:
                 if group.finished:  # which beams are best is not known before
                     outputs.append(self._beam_output(group))
@@ -125,6 +128,17 @@ class OutputProcessor:
             group.prompt,
             group.prompt_token_ids,
             [self._completion(group, index, seq) for index, seq in enumerate(seqs)],
+            group.finished,
+            self._prompt_logprobs(group),
+        )
+
+    def _empty_output(self, group: SequenceGroup) -> RequestOutput:
+        logprobs = None if group.params.logprobs is None else list[PositionLogprobs]()
+        return RequestOutput(
+            group.request_id,
+            group.prompt,
+            group.prompt_token_ids,
+            [CompletionOutput(i, "", [], "length", logprobs=logprobs) for i in range(group.params.n)],
             group.finished,
             self._prompt_logprobs(group),
         )

@@ -24,7 +24,8 @@ class SamplingParams:
         top_k: sample among the k most likely tokens; 0 or -1 among all.
         top_p: sample among the fewest most likely tokens whose probabilities reach this sum.
         seed: makes the outputs a function of the prompt alone, whatever else runs.
-        max_tokens: most tokens of an output; None: up to the engine's ``max_model_len``.
+        max_tokens: most tokens of an output; None: up to the engine's ``max_model_len``; 0: the prompt is
+            computed, for ``prompt_logprobs``, and the outputs are empty.
         stop: an output ends before the first of these strings.
         stop_token_ids: an output ends with the first of these tokens.
         ignore_eos: go on after an end-of-sequence token.
@@ -139,6 +140,11 @@ class SamplingParams:
         return self.beam_width or self.best_of or self.n
 
     @property
+    def only_prompt(self) -> bool:
+        """Whether the prompt is all that is wanted."""
+        return self.max_tokens == 0
+
+    @property
     def needs_logprobs(self) -> bool:
         """Whether the sampled tokens' log probabilities are wanted or decide which outputs are best."""
         return self.logprobs is not None or (self.beam_width is None and self.num_sequences > self.n)
@@ -206,7 +212,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_k": ("an integer of at least 1, or 0 or -1 for all tokens", _integer_from(-1)),
     "top_p": ("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
     "seed": ("an integer or None", _or_none(is_integer)),
-    "max_tokens": ("an integer of at least 1 or None", _or_none(_integer_from(1))),
+    "max_tokens": ("an integer of at least 0 or None", _or_none(_integer_from(0))),
     "stop": (
         "a string or strings, none of them empty",
         lambda v: all(isinstance(s, str) and s for s in v),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import re
@@ -12,16 +13,32 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
 from .chat import chat_prompt
 from .choices import CHAT, TEXT
 from .completions import Completions
+from .fields import shown
 from .metrics import Metrics
-from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body, shown
+from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, ErrorResponse, error_body
+
+CHAT_PATH = "/v1/chat/completions"
+
+# What the OpenAPI document says of answers: errors have one shape, also those of any other status.
+_Responses = dict[int | str, dict[str, Any]]
+_OTHERS: _Responses = {"default": {"model": ErrorResponse, "description": "Another error"}}
+_ANSWERS: _Responses = {
+    200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
+    400: {"model": ErrorResponse, "description": "The request is refused"},
+    404: {"model": ErrorResponse, "description": "This server has another model"},
+    500: {"model": ErrorResponse, "description": "The engine cannot run the request"},
+    503: {"model": ErrorResponse, "description": "The engine has failed, or the server stops"},
+    **_OTHERS,
+}
 
 _LAST_STEP_SECONDS = 5.0  # that the engine's last step has when the server stops; one that hangs never ends
 
@@ -45,7 +62,8 @@ def create_app(
             engine.stop(timeout=_LAST_STEP_SECONDS)
 
     # The interactive documentation would load its scripts from elsewhere.
-    app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(_HeadAsGet)
     metrics = Metrics(served_model_name, engine.stats)
     started = int(time.time())
     # A copy: the engine's thread uses its own, and fast tokenizers are not for two threads at once.
@@ -59,14 +77,15 @@ def create_app(
                 f"the model {name!r} does not exist; this server has {served_model_name!r}"
             )
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT_PATH, responses=_ANSWERS)
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         check_model(body.model)
-        prompt = chat_prompt(tokenizer, body, engine.engine.max_characters)
+        # In another thread: a template may take seconds.
+        prompt = await asyncio.to_thread(chat_prompt, tokenizer, body, engine.engine.max_characters)
         params = body.sampling_params(default_max_tokens=None)
         return await completions.respond(request, CHAT, [prompt], params, body)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_ANSWERS)
     async def text_completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
         params = body.sampling_params(default_max_tokens=16)
@@ -78,22 +97,28 @@ def create_app(
         "created": started,
         "owned_by": "cupaged",
         "max_model_len": engine.engine.max_model_len,
+        "has_chat_template": bool(tokenizer.chat_template),
     }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")  # hub ids and directories have slashes
+    # Hub ids and directories have slashes.
+    @app.get("/v1/models/{name:path}", responses={404: _ANSWERS[404], **_OTHERS})
     async def model(name: str) -> dict[str, Any]:
         check_model(name)
         return card
 
-    @app.get("/health")
+    @app.get(
+        "/health",
+        response_class=Response,
+        responses={503: {"description": "The engine has failed, or the server stops"}},
+    )
     async def health() -> Response:
         return Response(status_code=200 if (engine.alive if healthy is None else healthy()) else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -102,6 +127,18 @@ def create_app(
         return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
 
     return app
+
+
+class _HeadAsGet:
+    """Middleware that answers HEAD as GET is; the server, which has read the request, sends no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
 
 
 class _UnknownModelError(Exception):
@@ -128,15 +165,17 @@ def _add_error_handlers(app: FastAPI) -> None:
         for field in fields:
             place += f"[{field}]" if isinstance(field, int) else f".{field}"
         place = place.removeprefix(".")
+        if kind == "extra_forbidden":
+            return respond(400, f"{place} is not supported; leave it out", param=place)
         if kind not in ("missing", "value_error"):
             message = f"{message}, got {shown(first['input'])}"
         return respond(
-            400, f"{place}: {message}" if place else message, param=place or _parameter_of(message)
+            400, f"{place}: {message}" if place else message, param=place or _parameter_of(message, request)
         )
 
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:
-        return respond(400, str(error), param=_parameter_of(str(error)))
+        return respond(400, str(error), param=_parameter_of(str(error), request))
 
     @app.exception_handler(_UnknownModelError)
     async def unknown_model(request: Request, error: _UnknownModelError) -> JSONResponse:
@@ -155,14 +194,29 @@ def _add_error_handlers(app: FastAPI) -> None:
         return respond(500, f"{type(error).__name__}: {error}")
 
     @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> JSONResponse:
-        return respond(error.status_code, str(error.detail))
+    async def other(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 404:
+            return respond(404, f"{request.scope['path']} does not exist")
+        if error.status_code == 405:
+            # Nothing is allowed to pages from elsewhere, so a preflight gets the same as any other OPTIONS.
+            methods = {*headers["Allow"].split(", "), "OPTIONS"}
+            if "GET" in methods:
+                methods.add("HEAD")
+            headers["Allow"] = allowed = ", ".join(sorted(methods))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+            answer = respond(405, f"{request.method} is not allowed here; what is: {allowed}")
+        else:
+            answer = respond(error.status_code, str(error.detail))
+        answer.headers.update(headers)
+        return answer
 
 
-def _parameter_of(message: str) -> str | None:
-    """Our messages name the argument that they are about, first of all names in them."""
-    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED}
-    for name, of_the_api in (("prompt_token_ids", "prompt"), ("beam_width", "n")):
-        message = message.replace(name, of_the_api)
-    words = re.findall(r"\w+", message)
-    return next((word for word in words if word in fields), None)
+def _parameter_of(message: str, request: Request) -> str | None:
+    """Return the field that a message is about: the first that it names, in the engine's words."""
+    kind = ChatCompletionRequest if request.scope["path"] == CHAT_PATH else CompletionRequest
+    text = "messages" if kind is ChatCompletionRequest else "prompt"
+    api = {"prompt": text, "prompt_token_ids": text, "beam_width": "n"}
+    words = (api.get(word, word) for word in re.findall(r"\w+", message))
+    return next((word for word in words if word in kind.model_fields or word in UNSUPPORTED), None)

@@ -10,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine import Prompt
 from .protocol import ChatCompletionRequest
+from .time_limit import run_within
+
+# A template takes milliseconds. It may loop over what the client sends, and loops in loops take for ever.
+_SECONDS = 10.0
 
 
 def chat_prompt(
@@ -26,15 +30,24 @@ def chat_prompt(
     _check_settings(request.chat_template_kwargs)
     if not tokenizer.chat_template:
         raise ValueError("messages: the model has no chat template; use /v1/completions")
-    try:
-        text = tokenizer.apply_chat_template(
-            [message.model_dump(exclude_none=True) for message in request.messages],
+
+    def render() -> str:
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            [message.for_template() for message in request.messages],
             tokenize=False,
             add_generation_prompt=request.add_generation_prompt,
             **request.chat_template_kwargs,
         )
-    except (TemplateError, TypeError) as error:
+
+    try:
+        text = run_within(_SECONDS, render)
+    except TemplateError as error:  # in the template's own words, as a rule
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"messages: the model's chat template failed: {type(error).__name__}: {error}; change them, or "
+            "chat_template_kwargs"
+        ) from error
     if len(text) > max_characters:
         raise ValueError(
             f"messages: they have {len(text)} characters, and as many tokens as a sequence may have have at "

@@ -84,17 +84,13 @@ class Choice:
         if self._wanted.echo and not self._started:
             text = self._prompt(output)
             token_ids, positions = list(output.prompt_token_ids), list(output.prompt_logprobs or ())
-        reason = one.finish_reason
-        if self._wanted.only_prompt:
-            reason = "length"
-        else:
-            text += one.text[self._characters :]
-            token_ids += one.token_ids[self._tokens :]
-            positions += (one.logprobs or [])[self._tokens :]
+        text += one.text[self._characters :]
+        token_ids += one.token_ids[self._tokens :]
+        positions += (one.logprobs or [])[self._tokens :]
         logprobs = self._look_up(output, token_ids, positions)
         self._characters, self._tokens = len(one.text), len(one.token_ids)
-        self._started, self._ended = True, reason is not None
-        return self._written(write(text), logprobs, reason)
+        self._started, self._ended = True, one.finish_reason is not None
+        return self._written(write(text), logprobs, one.finish_reason)
 
     def _prompt(self, output: RequestOutput) -> str:
         if output.prompt is not None:

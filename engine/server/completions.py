@@ -7,7 +7,8 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -24,6 +25,8 @@ from .metrics import Metrics
 from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
 
 Json = dict[str, Any]
+# Clients that split lines as `str.splitlines` does take these for ends; JSON escapes the others of its kind.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _Positioned = tuple[int, RequestOutput]  # which prompt's output it is
 
 
@@ -99,7 +102,7 @@ class Completions:
         arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions with a newest output
 
         async def run_one(position: int, prompt: Prompt) -> None:
-            timer = self._metrics.request()
+            timer = self._metrics.request(params.n)
             try:
                 stream = self._engine.generate(f"{request_id}-{position}", prompt, params, priority)
                 async with contextlib.aclosing(stream):
@@ -109,7 +112,12 @@ class Completions:
                             arrived.put_nowait(position)
                         newest[position] = output
             except Exception as error:
+                if not isinstance(error, ValueError):  # a refusal, of what never was a request
+                    timer.end("error")
                 arrived.put_nowait(error)
+            except asyncio.CancelledError:
+                timer.end("abort")
+                raise
 
         tasks = [asyncio.create_task(run_one(i, prompt)) for i, prompt in enumerate(prompts)]
         unfinished = len(tasks)
@@ -165,7 +173,7 @@ def _whole(
         for position, output in enumerate(ordered)
         for one in output.outputs
     ]
-    answer = {**head, "choices": found, "usage": _usage(ordered, wanted)}
+    answer = {**head, "choices": found, "usage": _usage(ordered)}
     if wanted.prompt_logprobs is not None and style is CHAT:
         answer["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
     return answer
@@ -180,12 +188,16 @@ async def _events(
     wanted: Wanted,
 ) -> AsyncIterator[str]:
     """The lines of a stream of server-sent events."""
-    latest: dict[int, RequestOutput] = {}
-    if wanted.include_usage:
-        head = {**head, "usage": None}  # of all chunks but the last one, as OpenAI's clients expect
+    position, output = first
+    latest = {position: replace(output, outputs=[])}  # as far as they are sent
 
-    def event(choices: list[Json], **more: Any) -> str:
-        return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+    def event(choices: list[Json]) -> str:
+        chunk = {**head, "choices": choices}
+        if wanted.continuous_usage or not choices:
+            chunk["usage"] = _usage(latest.values())
+        elif wanted.include_usage:
+            chunk["usage"] = None  # of all chunks but the last one, as OpenAI's clients expect
+        return _event(chunk)
 
     async with contextlib.aclosing(rest):
         try:
@@ -198,10 +210,14 @@ async def _events(
                     if piece := choices[position * params.n + one.index].next(output, one):
                         yield event([piece])
             if wanted.include_usage:
-                yield event([], usage=_usage(list(latest.values()), wanted))
+                yield event([])
         except Exception as error:  # the status is sent: all that is left is to say it in the stream
-            yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
+            yield _event(error_body(str(error), "server_error"))
     yield "data: [DONE]\n\n"
+
+
+def _event(data: Json) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -210,8 +226,8 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield item
 
 
-def _usage(outputs: Sequence[RequestOutput], wanted: Wanted) -> Json:
+def _usage(outputs: Iterable[RequestOutput]) -> Json:
+    outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     sampled = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-    sampled = 0 if wanted.only_prompt else sampled
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}

@@ -14,6 +14,8 @@ from ..outputs import EngineStats, RequestOutput
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 
+FINISH_REASONS = ("stop", "length", "abort", "error")  # vLLM's
+
 
 class Metrics:
     """The metrics of one server, in a registry of their own."""
@@ -30,24 +32,26 @@ class Metrics:
         self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", _LONG)
         self._next = histogram("inter_token_latency_seconds", "Between tokens of a sequence.", _SHORT)
         self._whole = histogram("e2e_request_latency_seconds", "Arrival to last token.", _LONG)
-        self._finished = Counter(
+        finished = Counter(
             "vllm:request_success",
-            "Requests that ran to their end, by the reason.",
+            "Outputs that ended, by the reason: those of requests whose clients left are aborted, those of "
+            "requests that failed are errors.",
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self._model_name = model_name
+        self._finished = {reason: finished.labels(model_name, reason) for reason in FINISH_REASONS}
 
-    def request(self) -> RequestTimer:
-        """Start timing a request that has just arrived."""
-        return RequestTimer(self)
+    def request(self, n: int) -> RequestTimer:
+        """Start timing a request of ``n`` outputs that has just arrived."""
+        return RequestTimer(self, n)
 
 
 class RequestTimer:
     """Follows one request."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, n: int) -> None:
         self._metrics = metrics
+        self._n = n
         self._arrival = self._last = time.perf_counter()
         self._tokens = 0
 
@@ -64,7 +68,11 @@ class RequestTimer:
         if output.finished:
             metrics._whole.observe(now - self._arrival)
             for one in output.outputs:
-                metrics._finished.labels(metrics._model_name, one.finish_reason).inc()
+                metrics._finished[str(one.finish_reason)].inc()
+
+    def end(self, reason: str) -> None:
+        """Take note of the end of a request that has not finished: "abort" or "error"."""
+        self._metrics._finished[reason].inc(self._n)
 
 
 class _EngineCollector(Collector):

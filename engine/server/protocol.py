@@ -5,56 +5,21 @@ A field that would change the answer and is not supported is refused; other unkn
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..sampling_params import SamplingParams
+from .fields import Closed, Integer, Strict, must_be, sendable, shown
+from .messages import Message
 
 
-def sendable(text: str) -> str:
-    """With an escape for half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def shown(value: Any) -> str:
-    """A value of a request as JSON, cut short, for a message about it."""
-    text = sendable(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _must_be(description: str) -> WrapValidator:
-    """One message for a field of several types, instead of one for each of them."""
-
-    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(f"must be {description}, got {shown(value)}") from None
-
-    return WrapValidator(validate)
-
-
-class _Strict(BaseModel):
-    """JSON's own types: true is no number, and neither is "1"."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Closed):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 @dataclass(frozen=True)
@@ -62,18 +27,19 @@ class Wanted:
     """What an answer has beside the texts of its choices.
 
     Args:
-        stream: send the answer in pieces; ``include_usage``, and the number of tokens at the end.
+        stream: send the answer in pieces; ``include_usage``, and the number of tokens at the end;
+            ``continuous_usage``, and the number so far in every piece.
         logprobs: log probabilities of each token and this many most likely ones.
         prompt_logprobs: the same of the prompt's tokens, in vLLM's shape.
-        echo: the prompt comes first in each text; ``only_prompt``, and nothing after it.
+        echo: the prompt comes first in each text.
     """
 
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: bool = False
-    only_prompt: bool = False
 
     @property
     def prompt_logprobs_needed(self) -> int | None:
@@ -81,35 +47,35 @@ class Wanted:
         return max((count for count in counts if count is not None), default=None)
 
 
-class _Sampling(_Strict):
+class _Sampling(Strict):
     """The fields that both endpoints share."""
 
     model: str
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int = 0
-    n: int = Field(default=1, le=128)
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: Annotated[str | list[str] | None, _must_be("a string or a list of strings")] = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    top_k: Integer = 0
+    n: Integer = Field(default=1, le=128)
+    max_tokens: Integer | None = None
+    seed: Integer | None = None
+    stop: Annotated[str | list[str] | None, must_be("a string or a list of strings")] = None
+    stop_token_ids: list[Integer] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    best_of: int | None = Field(default=None, ge=1, le=128)
+    best_of: Integer | None = Field(default=None, ge=1, le=128)
     use_beam_search: bool = False  # with so many beams as the larger of n and best_of
     length_penalty: float = 1.0
-    early_stopping: Annotated[bool | Literal["never"], _must_be('true, false or "never"')] = False
+    early_stopping: Annotated[bool | Literal["never"], must_be('true, false or "never"')] = False
     min_p: float = 0.0
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Integer] | None = None
     bad_words: list[str] = Field(default_factory=list)
-    min_tokens: int = 0
+    min_tokens: Integer = 0
     include_stop_str_in_output: bool = False
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
-    priority: int = 0
+    prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    priority: Integer = 0
     cache_salt: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -118,8 +84,6 @@ class _Sampling(_Strict):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            # Clients that write all their fields send null for those that are not set.
-            data = {name: value for name, value in data.items() if value is not None}
             for name, neutral in UNSUPPORTED.items():
                 value = None if name in cls.model_fields else data.get(name)
                 # 0 == False, but logprobs=0 asks for something
@@ -183,9 +147,11 @@ class _Sampling(_Strict):
 
     def wanted(self) -> Wanted:
         """What the answer is to have beside the texts."""
+        options = self.stream_options or StreamOptions()
         return Wanted(
             stream=self.stream,
-            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+            include_usage=options.include_usage,
+            continuous_usage=options.continuous_usage_stats,
             prompt_logprobs=self.prompt_logprobs,
         )
 
@@ -202,8 +168,11 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
 
 
 # Fields that change the answer and are not supported, with the values that ask for nothing: OpenAI's, vLLM's
-# and the engine's own. Those that only one of the endpoints has are unsupported by the other.
+# and the engine's own. Those that only one of the endpoints has are unsupported by the other. The first of a
+# request's is named: functions and tools before what chooses among them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "functions": ([],),
+    "tools": ([],),
     "add_special_tokens": (),
     "audio": (),
     "beam_width": (),
@@ -214,7 +183,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "extra_args": ({},),
     "function_call": ("none", "auto"),
-    "functions": ([],),
     "guided_choice": (),
     "guided_decoding": ({},),
     "guided_grammar": (),
@@ -241,7 +209,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "trace_decode_token_ids": ([],),
     "truncate_prompt_tokens": (),
@@ -258,35 +225,14 @@ _INSTEAD = {
 }
 
 
-class Message(_Strict):
-    role: str
-    content: str
-    name: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_text_parts(cls, content: Any) -> Any:
-        if not isinstance(content, list):
-            return content
-        texts = []
-        for part in content:
-            if (
-                not isinstance(part, dict)
-                or part.get("type") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
-                raise ValueError("content parts must be of type 'text'; the model reads nothing else")
-            texts.append(part["text"])
-        return "\n".join(texts)
-
-
 class ChatCompletionRequest(_Sampling):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_tokens: Integer | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _logprobs_of_what(self) -> ChatCompletionRequest:
@@ -306,25 +252,21 @@ class ChatCompletionRequest(_Sampling):
 
 class CompletionRequest(_Sampling):
     prompt: Annotated[
-        str | list[int] | list[str] | list[list[int]],
-        _must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
+        str | list[Integer] | list[str] | list[list[Integer]],
+        must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
     ]
 
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: Integer | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
 
-    def wanted(self) -> Wanted:
-        return replace(
-            super().wanted(),
-            logprobs=self.logprobs,
-            echo=bool(self.echo),
-            only_prompt=bool(self.echo) and self.max_tokens == 0,
-        )
+    @model_validator(mode="after")
+    def _no_text_at_all(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, got 0: raise it, or set echo to true")
+        return self
 
-    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
-        if self.wanted().only_prompt:  # the engine samples at least one token; the answer leaves it out
-            return self.model_copy(update={"max_tokens": 1}).sampling_params(default_max_tokens)
-        return super().sampling_params(default_max_tokens)
+    def wanted(self) -> Wanted:
+        return replace(super().wanted(), logprobs=self.logprobs, echo=bool(self.echo))
 
     def prompts(self) -> list[str | dict[str, list[int]]]:
         """One engine prompt for each that was given.
@@ -342,8 +284,22 @@ class CompletionRequest(_Sampling):
         return [p if isinstance(p, str) else {"prompt_token_ids": p} for p in given]
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None  # the field of the request that the error is about
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's shape of an error."""
+
+    error: ErrorDetail
+
+
 def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    return {"error": {"message": sendable(message), "type": kind, "param": param, "code": code}}
+    """An `ErrorResponse` as JSON."""
+    detail = ErrorDetail(message=sendable(message), type=kind, param=param, code=code)
+    return ErrorResponse(error=detail).model_dump()

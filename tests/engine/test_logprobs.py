@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, RequestOutput, SamplingParams
+from cupaged.engine.config import MEMORY_POLICIES
 from cupaged.engine.plan import Draft
 from tests import tiny_models
 
@@ -232,3 +233,34 @@ def test_frequencies_with_everything_on(llama_dir, model, seed):
     statistic = ((counts - 2000 * probs)[common] ** 2 / (2000 * probs)[common]).sum()
     half = torch.stack([(common.sum().double() - 1) / 2, statistic / 2])
     assert torch.special.gammaincc(half[0], half[1]) > 1e-9
+
+
+@pytest.mark.parametrize("policy", MEMORY_POLICIES)
+def test_a_prompt_alone_may_fill_the_whole_length(llama_dir, model, policy, seed):
+    """max_tokens=0 with other requests beside it; the end-of-sequence token that is drawn is not seen."""
+    rng = random.Random(seed)
+    engine = small_engine(llama_dir, max_model_len=64, memory_policy=policy)
+    asked = {}
+    for i in range(6):
+        more = rng.choice([{}, {"n": 2}, {"n": 2, "best_of": 3}, {"logprobs": 1}, {"stop": "a", "top_k": 9}])
+        if policy == "paged" and rng.random() < 0.3:
+            more = {"n": 2, "beam_width": 3}
+        else:
+            more = {**more, "prompt_logprobs": 1, "logit_bias": {tiny_models.EOS: 100}}
+        prompt = [rng.randrange(256) for _ in range(rng.choice([1, 17, 63, 64, 64]))]
+        asked[str(i)] = ({"prompt_token_ids": prompt}, SamplingParams(**more, max_tokens=0))
+    asked["other"] = (PROMPT, SamplingParams(max_tokens=9, ignore_eos=True))
+    outputs = run(engine, asked)
+    assert len(outputs.pop("other").outputs[0].token_ids) == 9
+    for request_id, output in outputs.items():
+        ids, params = asked[request_id][0]["prompt_token_ids"], asked[request_id][1]
+        nothing = ("", [], "length", None, None if params.logprobs is None else [])
+        found = [(o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs) for o in output.outputs]
+        assert (output.finished, found) == (True, [nothing] * params.n)
+        if params.prompt_logprobs is not None and len(ids) > 1:
+            check(output.prompt_logprobs[1:], ids[1:], expected(model, ids), 1, engine.tokenizer)
+    engine.check_integrity()
+    with pytest.raises(ValueError, match=r"prompt has 65 tokens, .* \(max_model_len\): shorten"):
+        engine.add_request("long", {"prompt_token_ids": [1] * 65}, SamplingParams(max_tokens=0))
+    with pytest.raises(ValueError, match="at least one of them sampled"):
+        engine.add_request("long", {"prompt_token_ids": [1] * 64}, SamplingParams(max_tokens=1))

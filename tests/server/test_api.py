@@ -73,6 +73,26 @@ def test_streams_add_up_to_the_whole(client):
     assert "".join(c.choices[0].text for c in text_chunks) == whole_text.choices[0].text
 
 
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_usage_in_every_chunk(client, include_usage):
+    options = {"continuous_usage_stats": True, "include_usage": include_usage, "include_obfuscation": False}
+    settings = {"model": MODEL, "stream": True, "stream_options": options, **GREEDY}
+    streams = [
+        list(client.chat.completions.create(messages=CHAT, **settings)),
+        list(client.completions.create(prompt="abc", **settings)),
+        list(client.completions.create(prompt=["abc", "de"], n=2, **settings)),
+    ]
+    for chunks, (prompt, sampled) in zip(streams, [(41, 12), (3, 12), (5, 48)]):
+        usages = [chunk.usage for chunk in chunks]
+        counts = [usage.completion_tokens for usage in usages]
+        assert counts == sorted(counts)
+        assert (counts[-1], usages[-1].prompt_tokens) == (sampled, prompt)
+        assert all(u.total_tokens == u.prompt_tokens + u.completion_tokens for u in usages)
+        assert sum(not chunk.choices for chunk in chunks) == include_usage
+    assert streams[0][0].usage.completion_tokens == 0  # the role
+    assert {usage.usage.prompt_tokens for usage in streams[0]} == {41}
+
+
 def test_several_prompts_and_choices_keep_their_places(client, offline):
     prompts = ["first", "the second one"]
     response = client.completions.create(model=MODEL, prompt=prompts, n=2, **GREEDY)
@@ -245,7 +265,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
         ({"extra_body": {"include_stop_str_in_output": 1}}, "include_stop_str_in_output"),
         ({"temperature": True}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"max_tokens": 5.0}, "max_tokens"),
+        ({"max_tokens": 5.5}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"n": True}, "n"),
         ({"seed": 1.5}, "seed"),
@@ -257,6 +277,12 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
         ({"stop": 5}, "stop"),
         ({"stop": ["a", 5]}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"verbose": 1}}, "stream_options.verbose"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"extra_body": {"stop_token_ids": ["a"]}}, "stop_token_ids[0]"),
         ({"extra_body": {"ignore_eos": "yes"}}, "ignore_eos"),
         ({"extra_body": {"stream": 1}}, "stream"),
@@ -275,6 +301,7 @@ def test_bad_requests_are_refused_in_openais_shape(client, change, param):
     assert "Value error" not in body["message"]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT_FIELDS = [
     ({"messages": "hello"}, "messages"),
     ({"messages": [5]}, "messages[0]"),
@@ -286,7 +313,15 @@ CHAT_FIELDS = [
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"logprobs": 2}, "logprobs"),
     ({"echo": True}, "echo"),
-    ({"max_completion_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"tools": [TOOL], "tool_choice": "required"}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools"),
+    ({"functions": [TOOL["function"]], "function_call": {"name": "f"}}, "functions"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"structured_outputs": {"regex": "a"}, "tool_choice": "auto"}, "structured_outputs"),
+    ({"guided_regex": "a", "guided_decoding_backend": "auto"}, "guided_regex"),
     ({"max_completion_tokens": "9"}, "max_completion_tokens"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"modalities": ["text", "audio"]}, "modalities"),
@@ -302,6 +337,72 @@ def test_bad_conversations_are_refused_by_name(server, change, param):
     error = response.json()["error"]
     assert error["param"] == param
     assert param in error["message"]
+
+
+def test_a_conversation_that_is_too_long_is_refused_as_messages(server):
+    """A conversation has no field `prompt`, whatever the engine calls it."""
+    messages = [{"role": "user", "content": "x" * 300}]
+    response = httpx.post(f"{server.url}/v1/chat/completions", json={"model": MODEL, "messages": messages})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+    assert "max_model_len" in response.json()["error"]["message"]
+
+
+INTEGERS = {
+    "max_tokens": 2.0,
+    "n": 1.0,
+    "top_k": 3.0,
+    "seed": -7.0,
+    "best_of": 2.0,
+    "stop_token_ids": [300.0],
+    "allowed_token_ids": [65.0, 66],
+    "min_tokens": 1.0,
+    "prompt_logprobs": 1.0,
+    "priority": 0.0,
+    "logit_bias": {"5": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": [5.0, 6], "logprobs": 2.0}),
+        ("completions", {"prompt": [[5, 6.0], [7.0]], "logprobs": 2.0}),
+        ("chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 2.0}),
+        ("chat/completions", {"messages": CHAT, "max_tokens": None, "max_completion_tokens": 2.0}),
+    ],
+)
+def test_a_number_without_a_fraction_is_an_integer(server, path, body):
+    """Some writers of JSON give every number one."""
+    request = {"model": MODEL, "temperature": 1, **INTEGERS, **body}
+    response = httpx.post(f"{server.url}/v1/{path}", json=request)
+    assert response.status_code == 200, response.text
+
+    def whole(value):
+        if isinstance(value, list):
+            return [whole(item) for item in value]
+        return int(value) if isinstance(value, float) else value
+
+    same = httpx.post(f"{server.url}/v1/{path}", json={name: whole(value) for name, value in request.items()})
+    assert response.json()["usage"] == same.json()["usage"]
+    assert response.json()["usage"]["completion_tokens"] == 2 * len(same.json()["choices"])
+
+
+INTEGER_FIELDS = [name for name in INTEGERS if name != "logit_bias"]
+
+
+@pytest.mark.parametrize("wrong", [2.5, "2", True, 1e400], ids=repr)
+@pytest.mark.parametrize("name", [*INTEGER_FIELDS, "logprobs", "prompt"])
+def test_what_only_looks_like_an_integer_is_refused(server, name, wrong):
+    value = [wrong] if name in ("stop_token_ids", "allowed_token_ids") or name == "prompt" else wrong
+    if name == "prompt" and wrong == "2":
+        return  # a text
+    body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1, name: value})
+    response = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(name)
 
 
 @pytest.mark.parametrize(
@@ -355,9 +456,8 @@ def test_messages_that_cannot_be_read(client):
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": image}])
     with pytest.raises(openai.BadRequestError, match="messages"):
         client.chat.completions.create(model=MODEL, messages=[])
-    tool = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model=MODEL, messages=CHAT, tools=[tool])
+        client.chat.completions.create(model=MODEL, messages=CHAT, tools=[TOOL])
 
 
 def test_an_unknown_model_is_not_found(client):
@@ -373,6 +473,65 @@ def test_other_errors_have_the_same_shape(server):
     ):
         assert response.status_code in (400, 404, 405)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+PATHS = {
+    "/health": "GET, HEAD, OPTIONS",
+    "/metrics": "GET, HEAD, OPTIONS",
+    "/v1/models": "GET, HEAD, OPTIONS",
+    f"/v1/models/{MODEL}": "GET, HEAD, OPTIONS",
+    "/": "GET, HEAD, OPTIONS",
+    "/openapi.json": "GET, HEAD, OPTIONS",
+    "/v1/completions": "OPTIONS, POST",
+    "/v1/chat/completions": "OPTIONS, POST",
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_methods(server, path):
+    url, allowed = server.url + path, PATHS[path]
+    refused = httpx.put(url)
+    assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
+    assert allowed in refused.json()["error"]["message"]
+    asked = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    for headers in ({}, asked):  # the second is a browser's, which wants to know whether a page may
+        options = httpx.options(url, headers=headers)
+        assert (options.status_code, options.headers["allow"], options.content) == (204, allowed, b"")
+        assert "access-control-allow-origin" not in options.headers
+    head = httpx.head(url)
+    if "HEAD" not in allowed:
+        assert (head.status_code, head.headers["allow"]) == (405, allowed)
+        return
+    get = httpx.get(url)
+    assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+    assert head.headers.get("content-type") == get.headers.get("content-type")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/health/", "/v1/nothing", "/metrics/", "/v1//models"])
+def test_a_path_that_is_none_is_not_found(server, path):
+    """A redirect would lead to whatever host the client has named."""
+    for method in ("GET", "POST", "HEAD", "OPTIONS"):
+        response = httpx.request(method, server.url + path, headers={"Host": "evil.example"})
+        assert response.status_code == 404, method
+        assert "evil" not in str(response.headers)
+    assert httpx.post(server.url + path).json()["error"]["message"] == f"{path} does not exist"
+
+
+def test_the_document_says_what_is_served(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answers = paths[path]["post"]["responses"]
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+        assert {status for status, answer in answers.items() if answer.get("content") == error} >= {
+            *("400", "404", "500", "503", "default")
+        }
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    assert paths["/v1/models/{name}"]["get"]["responses"]["404"]["content"] == error
+    assert "content" not in paths["/health"]["get"]["responses"]["200"]
+    assert "503" in paths["/health"]["get"]["responses"]
+    statuses = {status for path in paths.values() for one in path.values() for status in one["responses"]}
+    assert "422" not in statuses
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
@@ -430,6 +589,39 @@ def test_events_are_as_the_format_wants(server):
     *events, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
+
+
+def test_events_are_lines_for_every_client(client, server, monkeypatch):
+    """Some split at whatever `str.splitlines` does: none of it stands in an event as it is."""
+    ends = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r\n"
+    said = "".join(f"{end}é☃" for end in ends)
+    ids = server.engine.tokenizer(said)["input_ids"]
+    body = {"model": MODEL, "max_tokens": 200, "stream": True}
+    for path, more in (
+        ("completions", {"prompt": ends, "echo": True, "logprobs": 0}),
+        ("chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 0}),
+    ):
+        tokens = iter([*ids, tiny_models.EOS])
+        original = Sampler.sample
+
+        def says(self, logits, scheduled, tokens=tokens, original=original):
+            output = original(self, logits, scheduled)
+            output.token_ids = [[next(tokens)]]
+            found = output.logprobs[0][0]
+            output.logprobs[0][0] = found._replace(token_ids=[output.token_ids[0][0], *found.token_ids[1:]])
+            return output
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "sample", says)
+            content = httpx.post(f"{server.url}/v1/{path}", json={**body, **more}).content
+        lines = content.decode().splitlines()
+        assert lines == content.decode().split("\n")[:-1]
+        events = [line.removeprefix("data: ") for line in lines if line]
+        assert events.pop() == "[DONE]"
+        choices = [json.loads(event)["choices"][0] for event in events]
+        texts = [one["text"] if "text" in one else one["delta"].get("content", "") for one in choices]
+        assert "".join(texts) == ("" if path.startswith("chat") else ends) + said
+        assert "☃" in content.decode(), "what needs no escape has none"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import re
+import shlex
 
 import pytest
 
@@ -86,6 +88,25 @@ def test_a_port_that_is_none(capsys, port):
 )
 def test_the_address_that_is_shown_is_one(host, address):
     assert serve._address(host, 80) == address
+
+
+def test_the_greeting_is_for_the_model_there_is():
+    """One without a chat template is not chatted with."""
+    chat = serve._greeting("http://localhost:80", "tiny", chat=True)
+    assert "chat in a browser" in chat
+    assert request_of(chat)[0] == "http://localhost:80/v1/chat/completions"
+    text = serve._greeting("http://localhost:80", "tiny", chat=False)
+    assert "chat in a browser" not in text
+    assert "no chat template" in text
+    path, body = request_of(text)
+    assert path == "http://localhost:80/v1/completions"
+    assert set(body) == {"model", "prompt", "max_tokens"}
+
+
+def request_of(greeting: str) -> tuple[str, dict]:
+    """Address and body of the request that it shows."""
+    _, address, *_, body = shlex.split(greeting[greeting.index("curl") : greeting.index("\n\nCtrl-C")])
+    return address, json.loads(body)
 
 
 def test_a_model_that_is_not_there(capsys):

@@ -54,6 +54,57 @@ def test_metrics_count_exactly(llama_dir):
     assert metrics["vllm:kv_cache_usage_perc"] == metrics["vllm:num_preemptions_total"] == 0
 
 
+REASONS = ("stop", "length", "abort", "error")
+
+
+def ended(server) -> dict[str, float]:
+    """How many outputs ended for each reason."""
+    name, found = "vllm:request_success_total", read(server.url)
+    series = [key for key in found if key.startswith(name)]
+    assert sorted(series) == sorted(f'{name}{{finished_reason="{reason}"}}' for reason in REASONS)
+    return {reason: found[f'{name}{{finished_reason="{reason}"}}'] for reason in REASONS}
+
+
+def test_every_end_is_counted_by_its_reason(llama_dir, monkeypatch):
+    expected = dict.fromkeys(REASONS, 0)
+    body = {"model": MODEL, "prompt": "x", "ignore_eos": True}
+    with Running(llama_dir) as server, server.client() as client:
+        url = f"{server.url}/v1/completions"
+        assert ended(server) == expected  # a rate can be taken of the first one too
+        client.completions.create(model=MODEL, prompt="x", n=2, max_tokens=3, temperature=1, seed=1)
+        everything = {"stop_token_ids": list(range(320))}
+        client.completions.create(model=MODEL, prompt="x", max_tokens=9, extra_body=everything)
+        expected |= {"stop": ended(server)["stop"], "length": 3 - ended(server)["stop"]}
+        assert ended(server) == expected
+        assert expected["stop"] >= 1
+        for refused in ({"prompt": "x" * 5000}, {"temperature": -1}):
+            assert httpx.post(url, json={**body, **refused}).status_code == 400
+        assert ended(server) == expected, "what is refused never was a request"
+        step = server.engine.step
+
+        def slow_step():
+            time.sleep(0.05)
+            return step()
+
+        monkeypatch.setattr(server.engine, "step", slow_step)
+        with httpx.stream("POST", url, json={**body, "max_tokens": 200, "stream": True, "n": 2}) as response:
+            next(response.iter_text())
+        expected["abort"] += 2
+        wait_until(lambda: ended(server) == expected)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={**body, "max_tokens": 200}, timeout=0.3)
+        expected["abort"] += 1
+        wait_until(lambda: ended(server) == expected)
+
+        def broken_step():
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(server.engine, "step", broken_step)
+        assert httpx.post(url, json={**body, "max_tokens": 5}).status_code == 503
+        expected["error"] += 1
+        assert ended(server) == expected
+
+
 def test_two_servers_in_one_process_count_apart(llama_dir):
     with Running(llama_dir) as one, Running(llama_dir) as two, one.client() as client:
         client.completions.create(model=MODEL, prompt="12345", max_tokens=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import httpx
@@ -250,6 +251,30 @@ def test_echo(client, server, offline, as_tokens, logprobs):
     assert add_up(chunks) == (whole.choices[0].text, near(found.model_dump()))
     in_prompt = {name: values[: len(ids)] for name, values in found.model_dump().items()}
     assert alone.choices[0].logprobs.model_dump() == near(in_prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_alone_may_have_as_many_tokens_as_there_are(server, stream):
+    """The likelihood of texts is asked for so: nothing is sampled, and needs no room."""
+    body = {"model": MODEL, "max_tokens": 0, "echo": True, "stream": stream, "n": 2}
+    most = server.engine.max_model_len
+    for count in (1, most - 1, most):
+        prompt = [(7 * i) % 256 for i in range(count)]
+        for more in ({"logprobs": 1}, {}):
+            response = httpx.post(f"{server.url}/v1/completions", json={**body, **more, "prompt": prompt})
+            assert response.status_code == 200, response.text
+            if stream:
+                events = [json.loads(e.removeprefix("data: ")) for e in response.text.split("\n\n")[:-2]]
+                choices = [choice for event in events for choice in event["choices"]]
+            else:
+                choices = response.json()["choices"]
+                assert response.json()["usage"]["completion_tokens"] == 0
+            assert [choice["finish_reason"] for choice in choices] == ["length", "length"]
+            for choice in choices:
+                assert len(choice["logprobs"]["tokens"] if more else prompt) == count
+    for refused in ({"prompt": [5] * (most + 1)}, {"prompt": [5] * most, "max_tokens": 1}):
+        error = httpx.post(f"{server.url}/v1/completions", json={**body, **refused}).json()["error"]
+        assert error["param"] == "prompt"
 
 
 def test_every_token_has_its_place_in_the_text(client, server, monkeypatch):
