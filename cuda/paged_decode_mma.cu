@@ -133,27 +133,43 @@ __device__ __forceinline__ void phase_barrier() {
         __syncwarp();
 }
 
-// Begin copying a phase's tile of keys and values from token `begin` on; zeros from the run's end
-// on. `thread` of kPhaseThreads.
+// Begin copying a lane's chunk `i` of a phase's tile of keys and values from token `begin` on;
+// zeros from the run's end on.
+__device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uint4 (*tile)[kTile]) {
+    const int row = i / kTileChunks;
+    const int chunk = i % kTileChunks;
+    const int token = begin + row;
+    const bool valid = token < run.end && chunk < kChunks;
+    const cache_t* source = run.cache.data;
+    int64 to_value = 0;
+    if (valid) {
+        source = run.cache.key(run.ids[run.cache.table_index(token) - run.first_index], run.kv_head,
+                               run.cache.offset_in_block(token)) +
+                 chunk * kVec;
+        to_value = run.cache.value_offset();
+    }
+    uint4* const target = tile[0] + row * kRowChunks + chunk;
+    cp_async_16_zfill(target, source, valid);
+    cp_async_16_zfill(target + kTile, source + to_value, valid);
+}
+
+// Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
+// ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
+// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups.
+constexpr bool kFewCopies = kTileChunks > 24 && next_power_of_two(kTileChunks) != kTileChunks;
+constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
+
+// Begin copying a phase's tile. `thread` of kPhaseThreads.
 __device__ __forceinline__ void copy_tile(const Run& run, int thread, int begin,
                                           uint4 (*tile)[kTile]) {
+    if constexpr (kFewCopies) {
+#pragma unroll kCopiesAtOnce
+        for (int i = thread; i < kTileKeys * kTileChunks; i += kPhaseThreads)
+            copy_chunk(run, i, begin, tile);
+    } else {
 #pragma unroll
-    for (int i = thread; i < kTileKeys * kTileChunks; i += kPhaseThreads) {
-        const int row = i / kTileChunks;
-        const int chunk = i % kTileChunks;
-        const int token = begin + row;
-        const bool valid = token < run.end && chunk < kChunks;
-        const cache_t* source = run.cache.data;
-        int64 to_value = 0;
-        if (valid) {
-            source = run.cache.key(run.ids[run.cache.table_index(token) - run.first_index],
-                                   run.kv_head, run.cache.offset_in_block(token)) +
-                     chunk * kVec;
-            to_value = run.cache.value_offset();
-        }
-        uint4* const target = tile[0] + row * kRowChunks + chunk;
-        cp_async_16_zfill(target, source, valid);
-        cp_async_16_zfill(target + kTile, source + to_value, valid);
+        for (int i = thread; i < kTileKeys * kTileChunks; i += kPhaseThreads)
+            copy_chunk(run, i, begin, tile);
     }
 }
 

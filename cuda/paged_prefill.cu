@@ -60,6 +60,10 @@ constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? kMostBlock
 constexpr int kTileRows = kThreadsY * kThreadRows;
 constexpr int kTileKeys = kThreadsX * kThreadKeys;
 constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
+// Chunks of a row that one iteration of the logits takes. Two, but where the registers are those of
+// four blocks and a fourth chunk of the output is there for some threads only (104 to 120 elements):
+// ptxas then spills on sm_86, sm_89 and sm_90. Three blocks, the other remedy, hide less.
+constexpr int kUnroll = kMinBlocks == 4 && kThreadChunks == 4 && kChunks % kThreadsX != 0 ? 1 : 2;
 constexpr int kCacheVec = kVecSize<cache_t>;
 constexpr int kCacheChunks = kHeadSize / kCacheVec;
 // Rows an odd number of chunks apart: 8 rows at the same chunk then lie in different banks.
@@ -209,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                 for (int j = 0; j < kThreadKeys; ++j) score[i][j] = 0.0f;
-#pragma unroll 2
+#pragma unroll kUnroll
             for (int chunk = 0; chunk < kChunks; ++chunk) {
                 float q[kThreadRows][kVec];
 #pragma unroll

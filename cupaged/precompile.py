@@ -75,10 +75,15 @@ def format_row(row: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: compile every kernel, print the table, return 1 if one is unfit to ship."""
-    parser = argparse.ArgumentParser(prog="python -m cupaged.compile", description="Compile all kernels.")
+    """The command line: compile the kernels, print the table, return 1 if one is unfit to ship."""
+    parser = argparse.ArgumentParser(prog="python -m cupaged.compile", description="Compile the kernels.")
     parser.add_argument("--arch", action="append", help=f"as 90a; repeatable (default: {' '.join(ARCHS)})")
     parser.add_argument("--out", type=Path, help="the CUPAGED_CACHE_DIR to fill (default: this user's)")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also the rare ones, which are compiled when they are met",
+    )
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
@@ -86,7 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         if arch.rstrip("af") not in SHARED_MEMORY:
             parser.error(f"--arch {arch} is unknown; it must be one of {', '.join(SHARED_MEMORY)}, or 90a")
     archs = options.arch or ARCHS
-    work = [(spec, arch) for arch in archs for spec in variants(arch) if options.only in str(spec)]
+    listed = variants
+    if options.all:
+        from .backends.reachable import reachable as listed  # loads torch, which compiling does without
+    work = [(spec, arch) for arch in archs for spec in listed(arch) if options.only in str(spec)]
     if not work:
         parser.error(f"--only {options.only!r} matches no kernel")
     print(HEADER)

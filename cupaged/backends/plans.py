@@ -209,7 +209,7 @@ def decode(
     subset = SINGLES if singles else ALL_SEQUENCES
     merge, records = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
     plan = DecodePlan(call, kernel.can_share, not invariant, merge, records)
-    if not share or not kernel.can_share:
+    if not share or kernel.wide_spec is None:
         return plan
     # Tiles of rows in a row are never more than those of whole tokens or heads.
     capacity = row_tiles * kernel.head_tiles
@@ -217,8 +217,8 @@ def decode(
     wide = None
     if most_wide:
         wide_items = most_wide * num_kv_heads * max_splits
-        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
-        wide = replace(call, spec=spec, grid=(min(wide_items, DECODE_WIDE_BLOCKS_PER_SM * sm_count), 1))
+        grid = min(wide_items, DECODE_WIDE_BLOCKS_PER_SM * sm_count), 1
+        wide = replace(call, spec=kernel.wide_spec, grid=grid)
     search = KernelCall(
         kernel_specs.find_shared_pieces(),
         (max_splits, 1),
@@ -361,7 +361,12 @@ class DecodeKernel:
     spec: KernelSpec
     tile_tokens: int  # query tokens of a tile
     head_tiles: int  # tiles that the query heads of a KV head take
-    can_share: bool  # a tile may hold query tokens of several sequences
+    wide_spec: KernelSpec | None = None  # over larger tiles, for pieces that many query rows share
+
+    @property
+    def can_share(self) -> bool:
+        """Whether a tile may hold query tokens of several sequences."""
+        return self.wide_spec is not None
 
 
 @cache
@@ -374,12 +379,13 @@ def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch
     """
     if dtype != "fp32" and kernel_specs.has_mma(arch):
         spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch)
+        wide = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
         heads = min(group, DECODE_TILE_ROWS)
-        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), True)
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), wide)
     tiles = kernel_specs.head_tiles(cache_dtype)
     tile = next((tile for tile in tiles if tile >= group), tiles[-1])
     spec = kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile)
-    return DecodeKernel(spec, 1, _ceil_div(group, tile), False)
+    return DecodeKernel(spec, 1, _ceil_div(group, tile))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 
 from cupaged import compile as kc
 from cupaged import occupancy
 from cupaged import specs as kernel_specs
-from cupaged.backends.kernels import Kernels
-from cupaged.params import AttentionParams
 
 CALCULATOR = """
 #include <climits>
@@ -99,54 +96,3 @@ def test_by_hand(arch, threads, registers, shared, blocks, share, limit):
     found = occupancy.of(arch, threads, registers, shared)
     assert (found.blocks, found.limit) == (blocks, limit)
     assert found.share == pytest.approx(share)
-
-
-class Recorder:
-    """A launcher that keeps which kernels it was asked for."""
-
-    def __init__(self) -> None:
-        self.specs: set[kernel_specs.KernelSpec] = set()
-
-    def arch(self, device):
-        return "90a"
-
-    def sm_count(self, device):
-        return 4
-
-    def empty(self, shape, dtype, device):
-        return torch.empty(tuple(shape), dtype=dtype)
-
-    def prepare(self, call, device):
-        self.specs.add(call.spec)
-        return lambda tensors: None
-
-
-def test_what_is_launched_is_compiled_ahead_of_time():
-    recorder = Recorder()
-    kernels = Kernels(recorder)
-    scales = torch.ones(2)
-    for dtype, cache_dtype in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.int8)):
-        quantised = {"k_scale": scales, "v_scale": scales} if cache_dtype == torch.int8 else {}
-        params = AttentionParams(scale=1.0, shared_prefix=True, **quantised)
-        for group in (1, 40):
-            query = torch.zeros(2, 2 * group, 64, dtype=dtype)
-            cache = torch.zeros(40, 2, 2, 16, 64, dtype=cache_dtype)
-            tables, lengths = torch.zeros(2, 40, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
-            for starts in (None, torch.tensor([0, 1, 2], dtype=torch.int32)):
-                kernels.paged_attention(
-                    query,
-                    cache,
-                    tables,
-                    lengths,
-                    starts,
-                    query,
-                    None,
-                    params,
-                    (dtype, cache_dtype, group, starts is None),
-                )
-            key, slots = query[:, :2], torch.zeros(2).long()
-            kernels.reshape_and_cache(key, key, cache, slots, None, None, (dtype, cache_dtype, group))
-            kernels.copy_blocks(cache, torch.zeros(1, 2).long())
-            kernels.merge_attention_states(query[None], torch.zeros(1, 2, 2 * group), query, torch.zeros(2))
-    assert recorder.specs <= set(kernel_specs.variants("90a"))
-    assert {spec.entry for spec in recorder.specs} == {spec.entry for spec in kernel_specs.variants("90a")}

@@ -13,6 +13,7 @@ import pytest
 from cupaged import compile as kc
 from cupaged import precompile
 from cupaged import specs as kernel_specs
+from cupaged.backends.reachable import reachable
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = kernel_specs.copy_blocks(16)
@@ -120,6 +121,15 @@ def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, 
     monkeypatch.setattr(kc, "compile_cubin", None)  # nothing is compiled again
     for unit_bytes in (16, 1):
         assert kc.cubin(kernel_specs.copy_blocks(unit_bytes), "90a").hit
+
+
+def test_the_command_line_takes_the_rare_kernels_too_when_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(precompile, "compile_all", lambda work, *options: asked.append(work) or [])
+    assert precompile.main(["--arch", "80"]) == precompile.main(["--arch", "80", "--all"]) == 0
+    usual, everything = (tuple(spec for spec, _ in work) for work in asked)
+    assert usual == kernel_specs.variants("80")
+    assert everything == reachable("80")
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "61"], ["--only", "nothing"]])

@@ -1,0 +1,113 @@
+"""Registers, shared memory and spills of every kernel that a call can launch, by NVRTC. It needs no GPU.
+
+    python benchmarks/kernel_resources.py --jobs 4
+
+compiles whatever is not compiled yet (six thousand kernels, an hour of one core; a run that was stopped goes
+on where it was) and writes `results/kernel-resources.json`: a row for each architecture and set of macros but
+the head size, whose columns are by head size (null for a kernel that takes any).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+if __package__:
+    from . import common
+else:
+    import common
+
+import torch
+
+from cupaged import compile as kernel_compiler
+from cupaged.backends.reachable import reachable
+from cupaged.occupancy import occupancy
+from cupaged.precompile import Row, compile_all
+from cupaged.specs import ARCHS, KernelSpec
+
+PATH = Path(__file__).parent / "results" / "kernel-resources.json"
+COLUMNS = ("registers", "spilled_bytes", "shared_memory", "blocks_per_multiprocessor")
+HEAD_SIZE = "head_size"
+# What identifies a kernel: its entry point and architecture, its macros, its head size.
+Name = tuple[str, str, frozenset[tuple[str, str]], int | None]
+
+
+def name_of(spec: KernelSpec, arch: str) -> Name:
+    """Return what tells a kernel from all others in the table."""
+    macros = {name.removeprefix("CUPAGED_").lower(): value for name, value in spec.defines}
+    macros = {name: value.removeprefix("CUPAGED_").lower() for name, value in macros.items()}
+    head_size = macros.pop(HEAD_SIZE, None)
+    return spec.entry, arch, frozenset(macros.items()), None if head_size is None else int(head_size)
+
+
+def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return the rows of the table: one for all kernels that differ in their head size alone."""
+    families: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in rows:
+        entry, arch, macros, head_size = name_of(row.spec, row.arch)
+        empty = {"kernel": entry, "arch": arch, "macros": dict(sorted(macros))}
+        empty |= {column: [] for column in (HEAD_SIZE, *COLUMNS)}
+        family = families.setdefault((entry, arch, macros), empty)
+        used = row.usage
+        values = (
+            used.registers,
+            used.spill_stores + used.spill_loads,
+            used.shared_memory + row.spec.dynamic_shared_memory,
+            occupancy(row.spec, used, row.arch).blocks,
+        )
+        for column, value in zip((HEAD_SIZE, *COLUMNS), (head_size, *values)):
+            family[column].append(value)
+    return list(families.values())
+
+
+def names(families: Iterable[dict[str, Any]]) -> list[Name]:
+    """Return the kernels that a table has rows of."""
+    return [
+        (family["kernel"], family["arch"], frozenset(family["macros"].items()), head_size)
+        for family in families
+        for head_size in family[HEAD_SIZE]
+    ]
+
+
+def read(path: Path = PATH) -> dict[str, Any]:
+    """Return the results of the last run: the version of NVRTC, and the table."""
+    return json.loads(path.read_text())["results"]
+
+
+def write(rows: Iterable[Row], path: Path = PATH) -> None:
+    """Write a table of kernels, a row on a line."""
+    environment = common.environment(torch.device("cpu"))
+    nvrtc = ".".join(map(str, kernel_compiler.nvrtc_version()))
+    lines = ",\n".join(f"  {json.dumps(family)}" for family in table(rows))
+    path.write_text(
+        f'{{"environment": {json.dumps(environment)},\n "results": {{"nvrtc": "{nvrtc}", "kernels": [\n'
+        f"{lines}\n]}}}}\n"
+    )
+
+
+REMEDY = "python benchmarks/kernel_resources.py writes the table anew"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile every kernel, write the table, return 1 if a kernel is unfit to ship."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    work = [(spec, arch) for arch in ARCHS for spec in reachable(arch)]
+    rows = []
+    for row in compile_all(work, kernel_compiler.cache_dir(), options.jobs):
+        rows.append(row)
+        if len(rows) % 100 == 0:
+            print(f"{len(rows)} of {len(work)}", flush=True)
+        for complaint in row.complaints():
+            print(f"{row.spec} sm_{row.arch} {complaint}", file=sys.stderr)
+    write(rows)
+    return int(any(row.complaints() for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
