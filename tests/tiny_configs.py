@@ -111,7 +111,6 @@ def _parts(config_class: type[tf.PretrainedConfig]) -> dict[str, type[tf.Pretrai
     }
 
 
-_FULL = ["full_attention"] * _LAYERS
 _MIXED = ["sliding_attention", "full_attention"]
 _SHARED_KV = {"num_hidden_layers": 4, "layer_types": _MIXED * 2, "num_kv_shared_layers": 2}
 # Settings that a class needs beside those that go by their names.
@@ -119,7 +118,6 @@ _MLA = {"num_key_value_heads": _HEADS, "head_dim": 8}  # as their own configurat
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _MLA),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _MLA),
-    **{name: {"global_head_dim": 16} for name in ("gemma4_text", "gemma4_unified_text")},
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "cohere_compass_text": {
         "layer_types": _MIXED,
@@ -134,8 +132,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": _HEADS},
     "gemma3n_text": _SHARED_KV,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
-    "lfm2_moe": {"layer_types": _FULL},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 32, "n_groups": 1},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "moshi": {"audio_vocab_size": 32},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},

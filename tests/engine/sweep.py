@@ -60,7 +60,9 @@ def save(model_type: str, directory: Path, seed: int) -> None:
     tiny_models.tokenizer().save_pretrained(directory)
 
 
-def outcomes(model_type: str, directory: Path, seed: int) -> dict[str, str | None]:
+def outcomes(
+    model_type: str, directory: Path, seed: int, stray: dict[str, dict[str, Any]]
+) -> dict[str, str | None]:
     """Run a tiny model as it is and with stray entries in its config.json.
 
     Returns:
@@ -74,7 +76,7 @@ def outcomes(model_type: str, directory: Path, seed: int) -> dict[str, str | Non
     path = directory / "config.json"
     original = path.read_text()
     found = {}
-    for name, entries in {AS_IT_IS: {}, **STRAY}.items():
+    for name, entries in {AS_IT_IS: {}, **stray}.items():
         config = json.loads(original)
         of_text = config.get("text_config", config)
         for key, value in entries.items():
@@ -154,7 +156,7 @@ def table() -> str:
     rows = {kind: f"not tried: {why}" for kind, why in tiny_configs.NOT_BUILT.items()}
     for model_type in tiny_configs.MODEL_TYPES:
         with tempfile.TemporaryDirectory() as directory:
-            rows[model_type] = outcomes(model_type, Path(directory), 0)[AS_IT_IS]
+            rows[model_type] = outcomes(model_type, Path(directory), 0, {})[AS_IT_IS]
     head = _HEADER.format(
         version=tf.__version__, count=sum(why is None for why in rows.values()), total=len(rows)
     )
