@@ -7,7 +7,7 @@ which token is whose stands in `AttentionMetadata`, a keyword argument of ``mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,6 @@ from transformers import AttentionInterface
 import cupaged
 
 ATTENTION_NAME = "cupaged"
-_OF_THE_MASK = "of the mask"  # a window
-# Keywords of models that attend to some keys only, or with other weights; the kernels know neither.
-_UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ class AttentionMetadata:
         block_tables: int32 ``[S, max_blocks]``.
         seq_lens: int32 ``[S]``, tokens of each sequence, those of this step included.
         query_start_loc: int32 ``[S + 1]``, or None when every sequence has one token in this step.
+        windows: a layer's sliding window each, None where it has none.
         shared_prefix: neighbours begin with the same blocks, and it may pay to read those once.
-        attended: the layers that have attended in this step.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -42,8 +39,8 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor | None
+    windows: tuple[int | None, ...]
     shared_prefix: bool = False
-    attended: set[int] = field(default_factory=set)
 
 
 def register_attention() -> None:
@@ -56,44 +53,27 @@ def paged_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: None,
+    *,
+    paged: AttentionMetadata,
     scaling: float | None = None,
-    sliding_window: int | str | None = _OF_THE_MASK,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    paged: AttentionMetadata | None = None,
-    **others: Any,
+    **without_effect: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write this layer's keys and values to the cache and attend over it.
 
+    `attention_probe` has seen to it that the model asks for nothing else.
+
     Args:
         query: ``[1, H, T, D]``. key, value: ``[1, Hkv, T, D]``.
-        attention_mask: None; the mask follows from ``paged``. transformers builds none for this attention, so
-            one that comes is the model's own.
-        sliding_window: where a model leaves it out, its window is in the mask that transformers would build.
+        attention_mask: transformers builds none for this attention; the mask follows from ``paged``.
         s_aux: attention sinks ``[H]``.
-        is_causal: where a model leaves it out, its module says it.
 
     Returns:
         ``[1, T, H, D]`` and no attention weights.
     """
-    if paged is None:
-        raise ValueError(
-            f"{type(module).__name__} was called without the argument `paged` (AttentionMetadata): the model "
-            "does not hand arguments on to its attention, or was not run through cupaged.engine.LLM"
-        )
-    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
-    if attention_mask is not None or unknown:
-        what = ", ".join(unknown) or "a mask of its own"
-        raise ValueError(f"{type(module).__name__} attends with {what}, which is not supported")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"{type(module).__name__} attends to later tokens as well, which is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if layer in paged.attended:  # the keys and values of one time would be lost
-        raise ValueError(f"{type(module).__name__} attends twice in layer {layer}, which is not supported")
-    paged.attended.add(layer)
-    window = _mask_window(module.config, layer) if isinstance(sliding_window, str) else sliding_window
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]
     cupaged.reshape_and_cache(
@@ -111,7 +91,7 @@ def paged_attention_forward(
         paged.seq_lens,
         paged.query_start_loc,
         scale=scaling,
-        sliding_window=window,
+        sliding_window=paged.windows[layer],
         logits_soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.float(),
         k_scale=k_scale,
@@ -119,11 +99,3 @@ def paged_attention_forward(
         shared_prefix=paged.shared_prefix,
     )
     return out.unsqueeze(0), None
-
-
-def _mask_window(config: Any, layer: int) -> int | None:
-    """The window of a layer in transformers' masks (phimoe, qwen2_moe)."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)

@@ -20,7 +20,7 @@ from .attention import ATTENTION_NAME, register_attention
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .cpu_linear import pack_linears
-from .dry_run import check_layers, dry_run
+from .dry_run import dry_run
 from .failed_step import FailedStep
 from .kv_cache import KVCache
 from .kv_scales import calibrate
@@ -71,7 +71,6 @@ class LLMEngine:
             pack_linears(loaded)
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
-        check_layers(self._runner, self._runner.kv_shape(config.block_size))
         model_len = getattr(self._runner.config, "max_position_embeddings", None)
         wanted = config.max_model_len or model_len
         if wanted is None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .attention import AttentionMetadata
+from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .block_manager import BlockManager
 from .kv_cache import KVCache, KVShape
 from .plan import ScheduledSequence
@@ -19,7 +20,6 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
-_SHAPE = ("num_attention_heads", "num_key_value_heads", "head_dim")
 LONG_PREFIX = 1024  # tokens that neighbours share before a search for them may pay
 
 
@@ -34,22 +34,28 @@ class ModelRunner:
         self._model = model
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         self.device = next(model.parameters()).device
-        if self.config.is_encoder_decoder:
-            raise ValueError(f"{self.config.model_type} has an encoder; the engine runs decoders only")
-        if getattr(model, "_is_stateful", False):  # transformers' word for it
-            raise ValueError(f"{self.config.model_type} has recurrent layers; only attention is supported")
-        if getattr(self.config, "attention_chunk_size", None):
-            raise ValueError(f"{self.config.model_type} attends in chunks, which is not supported")
-        of_layers = getattr(self.config, "per_layer_attributes", None) or ()
-        varying = [name for name in _SHAPE if name in of_layers]
-        if varying:
-            raise ValueError(
-                f"{self.config.model_type} has layers of different {', '.join(varying)}; the paged cache has "
-                "one shape for all layers"
-            )
+        try:
+            self._layers = self._check(model)
+        except ValueError as error:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
+        self._windows = tuple(layer.window for layer in self._layers)
 
-    @property
-    def takes_positions(self) -> bool:
+    def _check(self, model: torch.nn.Module) -> tuple[LayerAttention, ...]:
+        if self.config.is_encoder_decoder:
+            raise ValueError("it has an encoder")
+        if getattr(model, "_is_stateful", False):  # transformers' word for it
+            raise ValueError("it has recurrent layers")
+        if not self._takes_positions():
+            raise ValueError("it does not take position_ids as the engine gives them, but counts its own")
+        try:
+            return probe_layers(model, getattr(self.config, "max_position_embeddings", None))
+        except (AttributeError, TypeError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"its code fails with {type(error).__name__}: {error}") from error
+
+    def _takes_positions(self) -> bool:
         """Whether the model can be told where a token stands in its sequence, the first one at 0."""
         after_padding = any(  # roberta and its kin number tokens from behind their padding
             name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
@@ -63,17 +69,15 @@ class ModelRunner:
         Raises:
             ValueError: a quantised cache does not take this model's heads.
         """
-        config = self.config
-        heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_size = self._layers[0].head_size
         if kv_cache_dtype != "auto" and head_size % 16:
             raise ValueError(
                 f"kv_cache_dtype {kv_cache_dtype!r} needs a head size that is a multiple of 16, and "
-                f"{config.model_type} has {head_size}; use 'auto'"
+                f"{self.config.model_type} has {head_size}; use 'auto'"
             )
         return KVShape(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_layers=len(self._layers),
+            num_kv_heads=self._layers[0].num_kv_heads,
             block_size=block_size,
             head_size=head_size,
             dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,
@@ -136,6 +140,7 @@ class ModelRunner:
             block_tables=self._tensor(block_tables),
             seq_lens=self._tensor((starts + counts).astype(np.int32)),
             query_start_loc=None if counts.max() == 1 else self._tensor(query_start_loc),
+            windows=self._windows,
             shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
         )
         output = self._model(
