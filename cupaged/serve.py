@@ -22,6 +22,7 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from .engine.model_files import check_files
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
@@ -124,6 +125,7 @@ def _serve(options: argparse.Namespace) -> int:
     }
     EngineConfig(**settings)  # a wrong setting is said at once
     with listen(options.host, options.port) as found:
+        check_files(options.model, options.max_model_len)  # before torch and transformers are imported
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
         _run(found, options, EngineConfig(**{**settings, "device": str(device)}))

@@ -42,6 +42,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
+    "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -87,6 +88,7 @@ class EngineConfig:
             Their scales are found at the start from a drawn prompt; what lies far beyond its keys and values
             saturates.
         seed: of requests that bring none.
+        trust_remote_code: run Python files that come with the model, where transformers has no code for it.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: verify the block manager's books after every step (for tests).
 
@@ -109,6 +111,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0
+    trust_remote_code: bool = False
     device: str | None = None
     check_integrity: bool = False
 

@@ -23,7 +23,8 @@ from .cpu_linear import pack_linears
 from .dry_run import check_layers
 from .kv_cache import KVCache
 from .kv_scales import calibrate
-from .loader import load_model
+from .loader import load_model, model_length
+from .model_files import check_length
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
@@ -60,7 +61,12 @@ class LLMEngine:
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
         loaded, self.tokenizer = load_model(
-            model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
+            model,
+            dtype=config.dtype,
+            device=str(self.device),
+            attn_implementation=ATTENTION_NAME,
+            max_model_len=config.max_model_len,
+            trust_remote_code=config.trust_remote_code,
         )
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
@@ -69,12 +75,7 @@ class LLMEngine:
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
         check_layers(self._runner, self._runner.kv_shape(config.block_size))
-        model_len = getattr(self._runner.config, "max_position_embeddings", None)
-        wanted = config.max_model_len or model_len
-        if wanted is None:
-            raise ValueError("the model's configuration gives no maximum length: pass max_model_len")
-        if model_len is not None and wanted > model_len:
-            raise ValueError(f"max_model_len is {wanted}, and the model was made for {model_len} tokens")
+        wanted = check_length(config.max_model_len, model_length(loaded.config))
         num_blocks = memory.num_gpu_blocks(config, self._runner, shape, wanted)
         held = longest(config.memory_policy, num_blocks) * config.block_size
         if config.max_model_len is not None and held < wanted:

@@ -45,8 +45,10 @@ def test_what_is_not_a_model(tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"weights\.gguf"):
         load(str(tmp_path))
-    with pytest.raises(ValueError, match="GGUF"):
-        load(str(tmp_path / "weights.gguf"))
+    for content in (b"", b"no model at all", b"GGUF" + bytes(20)):
+        (tmp_path / "weights.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match="GGUF"):
+            load(str(tmp_path / "weights.gguf"))
     with pytest.raises(ValueError, match="not a file"):
         load(str(tmp_path / "other.gguf"))
 
