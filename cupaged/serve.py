@@ -22,7 +22,7 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
-from .engine.model_files import check_files
+from .engine.model_files import check_files, check_generation_config
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
@@ -126,6 +126,7 @@ def _serve(options: argparse.Namespace) -> int:
     EngineConfig(**settings)  # a wrong setting is said at once
     with listen(options.host, options.port) as found:
         check_files(options.model, options.max_model_len)  # before torch and transformers are imported
+        check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
         _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
@@ -138,6 +139,13 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     from .engine.server.http_server import Server
 
     engine = LLMEngine(options.model, config)
+    if defaults := engine.sampling_defaults:
+        settings = ", ".join(f"{name}={value}" for name, value in defaults.items())
+        print(
+            f"cupaged: {settings} for requests that do not say, by the model's generation_config.json "
+            "(--generation-config vllm leaves it out)",
+            flush=True,
+        )
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
     name = options.served_model_name or engine.model_name

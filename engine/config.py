@@ -42,6 +42,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
+    "generation_config": (lambda v: isinstance(v, str) and v != "", "'auto', 'vllm' or a directory"),
     "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
@@ -88,6 +89,10 @@ class EngineConfig:
             Their scales are found at the start from a drawn prompt; what lies far beyond its keys and values
             saturates.
         seed: of requests that bring none.
+        generation_config: where the sampling settings of requests that leave them out come from: "auto" is
+            the model's generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty,
+            max_new_tokens), a directory is that of another one, and "vllm" leaves it out, for the defaults of
+            `SamplingParams` and of the API.
         trust_remote_code: run Python files that come with the model, where transformers has no code for it.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: verify the block manager's books after every step (for tests).
@@ -111,6 +116,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0
+    generation_config: str = "auto"
     trust_remote_code: bool = False
     device: str | None = None
     check_integrity: bool = False

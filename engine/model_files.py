@@ -66,6 +66,22 @@ def check_length(max_model_len: int | None, model_len: int | None) -> int:
     return wanted
 
 
+def check_generation_config(source: str) -> None:
+    """Refuse a setting ``generation_config`` that is a path without such a file.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if source not in ("auto", "vllm"):
+        file = Path(source).expanduser() / "generation_config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"generation_config must be 'auto', 'vllm' or a directory with a generation_config.json, got "
+                f"{source!r}"
+            )
+        _read_json(file)
+
+
 def _check_file(model: str, path: Path) -> None:
     if path.suffix != ".gguf":
         raise ValueError(
@@ -88,6 +104,8 @@ def _check_directory(model: str, directory: Path, max_model_len: int | None) -> 
     lengths = [of_text[name] for name in _LENGTHS if is_integer(of_text.get(name))]
     if max_model_len is not None and len(lengths) == 1:
         check_length(max_model_len, lengths[0])
+    if (generation := directory / "generation_config.json").is_file():
+        _read_json(generation)  # transformers would go on without
     chosen = config.get("transformers_weights")  # a checkpoint may name its file
     _check_weights(model, directory, (chosen,) if isinstance(chosen, str) else WEIGHTS)
 

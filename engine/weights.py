@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .model_files import shorten
 
 _log = logging.getLogger("cupaged.engine")
+_LOGGERS = ("modeling_utils", "generation.configuration_utils")
 _UNCONVERTED = re.compile(r"^(.+?)\s*\|[^|]*CONVERSION", re.MULTILINE)  # in transformers' report
 
 
@@ -60,18 +61,22 @@ def load_weights(place: str | Path, **options: Any) -> PreTrainedModel:
 
 @contextmanager
 def _report() -> Iterator[list[str]]:
-    """Keep transformers' report on the weights out of the log: it says that what is missing was drawn."""
+    """Keep what is not so here out of transformers' log, and give it: that what is missing was drawn, and
+    that sampling settings may be ignored."""
     reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in record.getMessage()
-        if is_report:
-            reports.append(record.getMessage())
-        return not is_report
+        message = record.getMessage()
+        wrong = "LOAD REPORT" in message or "generation flags are not valid" in message
+        if wrong:
+            reports.append(message)
+        return not wrong
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield reports
     finally:
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)

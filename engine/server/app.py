@@ -58,13 +58,14 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         check_model(body.model)
         prompt = chat_prompt(tokenizer, body, engine.engine.max_characters)
-        params = body.sampling_params(default_max_tokens=None)
+        params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         return await completions.respond(request, CHAT, [prompt], params, body)
 
     @app.post("/v1/completions")
     async def text_completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
-        params = body.sampling_params(default_max_tokens=16)
+        # 16 is the API's own, and not the model's to say, as in vLLM.
+        params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
         return await completions.respond(request, TEXT, body.prompts(), params, body)
 
     card = {

@@ -6,6 +6,7 @@ A field that would change the answer and is not supported is refused; other unkn
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -87,7 +88,7 @@ class _Sampling(_Strict):
     model: str
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int = 0
+    top_k: int | None = None
     n: int = Field(default=1, le=128)
     max_tokens: int | None = None
     seed: int | None = None
@@ -99,10 +100,10 @@ class _Sampling(_Strict):
     use_beam_search: bool = False  # with so many beams as the larger of n and best_of
     length_penalty: float = 1.0
     early_stopping: Annotated[bool | Literal["never"], _must_be('true, false or "never"')] = False
-    min_p: float = 0.0
+    min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = Field(default_factory=list)
@@ -151,15 +152,22 @@ class _Sampling(_Strict):
             )
         return self
 
-    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
-        """Raises ValueError naming the parameter that is out of range."""
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return what the request asks of the sampler.
+
+        Args:
+            defaults: settings for the fields that are left out. Beam search, which draws nothing, takes
+                ``max_tokens`` of them alone.
+
+        Raises:
+            ValueError: naming the parameter that is out of range.
+        """
+        given = {name: getattr(self, name) for name in _WITH_DEFAULTS}
+        usable = {n: v for n, v in defaults.items() if n == "max_tokens" or not self.use_beam_search}
         return SamplingParams(
+            **{**usable, **{name: value for name, value in given.items() if value is not None}},
             n=self.n,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
             stop=self.stop or (),
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
@@ -168,10 +176,8 @@ class _Sampling(_Strict):
             beam_width=max(self.n, self.best_of or 1) if self.use_beam_search else None,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty,
             logit_bias=_token_biases(self.logit_bias),
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words,
@@ -188,6 +194,10 @@ class _Sampling(_Strict):
             include_usage=self.stream_options is not None and self.stream_options.include_usage,
             prompt_logprobs=self.prompt_logprobs,
         )
+
+
+# What a model's generation config may set for requests that leave it out.
+_WITH_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
 
 def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
@@ -321,10 +331,10 @@ class CompletionRequest(_Sampling):
             only_prompt=bool(self.echo) and self.max_tokens == 0,
         )
 
-    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         if self.wanted().only_prompt:  # the engine samples at least one token; the answer leaves it out
-            return self.model_copy(update={"max_tokens": 1}).sampling_params(default_max_tokens)
-        return super().sampling_params(default_max_tokens)
+            return self.model_copy(update={"max_tokens": 1}).sampling_params(defaults)
+        return super().sampling_params(defaults)
 
     def prompts(self) -> list[str | dict[str, list[int]]]:
         """One engine prompt for each that was given.
