@@ -55,9 +55,9 @@ class EngineConfig:
     Args:
         block_size: tokens a KV block holds; a power of two from 8 to 256.
         gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take
-            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available. It is never
-            larger than twice what ``max_num_seqs`` sequences of ``max_model_len`` tokens take, the second
-            time for the prefix cache.
+            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available (to the
+            container, where one limits it). It is never larger than twice what ``max_num_seqs`` sequences of
+            ``max_model_len`` tokens take, the second time for the prefix cache.
         num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
         swap_space: GiB of CPU memory for the blocks of preempted requests, where ``preemption_mode`` moves
             them there. Never more than the KV cache.

@@ -62,9 +62,9 @@ def demo_model_dir() -> Path:
 def is_whole(directory: Path) -> bool:
     """Whether every file of the manifest is there as it was written.
 
-    Every start reads all of them (270 MB) once more for it: 0.2 s where the CPU has instructions for SHA, half
-    a second where not, of a start that takes several. Times and sizes would not show what a disk, or a copy
-    from one, has spoiled.
+    Every start reads all of them (270 MB) once more for it, in 0.2 s where the CPU has instructions for SHA
+    and half a second where not; a start takes several. Times and sizes would not show what a disk, or a copy
+    to another, has spoiled.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
