@@ -125,7 +125,9 @@ def _serve(options: argparse.Namespace) -> int:
     }
     EngineConfig(**settings)  # a wrong setting is said at once
     with listen(options.host, options.port) as found:
-        check_files(options.model, options.max_model_len)  # before torch and transformers are imported
+        # Before torch and transformers are imported. The hub may take half a minute to say what it lacks.
+        if check_files(options.model, options.max_model_len) is None and options.model is not None:
+            print(f"cupaged: no {options.model!r} is here; it is looked for on the hub", flush=True)
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)

@@ -53,7 +53,8 @@ def load_model(
     else:
         place = source if path is None else str(path)
         trust = {"trust_remote_code": trust_remote_code}
-        config = _part(AutoConfig, place, "cannot be loaded", **trust)
+        where = "is not here, and cannot be loaded from the hub" if path is None else "cannot be loaded"
+        config = _part(AutoConfig, place, where, **trust)
         if config.is_encoder_decoder:
             kind = config.model_type
             raise ValueError(f"model {place!r} ({kind}) has an encoder; only decoders are served")
