@@ -56,3 +56,20 @@ def pre_tokenizer_name(path: Path) -> str | None:
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     return None if field is None else str(field.contents())
+
+
+def context_length(path: Path) -> int | None:
+    """Return the maximum number of tokens that the model was made for; None where the file does not say.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be loaded as a GGUF model: {error}") from error
+    architecture = reader.get_field("general.architecture")
+    field = None if architecture is None else reader.get_field(f"{architecture.contents()}.context_length")
+    return None if field is None else int(field.contents())

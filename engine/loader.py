@@ -47,6 +47,8 @@ def load_model(
     path = check_files(source, max_model_len)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if path is not None and path.suffix == ".gguf":
+        if max_model_len is not None:
+            check_length(max_model_len, gguf_model.context_length(path))
         # Quantised weights have no dtype to follow; 16 bits hold them.
         chosen = _torch_dtype(dtype, torch.bfloat16, device)
         loaded, tokenizer = gguf_model.load(path, dtype=chosen, **options)

@@ -201,3 +201,20 @@ def test_a_gguf_file_says_one_thing_about_its_weights(tmp_path, caplog, capfd):
 def test_a_gguf_file_without_an_output_is_tied(tmp_path):
     model = load(write_gguf(tmp_path / "m.gguf", ["output"]))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_gguf_file_is_not_loaded_for_more_tokens_than_its_model_takes(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf")
+    options = {"dtype": "auto", "device": "cpu", "attn_implementation": "eager"}
+    assert loader.load_model(str(path), max_model_len=64, **options)
+    monkeypatch.setattr("cupaged.engine.gguf_model.load_weights", None)
+    with pytest.raises(ValueError, match="max_model_len is 65, and the model was made for 64 tokens"):
+        loader.load_model(str(path), max_model_len=65, **options)
+
+
+def test_a_gguf_file_that_is_cut_short(tmp_path, seed):
+    path = write_gguf(tmp_path / "m.gguf")
+    content = path.read_bytes()
+    path.write_bytes(content[: random.Random(seed).randrange(len(content) - 40)])
+    with pytest.raises(ValueError, match=r"m\.gguf"):
+        load(path)
