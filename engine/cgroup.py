@@ -38,7 +38,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Each hierarchy that counts memory: its version, the process's directory in it, and its mount point."""
+    """Yield each hierarchy that counts memory: version, the process's directory in it, and mount point."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -68,12 +68,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _unescape(field: str) -> str:
-    """Spaces and the like stand as octal numbers in mountinfo."""
+    """Put back spaces and the like, which stand as octal numbers in mountinfo."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def _number(file: Path) -> int | None:
-    """None for "max", and where there is no such file, as in the root group."""
+    """Return a file's number; None for "max", and where there is no such file, as in the root group."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

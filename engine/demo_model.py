@@ -60,7 +60,7 @@ def demo_model_dir() -> Path:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether every file of the manifest is there as it was written.
+    """Return whether every file of the manifest is there as it was written.
 
     Every start reads all of them (270 MB) once more for it, in 0.2 s where the CPU has instructions for SHA
     and half a second where not; a start takes several. Times and sizes would not show what a disk, or a copy
@@ -127,7 +127,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Say what every file in the directory is, so that `is_whole` can tell later."""
+    """Write down what every file in the directory is, so that `is_whole` can tell later."""
     files = {path.name: path.stat().st_size for path in directory.iterdir()}
     manifest = {
         "conversion": CONVERSION,
@@ -139,6 +139,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of each file."""
     return {name: _sha256(directory / name) for name in names}
 
 

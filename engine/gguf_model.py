@@ -45,7 +45,7 @@ def load(
 
 
 def _dequantise_option() -> dict[str, Any]:
-    """Not to keep weights packed for kernels of transformers' own, as newer releases do where they can."""
+    """Ask newer releases of transformers not to keep weights packed, for kernels of their own."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 

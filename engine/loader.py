@@ -68,12 +68,12 @@ def load_model(
 
 
 def model_length(config: PretrainedConfig) -> int | None:
-    """The maximum number of tokens that a model was made for; None where its configuration has none."""
+    """Return the maximum number of tokens that a model was made for; None where nothing says so."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _part(kind: Any, place: str, what: str, **options: Any) -> Any:
-    """The configuration or the tokenizer of a model, or an error with the model's name."""
+    """Load the configuration or the tokenizer of a model, or raise an error with the model's name."""
     try:
         return kind.from_pretrained(place, **options)
     except Exception as error:  # transformers and the readers below it raise whatever they meet

@@ -80,7 +80,8 @@ def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: in
 
 
 def _available_cpu_bytes() -> int:
-    """Of the machine, and of the container where that is less; what the page cache can give back included."""
+    """Return what the machine has, or the container where that is less, with what the page cache can give
+    back."""
     machine = int(psutil.virtual_memory().available)
     container = cgroup.available_bytes()
     return machine if container is None else min(machine, container)

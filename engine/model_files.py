@@ -132,7 +132,7 @@ def _check_weights(model: str, directory: Path, names: tuple[str, ...]) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Return whether a safetensors file is as long as its header says."""
     try:
         with file.open("rb") as opened:
             header_size = int.from_bytes(opened.read(8), "little")
@@ -149,7 +149,9 @@ def _is_whole(file: Path) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): change its permissions") from error
+    except ValueError as error:
         raise ValueError(f"{file} is damaged, or is no JSON ({error}): download it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must hold a JSON object: download it again")
@@ -157,6 +159,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def shorten(names: list[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -74,6 +74,7 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
         "created": started,
         "owned_by": "cupaged",
         "max_model_len": engine.engine.max_model_len,
+        "default_sampling_params": engine.engine.sampling_defaults,
     }
 
     @app.get("/v1/models")

@@ -170,6 +170,11 @@ def test_requests_over_http(requests):
     assert beams == SamplingParams(n=2, beam_width=2, max_tokens=7)
 
 
+def test_clients_can_see_them(requests):
+    """As the chat page, which has settings of its own for models without."""
+    assert requests.client.models.list().data[0].default_sampling_params == DEFAULTS
+
+
 def test_requests_without_settings_agree(requests):
     """top_k is 1: three requests that leave everything out get one answer."""
     create, message = requests.client.chat.completions.create, {"role": "user", "content": "hello"}
