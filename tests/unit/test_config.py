@@ -29,6 +29,8 @@ BAD = {
     "dtype": ["int8", "half", None, torch.float16],
     "kv_cache_dtype": ["bfloat16", "int4", None, torch.int8],
     "seed": [1.5, "x", None, True],
+    "generation_config": ["", None, 5, True],
+    "trust_remote_code": ["yes", None, 1],
     "device": [5, True, torch.device("cpu")],
 }
 
