@@ -46,7 +46,7 @@ def load_model(
     source = str(demo_model_dir()) if model is None else model
     path = check_files(source, max_model_len)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
-    if path is not None and path.suffix == ".gguf":
+    if path is not None and path.is_file():
         if max_model_len is not None:
             check_length(max_model_len, gguf_model.context_length(path))
         # Quantised weights have no dtype to follow; 16 bits hold them.
@@ -60,7 +60,8 @@ def load_model(
         if config.is_encoder_decoder:
             kind = config.model_type
             raise ValueError(f"model {place!r} ({kind}) has an encoder; only decoders are served")
-        check_length(max_model_len, model_length(config))
+        if max_model_len is not None:
+            check_length(max_model_len, model_length(config))
         chosen = _torch_dtype(dtype, getattr(config, "dtype", None), device)
         loaded = _checked_load(place, config, dtype=chosen, **options, **trust)
         tokenizer = _part(AutoTokenizer, place, "has no tokenizer that transformers can load", **trust)

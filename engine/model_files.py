@@ -39,7 +39,7 @@ def check_files(model: str | None, max_model_len: int | None = None) -> Path | N
         _check_directory(model, path, max_model_len)
         return path
     if path.exists():
-        _check_file(model, path)
+        _check_gguf(model, path)
         return path
     if path.suffix == ".gguf":
         raise ValueError(f"model {model!r} is not a file; --model takes the path of a .gguf file")
@@ -82,7 +82,7 @@ def check_generation_config(source: str) -> None:
         _read_json(file)
 
 
-def _check_file(model: str, path: Path) -> None:
+def _check_gguf(model: str, path: Path) -> None:
     if path.suffix != ".gguf":
         raise ValueError(
             f"model {model!r} is a file; give the directory that it is in, {path.parent}, or a .gguf file"

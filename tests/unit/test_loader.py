@@ -28,6 +28,10 @@ def test_a_directory(tmp_path):
     assert tokenizer.decode(tokenizer("héllo")["input_ids"]) == "héllo"
 
 
+def test_a_directory_whose_name_ends_like_a_file(tmp_path):
+    assert load(str(tiny_models.save("llama", tmp_path / "llama.gguf")))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_follows_the_checkpoint_where_the_cpu_is_fast_at_it(tmp_path, monkeypatch, fast):
     directory = tiny_models.save("llama", tmp_path)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from cupaged.engine import LLM
 from cupaged.engine.model_files import check_files
@@ -108,6 +109,15 @@ def test_a_length_that_is_known_to_transformers_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("cupaged.engine.loader.load_weights", None)
     with pytest.raises(ValueError, match="max_model_len is 99999999, and the model was made for 2048 tokens"):
         LLM(directory, device="cpu", max_model_len=99999999)
+
+
+def test_a_model_that_is_not_supported_is_not_asked_for_its_length(tmp_path):
+    """Recurrent models have none, and would be refused with one as well."""
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="recurrent"):
+        LLM(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("flags", ["path", "empty", "file", "length", "dtype", "number"])
