@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import struct
@@ -26,6 +27,8 @@ from pathlib import Path
 from types import ModuleType
 
 from .specs import KernelSpec
+
+_log = logging.getLogger("cupaged")
 
 # -ftz: a logit below 1e-38 counts as zero, and exp2 is one instruction.
 OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
@@ -48,9 +51,10 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin on disk."""
+    """A cubin."""
 
-    path: Path
+    content: bytes
+    path: Path | None  # where it is kept; None: it could not be written
     usage: dict[str, ResourceUsage]  # by entry point
     compile_ms: float
     hit: bool  # found in the cache
@@ -259,7 +263,7 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
 
     Two files make an entry, the cubin and a JSON with its checksum. Each is written under another name
     and renamed, so that a reader sees a whole file or none, and writers may race. Whatever does not fit
-    its checksum is compiled again.
+    its checksum is compiled again. Where nothing can be written the kernel is as good; it is said once.
 
     Args:
         directory: of the cache, `cache_dir()` by default.
@@ -283,22 +287,32 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
         _write_atomic(binary, content)
         _write_atomic(record, json.dumps(description, indent=1).encode())
     except OSError as error:
-        raise OSError(
-            f"cannot write compiled kernels to {folder}; set CUPAGED_CACHE_DIR to a writable directory"
-        ) from error
-    return Compiled(binary, usage, compile_ms, hit=False)
+        _warn_not_kept(folder, error.strerror)
+        return Compiled(content, None, usage, compile_ms, hit=False)
+    return Compiled(content, binary, usage, compile_ms, hit=False)
+
+
+@cache
+def _warn_not_kept(folder: Path, why: str) -> None:
+    _log.warning(
+        "compiled kernels are not kept, and the next start compiles them again: %s cannot be written (%s); "
+        "make room, or set CUPAGED_CACHE_DIR to another directory",
+        folder,
+        why,
+    )
 
 
 def _read_entry(binary: Path, record: Path) -> Compiled | None:
     try:
         description = json.loads(record.read_bytes())
-        if hashlib.sha256(binary.read_bytes()).hexdigest() != description["sha256"]:
+        content = binary.read_bytes()
+        if hashlib.sha256(content).hexdigest() != description["sha256"]:
             return None
         usage = {
             entry: ResourceUsage(**used | {"warnings": tuple(used["warnings"])})
             for entry, used in description["usage"].items()
         }
-        return Compiled(binary, usage, float(description["compile_ms"]), hit=True)
+        return Compiled(content, binary, usage, float(description["compile_ms"]), hit=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -55,6 +55,8 @@ def compile_all(
 def _compile_row(job: tuple[KernelSpec, str, Path]) -> Row:
     spec, arch, directory = job
     compiled = cubin(spec, arch, directory)
+    if compiled.path is None:
+        raise OSError(f"{directory} cannot be written: make room, or give another directory with --out")
     return Row(spec, arch, compiled.usage[spec.entry], compiled.compile_ms)
 
 
@@ -99,9 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only {options.only!r} matches no kernel")
     print(HEADER)
     failed = 0
-    for row in compile_all(work, cache_dir(options.out), options.jobs):
-        print(format_row(row))
-        for complaint in row.complaints():
-            failed = 1
-            print(f"    {complaint}", file=sys.stderr)
+    try:
+        for row in compile_all(work, cache_dir(options.out), options.jobs):
+            print(format_row(row))
+            for complaint in row.complaints():
+                failed = 1
+                print(f"    {complaint}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return failed

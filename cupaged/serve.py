@@ -25,6 +25,7 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from .engine.model_files import check_files, check_generation_config
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
@@ -190,6 +191,10 @@ def _serve(options: argparse.Namespace) -> int:
     EngineConfig(**settings)  # a wrong setting is said at once
     _set_up_logs(options)
     with listen(options.host, options.port) as found:
+        # Before torch and transformers are imported. The hub may take half a minute to say what it lacks.
+        if check_files(options.model, options.max_model_len) is None and options.model is not None:
+            print(f"cupaged: no {options.model!r} is here; it is looked for on the hub", flush=True)
+        check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
         _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
@@ -209,6 +214,13 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     from .engine.server.http_server import Server
 
     engine = LLMEngine(options.model, config)
+    if defaults := engine.sampling_defaults:
+        settings = ", ".join(f"{name}={value}" for name, value in defaults.items())
+        print(
+            f"cupaged: {settings} for requests that do not say, by the model's generation_config.json "
+            "(--generation-config vllm leaves it out)",
+            flush=True,
+        )
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
     name = options.served_model_name or engine.model_name

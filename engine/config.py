@@ -42,6 +42,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
+    "generation_config": (lambda v: isinstance(v, str) and v != "", "'auto', 'vllm' or a directory"),
+    "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -53,9 +55,9 @@ class EngineConfig:
     Args:
         block_size: tokens a KV block holds; a power of two from 8 to 256.
         gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take
-            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available. It is never
-            larger than twice what ``max_num_seqs`` sequences of ``max_model_len`` tokens take, the second
-            time for the prefix cache.
+            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available (to the
+            container, where one limits it). It is never larger than twice what ``max_num_seqs`` sequences of
+            ``max_model_len`` tokens take, the second time for the prefix cache.
         num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
         swap_space: GiB of CPU memory for the blocks of preempted requests, where ``preemption_mode`` moves
             them there. Never more than the KV cache.
@@ -87,6 +89,11 @@ class EngineConfig:
             Their scales are found at the start from a drawn prompt; what lies far beyond its keys and values
             saturates.
         seed: of requests that bring none.
+        generation_config: where the sampling settings of requests that leave them out come from: "auto" is
+            the model's generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty,
+            max_new_tokens), a directory is that of another one, and "vllm" leaves it out, for the defaults of
+            `SamplingParams` and of the API.
+        trust_remote_code: run Python files that come with the model, where transformers has no code for it.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: verify the block manager's books after every step (for tests).
 
@@ -109,6 +116,8 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0
+    generation_config: str = "auto"
+    trust_remote_code: bool = False
     device: str | None = None
     check_integrity: bool = False
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ CONVERSION = 1
 
 
 def demo_model_dir() -> Path:
-    """The model's directory; the first call downloads (93 MB) and converts it.
+    """The model's directory; the first call downloads (93 MB) and converts it, as does one that finds it
+    damaged.
 
     Raises:
         RuntimeError: the download failed or gave another file than expected.
@@ -44,6 +46,8 @@ def demo_model_dir() -> Path:
     target = user_cache() / "models" / NAME
     if is_whole(target):
         return target
+    if target.exists():
+        print(f"{target} is damaged or of another release: it is made again", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
     # Made under another name and renamed: whoever looks sees a whole model or none.
@@ -56,11 +60,18 @@ def demo_model_dir() -> Path:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether every file of the manifest is there with the size it was written with."""
+    """Return whether every file of the manifest is there as it was written.
+
+    Every start reads all of them (270 MB) once more for it, in 0.2 s where the CPU has instructions for SHA
+    and half a second where not; a start takes several. Times and sizes would not show what a disk, or a copy
+    to another, has spoiled.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["conversion"] != CONVERSION:
+            return False
         sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
-        return manifest["conversion"] == CONVERSION and sizes == manifest["files"]
+        return sizes == manifest["files"] and digests(directory, sizes) == manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -110,9 +121,24 @@ def convert(gguf_file: Path, directory: Path) -> None:
         fresh.generation_config.pad_token_id = tokenizer.pad_token_id
         fresh.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        files = {path.name: path.stat().st_size for path in directory.iterdir()}
-        manifest = {"conversion": CONVERSION, "wheel": WHEEL_SHA256, "files": files}
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        write_manifest(directory)
+
+
+def write_manifest(directory: Path) -> None:
+    """Write down what every file in the directory is, so that `is_whole` can tell later."""
+    files = {path.name: path.stat().st_size for path in directory.iterdir()}
+    manifest = {
+        "conversion": CONVERSION,
+        "wheel": WHEEL_SHA256,
+        "files": files,
+        "sha256": digests(directory, files),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of each file."""
+    return {name: _sha256(directory / name) for name in names}
 
 
 def _plain_config(values: dict) -> dict:

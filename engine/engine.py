@@ -11,7 +11,6 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from cupaged.device import choose_device
 
@@ -22,9 +21,11 @@ from .config import EngineConfig
 from .cpu_linear import pack_linears
 from .dry_run import dry_run
 from .failed_step import FailedStep
+from .generation_config import ending_token_ids, generation_config, sampling_defaults
 from .kv_cache import KVCache
 from .kv_scales import calibrate
-from .loader import load_model
+from .loader import load_model, model_length
+from .model_files import check_generation_config, check_length
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
@@ -59,11 +60,17 @@ class LLMEngine:
     def __init__(self, model: str | PathLike[str] | None = None, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
         model = None if model is None else fspath(model)
+        check_generation_config(config.generation_config)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         register_attention()
         with without_bars(model is None):  # the demo model is small, and its download has a bar
             loaded, self.tokenizer = load_model(
-                model, dtype=config.dtype, device=str(self.device), attn_implementation=ATTENTION_NAME
+                model,
+                dtype=config.dtype,
+                device=str(self.device),
+                attn_implementation=ATTENTION_NAME,
+                max_model_len=config.max_model_len,
+                trust_remote_code=config.trust_remote_code,
             )
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
@@ -71,12 +78,7 @@ class LLMEngine:
             pack_linears(loaded)
         self._runner = ModelRunner(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
-        model_len = getattr(self._runner.config, "max_position_embeddings", None)
-        wanted = config.max_model_len or model_len
-        if wanted is None:
-            raise ValueError("the model's configuration gives no maximum length: pass max_model_len")
-        if model_len is not None and wanted > model_len:
-            raise ValueError(f"max_model_len is {wanted}, and the model was made for {model_len} tokens")
+        wanted = check_length(config.max_model_len, model_length(loaded.config))
         num_blocks = memory.num_gpu_blocks(config, self._runner, shape, wanted)
         held = longest(config.memory_policy, num_blocks) * config.block_size
         if config.max_model_len is not None and held < wanted:
@@ -93,6 +95,9 @@ class LLMEngine:
         # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
         self.max_characters = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        output = loaded.get_output_embeddings()
+        # The input may have tokens that are no output, and the tokenizer more than either.
+        self._num_samplable = int(getattr(output, "out_features", self._vocab_size))
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
         self._runner.settle_frequencies(self.max_model_len)
@@ -100,7 +105,9 @@ class LLMEngine:
             self._runner, shape, self._vocab_size, min(self.max_model_len, config.max_num_batched_tokens)
         )
         self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device, scales)
-        eos_token_ids = _eos_token_ids(loaded, self.tokenizer)
+        generation = generation_config(loaded, config.generation_config)
+        self.sampling_defaults = sampling_defaults(generation, config.generation_config)
+        eos_token_ids = ending_token_ids(loaded.config, generation, self.tokenizer, self._num_samplable)
         self._scheduler = Scheduler(
             self._blocks,
             config.max_num_seqs,
@@ -138,13 +145,13 @@ class LLMEngine:
             prompt: text, or ``{"prompt_token_ids": [...]}``, or ``{"prompt": text}``. With a ``"cache_salt"``
                 beside it the request shares blocks with those of the same salt only, so that nobody else can
                 tell from its speed what was asked before.
-            params: how to sample.
+            params: how to sample; None: as `default_sampling_params` says.
             priority: where the scheduling policy is "priority", lower ones run first.
 
         Raises:
             ValueError: the request is malformed or could never run. Nothing else is affected.
         """
-        params = SamplingParams() if params is None else params
+        params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id in self._groups:
@@ -156,8 +163,8 @@ class LLMEngine:
                 f"priority is {priority}, and requests run in the order of their arrival: leave it out, or "
                 "set scheduling_policy='priority'"
             )
-        params.check_vocabulary(self._vocab_size)
-        self._sampler.check(params, self._vocab_size)
+        params.check_vocabulary(self._num_samplable)
+        self._sampler.check(params, self._num_samplable)
         given = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if isinstance(given, Sized) and len(given) > self.max_model_len:  # millions take seconds to look at
             raise ValueError(
@@ -165,10 +172,20 @@ class LLMEngine:
                 "(max_model_len): shorten the prompt"
             )
         text, token_ids = self._tokenize(prompt)
+        if params.needs_whole_prompt and (beyond := max(token_ids)) >= self._num_samplable:
+            raise ValueError(
+                f"prompt_logprobs is asked for, and the model gives token {beyond} of the prompt no "
+                "probability: leave it out"
+            )
         available = self.max_model_len - len(token_ids)
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
         if params.only_prompt:
             max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
+        words = bad_words.tokenise(
+            self.tokenizer,
+            [word for word in params.bad_words if len(word) <= self.max_characters],
+            max_tokens,
+        )
         group = SequenceGroup(
             request_id,
             text,
@@ -179,17 +196,18 @@ class LLMEngine:
             priority=priority,
             cache_salt=_cache_salt(prompt),
             skip_reading_prefix_cache=params.needs_whole_prompt,
-            bad_words=bad_words.tokenise(
-                self.tokenizer,
-                [word for word in params.bad_words if len(word) <= self.max_characters],
-                max_tokens,
-            ),
+            # One with a token that the model cannot sample is never complete.
+            bad_words=tuple(word for word in words if max(word) < self._num_samplable),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
         self._groups[request_id] = group
         self._arrivals += 1
         self._prompt_tokens += len(token_ids)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """Return the settings of a request that brings none: those of the model's generation config."""
+        return SamplingParams(**self.sampling_defaults)
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks; an unknown or finished one is no error."""
@@ -418,8 +436,9 @@ class LLMEngine:
         token_ids = []
         for token in given:
             if not isinstance(token, Integral) or not 0 <= int(token) < self._vocab_size:
+                made = ", which the tokenizer makes of the text" if isinstance(prompt, str) else ""
                 raise ValueError(
-                    f"prompt_token_ids must be integers from 0 to {self._vocab_size - 1}, got {token!r}"
+                    f"prompt_token_ids must be integers from 0 to {self._vocab_size - 1}, got {token!r}{made}"
                 )
             token_ids.append(int(token))
         if not token_ids:
@@ -432,12 +451,3 @@ def _cache_salt(prompt: Prompt) -> str | None:
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise ValueError(f"cache_salt must be a string that is not empty, got {salt!r}")
     return salt
-
-
-def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What the checkpoint says ends an answer: chat models name several."""
-    found = {tokenizer.eos_token_id}
-    for config in (model.config, model.generation_config):
-        eos = getattr(config, "eos_token_id", None)
-        found |= set(eos) if isinstance(eos, list) else {eos}
-    return frozenset(token for token in found if token is not None)

@@ -32,6 +32,11 @@ class LLM:
         self.engine = LLMEngine(model, EngineConfig.from_kwargs(config))
         self._next_id = 0
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the settings that the model's generation config asks for, where ``generation_config`` is
+        not "vllm"; those of `SamplingParams` are the rest."""
+        return self.engine.default_sampling_params()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -43,7 +48,7 @@ class LLM:
 
         Args:
             prompts: one or more of: text, ``{"prompt_token_ids": [...]}``; `LLMEngine.add_request` has more.
-            sampling_params: one for all, or one each; by default those of `SamplingParams`.
+            sampling_params: one for all, or one each; by default `get_default_sampling_params`.
             use_tqdm: show a progress bar.
             priority: one for each prompt, where the scheduling policy is "priority": lower ones run first.
 
@@ -64,7 +69,7 @@ class LLM:
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a prompt or a sequence of prompts, got {prompts!r}")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+            sampling_params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
         if not isinstance(sampling_params, Sequence):
             raise ValueError(
                 f"sampling_params must be SamplingParams, one or several, got {sampling_params!r}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -16,10 +15,18 @@ from transformers import (
 
 from . import gguf_model
 from .demo_model import demo_model_dir
+from .model_files import check_files, check_length
+from .weights import load_weights
 
 
 def load_model(
-    model: str | None, *, dtype: str, device: str, attn_implementation: str
+    model: str | None,
+    *,
+    dtype: str,
+    device: str,
+    attn_implementation: str,
+    max_model_len: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder and its tokenizer, ready to run.
 
@@ -28,68 +35,72 @@ def load_model(
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's, unless the CPU is slow at it.
         device: of the weights, as torch names it.
         attn_implementation: the name under which the attention is registered with transformers.
+        max_model_len: maximum number of tokens of a sequence, refused before the weights are loaded where
+            the model was made for fewer.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
-        ValueError: there is no such model, or it is not a decoder that supports attention interfaces.
+        ValueError: there is no such model, it lacks tensors, it needs code of its own that is not trusted, or
+            it is not a decoder that supports attention interfaces.
     """
     source = str(demo_model_dir()) if model is None else model
-    path = Path(source).expanduser()
-    options = {"attn_implementation": attn_implementation}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model {source!r} is not a file; --model takes the path of a .gguf file")
+    path = check_files(source, max_model_len)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if path is not None and path.is_file():
+        if max_model_len is not None:
+            check_length(max_model_len, gguf_model.context_length(path))
         # Quantised weights have no dtype to follow; 16 bits hold them.
         chosen = _torch_dtype(dtype, torch.bfloat16, device)
         loaded, tokenizer = gguf_model.load(path, dtype=chosen, **options)
     else:
-        place = _directory_or_hub_id(source, path)
-        config = _config(place)
+        place = source if path is None else str(path)
+        trust = {"trust_remote_code": trust_remote_code}
+        where = "is not here, and cannot be loaded from the hub" if path is None else "cannot be loaded"
+        config = _part(AutoConfig, place, where, **trust)
+        if config.is_encoder_decoder:
+            kind = config.model_type
+            raise ValueError(f"model {place!r} ({kind}) has an encoder; only decoders are served")
+        if max_model_len is not None:
+            check_length(max_model_len, model_length(config))
         chosen = _torch_dtype(dtype, getattr(config, "dtype", None), device)
-        loaded = _checked_load(place, config, chosen, attn_implementation)
-        tokenizer = _tokenizer(place)
+        loaded = _checked_load(place, config, dtype=chosen, **options, **trust)
+        tokenizer = _part(AutoTokenizer, place, "has no tokenizer that transformers can load", **trust)
     return loaded.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
 
 
-def _directory_or_hub_id(source: str, path: Path) -> str:
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            ggufs = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"; name its file: {path / ggufs[0]}" if ggufs else ""
-            raise ValueError(f"model {source!r} is a directory without a config.json{hint}")
-        return str(path)
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ValueError(f"model {source!r} does not exist; it must be a directory, a .gguf file or a hub id")
-    return source
+def model_length(config: PretrainedConfig) -> int | None:
+    """Return the maximum number of tokens that a model was made for; None where nothing says so."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _config(place: str) -> PretrainedConfig:
+def _part(kind: Any, place: str, what: str, **options: Any) -> Any:
+    """Load the configuration or the tokenizer of a model, or raise an error with the model's name."""
     try:
-        return AutoConfig.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {place!r} cannot be loaded: {error}") from error
+        return kind.from_pretrained(place, **options)
+    except Exception as error:  # transformers and the readers below it raise whatever they meet
+        _refuse_code(place, error)
+        raise ValueError(f"model {place!r} {what}: {error}") from error
 
 
-def _checked_load(
-    place: str, config: PretrainedConfig, dtype: torch.dtype, attention: str
-) -> PreTrainedModel:
-    if config.is_encoder_decoder:
-        raise ValueError(f"model {place!r} ({config.model_type}) has an encoder; only decoders are served")
+def _checked_load(place: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    kind = config.model_type
     try:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
+        return load_weights(place, **options)
+    except Exception as error:
+        _refuse_code(place, error)
         # Some models choose among classes of their own, by the name.
-        unknown = isinstance(error, KeyError) and error.args == (attention,)
+        unknown = isinstance(error, KeyError) and error.args == (options["attn_implementation"],)
         why = "its attention is not an interface of transformers" if unknown else error
+        raise ValueError(f"model {place!r} ({kind}) cannot be loaded as a decoder: {why}") from error
+
+
+def _refuse_code(place: str, error: Exception) -> None:
+    """Turn transformers' refusal of files with code into ours."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         raise ValueError(
-            f"model {place!r} ({config.model_type}) cannot be loaded as a decoder: {why}"
+            f"model {place!r} needs Python code that comes with it, which transformers does not have: read "
+            "it, and if you trust it, start with --trust-remote-code (trust_remote_code=True)"
         ) from error
-
-
-def _tokenizer(place: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {place!r} has no tokenizer that transformers can load: {error}") from error
 
 
 def _torch_dtype(dtype: str, checkpoint: torch.dtype | None, device: str) -> torch.dtype:

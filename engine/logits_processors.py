@@ -150,5 +150,6 @@ class Penalties:
             self._counts[slot] = 0
             self._counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
             self._in_prompt[slot] = False
-            self._in_prompt[slot, torch.tensor(seq.token_ids[: seq.prompt_len], device=device)] = True
+            prompt = torch.tensor(seq.token_ids[: seq.prompt_len], device=device)
+            self._in_prompt[slot, prompt[prompt < self._in_prompt.shape[1]]] = True  # others are not sampled
         self._seen[slots] = users.lengths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from . import cgroup
 from .config import EngineConfig
 from .dry_run import dry_run
 from .kv_cache import KVShape
@@ -29,7 +30,7 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
         remedy = "raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs"
     else:
         free = min(CPU_CACHE_BYTES, _available_cpu_bytes() // 4)
-        remedy = "free memory (a quarter of what is available is taken)"
+        remedy = "free memory, or raise the container's limit (a quarter of what is available is taken)"
     blocks = min(free // shape.block_bytes, _useful_blocks(config, shape, max_model_len))
     if blocks < 1:
         raise ValueError(
@@ -79,4 +80,8 @@ def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: in
 
 
 def _available_cpu_bytes() -> int:
-    return int(psutil.virtual_memory().available)  # what the page cache can give back included
+    """Return what the machine has, or the container where that is less, with what the page cache can give
+    back."""
+    machine = int(psutil.virtual_memory().available)
+    container = cgroup.available_bytes()
+    return machine if container is None else min(machine, container)

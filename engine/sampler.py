@@ -93,7 +93,7 @@ class Sampler:
     """Keeps the settings of the sequences it samples for, and what their penalties count, in arrays.
 
     Args:
-        eos_token_ids: tokens that end a sequence unless its request ignores them.
+        eos_token_ids: tokens that end a sequence unless its request ignores them; the model can sample each.
     """
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
@@ -149,7 +149,7 @@ class Sampler:
         """Raise ValueError where nothing is left to sample before ``min_tokens``, or too little for beams."""
         allowed, ending = params.allowed_token_ids, self._ending_tokens(params)
         # After the prompt each beam goes on with a token of its own; so there are always that many beams.
-        left = vocab_size - sum(token < vocab_size for token in ending)
+        left = vocab_size - len(ending)
         if params.beam_width is not None and params.beam_width > left:
             raise ValueError(
                 f"beam_width is {params.beam_width}, and of the model's {vocab_size} tokens {left} do not "
@@ -236,7 +236,7 @@ class Sampler:
 
     def _ending_tokens(self, params: SamplingParams) -> list[int]:
         ending = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos_token_ids)
-        return sorted(token for token in ending if token >= 0)
+        return sorted(ending)
 
     # -- one step ------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ class SamplingParams:
     They apply in this order: ``allowed_token_ids``, ``min_tokens``, ``bad_words``, ``logit_bias``, the
     repetition, frequency and presence penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``. Greedy
     decoding takes the best token after the penalties. Log probabilities are those of the model, before all
-    of this.
+    of this. Tokens that the model cannot sample are refused by ``logit_bias``, ``allowed_token_ids`` and
+    ``stop_token_ids``, and rule out nothing where a bad word or the end of a sequence has them.
 
     Args:
         n: number of outputs; they share the blocks of the prompt.

@@ -1,7 +1,7 @@
 """The CPU backend: numba, caches of every dtype, read in place.
 
 Kernels are compiled at their first use and cached on disk by numba (beside this file, in NUMBA_CACHE_DIR
-or in the user's cache directory). They run on numba's threads, as many as torch uses.
+or in the user's cache directory; `cpu_cache.py`). They run on numba's threads, as many as torch uses.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from ..params import AttentionParams
 from . import (
     cpu_attention,
+    cpu_cache,
     cpu_decode,
     cpu_formats,
     cpu_ir,
@@ -54,14 +55,6 @@ _SOURCES = (
 )
 
 
-def _jit(function: Any) -> Any:
-    options: Any = {"parallel": True, "nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory to cache in: compile in every process
-        return numba.njit(**options)(function)
-
-
 @cache
 def _version() -> str:
     digest = hashlib.sha256()
@@ -72,7 +65,7 @@ def _version() -> str:
 
 @cache
 def _kernel(build: Any) -> Any:
-    return build(_version(), _jit)
+    return build(_version(), cpu_cache.jit)
 
 
 def _run(build: Any, *args: Any) -> None:

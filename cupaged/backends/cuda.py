@@ -74,7 +74,7 @@ class CupyLauncher:
         with self._lock, torch.cuda.device(index):
             if (spec, index) not in self._functions:
                 self._cuda.runtime.setDevice(index)
-                module = driver.moduleLoad(str(kernel_compiler.cubin(spec, arch).path))
+                module = driver.moduleLoadData(kernel_compiler.cubin(spec, arch).content)
                 function = driver.moduleGetFunction(module, spec.entry)
                 if spec.dynamic_shared_memory > kernel_specs.STATIC_SHARED_MEMORY:
                     attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

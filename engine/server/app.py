@@ -82,13 +82,14 @@ def create_app(
         check_model(body.model)
         # In another thread: a template may take seconds.
         prompt = await asyncio.to_thread(chat_prompt, tokenizer, body, engine.engine.max_characters)
-        params = body.sampling_params(default_max_tokens=None)
+        params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         return await completions.respond(request, CHAT, [prompt], params, body)
 
     @app.post("/v1/completions", responses=_ANSWERS)
     async def text_completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
-        params = body.sampling_params(default_max_tokens=16)
+        # 16 is the API's own, and not the model's to say, as in vLLM.
+        params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
         return await completions.respond(request, TEXT, body.prompts(), params, body)
 
     card = {
@@ -98,6 +99,7 @@ def create_app(
         "owned_by": "cupaged",
         "max_model_len": engine.engine.max_model_len,
         "has_chat_template": bool(tokenizer.chat_template),
+        "default_sampling_params": engine.engine.sampling_defaults,
     }
 
     @app.get("/v1/models")

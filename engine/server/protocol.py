@@ -5,6 +5,7 @@ A field that would change the answer and is not supported is refused; other unkn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -53,7 +54,7 @@ class _Sampling(Strict):
     model: str
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Integer = 0
+    top_k: Integer | None = None
     n: Integer = Field(default=1, le=128)
     max_tokens: Integer | None = None
     seed: Integer | None = None
@@ -65,10 +66,10 @@ class _Sampling(Strict):
     use_beam_search: bool = False  # with so many beams as the larger of n and best_of
     length_penalty: float = 1.0
     early_stopping: Annotated[bool | Literal["never"], must_be('true, false or "never"')] = False
-    min_p: float = 0.0
+    min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[Integer] | None = None
     bad_words: list[str] = Field(default_factory=list)
@@ -115,15 +116,22 @@ class _Sampling(Strict):
             )
         return self
 
-    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
-        """Raises ValueError naming the parameter that is out of range."""
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return what the request asks of the sampler.
+
+        Args:
+            defaults: settings for the fields that are left out. Beam search, which draws nothing, takes
+                ``max_tokens`` of them alone.
+
+        Raises:
+            ValueError: naming the parameter that is out of range.
+        """
+        given = {name: getattr(self, name) for name in _WITH_DEFAULTS}
+        usable = {n: v for n, v in defaults.items() if n == "max_tokens" or not self.use_beam_search}
         return SamplingParams(
+            **{**usable, **{name: value for name, value in given.items() if value is not None}},
             n=self.n,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
             stop=self.stop or (),
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
@@ -132,10 +140,8 @@ class _Sampling(Strict):
             beam_width=max(self.n, self.best_of or 1) if self.use_beam_search else None,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty,
             logit_bias=_token_biases(self.logit_bias),
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words,
@@ -154,6 +160,10 @@ class _Sampling(Strict):
             continuous_usage=options.continuous_usage_stats,
             prompt_logprobs=self.prompt_logprobs,
         )
+
+
+# What a model's generation config may set for requests that leave it out.
+_WITH_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
 
 def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:

@@ -113,6 +113,22 @@ def test_a_model_that_is_not_there(capsys):
     assert "model './no-such-model' does not exist" in error_of(capsys, "--port", "0")
 
 
+def test_what_may_be_on_the_hub_and_is_not(capsys, monkeypatch, tmp_path):
+    """A wrong relative path looks like the name of a model there, where nobody may answer for long."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def ask(place, **_):
+        asked.append(capsys.readouterr().out)
+        raise OSError(f"no {place}")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", ask)
+    assert serve.main(["--model", "models/nothing", "--port", "0", "--device", "cpu"]) == 1
+    assert asked[0].startswith("cupaged: no 'models/nothing' is here; it is looked for on the hub")
+    error = "error: model 'models/nothing' is not here, and cannot be loaded from the hub: no models/nothing"
+    assert capsys.readouterr().err.splitlines()[-1] == error
+
+
 def test_a_setting_out_of_range(capsys):
     assert error_of(capsys, "--block-size", "12").startswith("error: block_size must be")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def test_the_second_time_is_a_hit(tmp_path):
     second = kc.cubin(SPEC, "80", tmp_path)
     assert (first.hit, second.hit) == (False, True)
     assert (second.path, second.usage) == (first.path, first.usage)
-    assert first.path.read_bytes()[:4] == b"\x7fELF"
+    assert first.path.read_bytes() == first.content == second.content
+    assert first.content[:4] == b"\x7fELF"
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".cubin", ".json"]  # no temporary stays
 
 
@@ -98,10 +100,36 @@ def test_writers_may_race(tmp_path):
     assert kc.cubin(SPEC, "80", tmp_path).hit
 
 
-def test_an_unwritable_directory_names_the_variable(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="CUPAGED_CACHE_DIR"):
-        kc.cubin(SPEC, "80", tmp_path / "file" / "below")
+@pytest.fixture(params=["unwritable", "full"])
+def bad_directory(request, tmp_path):
+    """A directory that takes no kernel: it cannot be made, or there is room for 64 bytes a file."""
+    kc._warn_not_kept.cache_clear()
+    if request.param == "unwritable":
+        (tmp_path / "file").write_text("")
+        yield tmp_path / "file" / "below"
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "kernels").glob("*")) == list((tmp_path / "kernels").glob(".*")) == []
+
+
+def test_a_directory_that_takes_nothing_prevents_no_launch(bad_directory, tmp_path, caplog):
+    for _ in range(2):
+        compiled = kc.cubin(SPEC, "80", bad_directory)
+        assert (compiled.hit, compiled.path) == (False, None)
+        assert compiled.content[:4] == b"\x7fELF"
+        assert compiled.usage[SPEC.entry].registers > 0
+    (record,) = caplog.records  # said once
+    assert str(bad_directory) in record.getMessage()
+    assert "CUPAGED_CACHE_DIR" in record.getMessage()
+
+
+def test_the_command_line_says_that_its_directory_takes_nothing(bad_directory, capsys):
+    arguments = ["--arch", "80", "--only", "copy_blocks[unit_bytes=16]", "--out", str(bad_directory)]
+    assert precompile.main(arguments) == 1
+    assert f"error: {bad_directory / 'kernels'} cannot be written" in capsys.readouterr().err
 
 
 def test_the_directory_can_be_chosen(tmp_path, monkeypatch):

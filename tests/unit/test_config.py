@@ -29,6 +29,8 @@ BAD = {
     "dtype": ["int8", "half", None, torch.float16],
     "kv_cache_dtype": ["bfloat16", "int4", None, torch.int8],
     "seed": [1.5, "x", None, True],
+    "generation_config": ["", None, 5, True],
+    "trust_remote_code": ["yes", None, 1],
     "device": [5, True, torch.device("cpu")],
 }
 
@@ -161,6 +163,7 @@ def test_all_sequences_run_at_their_longest(llama_dir):
 def test_what_is_available_to_a_cpu_counts_what_the_page_cache_gives_back(monkeypatch):
     available = SimpleNamespace(available=8 * 2**30, free=2**30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    monkeypatch.setattr(memory.cgroup, "available_bytes", lambda: None)
     runner = SimpleNamespace(device=torch.device("cpu"))
     assert memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 2 * 2**30 // SHAPE.block_bytes
     available.available = 2**20

