@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import gguf_tokenizer
 
 
 def load(
@@ -19,27 +21,32 @@ def load(
         options: further ones of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: transformers cannot read it.
+        ValueError: transformers cannot read it, or its text would be cut into other tokens than the model's.
     """
     try:
+        header = _Header.of(path)
+        pre = gguf_tokenizer.check(header.tokenizer, header.pre)  # before gigabytes are read
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever it meets
         raise ValueError(f"{path} cannot be loaded as a GGUF model: {error}") from error
-    if pre_tokenizer_name(path) == "smollm":
-        # The import drops this step; without it numbers are cut otherwise than the model was trained on.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+    if pre is not None:
+        gguf_tokenizer.settle(tokenizer, pre, header.add_bos)
     return model, tokenizer
 
 
-def pre_tokenizer_name(path: Path) -> str | None:
-    """What the file says about how text is cut before merging, as "smollm" or "llama-bpe"."""
-    from gguf import GGUFReader
+@dataclass(frozen=True)
+class _Header:
+    """What a file says about its tokenizer."""
 
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+    tokenizer: str | None
+    pre: str | None
+    add_bos: bool | None
+
+    @classmethod
+    def of(cls, path: Path) -> _Header:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        keys = (f"tokenizer.ggml.{name}" for name in ("model", "pre", "add_bos_token"))
+        return cls(*(None if field is None else field.contents() for field in map(reader.get_field, keys)))
