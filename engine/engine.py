@@ -89,7 +89,8 @@ class LLMEngine:
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
         # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
-        self.max_characters = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # characters
+        self.max_characters = self.max_model_len * self._longest_token
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
         self._rates = Rates(shape.block_bytes)
@@ -176,7 +177,7 @@ class LLMEngine:
             skip_reading_prefix_cache=params.needs_whole_prompt,
             bad_words=bad_words.tokenise(
                 self.tokenizer,
-                [word for word in params.bad_words if len(word) <= self.max_characters],
+                [word for word in params.bad_words if len(word.lstrip()) <= max_tokens * self._longest_token],
                 max_tokens,
             ),
         )
