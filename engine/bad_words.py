@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 
 import numpy as np
@@ -10,13 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from .logits_processors import Users
 
+# What a word may follow. Tokenizers such as Llama 2's put a space of their own before a text, so that the
+# tokens of a word alone are those that it has after a space.
+_BEFORE = ("\n", "!", "-", "0", "a")
 _NONE = -1  # no token: matches any in a word, and none in an output
 
 
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, words: SequenceABC[str], max_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Each word as the tokens it has at the start of a text and after a space.
+    """Each word as the tokens it has at the start of a text, after a space, and right after other characters.
 
     One that ends in another one is left out: it is never complete where the other is not. So is one of more
     tokens than an output has, ``max_tokens``; it would take memory for as many of every sequence.
@@ -26,15 +30,13 @@ def tokenise(
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
-        for text in (word.lstrip(), f" {word.lstrip()}"):
-            try:
-                token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            except (TypeError, UnicodeError) as error:  # half of a surrogate pair
-                raise ValueError(f"bad_words: the tokenizer refuses {word!r}: {error}") from error
-            if not token_ids:
-                raise ValueError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
-            if len(token_ids) <= max_tokens:
-                found[token_ids] = None
+        try:
+            forms = _forms(tokenizer, word.lstrip())
+        except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+            raise ValueError(f"bad_words: the tokenizer refuses {word!r}: {error}") from error
+        if not all(forms):
+            raise ValueError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
+        found.update(dict.fromkeys(form for form in forms if len(form) <= max_tokens))
     # Backwards and sorted, those that end in a word follow it.
     kept: list[tuple[int, ...]] = []
     for backwards in sorted(ids[::-1] for ids in found):
@@ -42,6 +44,34 @@ def tokenise(
             kept.append(backwards)
     needed = set(kept)
     return tuple(ids for ids in found if ids[::-1] in needed)
+
+
+def _forms(tokenizer: PreTrainedTokenizerBase, word: str) -> list[tuple[int, ...]]:
+    """Return the tokens of a word, with and without a space before it, where a text begins and within one."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    forms = [ids(word), ids(f" {word}")]
+    if hasattr(tokenizer, "decode"):  # it is more than a function of texts
+        forms += [form for text in (word, f" {word}") if (form := _within(tokenizer, ids, text))]
+    return forms
+
+
+def _within(
+    tokenizer: PreTrainedTokenizerBase, ids: Callable[[str], tuple[int, ...]], text: str
+) -> tuple[int, ...] | None:
+    """Return the tokens of a text that follows another one; None if the tokenizer changes one of them."""
+    for before in _BEFORE:
+        start, both = ids(before), ids(before + text)
+        if both[: len(start)] != start:
+            continue  # the two melt into a token
+        first, whole = (
+            tokenizer.decode(list(part), clean_up_tokenization_spaces=False) for part in (start, both)
+        )
+        if whole == f"{first}{text}":  # nothing is lost
+            return both[len(start) :]
+    return None
 
 
 class BadWords:

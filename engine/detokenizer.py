@@ -13,6 +13,19 @@ _CHARACTER = 4
 _HELD = 2 * _CHARACTER  # tokens held back before it is looked which of them are just wrong
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return the text of a token within a text. Decoders may drop the space that a text begins with, which a
+    token that is decoded alone would lack."""
+
+    def decode(*tokens: int) -> str:
+        return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)  # type: ignore[return-value]
+
+    alone = decode(token)
+    if "\ufffd" in alone:  # a part of a character, and two of them might be one
+        return alone
+    return decode(token, token).removeprefix(alone)
+
+
 class Detokenizer:
     """The text of one output.
 
@@ -44,7 +57,7 @@ class Detokenizer:
         if text and not text.endswith("\ufffd"):
             self._advance(len(self._ids))
             return text
-        if text == self._held and self._is_silent(token):  # they would pile up, or hide a border
+        if text == self._held and self.is_silent(token):  # they would pile up, or hide a border
             self._ids.pop()
         self._held = text
         if len(self._ids) - self._read <= _HELD:
@@ -53,6 +66,24 @@ class Detokenizer:
         text = self._pending(end)
         self._advance(end)
         return text
+
+    @property
+    def held(self) -> str:
+        """The text of the tokens that is held back, as it would be if they were the last ones."""
+        return self._held
+
+    @property
+    def at_start(self) -> bool:
+        """Whether nothing before the next token has a text, so that the decoder may drop a space of it."""
+        return not (self._before or self._held)
+
+    def peek(self, token: int) -> str:
+        """Return the text of a next token, at the start."""
+        return self._decode([*self._ids, token])
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token never has a text here. Some have none at the start alone, such as a space."""
+        return not self._decode([token, token])
 
     def flush(self) -> str:
         """What was held back, at the end of the output."""
@@ -72,10 +103,6 @@ class Detokenizer:
             if "\ufffd" not in self._decode(context[start:]):
                 return context[start:]
         return []
-
-    def _is_silent(self, token: int) -> bool:
-        """Whether it never has a text. Some have none at the start alone, such as a space."""
-        return not self._decode([token, token])
 
     def _pending(self, end: int | None = None) -> str:
         """The text of the tokens that is not out, or of those before ``end``."""

@@ -93,7 +93,8 @@ class LLMEngine:
         cpu_blocks = memory.num_cpu_blocks(config, shape, num_blocks)
         self.model_name = model or demo_model.NAME
         # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
-        self.max_characters = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # characters
+        self.max_characters = self.max_model_len * self._longest_token
         self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         output = loaded.get_output_embeddings()
         # The input may have tokens that are no output, and the tokenizer more than either.
@@ -183,7 +184,7 @@ class LLMEngine:
             max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
         words = bad_words.tokenise(
             self.tokenizer,
-            [word for word in params.bad_words if len(word) <= self.max_characters],
+            [word for word in params.bad_words if len(word.lstrip()) <= max_tokens * self._longest_token],
             max_tokens,
         )
         group = SequenceGroup(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import gguf_tokenizer
 from .weights import load_weights
 
 _log = logging.getLogger("cupaged.engine")
@@ -25,22 +26,19 @@ def load(
         options: further ones of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: transformers cannot read it, or it lacks tensors.
+        ValueError: transformers cannot read it, it lacks tensors, or its text would be cut into other tokens
+            than the model's.
     """
     try:
+        header = _Header.of(path)
+        pre = gguf_tokenizer.check(header.tokenizer, header.pre)  # before gigabytes are read
         model = load_weights(path.parent, gguf_file=path.name, dtype=dtype, **_dequantise_option(), **options)
         _log.info("the weights of %s are dequantised to %s", path.name, str(dtype).removeprefix("torch."))
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever it meets
         raise ValueError(f"{path} cannot be loaded as a GGUF model: {error}") from error
-    if pre_tokenizer_name(path) == "smollm":
-        # The import drops this step; without it numbers are cut otherwise than the model was trained on.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+    if pre is not None:
+        gguf_tokenizer.settle(tokenizer, pre, header.add_bos)
     return model, tokenizer
 
 
@@ -48,14 +46,6 @@ def _dequantise_option() -> dict[str, Any]:
     """Ask newer releases of transformers not to keep weights packed, for kernels of their own."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def pre_tokenizer_name(path: Path) -> str | None:
-    """What the file says about how text is cut before merging, as "smollm" or "llama-bpe"."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
 
 
 def context_length(path: Path) -> int | None:
@@ -73,3 +63,20 @@ def context_length(path: Path) -> int | None:
     architecture = reader.get_field("general.architecture")
     field = None if architecture is None else reader.get_field(f"{architecture.contents()}.context_length")
     return None if field is None else int(field.contents())
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says about its tokenizer."""
+
+    tokenizer: str | None
+    pre: str | None
+    add_bos: bool | None
+
+    @classmethod
+    def of(cls, path: Path) -> _Header:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        keys = (f"tokenizer.ggml.{name}" for name in ("model", "pre", "add_bos_token"))
+        return cls(*(None if field is None else field.contents() for field in map(reader.get_field, keys)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, token_text
 from .logprobs import TokenLogprobs
 from .outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from .plan import ScheduledSequence
@@ -36,7 +36,7 @@ class OutputProcessor:
         self._scheduler = scheduler
         self._states: dict[int, _State] = {}  # by the sequence's id
         self._prompts: dict[SequenceGroup, list[PositionLogprobs | None]] = {}
-        self._texts: dict[int, str] = {}  # of single tokens
+        self._texts: dict[int, str] = {}  # of single tokens, within a text
 
     def process(
         self, scheduled: SequenceABC[ScheduledSequence], samples: SamplerOutput
@@ -91,7 +91,7 @@ class OutputProcessor:
         named: PositionLogprobs = {}
         for token, logprob, rank in zip(found.token_ids, found.logprobs, ranks):
             if token not in self._texts:
-                self._texts[token] = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)  # type: ignore[assignment]
+                self._texts[token] = token_text(self._tokenizer, token)
             named.setdefault(token, Logprob(logprob, rank, self._texts[token]))
         return named
 

@@ -13,7 +13,8 @@ class Logprob:
         logprob: the natural logarithm of its probability, in the model's own distribution: at temperature 1,
             before penalties, biases and limits.
         rank: 1 is the most likely token.
-        decoded_token: its text alone. A part of a character is U+FFFD.
+        decoded_token: its text within a text, with the space that it begins with. A part of a character is
+            U+FFFD.
     """
 
     logprob: float

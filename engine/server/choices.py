@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from ..outputs import CompletionOutput, RequestOutput
 from ..sampling_params import SamplingParams
 from .logprobs import ChatLogprobs, TextLogprobs, for_prompt
 from .protocol import Wanted
@@ -79,15 +79,18 @@ class Choice:
         return choice
 
     def _piece(self, write: Callable[[str], Json], output: RequestOutput, one: CompletionOutput) -> Json:
-        text, token_ids = "", list[int]()
-        positions = list[PositionLogprobs | None]()
+        text, logprobs = "", None
+        if self._wanted.logprobs is not None and self._logprobs is None:
+            self._logprobs = self._writer(output, self._wanted.logprobs)
         if self._wanted.echo and not self._started:
             text = self._prompt(output)
-            token_ids, positions = list(output.prompt_token_ids), list(output.prompt_logprobs or ())
+            if isinstance(self._logprobs, TextLogprobs):
+                positions = output.prompt_logprobs or ()
+                logprobs = self._logprobs.of_prompt(text, output.prompt_token_ids, positions)
         text += one.text[self._characters :]
-        token_ids += one.token_ids[self._tokens :]
-        positions += (one.logprobs or [])[self._tokens :]
-        logprobs = self._look_up(output, token_ids, positions)
+        if self._logprobs is not None:
+            new = self._logprobs.of(one.token_ids[self._tokens :], (one.logprobs or ())[self._tokens :])
+            logprobs = new if logprobs is None else {name: logprobs[name] + new[name] for name in logprobs}
         self._characters, self._tokens = len(one.text), len(one.token_ids)
         self._started, self._ended = True, one.finish_reason is not None
         return self._written(write(text), logprobs, one.finish_reason)
@@ -101,20 +104,9 @@ class Choice:
             clean_up_tokenization_spaces=False,
         )
 
-    def _look_up(
-        self, output: RequestOutput, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
-    ) -> Json | None:
-        count = self._wanted.logprobs
-        if count is None:
-            return None
-        if self._logprobs is None:
-            before = [] if self._wanted.echo else output.prompt_token_ids
-            self._logprobs = (
-                ChatLogprobs(self._tokenizer, count)
-                if self._style is CHAT
-                else TextLogprobs(self._tokenizer, count, before, self._skip_special_tokens)
-            )
-        return self._logprobs.of(token_ids, positions)
+    def _writer(self, output: RequestOutput, count: int) -> ChatLogprobs | TextLogprobs:
+        kind = ChatLogprobs if self._style is CHAT else TextLogprobs
+        return kind(self._tokenizer, count, output.prompt_token_ids, self._skip_special_tokens)
 
     def _written(self, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -56,13 +56,13 @@ def add_up(chunks) -> tuple[str, dict[str, list]]:
 
 
 def named(position) -> dict[str, float]:
-    """Logarithms by text; bytes by their value, and of several tokens without a text the likeliest."""
+    """Logarithms by text; bytes by their value, and tokens with a text that is there by their id."""
     names: dict[str, float] = {}
     for token, one in position.items():
         text = one.decoded_token
         if text == "\ufffd":
             text = f"bytes:\\x{token_bytes(tiny_models.tokenizer(), token, text)[0]:02x}"
-        names.setdefault(text, near(one.logprob))
+        names[f"token_id:{token}" if text in names else text] = near(one.logprob)
     return names
 
 
