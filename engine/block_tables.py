@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-
 NO_BLOCK = 2**31 - 1  # in the place of a block that was given back; an index that no pool has
 
 

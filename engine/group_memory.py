@@ -48,7 +48,7 @@ class GroupMemory:
         if self._window is not None and not group.is_prefix:
             first_seen = seq.num_computed - self._window + 1
             if first_seen >= self._blocks.block_size:
-                self._blocks.free_before(seq.seq_id, first_seen, seq.keys)
+                self._blocks.free_before(seq.seq_id, first_seen, self.keys(group, seq, seq.num_computed))
 
     def drop(self, group: SequenceGroup, keep: bool = True) -> None:
         """Let the group start again; with ``keep`` what it has computed can be found."""

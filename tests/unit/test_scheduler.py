@@ -201,8 +201,9 @@ def test_more_requests_run_at_once_where_windows_leave_blocks_behind():
     assert running == {None: 1, 6: 3}
 
 
-def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay():
-    simulation = Simulation(num_blocks=24, budget=32, window=5)
+@pytest.mark.parametrize("window", [1, 5])
+def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
+    simulation = Simulation(num_blocks=24, budget=32, window=window)
     prompt = simulation.prompt(32)
     simulation.add_prefix(prompt[:16])
     simulation.step()
@@ -214,6 +215,25 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay():
     simulation.run()
     assert simulation.scheduler.num_prefix_hits == 16 + 31, "what was given back is found again"
     assert simulation.scheduler.num_pinned_blocks() == 4
+
+
+def test_what_the_first_output_gave_back_is_found_for_the_second():
+    """The prompt's blocks are evicted and those behind them are not. The first output computes the prompt again
+    in chunks, giving back what its window leaves behind, before the second one looks for its blocks."""
+    simulation = Simulation(num_blocks=14, budget=8, window=5, by_priority=True)
+    group = simulation.add(16, 14, n=2)
+    while group.live[0].num_computed < 24:
+        simulation.step()
+    simulation.add(40, 1, priority=-1)
+    first, second = group.live
+    while group.status is not Status.PREEMPTED:
+        simulation.step()
+    while first.num_computed < 16:
+        assert second.num_computed == 0
+        simulation.step()
+    assert first.num_computed == 16
+    assert second.num_computed > 20
+    simulation.run()
 
 
 def test_a_request_that_needs_exactly_the_pool_runs_and_one_block_more_is_refused():
