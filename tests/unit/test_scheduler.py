@@ -220,15 +220,16 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
 def test_what_the_first_output_gave_back_is_found_for_the_second():
     """The prompt's blocks are evicted and those behind them are not. The first output computes the prompt
     again in chunks, giving back what its window leaves behind, before the second one looks for its blocks."""
-    simulation = Simulation(num_blocks=14, budget=8, window=5, by_priority=True)
+    simulation = Simulation(num_blocks=14, budget=48, window=5, by_priority=True)
     group = simulation.add(16, 14, n=2)
     while group.live[0].num_computed < 24:
         simulation.step()
     other = simulation.add(40, 1, priority=-1)
     first, second = group.live
-    simulation.step()
+    simulation.fail()  # so that the blocks which the other request takes hold nothing
     assert group.status is Status.PREEMPTED
-    simulation.scheduler.abort(other)  # most of its blocks are empty
+    simulation.scheduler.abort(other)
+    simulation.scheduler._max_num_batched_tokens = 8
     while first.num_computed < 16:
         assert second.num_computed == 0
         simulation.step()
