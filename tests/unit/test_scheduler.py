@@ -217,6 +217,16 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
     assert simulation.scheduler.num_pinned_blocks() == 4
 
 
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_what_was_generated_is_found_behind_a_window(window):
+    simulation = Simulation(num_blocks=24, budget=32, window=window)
+    group = simulation.add(6, 27)
+    simulation.run()
+    simulation.add(group.seqs[0].token_ids, 1)
+    simulation.run()
+    assert simulation.scheduler.num_prefix_hits == 32, "of 33 tokens the last was never computed"
+
+
 def test_what_the_first_output_gave_back_is_found_for_the_second():
     """The prompt's blocks are evicted and those behind them are not. The first output computes the prompt
     again in chunks, giving back what its window leaves behind, before the second one looks for its blocks."""
