@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .block_manager import BlockManager
+from .block_tables import NO_BLOCK
 from .request import Sequence, SequenceGroup
 
 
@@ -74,6 +75,8 @@ def memory_use(
             table, end = blocks.table(seq.seq_id), tokens_at_end(group, seq)
             references += len(table)
             for position, block in enumerate(table):
+                if block == NO_BLOCK:
+                    continue
                 start = position * size
                 stored[block] = max(stored.get(block, 0), min(size, seq.num_computed - start))
                 at_end[block] = max(at_end.get(block, 0), min(size, end - start))

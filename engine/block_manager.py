@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .block_pool import BlockPool, Run, move, num_to_move
-from .block_tables import BlockTable, BlockTables
+from .block_tables import NO_BLOCK, BlockTable, BlockTables
 
 
 class BlockManager:
@@ -46,7 +46,7 @@ class BlockManager:
         return seq_id in self._tables or seq_id in self._swapped
 
     def table(self, seq_id: int) -> Sequence[int]:
-        """The sequence's GPU blocks in order; a view that later appends change."""
+        """The sequence's GPU blocks in order, `NO_BLOCK` for those given back; a view that appends change."""
         return self._tables[seq_id].blocks
 
     def tables(self, seq_ids: Sequence[int]) -> np.ndarray:
@@ -55,7 +55,7 @@ class BlockManager:
 
     def num_distinct(self, seq_ids: Iterable[int]) -> int:
         """GPU blocks that these sequences hold together."""
-        return len({block for seq_id in seq_ids if seq_id in self._tables for block in self.table(seq_id)})
+        return len({b for seq_id in seq_ids if seq_id in self._tables for b in self._tables[seq_id].held})
 
     # -- growing -------------------------------------------------------------------------------------
 
@@ -120,10 +120,10 @@ class BlockManager:
         """Give the child the parent's first ``num_tokens`` tokens: it shares the blocks that hold them."""
         parent = self._tables[parent_id]
         blocks = parent.blocks[: self.blocks_for(num_tokens)]
-        for block in blocks:
+        for block in blocks[parent.num_freed :]:
             self.gpu.share(block)
         keyed = min(parent.num_keyed, num_tokens // self.block_size)
-        self._tables.add(child_id, blocks, parent.keys[:keyed], keyed)
+        self._tables.add(child_id, blocks, parent.keys[:keyed], keyed, min(parent.num_freed, len(blocks)))
         self.writable[parent_id] = self.writable[child_id] = 0  # whoever writes first has to ask
 
     def reserve(self, seq_id: int, blocks: list[int]) -> None:
@@ -143,6 +143,25 @@ class BlockManager:
         self.writable[parent_id] = len(parent) * self.block_size
         self.writable[child_id] = count * self.block_size
 
+    def free_before(self, seq_id: int, position: int, keys: Sequence[bytes] = ()) -> None:
+        """Give back the blocks whose tokens all stand before a position, as no token to come sees them.
+
+        They can be found until their memory is needed.
+
+        Args:
+            keys: of the sequence's full blocks, as of `append`.
+        """
+        table = self._tables[seq_id]
+        end = position // self.block_size
+        for i in range(table.num_freed, end):
+            block = table.blocks[i]
+            if table.num_keyed <= i < len(keys):
+                self.gpu.register(block, keys[i])
+            self._tables.replace(table, i, NO_BLOCK)
+            self.gpu.release(block)
+        table.num_freed = max(table.num_freed, end)
+        table.num_keyed = max(table.num_keyed, end)
+
     def free(self, seq_id: int, held: int = 0, keys: Sequence[bytes] = ()) -> None:
         """Drop the sequence's blocks, wherever they are. A sequence without any is no error.
 
@@ -154,10 +173,10 @@ class BlockManager:
         if (table := self._tables.remove(seq_id)) is not None:
             for i in range(table.num_keyed, min(held // self.block_size, len(keys))):
                 self.gpu.register(table.blocks[i], keys[i])
-            for block in reversed(table.blocks):  # the end is of no use without the beginning: it goes first
+            for block in reversed(table.held):  # the end is of no use without the beginning: it goes first
                 self.gpu.release(block)
         if (table := self._swapped.pop(seq_id, None)) is not None:
-            for block in reversed(table.blocks):
+            for block in reversed(table.held):
                 self.cpu.release(block)
 
     # -- prefixes ------------------------------------------------------------------------------------
@@ -230,7 +249,8 @@ class BlockManager:
         for seq_id, table, blocks in zip(moving, tables, new):
             self._tables.remove(seq_id)
             del self.writable[seq_id]
-            self._swapped[seq_id] = BlockTable(-1, blocks, table.keys, table.num_keyed)
+            places = [NO_BLOCK] * table.num_freed + blocks
+            self._swapped[seq_id] = BlockTable(-1, places, table.keys, table.num_keyed, table.num_freed)
         return copies
 
     def num_swapped_blocks(self, seq_ids: Iterable[int]) -> int:
@@ -249,13 +269,14 @@ class BlockManager:
         tables = [self._swapped.pop(seq_id) for seq_id in moving]
         new, copies = move([self._run(table) for table in tables], self.cpu, self.gpu)
         for seq_id, table, blocks in zip(moving, tables, new):
-            self._tables.add(seq_id, blocks, table.keys, table.num_keyed)
+            places = [NO_BLOCK] * table.num_freed + blocks
+            self._tables.add(seq_id, places, table.keys, table.num_keyed, table.num_freed)
             self.writable[seq_id] = 0
         return copies
 
     @staticmethod
     def _run(table: BlockTable) -> Run:
-        return table.blocks, table.keys[: table.num_keyed]
+        return table.held, table.keys[table.num_freed : table.num_keyed]
 
     def check_integrity(self) -> None:
         """Every block is empty, cached, or named by tables exactly as often as it counts references, and what
@@ -264,8 +285,8 @@ class BlockManager:
         Raises:
             RuntimeError: it is not so.
         """
-        self.gpu.check_integrity(Counter(b for s in self._tables for b in self._tables[s].blocks))
-        self.cpu.check_integrity(Counter(b for table in self._swapped.values() for b in table.blocks))
+        self.gpu.check_integrity(Counter(b for s in self._tables for b in self._tables[s].held))
+        self.cpu.check_integrity(Counter(b for table in self._swapped.values() for b in table.held))
         self._tables.check_integrity()
         if both := [seq_id for seq_id in self._tables if seq_id in self._swapped]:
             raise RuntimeError(f"sequences {sorted(both)} are on the GPU and swapped out")

@@ -7,19 +7,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+NO_BLOCK = 2**31 - 1  # in the place of a block that was given back; an index that no pool has
+
 
 @dataclass(slots=True)
 class BlockTable:
     """One sequence's blocks in order.
 
     ``keys`` are the content keys of its full blocks, the caller's own growing list; the pool knows the first
-    ``num_keyed`` of them.
+    ``num_keyed`` of them. The first ``num_freed`` blocks were given back, `NO_BLOCK` stands in their places.
     """
 
     row: int
     blocks: list[int]
     keys: Sequence[bytes] = ()
     num_keyed: int = 0
+    num_freed: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        """Return the blocks that were not given back."""
+        return self.blocks[self.num_freed :] if self.num_freed else self.blocks
 
 
 @dataclass(slots=True)
@@ -50,14 +58,19 @@ class BlockTables:
         return self._tables.get(seq_id)
 
     def add(
-        self, seq_id: int, blocks: list[int], keys: Sequence[bytes] = (), num_keyed: int = 0
+        self,
+        seq_id: int,
+        blocks: list[int],
+        keys: Sequence[bytes] = (),
+        num_keyed: int = 0,
+        num_freed: int = 0,
     ) -> BlockTable:
         """A new table; the list is its own from now on."""
         if not self._free_rows:
             rows = len(self._array)
             self._array = np.concatenate([self._array, np.zeros_like(self._array)])
             self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
-        table = self._tables[seq_id] = BlockTable(self._free_rows.pop(), blocks, keys, num_keyed)
+        table = self._tables[seq_id] = BlockTable(self._free_rows.pop(), blocks, keys, num_keyed, num_freed)
         if blocks:
             self._widen(len(blocks))
             self._array[table.row, : len(blocks)] = blocks
@@ -94,6 +107,10 @@ class BlockTables:
         for seq_id, table in self._tables.items():
             if self._array[table.row, : len(table.blocks)].tolist() != table.blocks:
                 raise RuntimeError(f"the row of sequence {seq_id} is not its block table")
+            if [block == NO_BLOCK for block in table.blocks] != [
+                position < table.num_freed for position in range(len(table.blocks))
+            ]:
+                raise RuntimeError(f"sequence {seq_id} has given back {table.num_freed} blocks, and others")
 
     def _widen(self, width: int) -> None:
         while width > self._array.shape[1]:

@@ -4,6 +4,7 @@ is room for them. No torch."""
 from __future__ import annotations
 
 from .block_manager import BlockManager
+from .block_tables import NO_BLOCK
 from .prefix_hash import extend_keys
 from .request import Sequence, SequenceGroup, Status
 
@@ -13,13 +14,16 @@ class GroupMemory:
 
     Args:
         enable_prefix_caching: find full blocks by their tokens, and let them be found.
+        window: maximum number of tokens, its own included, that a token sees in any layer; None where a layer
+            sees all.
     """
 
     preempts = True  # groups take more as they grow, and may lose it
 
-    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool) -> None:
+    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool, window: int | None = None) -> None:
         self._blocks = blocks
         self._caching = enable_prefix_caching
+        self._window = window
 
     def reads_cache(self, group: SequenceGroup) -> bool:
         return self._caching and not group.skip_reading_prefix_cache
@@ -38,6 +42,13 @@ class GroupMemory:
     def release(self, group: SequenceGroup, seq: Sequence) -> None:
         """Free the sequence's blocks; the full ones among what it has computed can be found."""
         self._blocks.free(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
+
+    def free_unseen(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Give back the blocks that the window of the sequence's next token has left behind."""
+        if self._window is not None and not group.is_prefix:
+            first_seen = seq.num_computed - self._window + 1
+            if first_seen >= self._blocks.block_size:
+                self._blocks.free_before(seq.seq_id, first_seen, self.keys(group, seq, seq.num_computed))
 
     def drop(self, group: SequenceGroup, keep: bool = True) -> None:
         """Let the group start again; with ``keep`` what it has computed can be found."""
@@ -110,9 +121,11 @@ class GroupMemory:
             keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
             found, _ = self._blocks.find_prefix(keys)
             if len(found) * size > group.prompt_len:
-                # What is found of the prompt may be another copy than the first one's.
+                # What is found of the prompt may be another copy than the first one's, which may have given
+                # its own back.
                 shared = self._blocks.table(first.seq_id)[: group.prompt_len // size]
-                self._blocks.take_prefix(seq.seq_id, keys, [*shared, *found[len(shared) :]])
+                blocks = [other if own == NO_BLOCK else own for own, other in zip(shared, found)]
+                self._blocks.take_prefix(seq.seq_id, keys, [*blocks, *found[len(shared) :]])
                 seq.num_computed = len(found) * size
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)

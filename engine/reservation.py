@@ -141,11 +141,14 @@ class ReservedMemory(GroupMemory):
 
 
 def group_memory(
-    policy: str, blocks: BlockManager, enable_prefix_caching: bool, max_model_len: int
+    policy: str, blocks: BlockManager, enable_prefix_caching: bool, max_model_len: int, window: int | None
 ) -> GroupMemory:
-    """What serves groups under one of `MEMORY_POLICIES`; all but "paged" go without the prefix cache."""
+    """What serves groups under one of `MEMORY_POLICIES`.
+
+    All but "paged" go without the prefix cache, and free nothing before the end.
+    """
     if policy == "paged":
-        return GroupMemory(blocks, enable_prefix_caching)
+        return GroupMemory(blocks, enable_prefix_caching, window)
     return ReservedMemory(blocks, policy, max_model_len)
 
 

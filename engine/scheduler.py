@@ -43,6 +43,8 @@ class Scheduler:
         by_priority: rank requests by their priority first, lower ones before higher.
         memory_policy: one of `MEMORY_POLICIES`.
         static: admit a batch when the one before has ended, and nothing meanwhile.
+        window: maximum number of tokens that a token sees in any layer, its own included; None where a layer
+            sees all. Blocks that no token to come sees are given back.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class Scheduler:
         by_priority: bool = False,
         memory_policy: str = "paged",
         static: bool = False,
+        window: int | None = None,
     ) -> None:
         self._blocks = blocks
         self._max_num_batched_tokens = max_num_batched_tokens
         self._preemption = preemption
         self._eos_token_ids = eos_token_ids
-        self._memory = group_memory(memory_policy, blocks, enable_prefix_caching, max_model_len)
+        self._memory = group_memory(memory_policy, blocks, enable_prefix_caching, max_model_len, window)
         self._room = Room(blocks, self._memory, max_num_seqs)
         self._by_priority = by_priority
         self._makes_way = by_priority and self._memory.preempts
@@ -277,6 +280,8 @@ class Scheduler:
                     prefill_budget = self._prefill_budget()
                 turn = self._turn(group, prefill_budget)
                 prefill_budget -= sum(n for seq, n in turn if seq.num_pending > 1)
+            for seq, _ in turn:
+                self._memory.free_unseen(group, seq)
             while not self._fits(turn):
                 victim = self.running.pop()
                 self._preempt(victim, draft)

@@ -36,10 +36,10 @@ class PagedMemory:
             block, offset = divmod(position, self._blocks.block_size)
             self.gpu[self._blocks.table(seq_id)[block]][offset] = tuple(tokens[: position + 1])
 
-    def check(self, seq_id: int, tokens: Sequence[int]) -> None:
-        """Compare what the sequence would read with what it is."""
+    def check(self, seq_id: int, tokens: Sequence[int], first: int = 0) -> None:
+        """Compare what the sequence would read, from position ``first`` on, with what it is."""
         table, size = self._blocks.table(seq_id), self._blocks.block_size
-        for position in range(len(tokens)):
+        for position in range(max(0, first), len(tokens)):
             found = self.gpu[table[position // size]][position % size]
             assert found == tuple(tokens[: position + 1]), f"sequence {seq_id}, position {position}"
         assert self._blocks.tables([seq_id])[0, : len(table)].tolist() == table

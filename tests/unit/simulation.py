@@ -38,6 +38,7 @@ class Simulation:
         max_model_len: int | None = None,
         memory_policy: str = "paged",
         static: bool = False,
+        window: int | None = None,
     ) -> None:
         self.blocks = BlockManager(num_blocks, num_cpu_blocks, block_size)
         self.memory = PagedMemory(self.blocks, SALTS)
@@ -56,7 +57,9 @@ class Simulation:
             by_priority,
             memory_policy,
             static,
+            window,
         )
+        self.window = window
         self.random = random.Random(seed)
         self.eos_chance = eos_chance
         self.groups: list[SequenceGroup] = []
@@ -203,7 +206,12 @@ class Simulation:
             tokens = item.seq.token_ids[: item.start + item.num_tokens]
             self.memory.write(item.seq.seq_id, item.start + item.num_stored, tokens)
         for item in plan.scheduled:
-            self.memory.check(item.seq.seq_id, item.seq.token_ids[: item.start + item.num_tokens])
+            tokens = item.seq.token_ids[: item.start + item.num_tokens]
+            self.memory.check(item.seq.seq_id, tokens, self.first_seen(item.start))
+
+    def first_seen(self, position: int) -> int:
+        """The first position that the token at this one sees."""
+        return 0 if self.window is None else position - self.window + 1
 
     def draw(self) -> int:
         return EOS if self.random.random() < self.eos_chance else self.random.randrange(EOS)
@@ -245,7 +253,8 @@ class Simulation:
         pinned = [g.live[0] for g in self.scheduler.pinned.groups.values() if g.status is Status.PINNED]
         for seq in [*running, *pinned]:
             if self.blocks.holds(seq.seq_id):
-                self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed])
+                first = self.first_seen(seq.num_computed) if seq in running else 0
+                self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed], first)
 
     def run(self, limit: int = 10000) -> None:
         while self.scheduler.has_unfinished():
