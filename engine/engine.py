@@ -120,6 +120,7 @@ class LLMEngine:
             config.scheduling_policy == "priority",
             config.memory_policy,
             config.batching == "static",
+            self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
         if config.preemption_mode == "auto" and cpu_blocks:

@@ -41,6 +41,12 @@ class ModelRunner:
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
 
+    @property
+    def window(self) -> int | None:
+        """Maximum number of tokens that a token sees in any layer; None where a layer sees all."""
+        windows = [window for window in self._windows if window is not None]
+        return max(windows) if windows and len(windows) == len(self._windows) else None
+
     def _check(self, model: torch.nn.Module) -> tuple[LayerAttention, ...]:
         if self.config.is_encoder_decoder:
             raise ValueError("it has an encoder")

@@ -63,6 +63,8 @@ def test_greedy_equals_transformers_under_preemption(architecture, tmp_path, see
     first = 3 * list(tiny_models.CONFIGS).index(architecture)
     for turn in range(3):
         mode, caching, block_size, blocks, budget = SETTINGS[(first + turn) % len(SETTINGS)]
+        if architecture == "mistral":  # gives back what its window has left behind
+            blocks = -(-168 // block_size)
         llm = LLM(
             directory,
             device="cpu",
