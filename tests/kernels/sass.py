@@ -7,21 +7,43 @@ import subprocess
 from pathlib import Path
 
 from cuda import pathfinder
+from cupaged.compile import cubin
+from cupaged.specs import KernelSpec
+
+from .thinned import has_fp8
+
+WIDE = ("wide loads", "wide stores")
+MATRIX = (*WIDE, "tensor cores", "ldmatrix")
+
+# What the code of a kernel must have, by its entry point.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "reshape_and_cache": WIDE,
+    "copy_blocks": WIDE,
+    "find_shared_pieces": (),
+    "plan_prefill": (),
+    "merge_splits": WIDE,
+    "merge_states": WIDE,
+    "paged_decode": WIDE,
+    "paged_decode_mma": MATRIX,
+    "paged_prefill": WIDE,
+    "paged_prefill_mma": MATRIX,
+    "paged_prefill_wgmma": (*WIDE, "warpgroup products"),
+}
 
 # `/*02a0*/   @!P1 LDG.E.128.CONSTANT R4, desc[...` : address, perhaps a predicate, the opcode.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
-def opcodes(cubin: Path) -> list[str]:
+def opcodes(path: Path) -> list[str]:
     """Every instruction's opcode with its modifiers, in the order of the code: ``LDG.E.128.CONSTANT``."""
     tool = pathfinder.find_nvidia_binary_utility("nvdisasm")
     if tool is None:
         raise FileNotFoundError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm (in cupaged[test])")
     # Without the data-flow analysis, which only names branch targets.
-    done = subprocess.run([tool, "-c", "-ndf", str(cubin)], capture_output=True, text=True)
+    done = subprocess.run([tool, "-c", "-ndf", str(path)], capture_output=True, text=True)
     found = _INSTRUCTION.findall(done.stdout)
     if done.returncode or not found:
-        raise RuntimeError(f"nvdisasm failed on {cubin.name}: {done.stderr.strip() or 'no instruction'}")
+        raise RuntimeError(f"nvdisasm failed on {path.name}: {done.stderr.strip() or 'no instruction'}")
     return found
 
 
@@ -51,3 +73,27 @@ def complaints(code: list[str], needs: tuple[str, ...]) -> list[str]:
         "ldmatrix": "LDSM" in by_name,
     }
     return found + [f"no {need}" for need in needs if not satisfied[need]]
+
+
+def converts_e4m3(spec: KernelSpec, arch: str) -> bool:
+    """Return whether a kernel of tensor cores has the instruction: see quant.cuh."""
+    return has_fp8(arch) and "CUPAGED_ROW_GROUPS" not in dict(spec.defines)
+
+
+def machine_code_complaints(spec: KernelSpec, arch: str) -> list[str]:
+    """Return what is wrong with the machine code of a kernel, of those in `cuda/`."""
+    code = opcodes(cubin(spec, arch).path)
+    names = {opcode.partition(".")[0] for opcode in code}
+    defines = dict(spec.defines)
+    needs = () if defines.get("CUPAGED_UNIT_BYTES") == "1" else NEEDS[spec.entry]
+    found = complaints(code, needs)
+    if spec.entry == "paged_prefill_wgmma":
+        if not {"USETMAXREG.DEALLOC.CTAPOOL", "USETMAXREG.TRY_ALLOC.CTAPOOL"} <= set(code):
+            found.append("registers stay where they are")
+        if "HMMA" in names:
+            found.append("products of a warp")
+    if defines.get("CUPAGED_CACHE_DTYPE") == "CUPAGED_FP8_E4M3" and needs == MATRIX:
+        converts = any(opcode.startswith("F2FP.F16.E4M3.UNPACK") for opcode in code)
+        if converts != converts_e4m3(spec, arch):
+            found.append("converts e4m3" if converts else "does not convert e4m3")
+    return [f"{spec} sm_{arch}: {complaint}" for complaint in found]

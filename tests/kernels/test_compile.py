@@ -1,19 +1,27 @@
-"""Every kernel compiles for every architecture, without spills and within its shared memory."""
+"""Kernels compile for every architecture: no spills, shared memory enough, the machine code that is meant.
+
+Every run of the tests compiles some, by the rule in `thinned`, `make test-all` each that a call can launch.
+"""
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
+from functools import cache
 from itertools import product
 
 import pytest
 
+from benchmarks import kernel_resources
 from cupaged import compile as kc
 from cupaged import precompile
 from cupaged import specs as kernel_specs
 from cupaged.backends import plans
+from cupaged.backends.reachable import reachable
 from cupaged.occupancy import occupancy
 from cupaged.specs import KernelSpec
+
+from .sass import machine_code_complaints
+from .thinned import KINDS, kind_of, thinned
 
 # 128 values alive at once in threads that can have 64 registers.
 SPILLS = """
@@ -52,58 +60,83 @@ extern "C" __global__ void planted(int* data) {
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_every_kernel_compiles_fit_to_ship_for_every_arch(capsys):
-    work = [(spec, arch) for arch in kernel_specs.ARCHS for spec in kernel_specs.variants(arch)]
-    rows = list(precompile.compile_all(work, kc.cache_dir()))
-    print(precompile.HEADER)
+def unfit(rows: list[precompile.Row]) -> list[str]:
+    """Return what is wrong with kernels, also beyond what `python -m cupaged.compile` complains of."""
+    found = []
     for row in rows:
-        print(precompile.format_row(row))
+        complaints = row.complaints()
+        # A block has the registers that it is launched with; its consumers would wait for ever for others.
+        if row.spec.entry == "paged_prefill_wgmma" and row.usage.registers != 65536 // 384 // 8 * 8:
+            complaints.append(f"has {row.usage.registers} registers")
+        # Prefill launches a block for all that a multiprocessor has room for; of rare kernels more may fit.
+        planned = planned_blocks(row.arch).get(row.spec)
+        if planned is not None and occupancy(row.spec, row.usage, row.arch).blocks > planned:
+            complaints.append(f"more than {planned} blocks of it fit")
+        found += [f"{row.spec} sm_{row.arch} {complaint}" for complaint in complaints]
+    return found
+
+
+@cache
+def planned_blocks(arch: str) -> dict[KernelSpec, int]:
+    """Return how many blocks of prefill are launched for a multiprocessor, by kernels of usual models."""
+    kernels = [
+        plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
+        for dtype, head_size in product(kernel_specs.DTYPES, kernel_specs.HEAD_SIZES)
+        for cache_dtype in (dtype, *(kernel_specs.CACHE_DTYPES if dtype == "bf16" else ()))
+    ]
+    return {kernel.spec: kernel.blocks_per_sm for kernel in kernels}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thinned_kernels_are_fit_to_ship(kind):
+    """Those of the rule in `thinned`, and their machine code; `make test-all` compiles every kernel."""
+    kernels = [kernel for kernel in thinned() if kind_of(kernel[0]) == kind]
+    assert kernels
+    assert unfit(list(precompile.compile_all(kernels, kc.cache_dir(), jobs=1))) == []
+    assert [text for kernel in kernels for text in machine_code_complaints(*kernel)] == []
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", kernel_specs.ARCHS)
+def test_every_kernel_is_fit_to_ship(arch, capsys):
+    """Each that some call launches (`test_reachable`)."""
+    work = [(spec, arch) for spec in reachable(arch)]
+    rows = list(precompile.compile_all(work, kc.cache_dir()))
     with capsys.disabled():
         _print_summary(rows)
     assert [(row.spec, row.arch) for row in rows] == work
-    assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
-    # A block has the registers that it is launched with; its consumers would wait for ever for others.
-    found = {row.usage.registers for row in rows if row.spec.entry == "paged_prefill_wgmma"}
-    assert found == {65536 // 384 // 8 * 8}
-    # Prefill launches a block for all that a multiprocessor has room for.
-    fit = {(row.spec, row.arch): occupancy(row.spec, row.usage, row.arch).blocks for row in rows}
-    for dtype, head_size, arch in product(kernel_specs.DTYPES, kernel_specs.HEAD_SIZES, kernel_specs.ARCHS):
-        for cache_dtype in (dtype, *(kernel_specs.CACHE_DTYPES if dtype == "bf16" else ())):
-            kernel = plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
-            assert fit.get((kernel.spec, arch), 0) <= kernel.blocks_per_sm, (kernel, arch)
+    assert unfit(rows) == []
+    ahead = kernel_specs.variants(arch)
+    assert [text for spec in ahead for text in machine_code_complaints(spec, arch)] == []
 
 
-def test_what_is_not_compiled_ahead_of_time_compiles(seed):
-    """Some of the sizes that models have, in float32 or on Turing in bfloat16, or over a quantised cache."""
-    rng = random.Random(seed)
-    work = []
-    for arch in kernel_specs.ARCHS:
-        head_size = rng.choice(sorted({*kernel_specs.HEAD_SIZES} - {*kernel_specs.COMMON_HEAD_SIZES}))
-        dtype = "bf16" if arch == "75" else "fp32"
-        cache_dtype = rng.choice([dtype, *(kernel_specs.CACHE_DTYPES if head_size % 16 == 0 else ())])
-        tile = rng.choice(kernel_specs.head_tiles(cache_dtype))
-        work.append((kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile), arch))
-        work.append((kernel_specs.paged_prefill(dtype, cache_dtype, head_size), arch))
-    rows = list(precompile.compile_all(work, kc.cache_dir()))
-    assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
-
-
-def test_any_head_size_compiles(seed):
-    """A multiple of 8 that is not compiled ahead of time, for each kernel that is made for its size."""
-    rng = random.Random(seed)
-    head_size = rng.choice(sorted({*range(8, 257, 8)} - {*kernel_specs.HEAD_SIZES}))
-    dtype = rng.choice(["fp16", "bf16"])
-    work = [
-        (kernel_specs.paged_prefill_wgmma(dtype, head_size), "90a"),
-        (kernel_specs.paged_prefill_mma(dtype, dtype, head_size, "86"), "86"),
-        (kernel_specs.paged_decode_mma(dtype, dtype, head_size, "90a", wide=rng.random() < 0.5), "90a"),
-        (kernel_specs.paged_prefill("fp32", "fp32", head_size), "80"),
-        (kernel_specs.paged_decode("fp32", "fp32", head_size, 2), "80"),
+def test_the_table_says_of_each_kernel_what_the_compiler_said(tmp_path):
+    """Of kernels that differ in every number, through the file."""
+    specs = [kernel_specs.paged_decode("fp32", "fp32", head_size, 4) for head_size in (64, 8)]
+    specs += [kernel_specs.plan_prefill(), kernel_specs.paged_prefill_mma("bf16", "int8", 128, "80")]
+    rows = [
+        precompile.Row(spec, "80", kc.ResourceUsage(100 + i, 0, 4 * i, i, 1000 * i), 1.0)
+        for i, spec in enumerate(specs)
     ]
-    rows = list(precompile.compile_all(work, kc.cache_dir()))
-    assert not [f"{row.spec} sm_{row.arch} {c}" for row in rows for c in row.complaints()]
+    path = tmp_path / "table.json"
+    kernel_resources.write(rows, path)
+    decode, plan, prefill = kernel_resources.read(path)["kernels"]
+    assert decode == {
+        "kernel": "paged_decode",
+        "arch": "80",
+        "macros": {"dtype": "fp32", "head_tile": "4"},
+        "head_size": [64, 8],
+        "registers": [100, 101],
+        "spilled_bytes": [0, 5],
+        "shared_memory": [0, 1000],
+        "blocks_per_multiprocessor": [4, 4],
+    }
+    assert (plan["macros"], plan["head_size"], plan["shared_memory"]) == ({}, [None], [2000])
+    assert prefill["macros"] == {"dtype": "bf16", "cache_dtype": "int8", "stages": "3", "tile_keys": "32"}
+    assert prefill["shared_memory"] == [3000 + specs[3].dynamic_shared_memory]
+    found = kernel_resources.names([decode, plan, prefill])
+    assert found == [kernel_resources.name_of(spec, "80") for spec in specs]
 
 
 def _print_summary(rows: list[precompile.Row]) -> None:

@@ -1,80 +1,27 @@
-"""What ptxas made of the kernels: 16-byte accesses, tensor cores where they are meant, no local memory."""
+"""The checks of machine code: that they can fail. `test_compile` makes them of the kernels."""
 
 from __future__ import annotations
 
 import pytest
 
 from cupaged import compile as kc
-from cupaged import specs as kernel_specs
 from cupaged.specs import KernelSpec
 
-from .sass import complaints, opcodes
-
-ARCHS = ("75", "80", "90a", "120")
-WIDE = ("wide loads", "wide stores")
-WARPGROUP = (*WIDE, "warpgroup products")
-MATRIX = (*WIDE, "tensor cores", "ldmatrix")
-
-# (kernel, what its code must have).
-TABLE: tuple[tuple[KernelSpec, tuple[str, ...]], ...] = (
-    (kernel_specs.reshape_and_cache("bf16", "bf16"), WIDE),
-    (kernel_specs.reshape_and_cache("fp32", "fp32"), WIDE),
-    (kernel_specs.reshape_and_cache("bf16", "fp8_e4m3"), WIDE),
-    (kernel_specs.copy_blocks(16), WIDE),
-    (kernel_specs.copy_blocks(1), ()),
-    (kernel_specs.find_shared_pieces(), ()),
-    (kernel_specs.plan_prefill(), ()),
-    (kernel_specs.merge_splits("bf16"), WIDE),
-    (kernel_specs.merge_states("fp16"), WIDE),
-    (kernel_specs.paged_decode("bf16", "bf16", 128, 1), WIDE),
-    (kernel_specs.paged_decode("bf16", "bf16", 128, 8), WIDE),
-    (kernel_specs.paged_decode("fp16", "fp16", 64, 4), WIDE),
-    (kernel_specs.paged_decode("fp32", "fp32", 256, 2), WIDE),
-    (kernel_specs.paged_prefill("fp32", "fp32", 128), WIDE),
-    (kernel_specs.paged_prefill("fp16", "fp16", 80), WIDE),
-)
+from .sass import MATRIX, NEEDS, complaints, converts_e4m3, opcodes
+from .thinned import thinned
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("spec", "needs"), TABLE, ids=str)
-def test_machine_code(spec, needs, arch):
-    assert complaints(opcodes(kc.cubin(spec, arch).path), needs) == []
-
-
-def wide_decode(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
-    return kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
-
-
-@pytest.mark.parametrize("arch", ["80", "86", "90a", "120"])
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "head_size"),
-    [("bf16", "bf16", 128), ("fp16", "fp16", 64), ("bf16", "bf16", 256), ("bf16", "fp8_e4m3", 128)],
-)
-@pytest.mark.parametrize("make", [kernel_specs.paged_decode_mma, wide_decode, kernel_specs.paged_prefill_mma])
-def test_machine_code_of_tensor_core_kernels(make, dtype, cache_dtype, head_size, arch):
-    spec = make(dtype, cache_dtype, head_size, arch)
-    assert complaints(opcodes(kc.cubin(spec, arch).path), MATRIX) == []
-
-
-@pytest.mark.parametrize(("dtype", "head_size"), [("bf16", 128), ("fp16", 64), ("bf16", 256)])
-def test_machine_code_of_hoppers_kernel(dtype, head_size):
-    code = opcodes(kc.cubin(kernel_specs.paged_prefill_wgmma(dtype, head_size), "90a").path)
-    assert complaints(code, WARPGROUP) == []
-    assert {"USETMAXREG.DEALLOC.CTAPOOL", "USETMAXREG.TRY_ALLOC.CTAPOOL"} <= set(code)
-    assert "HMMA" not in {opcode.partition(".")[0] for opcode in code}
-
-
-@pytest.mark.parametrize("make", [kernel_specs.paged_decode_mma, kernel_specs.paged_prefill_mma])
-@pytest.mark.parametrize(("arch", "converts"), [("80", False), ("89", True), ("90a", True), ("120", True)])
-def test_e4m3_is_converted_where_there_is_an_instruction(make, arch, converts):
-    code = opcodes(kc.cubin(make("bf16", "fp8_e4m3", 128, arch), arch).path)
-    assert any(opcode.startswith("F2FP.F16.E4M3.UNPACK") for opcode in code) == converts
+@pytest.mark.parametrize("entry", ["paged_decode_mma", "paged_prefill_mma"])
+def test_both_ways_to_convert_e4m3_are_among_them(entry):
+    of = ("CUPAGED_CACHE_DTYPE", "CUPAGED_FP8_E4M3")
+    found = {
+        converts_e4m3(*kernel) for kernel in thinned() if kernel[0].entry == entry and of in kernel[0].defines
+    }
+    assert found == {True, False}
 
 
 def test_every_kernel_is_checked():
-    others = {"paged_decode_mma.cu", "paged_prefill_mma.cu", "paged_prefill_wgmma.cu"}
-    checked = {spec.source for spec, _ in TABLE} | others
-    assert checked == {path.name for path in kc.cuda_dir().glob("*.cu")}
+    assert {f"{entry}.cu" for entry in NEEDS} == {path.name for path in kc.cuda_dir().glob("*.cu")}
 
 
 # A kernel that does each thing the checks look for, or does it wrongly.
