@@ -10,6 +10,8 @@ from cuda import pathfinder
 from cupaged.compile import cubin
 from cupaged.specs import KernelSpec
 
+from .thinned import has_fp8
+
 WIDE = ("wide loads", "wide stores")
 MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 
@@ -75,7 +77,7 @@ def complaints(code: list[str], needs: tuple[str, ...]) -> list[str]:
 
 def converts_e4m3(spec: KernelSpec, arch: str) -> bool:
     """Return whether a kernel of tensor cores has the instruction: see quant.cuh."""
-    return arch not in ("75", "80", "86") and "CUPAGED_ROW_GROUPS" not in dict(spec.defines)
+    return has_fp8(arch) and "CUPAGED_ROW_GROUPS" not in dict(spec.defines)
 
 
 def machine_code_complaints(spec: KernelSpec, arch: str) -> list[str]:

@@ -5,7 +5,8 @@ has values: its architecture and its macros. Of each kind take, one after the ot
 values that no kernel taken of this kind has, until there is no such value; of several with as many, the one
 whose values were taken least often, and of those the first in the order of `reachable`. Only the head sizes
 that models have count as values here. Each of the others is then taken for one kind, the kinds taking turns:
-the kernel whose values were taken least often.
+the kernel whose values were taken least often. At last, where a kind has e4m3 caches with the instruction
+that converts them, or without it, and none of those was taken, one is.
 
 So there is each kind for every architecture, head size of a model, dtype, cache dtype, head tile and number
 of stages that it has, and every other head size for some kind. `make test-all` compiles all kernels.
@@ -37,6 +38,7 @@ KINDS = (
     "plan_prefill",
     "reshape_and_cache",
 )
+E4M3 = ("CUPAGED_CACHE_DTYPE", "CUPAGED_FP8_E4M3")
 OTHER_SIZES = frozenset(map(str, range(8, 257, 8))) - frozenset(map(str, kernel_specs.HEAD_SIZES))
 
 
@@ -44,6 +46,11 @@ OTHER_SIZES = frozenset(map(str, range(8, 257, 8))) - frozenset(map(str, kernel_
 def all_kernels() -> tuple[Kernel, ...]:
     """Return what any call launches on any architecture."""
     return tuple((spec, arch) for arch in kernel_specs.ARCHS for spec in reachable(arch))
+
+
+def has_fp8(arch: str) -> bool:
+    """Return whether the architecture has instructions that convert 8-bit floats."""
+    return int(arch.rstrip("a")) >= 89
 
 
 def kind_of(spec: KernelSpec) -> str:
@@ -93,4 +100,9 @@ def thinned() -> tuple[Kernel, ...]:
     for size in sorted(OTHER_SIZES, key=int):
         kind = next(sized)
         take(kind, [kernel for kernel in kinds[kind] if head_size(kernel[0]) == size])
+    for kind, kernels in kinds.items():
+        for way in (True, False):
+            e4m3 = [kernel for kernel in kernels if E4M3 in kernel[0].defines and has_fp8(kernel[1]) == way]
+            if e4m3 and not any(kernel in taken for kernel in e4m3):
+                take(kind, e4m3)
     return tuple(taken)
