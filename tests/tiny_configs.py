@@ -78,6 +78,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), WINDOW),
     "hidden_size_per_layer_input": 8,
     "rotary_dim": 8,
+    "attention_multiplier": 0.25,  # of the order of one over the root of the head size
     "image_size": 32,
     "word_embed_proj_dim": _HIDDEN,
     "num_mtp_layers": 0,
@@ -156,6 +157,6 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * 0.2)
+                parameter.copy_(noise * 0.15)
             else:
                 parameter.add_(noise * 0.1)
