@@ -104,6 +104,7 @@ class TextLogprobs:
     ) -> Json:
         """Of a prompt with this text; what `of` gives then comes after it."""
         found, place = _lists(), _Place(prompt)
+        own = True  # special tokens before all others may be the tokenizer's own
         for token, position in zip(token_ids, positions):
             text = self._within(token)
             data = token_bytes(self._tokenizer, token, text)
@@ -111,8 +112,9 @@ class TextLogprobs:
                 text = "\ufffd"  # whatever it was, the decoder made that of it
             far = 0 if "\ufffd" in text else _FAR
             text_of = _as_it_is
-            if place.take(data) or (place.at_start and self._is_special(token)):
-                pass  # a special token at the start may be the tokenizer's own
+            own = own and self._is_special(token)
+            if place.take(data) or own:
+                pass
             elif text.startswith(" ") and place.take(data[1:]):
                 text_of = _without_space
             else:
@@ -219,10 +221,6 @@ class _Place:
         self._at = 0
         self._passed = 0  # characters that begin before
         self.offset = 0  # of the last token
-
-    @property
-    def at_start(self) -> bool:
-        return self._at == 0
 
     def has(self, data: bytes) -> bool:
         return self._data.startswith(data, self._at)
