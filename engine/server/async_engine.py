@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ..sampling_params import SamplingParams
 
 _log = logging.getLogger("cupaged.server")
 _MOST_FAILURES = 6  # steps one after the other: three, each tried twice
+_BETWEEN_STEPS = 0.01  # seconds in which requests are added and ended; those left are, after the next step
 
 
 class EngineDeadError(RuntimeError):
@@ -36,6 +38,7 @@ class _Stream:
     outputs: asyncio.Queue[RequestOutput | Exception]
     started: bool = False  # there has been an output
     failed: bool = False  # it was in a step that failed, and there has been no output since
+    left: bool = False  # nobody waits for it any more
 
     def put(self, item: RequestOutput | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -74,10 +77,8 @@ class AsyncEngine:
     def request_stop(self) -> None:
         """As `stop`, without waiting for it."""
 
-        def end() -> None:
-            self._stopping = True
-
-        self._commands.put(end)
+        self._stopping = True
+        self._commands.put(lambda: None)  # the thread may wait for one
 
     @property
     def alive(self) -> bool:
@@ -104,6 +105,8 @@ class AsyncEngine:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
 
         def add() -> None:
+            if stream.left:  # while it waited for its turn
+                return
             try:
                 self.engine.add_request(request_id, prompt, params, priority=priority)
             except Exception as error:
@@ -125,6 +128,7 @@ class AsyncEngine:
                 finished = item.finished
                 yield item
         finally:
+            stream.left = True
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._submit(lambda: self._abort(request_id))
@@ -212,8 +216,9 @@ class AsyncEngine:
     def _run_commands(self, wait: bool) -> None:
         if wait:
             self._commands.get()()
+        end = time.monotonic() + _BETWEEN_STEPS
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.monotonic() < end:
                 self._commands.get_nowait()()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
