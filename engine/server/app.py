@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 import time
 from collections.abc import AsyncIterator
@@ -11,25 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from transformers import PreTrainedTokenizerBase
 
+from ..engine import Prompt, tokenize
+from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
+from .bodies import Bodies, BodyTooLargeError, json_body
 from .chat import chat_prompt
 from .choices import CHAT, TEXT
 from .completions import Completions
+from .limits import BusyError, Limits
 from .metrics import Metrics
-from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, error_body, shown
+from .protocol import (
+    UNSUPPORTED,
+    ChatCompletionRequest,
+    CompletionRequest,
+    error_body,
+    shortened,
+    shown,
+)
 
 
-def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
+def create_app(engine: AsyncEngine, served_model_name: str, limits: Limits | None = None) -> FastAPI:
     """The application around an engine, which runs as long as the application does.
 
     Args:
         served_model_name: what requests must call the model.
+        limits: what requests may ask for; those of connections are the server's.
     """
+    limits = limits or Limits()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,34 +52,65 @@ def create_app(engine: AsyncEngine, served_model_name: str) -> FastAPI:
             yield
         finally:
             engine.stop()
+            bodies.close()
 
     # The interactive documentation would load its scripts from elsewhere.
     app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(served_model_name, engine.stats)
     started = int(time.time())
-    # A copy: the engine's thread uses its own, and fast tokenizers are not for two threads at once.
-    tokenizer = copy.deepcopy(engine.engine.tokenizer)
-    completions = Completions(engine, metrics, tokenizer, served_model_name)
+    bodies = Bodies(limits, engine.engine.tokenizer)
+    completions = Completions(
+        engine,
+        metrics,
+        bodies.tokenizer,
+        served_model_name,
+        limits.max_waiting_requests,
+        bodies.in_thread,
+    )
     _add_error_handlers(app)
 
     def check_model(name: str) -> None:
         if name != served_model_name:
             raise _UnknownModelError(
-                f"the model {name!r} does not exist; this server has {served_model_name!r}"
+                f"the model {shown(name)} does not exist; this server has {served_model_name!r}"
             )
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    def read_chat(
+        content: bytes, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[ChatCompletionRequest, list[Prompt], SamplingParams]:
+        body = bodies.parse(content, ChatCompletionRequest)
         check_model(body.model)
-        prompt = chat_prompt(tokenizer, body, engine.engine.max_characters)
         params = body.sampling_params(default_max_tokens=None)
-        return await completions.respond(request, CHAT, [prompt], params, body)
+        limits.check_choices(1, params.num_sequences)
+        return body, [chat_prompt(tokenizer, body, engine.engine.max_characters)], params
 
-    @app.post("/v1/completions")
-    async def text_completions(request: Request, body: CompletionRequest) -> Response:
+    def read_text(
+        content: bytes, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
+        body = bodies.parse(content, CompletionRequest)
         check_model(body.model)
         params = body.sampling_params(default_max_tokens=16)
-        return await completions.respond(request, TEXT, body.prompts(), params, body)
+        prompts = body.prompts()
+        limits.check_choices(len(prompts), params.num_sequences)
+        return body, [tokenized(prompt, tokenizer) for prompt in prompts], params
+
+    def tokenized(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        if not isinstance(prompt, str):
+            return prompt
+        token_ids = tokenize(tokenizer, prompt, engine.engine.max_model_len, engine.engine.max_characters)
+        return {"prompt": prompt, "prompt_token_ids": token_ids}
+
+    @app.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        completions.check_room(1)
+        body, prompts, params = await bodies.read(request, read_chat)
+        return await completions.respond(request, CHAT, prompts, params, body)
+
+    @app.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
+    async def text_completions(request: Request) -> Response:
+        completions.check_room(1)
+        body, prompts, params = await bodies.read(request, read_text)
+        return await completions.respond(request, TEXT, prompts, params, body)
 
     card = {
         "id": served_model_name,
@@ -104,25 +149,23 @@ class _UnknownModelError(Exception):
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def respond(status: int, message: str, **more: Any) -> JSONResponse:
+    def respond(
+        status: int, message: str, headers: dict[str, str] | None = None, **more: Any
+    ) -> JSONResponse:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse(error_body(message, kind, **more), status_code=status)
+        return JSONResponse(error_body(message, kind, **more), status_code=status, headers=headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    @app.exception_handler(ValidationError)
+    async def invalid(request: Request, error: ValidationError) -> JSONResponse:
         first = error.errors()[0]
-        kind, fields = first["type"], first["loc"][1:]
+        kind, fields = first["type"], first["loc"]
         message = first["msg"].removeprefix("Value error, ")
-        if kind == "json_invalid":  # its place is a position in the text, not a field
-            return respond(400, f"the body is not JSON: {first['ctx']['error']}")
         if kind == "unsupported":
             return respond(400, first["msg"], param=first["ctx"]["name"])
-        if not fields and kind != "value_error":
-            return respond(400, "the body must be a JSON object, sent with Content-Type: application/json")
         place = ""
         for field in fields:
             place += f"[{field}]" if isinstance(field, int) else f".{field}"
-        place = place.removeprefix(".")
+        place = shortened(place.removeprefix("."))
         if kind not in ("missing", "value_error"):
             message = f"{message}, got {shown(first['input'])}"
         return respond(
@@ -132,6 +175,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:
         return respond(400, str(error), param=_parameter_of(str(error)))
+
+    @app.exception_handler(BodyTooLargeError)
+    async def too_large(request: Request, error: BodyTooLargeError) -> JSONResponse:
+        return respond(413, str(error), {"Connection": "close"})  # what is left of it is not received
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, error: BusyError) -> JSONResponse:
+        return respond(429, str(error), {"Retry-After": "1"}, code="rate_limit_exceeded")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(_UnknownModelError)
     async def unknown_model(request: Request, error: _UnknownModelError) -> JSONResponse:
@@ -159,5 +214,5 @@ def _parameter_of(message: str) -> str | None:
     fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED}
     for name, of_the_api in (("prompt_token_ids", "prompt"), ("beam_width", "n")):
         message = message.replace(name, of_the_api)
-    words = re.findall(r"\w+", message)
+    words = re.findall(r"\w+", shortened(message))
     return next((word for word in words if word in fields), None)

@@ -31,8 +31,17 @@ def sendable(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value of a request as JSON, cut short, for a message about it."""
-    text = sendable(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += sendable(part[:81])
+        if len(text) > 80:  # of a long value no more is written
+            break
+    return shortened(text, 80)
+
+
+def shortened(text: str, length: int = 1000) -> str:
+    """A text without its end if it is longer than ``length``: an error is no place for megabytes."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _must_be(description: str) -> WrapValidator:
@@ -45,6 +54,12 @@ def _must_be(description: str) -> WrapValidator:
             raise ValueError(f"must be {description}, got {shown(value)}") from None
 
     return WrapValidator(validate)
+
+
+# Lists that are validated up to their first wrong entry: an error of each of them takes a kilobyte.
+_Strings = Annotated[list[str], Field(fail_fast=True)]
+_Integers = Annotated[list[int], Field(fail_fast=True)]
+_IntegerLists = Annotated[list[_Integers], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -91,8 +106,8 @@ class _Sampling(_Strict):
     n: int = Field(default=1, le=128)
     max_tokens: int | None = None
     seed: int | None = None
-    stop: Annotated[str | list[str] | None, _must_be("a string or a list of strings")] = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: Annotated[str | _Strings | None, _must_be("a string or a list of strings")] = None
+    stop_token_ids: _Integers = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     best_of: int | None = Field(default=None, ge=1, le=128)
@@ -104,8 +119,8 @@ class _Sampling(_Strict):
     frequency_penalty: float | None = None
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] = Field(default_factory=list)
+    allowed_token_ids: _Integers | None = None
+    bad_words: _Strings = Field(default_factory=list)
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -281,7 +296,7 @@ class Message(_Strict):
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -306,7 +321,7 @@ class ChatCompletionRequest(_Sampling):
 
 class CompletionRequest(_Sampling):
     prompt: Annotated[
-        str | list[int] | list[str] | list[list[int]],
+        str | _Integers | _Strings | _IntegerLists,
         _must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
     ]
 
@@ -346,4 +361,5 @@ def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """OpenAI's shape of an error."""
-    return {"error": {"message": sendable(message), "type": kind, "param": param, "code": code}}
+    message = sendable(shortened(message))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
