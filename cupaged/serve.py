@@ -6,11 +6,12 @@ The one module of the library that imports the engine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import socket
 import sys
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .device import choose_device
 from .engine.config import (
@@ -22,6 +23,7 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from .engine.server.limits import Limits
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
@@ -32,10 +34,11 @@ _CHOICES = {
     "kv_cache_dtype": KV_CACHE_DTYPES,
 }
 _HIDDEN = ("check_integrity",)
+_OTHER_DESCRIPTORS = 256  # for files, libraries and what refuses connections
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options: those of the server, then one for each setting of `EngineConfig`."""
+    """The options: those of the server, then one for each setting of `Limits` and of `EngineConfig`."""
     found = argparse.ArgumentParser(
         prog="python -m cupaged.serve",
         description="Serve a model over an OpenAI-compatible API.",
@@ -47,9 +50,23 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--served-model-name", help="what requests call the model; --model if not given")
     found.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     found.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
-    engine = found.add_argument_group("engine")
-    hints, texts = get_type_hints(EngineConfig), _setting_texts()
-    for field in dataclasses.fields(EngineConfig):
+    found.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="names besides localhost that requests may give as their host, * for any; without this option "
+        "any, unless --host is a loopback address",
+    )
+    _add_settings(found.add_argument_group("limits"), Limits)
+    _add_settings(found.add_argument_group("engine"), EngineConfig)
+    return found
+
+
+def _add_settings(group: argparse._ArgumentGroup, settings: type) -> None:
+    """An option for each field of a dataclass, with what its docstring says of it."""
+    hints, texts = get_type_hints(settings), _setting_texts(settings)
+    for field in dataclasses.fields(settings):
         if field.name in _HIDDEN:
             continue
         kinds = [
@@ -59,12 +76,11 @@ def parser() -> argparse.ArgumentParser:
         text = texts[field.name].replace("%", "%%")
         if kinds[0] is bool:  # --enable-prefix-caching, --no-enable-prefix-caching
             flag = argparse.BooleanOptionalAction
-            engine.add_argument(option, action=flag, default=field.default, help=text)
+            group.add_argument(option, action=flag, default=field.default, help=text)
             continue
-        engine.add_argument(
+        group.add_argument(
             option, type=kinds[0], default=field.default, choices=_CHOICES.get(field.name), help=text
         )
-    return found
 
 
 def port_number(text: str) -> int:
@@ -74,9 +90,9 @@ def port_number(text: str) -> int:
     return port
 
 
-def _setting_texts() -> dict[str, str]:
-    """What the docstring of `EngineConfig` says of each setting."""
-    arguments = (EngineConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+def _setting_texts(settings: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each setting."""
+    arguments = (settings.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
@@ -117,31 +133,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(EngineConfig)
-        if field.name not in _HIDDEN
-    }
+    settings = _settings(options, EngineConfig)
     EngineConfig(**settings)  # a wrong setting is said at once
+    limits = Limits(**_settings(options, Limits))
+    _allow_descriptors(limits.max_connections)
     with listen(options.host, options.port) as found:
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
+        _run(found, options, EngineConfig(**{**settings, "device": str(device)}), limits)
     return 0
 
 
-def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig) -> None:
+def _settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """What is given for the fields of a dataclass."""
+    names = (field.name for field in dataclasses.fields(settings) if field.name not in _HIDDEN)
+    return {name: getattr(options, name) for name in names}
+
+
+def _allow_descriptors(connections: int) -> None:
+    """Raise the process's limit of file descriptors, as far as it may be, so that there are enough."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + _OTHER_DESCRIPTORS
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig, limits: Limits) -> None:
     from .engine import LLMEngine
     from .engine.server.async_engine import AsyncEngine
+    from .engine.server.hosts import allowed_hosts
     from .engine.server.http_server import Server
 
     engine = LLMEngine(options.model, config)
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
     name = options.served_model_name or engine.model_name
-    address = _address(options.host, bound.getsockname()[1])
+    bound_to, port = bound.getsockname()[:2]
+    address = _address(options.host, port)
 
-    server = Server(AsyncEngine(engine), name, on_start=lambda: print(_greeting(address, name), flush=True))
+    server = Server(
+        AsyncEngine(engine),
+        name,
+        on_start=lambda: print(_greeting(address, name), flush=True),
+        limits=limits,
+        allowed_hosts=allowed_hosts(bound_to, options.host, options.allowed_hosts),
+    )
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:
