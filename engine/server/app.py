@@ -100,13 +100,17 @@ def create_app(engine: AsyncEngine, served_model_name: str, limits: Limits | Non
         token_ids = tokenize(tokenizer, prompt, engine.engine.max_model_len, engine.engine.max_characters)
         return {"prompt": prompt, "prompt_token_ids": token_ids}
 
-    @app.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
+    path = "/v1/chat/completions"
+
+    @app.post(path, openapi_extra=json_body(path, ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
         completions.check_room(1)
         body, prompts, params = await bodies.read(request, read_chat)
         return await completions.respond(request, CHAT, prompts, params, body)
 
-    @app.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
+    path = "/v1/completions"
+
+    @app.post(path, openapi_extra=json_body(path, CompletionRequest))
     async def text_completions(request: Request) -> Response:
         completions.check_room(1)
         body, prompts, params = await bodies.read(request, read_text)

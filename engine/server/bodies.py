@@ -158,7 +158,8 @@ def _is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def json_body(model: type[Any]) -> dict[str, Any]:
-    """Return what OpenAPI says of a route whose body is this model."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+def json_body(path: str, model: type[_Model]) -> dict[str, Any]:
+    """Return what OpenAPI says of a POST to ``path`` whose body is this model."""
+    place = f"paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
+    schema = model.model_json_schema(ref_template=f"#/{place}/$defs/{{model}}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
