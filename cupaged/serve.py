@@ -6,6 +6,7 @@ The one module of the library that imports the engine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -13,7 +14,7 @@ import math
 import re
 import socket
 import sys
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .device import choose_device
 from .engine.config import (
@@ -26,6 +27,7 @@ from .engine.config import (
     EngineConfig,
 )
 from .engine.model_files import check_files, check_generation_config
+from .engine.server.limits import Limits
 
 _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
@@ -37,10 +39,11 @@ _CHOICES = {
 }
 _HIDDEN = ("check_integrity",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_OTHER_DESCRIPTORS = 256  # for files, libraries and what refuses connections
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options: those of the server, then one for each setting of `EngineConfig`."""
+    """The options: those of the server, then one for each setting of `Limits` and of `EngineConfig`."""
     found = argparse.ArgumentParser(
         prog="python -m cupaged.serve",
         description="Serve a model over an OpenAI-compatible API.",
@@ -81,9 +84,23 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="log a line about load and cache every ten seconds while there is load",
     )
-    engine = found.add_argument_group("engine")
-    hints, texts = get_type_hints(EngineConfig), _setting_texts()
-    for field in dataclasses.fields(EngineConfig):
+    found.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="names besides localhost that requests may give as their host, * for any; without this option "
+        "any, unless --host is a loopback address",
+    )
+    _add_settings(found.add_argument_group("limits"), Limits)
+    _add_settings(found.add_argument_group("engine"), EngineConfig)
+    return found
+
+
+def _add_settings(group: argparse._ArgumentGroup, settings: type) -> None:
+    """An option for each field of a dataclass, with what its docstring says of it."""
+    hints, texts = get_type_hints(settings), _setting_texts(settings)
+    for field in dataclasses.fields(settings):
         if field.name in _HIDDEN:
             continue
         kinds = [
@@ -93,12 +110,11 @@ def parser() -> argparse.ArgumentParser:
         text = texts[field.name].replace("%", "%%")
         if kinds[0] is bool:  # --enable-prefix-caching, --no-enable-prefix-caching
             flag = argparse.BooleanOptionalAction
-            engine.add_argument(option, action=flag, default=field.default, help=text)
+            group.add_argument(option, action=flag, default=field.default, help=text)
             continue
-        engine.add_argument(
+        group.add_argument(
             option, type=kinds[0], default=field.default, choices=_CHOICES.get(field.name), help=text
         )
-    return found
 
 
 def seconds(text: str) -> float:
@@ -115,9 +131,9 @@ def port_number(text: str) -> int:
     return port
 
 
-def _setting_texts() -> dict[str, str]:
-    """What the docstring of `EngineConfig` says of each setting."""
-    arguments = (EngineConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+def _setting_texts(settings: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each setting."""
+    arguments = (settings.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
@@ -183,13 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(EngineConfig)
-        if field.name not in _HIDDEN
-    }
+    settings = _settings(options, EngineConfig)
     EngineConfig(**settings)  # a wrong setting is said at once
     _set_up_logs(options)
+    limits = Limits(**_settings(options, Limits))
+    _allow_descriptors(limits.max_connections)
     with listen(options.host, options.port) as found:
         # Before torch and transformers are imported. The hub may take half a minute to say what it lacks.
         if check_files(options.model, options.max_model_len) is None and options.model is not None:
@@ -197,7 +211,7 @@ def _serve(options: argparse.Namespace) -> int:
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(found, options, EngineConfig(**{**settings, "device": str(device)}))
+        _run(found, options, EngineConfig(**{**settings, "device": str(device)}), limits)
     return 0
 
 
@@ -208,9 +222,28 @@ def _set_up_logs(options: argparse.Namespace) -> None:
     logging.getLogger("cupaged.requests").disabled = not options.log_requests
 
 
-def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig) -> None:
+def _settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """What is given for the fields of a dataclass."""
+    names = (field.name for field in dataclasses.fields(settings) if field.name not in _HIDDEN)
+    return {name: getattr(options, name) for name in names}
+
+
+def _allow_descriptors(connections: int) -> None:
+    """Raise the process's limit of file descriptors, as far as it may be, so that there are enough."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + _OTHER_DESCRIPTORS
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig, limits: Limits) -> None:
     from .engine import LLMEngine
     from .engine.server.async_engine import AsyncEngine
+    from .engine.server.hosts import allowed_hosts
     from .engine.server.http_server import Server
 
     engine = LLMEngine(options.model, config)
@@ -224,13 +257,16 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
     name = options.served_model_name or engine.model_name
-    address = _address(options.host, bound.getsockname()[1])
+    bound_to, port = bound.getsockname()[:2]
+    address = _address(options.host, port)
 
     greeting = _greeting(address, name, chat=bool(engine.tokenizer.chat_template))
     server = Server(
         AsyncEngine(engine),
         name,
         on_start=lambda: print(greeting, flush=True),
+        limits=limits,
+        allowed_hosts=allowed_hosts(bound_to, options.host, options.allowed_hosts),
         shutdown_timeout=options.shutdown_timeout,
         step_timeout=options.step_timeout,
         log_stats=options.log_stats,

@@ -28,15 +28,23 @@ def tokenise(
     Raises:
         ValueError: a word has no tokens, or is no text.
     """
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        try:
-            forms = _forms(tokenizer, word.lstrip())
-        except (TypeError, UnicodeError) as error:  # half of a surrogate pair
-            raise ValueError(f"bad_words: the tokenizer refuses {word!r}: {error}") from error
-        if not all(forms):
+    if not words:
+        return ()
+
+    def ids(texts: SequenceABC[str]) -> list[tuple[int, ...]]:
+        # All at once: one by one, thousands of them take as long as a step or more.
+        return list(map(tuple, tokenizer(list(texts), add_special_tokens=False)["input_ids"]))
+
+    texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
+    try:
+        forms = ids(texts)
+        within = _within(tokenizer, ids, texts) if hasattr(tokenizer, "decode") else []
+    except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+        raise ValueError(f"bad_words: the tokenizer refuses one of {words!r}: {error}") from error
+    for word, form in zip((word for word in words for _ in range(2)), forms):
+        if not form:
             raise ValueError(f"bad_words: the tokenizer has no tokens for {word!r}; leave it out")
-        found.update(dict.fromkeys(form for form in forms if len(form) <= max_tokens))
+    found = dict.fromkeys(form for form in [*forms, *within] if form and len(form) <= max_tokens)
     # Backwards and sorted, those that end in a word follow it.
     kept: list[tuple[int, ...]] = []
     for backwards in sorted(ids[::-1] for ids in found):
@@ -46,32 +54,30 @@ def tokenise(
     return tuple(ids for ids in found if ids[::-1] in needed)
 
 
-def _forms(tokenizer: PreTrainedTokenizerBase, word: str) -> list[tuple[int, ...]]:
-    """Return the tokens of a word, with and without a space before it, where a text begins and within one."""
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    forms = [ids(word), ids(f" {word}")]
-    if hasattr(tokenizer, "decode"):  # it is more than a function of texts
-        forms += [form for text in (word, f" {word}") if (form := _within(tokenizer, ids, text))]
-    return forms
-
-
 def _within(
-    tokenizer: PreTrainedTokenizerBase, ids: Callable[[str], tuple[int, ...]], text: str
-) -> tuple[int, ...] | None:
-    """Return the tokens of a text that follows another one; None if the tokenizer changes one of them."""
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Callable[[SequenceABC[str]], list[tuple[int, ...]]],
+    texts: SequenceABC[str],
+) -> list[tuple[int, ...]]:
+    """Return the tokens that texts have right after another one, where the tokenizer changes nothing."""
+
+    def decode(token_ids: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
+    found = []
     for before in _BEFORE:
-        start, both = ids(before), ids(before + text)
-        if both[: len(start)] != start:
-            continue  # the two melt into a token
-        first, whole = (
-            tokenizer.decode(list(part), clean_up_tokenization_spaces=False) for part in (start, both)
-        )
-        if whole == f"{first}{text}":  # nothing is lost
-            return both[len(start) :]
-    return None
+        if not texts:
+            break
+        start = ids([before])[0]
+        first, left = decode(start), []
+        for text, both in zip(texts, ids([before + text for text in texts])):
+            # The two may melt into a token, or something may be lost.
+            if both[: len(start)] == start and decode(both) == f"{first}{text}":
+                found.append(both[len(start) :])
+            else:
+                left.append(text)
+        texts = left
+    return found
 
 
 class BadWords:

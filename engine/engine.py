@@ -11,6 +11,7 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cupaged.device import choose_device
 
@@ -420,15 +421,7 @@ class LLMEngine:
         text: str | None
         given: Iterable[Any]
         if isinstance(prompt, str):
-            if len(prompt) > self.max_characters:
-                raise ValueError(
-                    f"the prompt has {len(prompt)} characters, and {self.max_model_len} tokens "
-                    f"(max_model_len) have at most {self.max_characters}: shorten the prompt"
-                )
-            try:
-                text, given = prompt, self.tokenizer(prompt)["input_ids"]
-            except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry
-                raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
+            text, given = prompt, tokenize(self.tokenizer, prompt, self.max_model_len, self.max_characters)
         elif isinstance(prompt, dict) and isinstance(prompt.get("prompt_token_ids"), Iterable):
             text, given = prompt.get("prompt"), prompt["prompt_token_ids"]
         elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
@@ -446,6 +439,29 @@ class LLMEngine:
         if not token_ids:
             raise ValueError("prompt must have at least one token, got none")
         return text, token_ids
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, max_model_len: int, max_characters: int
+) -> list[int]:
+    """Return the tokens of a prompt.
+
+    Args:
+        max_model_len: the engine's, for the message.
+        max_characters: longer texts have more tokens than that; it takes seconds to count those of megabytes.
+
+    Raises:
+        ValueError: the text is too long, or the tokenizer refuses it.
+    """
+    if len(prompt) > max_characters:
+        raise ValueError(
+            f"the prompt has {len(prompt)} characters, and {max_model_len} tokens (max_model_len) have at "
+            f"most {max_characters}: shorten the prompt"
+        )
+    try:
+        return tokenizer(prompt)["input_ids"]
+    except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry
+        raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
 
 
 def _cache_salt(prompt: Prompt) -> str | None:

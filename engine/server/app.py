@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
+import functools
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
 
+from ..engine import Prompt, tokenize
+from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
-from .chat import chat_prompt
+from .bodies import Bodies, BodyTooLargeError, json_body
+from .chat import render, rendered_prompt
 from .choices import CHAT, TEXT
 from .completions import Completions
-from .fields import shown
+from .fields import shortened, shown
+from .limits import BusyError, Limits
 from .metrics import Metrics
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, ErrorResponse, error_body
 
-CHAT_PATH = "/v1/chat/completions"
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
 # What the OpenAPI document says of answers: errors have one shape, also those of any other status.
 _Responses = dict[int | str, dict[str, Any]]
@@ -35,6 +41,8 @@ _ANSWERS: _Responses = {
     200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
     400: {"model": ErrorResponse, "description": "The request is refused"},
     404: {"model": ErrorResponse, "description": "This server has another model"},
+    413: {"model": ErrorResponse, "description": "The body is larger than the server takes"},
+    429: {"model": ErrorResponse, "description": "Too many requests wait"},
     500: {"model": ErrorResponse, "description": "The engine cannot run the request"},
     503: {"model": ErrorResponse, "description": "The engine has failed, or the server stops"},
     **_OTHERS,
@@ -44,14 +52,19 @@ _LAST_STEP_SECONDS = 5.0  # that the engine's last step has when the server stop
 
 
 def create_app(
-    engine: AsyncEngine, served_model_name: str, healthy: Callable[[], bool] | None = None
+    engine: AsyncEngine,
+    served_model_name: str,
+    limits: Limits | None = None,
+    healthy: Callable[[], bool] | None = None,
 ) -> FastAPI:
     """The application around an engine, which runs as long as the application does.
 
     Args:
         served_model_name: what requests must call the model.
+        limits: what requests may ask for; those of connections are the server's.
         healthy: what ``/health`` says; by default whether the engine takes requests.
     """
+    limits = limits or Limits()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,37 +73,70 @@ def create_app(
             yield
         finally:
             engine.stop(timeout=_LAST_STEP_SECONDS)
+            bodies.close()
 
     # The interactive documentation would load its scripts from elsewhere.
     app = FastAPI(title="cupaged", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(_HeadAsGet)
     metrics = Metrics(served_model_name, engine.stats)
     started = int(time.time())
-    # A copy: the engine's thread uses its own, and fast tokenizers are not for two threads at once.
-    tokenizer = copy.deepcopy(engine.engine.tokenizer)
-    completions = Completions(engine, metrics, tokenizer, served_model_name)
+    bodies = Bodies(limits, engine.engine.tokenizer)
+    completions = Completions(
+        engine,
+        metrics,
+        bodies.tokenizer,
+        served_model_name,
+        limits.max_waiting_requests,
+        bodies.in_thread,
+    )
     _add_error_handlers(app)
 
     def check_model(name: str) -> None:
         if name != served_model_name:
             raise _UnknownModelError(
-                f"the model {name!r} does not exist; this server has {served_model_name!r}"
+                f"the model {shown(name)} does not exist; this server has {served_model_name!r}"
             )
 
-    @app.post(CHAT_PATH, responses=_ANSWERS)
-    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    def read_chat(
+        content: bytes, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[ChatCompletionRequest, SamplingParams]:
+        body = bodies.parse(content, ChatCompletionRequest)
         check_model(body.model)
-        # In another thread: a template may take seconds.
-        prompt = await asyncio.to_thread(chat_prompt, tokenizer, body, engine.engine.max_characters)
         params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
-        return await completions.respond(request, CHAT, [prompt], params, body)
+        limits.check_choices(1, params.num_sequences)
+        return body, params
 
-    @app.post("/v1/completions", responses=_ANSWERS)
-    async def text_completions(request: Request, body: CompletionRequest) -> Response:
+    def read_text(
+        content: bytes, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
+        body = bodies.parse(content, CompletionRequest)
         check_model(body.model)
         # 16 is the API's own, and not the model's to say, as in vLLM.
         params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
-        return await completions.respond(request, TEXT, body.prompts(), params, body)
+        prompts = body.prompts()
+        limits.check_choices(len(prompts), params.num_sequences)
+        return body, [tokenized(prompt, tokenizer) for prompt in prompts], params
+
+    def tokenized(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        if not isinstance(prompt, str):
+            return prompt
+        token_ids = tokenize(tokenizer, prompt, engine.engine.max_model_len, engine.engine.max_characters)
+        return {"prompt": prompt, "prompt_token_ids": token_ids}
+
+    @app.post(CHAT_PATH, responses=_ANSWERS, openapi_extra=json_body(CHAT_PATH, ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        completions.check_room(1)
+        body, params = await bodies.read(request, read_chat)
+        # In another thread: a template may take seconds.
+        text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
+        prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
+        return await completions.respond(request, CHAT, [prompt], params, body)
+
+    @app.post(TEXT_PATH, responses=_ANSWERS, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
+    async def text_completions(request: Request) -> Response:
+        completions.check_room(1)
+        body, prompts, params = await bodies.read(request, read_text)
+        return await completions.respond(request, TEXT, prompts, params, body)
 
     card = {
         "id": served_model_name,
@@ -98,7 +144,7 @@ def create_app(
         "created": started,
         "owned_by": "cupaged",
         "max_model_len": engine.engine.max_model_len,
-        "has_chat_template": bool(tokenizer.chat_template),
+        "has_chat_template": bool(bodies.tokenizer.chat_template),
         "default_sampling_params": engine.engine.sampling_defaults,
     }
 
@@ -148,25 +194,23 @@ class _UnknownModelError(Exception):
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def respond(status: int, message: str, **more: Any) -> JSONResponse:
+    def respond(
+        status: int, message: str, headers: dict[str, str] | None = None, **more: Any
+    ) -> JSONResponse:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse(error_body(message, kind, **more), status_code=status)
+        return JSONResponse(error_body(message, kind, **more), status_code=status, headers=headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    @app.exception_handler(ValidationError)
+    async def invalid(request: Request, error: ValidationError) -> JSONResponse:
         first = error.errors()[0]
-        kind, fields = first["type"], first["loc"][1:]
+        kind, fields = first["type"], first["loc"]
         message = first["msg"].removeprefix("Value error, ")
-        if kind == "json_invalid":  # its place is a position in the text, not a field
-            return respond(400, f"the body is not JSON: {first['ctx']['error']}")
         if kind == "unsupported":
             return respond(400, first["msg"], param=first["ctx"]["name"])
-        if not fields and kind != "value_error":
-            return respond(400, "the body must be a JSON object, sent with Content-Type: application/json")
         place = ""
         for field in fields:
             place += f"[{field}]" if isinstance(field, int) else f".{field}"
-        place = place.removeprefix(".")
+        place = shortened(place.removeprefix("."))
         if kind == "extra_forbidden":
             return respond(400, f"{place} is not supported; leave it out", param=place)
         if kind not in ("missing", "value_error"):
@@ -178,6 +222,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:
         return respond(400, str(error), param=_parameter_of(str(error), request))
+
+    @app.exception_handler(BodyTooLargeError)
+    async def too_large(request: Request, error: BodyTooLargeError) -> JSONResponse:
+        return respond(413, str(error), {"Connection": "close"})  # what is left of it is not received
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, error: BusyError) -> JSONResponse:
+        return respond(429, str(error), {"Retry-After": "1"}, code="rate_limit_exceeded")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(_UnknownModelError)
     async def unknown_model(request: Request, error: _UnknownModelError) -> JSONResponse:
@@ -220,5 +276,5 @@ def _parameter_of(message: str, request: Request) -> str | None:
     kind = ChatCompletionRequest if request.scope["path"] == CHAT_PATH else CompletionRequest
     text = "messages" if kind is ChatCompletionRequest else "prompt"
     api = {"prompt": text, "prompt_token_ids": text, "beam_width": "n"}
-    words = (api.get(word, word) for word in re.findall(r"\w+", message))
+    words = (api.get(word, word) for word in re.findall(r"\w+", shortened(message)))
     return next((word for word in words if word in kind.model_fields or word in UNSUPPORTED), None)

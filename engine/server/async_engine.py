@@ -20,6 +20,7 @@ from .failure_policy import Action, FailurePolicy
 from .request_log import RequestLog
 
 _log = logging.getLogger("cupaged.server")
+_BETWEEN_STEPS = 0.01  # seconds in which requests are added and ended; those left are, after the next step
 
 
 class EngineDeadError(RuntimeError):
@@ -36,6 +37,7 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput | Exception]
+    left: bool = False  # nobody waits for it any more
 
     def put(self, item: RequestOutput | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -81,10 +83,8 @@ class AsyncEngine:
     def request_stop(self) -> None:
         """As `stop`, without waiting for it."""
 
-        def end() -> None:
-            self._stopping = True
-
-        self._commands.put(end)
+        self._stopping = True
+        self._commands.put(lambda: None)  # the thread may wait for one
 
     @property
     def alive(self) -> bool:
@@ -117,6 +117,8 @@ class AsyncEngine:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
 
         def add() -> None:
+            if stream.left:  # while it waited for its turn
+                return
             try:
                 self.engine.add_request(request_id, prompt, params, priority=priority)
             except Exception as error:
@@ -142,6 +144,7 @@ class AsyncEngine:
                 yield item
         finally:
             log.close()
+            stream.left = True
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._submit(lambda: self._abort(request_id))
@@ -221,8 +224,9 @@ class AsyncEngine:
             command = self._commands.get()
             self._busy_since = time.monotonic()
             command()
+        end = time.monotonic() + _BETWEEN_STEPS
         with contextlib.suppress(queue.Empty):
-            while True:
+            while time.monotonic() < end:
                 self._commands.get_nowait()()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:

@@ -16,10 +16,8 @@ from .time_limit import run_within
 _SECONDS = 10.0
 
 
-def chat_prompt(
-    tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int
-) -> Prompt:
-    """The tokens of a conversation, with the opening of the assistant's answer.
+def render(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int) -> str:
+    """Return a conversation as text, with the opening of the assistant's answer.
 
     Args:
         max_characters: more have too many tokens; nobody is answered while they are counted.
@@ -53,6 +51,15 @@ def chat_prompt(
             f"messages: they have {len(text)} characters, and as many tokens as a sequence may have have at "
             f"most {max_characters}: shorten them"
         )
+    return text
+
+
+def rendered_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Return the tokens of what `render` has made.
+
+    Raises:
+        ValueError: the tokenizer refuses it.
+    """
     try:
         # The template has written the special tokens already.
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from ..engine import Prompt
@@ -20,6 +21,7 @@ from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style
+from .limits import BusyError
 from .logprobs import for_prompt
 from .metrics import Metrics
 from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
@@ -36,15 +38,34 @@ class Completions:
     Args:
         tokenizer: the engine's, or a copy for the thread of the server.
         model_name: what answers say the model is.
+        max_waiting_requests: maximum number of prompts that wait for their first output.
+        in_thread: runs what takes long beside the server, with a tokenizer of its own.
     """
 
     def __init__(
-        self, engine: AsyncEngine, metrics: Metrics, tokenizer: PreTrainedTokenizerBase, model_name: str
+        self,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        tokenizer: PreTrainedTokenizerBase,
+        model_name: str,
+        max_waiting_requests: int,
+        in_thread: Callable[[Callable[[PreTrainedTokenizerBase], bytes]], Awaitable[bytes]],
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._tokenizer = tokenizer
         self._model_name = model_name
+        self._max_waiting = max_waiting_requests
+        self._num_waiting = 0
+        self._in_thread = in_thread
+
+    def check_room(self, num_prompts: int) -> None:
+        """Raise BusyError where so many further prompts would be too many that wait."""
+        if self._num_waiting + num_prompts > self._max_waiting:
+            raise BusyError(
+                f"{self._num_waiting} requests wait, and the server lets {self._max_waiting} wait "
+                "(max_waiting_requests): send the request again later"
+            )
 
     async def respond(
         self,
@@ -58,6 +79,7 @@ class Completions:
 
         Raises:
             ValueError: a prompt is malformed or can never run.
+            BusyError: with them too many would wait.
             StepFailedError: the engine cannot run one of them.
             EngineDeadError: the engine has failed or stops.
         """
@@ -71,21 +93,28 @@ class Completions:
             "model": self._model_name,
         }
         outputs = self._run(head["id"], prompts, params, body.priority)
-        choices = [
-            Choice(style, index, self._tokenizer, params, wanted) for index in range(len(prompts) * params.n)
-        ]
+
+        def choices(tokenizer: PreTrainedTokenizerBase) -> list[Choice]:
+            count = len(prompts) * params.n
+            return [Choice(style, index, tokenizer, params, wanted) for index in range(count)]
+
         if not wanted.stream:
             latest = await _unless_disconnected(request, _collect(outputs))
-            return (
-                Response(status_code=499)
-                if latest is None
-                else JSONResponse(_whole(head, style, choices, latest, params, wanted))
-            )
+            if latest is None:
+                return Response(status_code=499)
+
+            def write(tokenizer: PreTrainedTokenizerBase) -> bytes:
+                return _whole(head, style, choices(tokenizer), latest, params, wanted)
+
+            # Log probabilities can be megabytes.
+            large = wanted.logprobs is not None or wanted.prompt_logprobs is not None
+            written = await self._in_thread(write) if large else write(self._tokenizer)
+            return Response(written, media_type="application/json")
         # A refusal comes with the first output, while the status can still say so.
         first = await _unless_disconnected(request, anext(outputs))
         if first is None:
             return Response(status_code=499)
-        events = _events(head, choices, first, outputs, params, wanted)
+        events = _events(head, choices(self._tokenizer), first, outputs, params, wanted)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -98,6 +127,15 @@ class Completions:
         Of outputs that come faster than they are taken only the newest is kept: it has all tokens of those
         before it, and a client that does not read would pile them up.
         """
+        self.check_room(len(prompts))
+        waiting = set(range(len(prompts)))  # positions without an output
+        self._num_waiting += len(prompts)
+
+        def waits_no_more(position: int, task: object = None) -> None:
+            if position in waiting:
+                waiting.remove(position)
+                self._num_waiting -= 1
+
         newest: dict[int, RequestOutput] = {}  # by position
         arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions with a newest output
 
@@ -107,6 +145,7 @@ class Completions:
                 stream = self._engine.generate(f"{request_id}-{position}", prompt, params, priority)
                 async with contextlib.aclosing(stream):
                     async for output in stream:
+                        waits_no_more(position)
                         timer.observe(output)
                         if position not in newest:
                             arrived.put_nowait(position)
@@ -120,6 +159,8 @@ class Completions:
                 raise
 
         tasks = [asyncio.create_task(run_one(i, prompt)) for i, prompt in enumerate(prompts)]
+        for position, task in enumerate(tasks):  # also of one that is cancelled before it runs
+            task.add_done_callback(functools.partial(waits_no_more, position))
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -166,17 +207,21 @@ def _whole(
     latest: dict[int, RequestOutput],
     params: SamplingParams,
     wanted: Wanted,
-) -> Json:
+) -> bytes:
     ordered = [latest[position] for position in sorted(latest)]
-    found = [
-        choices[position * params.n + one.index].whole(output, one)
+    found = [  # one by one, as no other thread runs while JSON is written
+        _json(choices[position * params.n + one.index].whole(output, one))
         for position, output in enumerate(ordered)
         for one in output.outputs
     ]
-    answer = {**head, "choices": found, "usage": _usage(ordered)}
+    more: Json = {"usage": _usage(ordered)}
     if wanted.prompt_logprobs is not None and style is CHAT:
-        answer["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
-    return answer
+        more["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
+    return f'{_json(head)[:-1]},"choices":[{",".join(found)}],{_json(more)[1:]}'.encode()
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 async def _events(

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -23,8 +24,17 @@ def sendable(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value of a request as JSON, cut short, for a message about it."""
-    text = sendable(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += sendable(part[:81])
+        if len(text) > 80:  # of a long value no more is written
+            break
+    return shortened(text, 80)
+
+
+def shortened(text: str, length: int = 1000) -> str:
+    """Return a text without its end if it is longer than ``length``: an error is no place for megabytes."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def must_be(description: str) -> WrapValidator:
@@ -45,6 +55,11 @@ def _without_fraction(value: Any) -> Any:
 
 # JSON has one type of number, and some writers give all of them a fraction: 2.0 is the integer 2.
 Integer = Annotated[int, BeforeValidator(_without_fraction)]
+
+# Lists that are validated up to their first wrong entry: an error of each of them takes a kilobyte.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Integers = Annotated[list[Integer], Field(fail_fast=True)]
+IntegerLists = Annotated[list[Integers], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -14,11 +15,15 @@ import uvicorn
 
 from .app import create_app
 from .async_engine import AsyncEngine, EngineDeadError
+from .connections import Connection, Connections
 from .drain import Drain
+from .hosts import HostCheck
+from .limits import Limits
 from .load_log import LoadLog
 from .watchdog import Watchdog
 
 _log = logging.getLogger("cupaged.server")
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
 _LAST_SECONDS = 5  # in which those are told who did not finish in time; then uvicorn cancels them
 
 
@@ -33,6 +38,8 @@ class Server(uvicorn.Server):
         model_name: what requests must call the model.
         grace: seconds after the death of the engine in which everybody is told before the server stops.
         on_start: called when the server takes requests.
+        limits: what one client may ask for.
+        allowed_hosts: names that the Host header of a request may have; None is any.
         shutdown_timeout: maximum number of seconds that running requests have to finish when the server
             stops. Then the engine stops, and those left are told so.
         step_timeout: seconds after which a step is taken to hang, and ``/health`` says 503; 0: never.
@@ -49,15 +56,29 @@ class Server(uvicorn.Server):
         grace: float = 2.0,
         on_start: Callable[[], None] = lambda: None,
         *,
+        limits: Limits | None = None,
+        allowed_hosts: frozenset[str] | None = None,
         shutdown_timeout: float = 25.0,
         step_timeout: float = 300.0,
         log_stats: bool = True,
     ) -> None:
+        limits = limits or Limits()
+        self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_name, self._healthy))
+        self._drain = Drain(create_app(engine, model_name, limits, self._healthy))
         super().__init__(
             uvicorn.Config(
-                self._drain, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_SECONDS
+                HostCheck(self._drain, allowed_hosts),
+                http=functools.partial(Connection, self._connections),  # type: ignore[arg-type]
+                ws="none",
+                loop="asyncio",  # how it reads and accepts is part of the limits
+                log_config=None,
+                access_log=False,
+                # So many are accepted in a row, and asyncio goes on where descriptors have run out: one by
+                # one, it waits a second then.
+                backlog=1,
+                timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -74,7 +95,10 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
         if self.started:
+            self._connections.start()
             self._on_start()
 
     async def on_tick(self, counter: int) -> bool:

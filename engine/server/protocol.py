@@ -13,7 +13,18 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..sampling_params import SamplingParams
-from .fields import Closed, Integer, Strict, must_be, sendable, shown
+from .fields import (
+    Closed,
+    Integer,
+    IntegerLists,
+    Integers,
+    Strict,
+    Strings,
+    must_be,
+    sendable,
+    shortened,
+    shown,
+)
 from .messages import Message
 
 
@@ -58,8 +69,8 @@ class _Sampling(Strict):
     n: Integer = Field(default=1, le=128)
     max_tokens: Integer | None = None
     seed: Integer | None = None
-    stop: Annotated[str | list[str] | None, must_be("a string or a list of strings")] = None
-    stop_token_ids: list[Integer] = Field(default_factory=list)
+    stop: Annotated[str | Strings | None, must_be("a string or a list of strings")] = None
+    stop_token_ids: Integers = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     best_of: Integer | None = Field(default=None, ge=1, le=128)
@@ -71,8 +82,8 @@ class _Sampling(Strict):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[Integer] | None = None
-    bad_words: list[str] = Field(default_factory=list)
+    allowed_token_ids: Integers | None = None
+    bad_words: Strings = Field(default_factory=list)
     min_tokens: Integer = 0
     include_stop_str_in_output: bool = False
     prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
@@ -236,7 +247,7 @@ _INSTEAD = {
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Integer | None = Field(default=None, ge=1)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     add_generation_prompt: bool = True
@@ -262,7 +273,7 @@ class ChatCompletionRequest(_Sampling):
 
 class CompletionRequest(_Sampling):
     prompt: Annotated[
-        str | list[Integer] | list[str] | list[list[Integer]],
+        str | Integers | Strings | IntegerLists,
         must_be("a string, a list of strings, a list of token ids, or a list of such lists"),
     ]
 
@@ -311,5 +322,5 @@ def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """An `ErrorResponse` as JSON."""
-    detail = ErrorDetail(message=sendable(message), type=kind, param=param, code=code)
+    detail = ErrorDetail(message=sendable(shortened(message)), type=kind, param=param, code=code)
     return ErrorResponse(error=detail).model_dump()

@@ -11,6 +11,7 @@ import pytest
 from cupaged.engine import EngineConfig, LLMEngine
 from cupaged.engine.server.async_engine import AsyncEngine
 from cupaged.engine.server.http_server import Server
+from cupaged.engine.server.limits import Limits
 from cupaged.serve import listen
 
 MODEL = "tiny-llama"
@@ -19,14 +20,27 @@ MODEL = "tiny-llama"
 class Running:
     """A server in a thread of the test process."""
 
-    def __init__(self, directory: str, grace: float = 1.0, life: dict | None = None, **config) -> None:
+    def __init__(
+        self,
+        directory: str,
+        grace: float = 1.0,
+        limits: Limits | None = None,
+        allowed_hosts=None,
+        life: dict | None = None,
+        **config,
+    ) -> None:
         settings = {"block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 64, **config}
         self.engine = LLMEngine(directory, EngineConfig(device="cpu", check_integrity=True, **settings))
         self.async_engine = AsyncEngine(self.engine)
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = Server(
-            self.async_engine, MODEL, grace=grace, **{"shutdown_timeout": 1.0, **(life or {})}
+            self.async_engine,
+            MODEL,
+            grace=grace,
+            limits=limits,
+            allowed_hosts=allowed_hosts,
+            **{"shutdown_timeout": 1.0, **(life or {})},
         )
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
 

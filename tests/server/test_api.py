@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 import httpx
@@ -650,3 +651,17 @@ def test_a_client_that_leaves_frees_its_blocks(server, monkeypatch, stream):
     assert 0 < stats.generation_tokens - before < 100, "it ran to its end"
     with server.client() as client:
         assert client.completions.create(model=MODEL, prompt="x", **GREEDY).usage.completion_tokens == 12
+
+
+def test_the_schema_of_the_api_has_the_fields_and_what_it_refers_to(server):
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    for path, field in (("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")):
+        body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert {"model", "stop", field} <= set(body["properties"])
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(schema)))
+    assert len(references) >= 3
+    for reference in references:
+        place = schema
+        for name in reference.split("/"):
+            place = place[name.replace("~1", "/")]
+        assert place["properties"]

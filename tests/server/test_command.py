@@ -7,12 +7,15 @@ import errno
 import json
 import os
 import re
+import resource
 import shlex
+from pathlib import Path
 
 import pytest
 
 from cupaged import serve
 from cupaged.engine import EngineConfig
+from cupaged.engine.server.limits import Limits
 
 
 def error_of(capsys, *arguments: str) -> str:
@@ -140,13 +143,46 @@ def test_a_cache_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_every_setting_of_the_engine_is_an_option_with_a_text():
+def test_a_limit_out_of_range(capsys):
+    assert error_of(capsys, "--max-body-size", "0").startswith("error: max_body_size must be")
+
+
+@pytest.mark.parametrize("settings", [EngineConfig, Limits])
+def test_every_setting_is_an_option_with_a_text(settings):
     options = {action.dest: action for action in serve.parser()._actions}
     defaults = serve.parser().parse_args([])
-    for field in dataclasses.fields(EngineConfig):
+    for field in dataclasses.fields(settings):
         if field.name == "check_integrity":
             continue
         assert options[field.name].help
         assert getattr(defaults, field.name) == field.default
+
+
+def test_settings_are_given_as_what_they_are():
     given = serve.parser().parse_args(["--swap-space", "0.5", "--max-model-len", "64", "--dtype", "float16"])
     assert (given.swap_space, given.max_model_len, given.dtype) == (0.5, 64, "float16")
+    given = serve.parser().parse_args(["--max-choices", "3", "--body-timeout", "1.5", "--allowed-hosts", "a"])
+    assert (given.max_choices, given.body_timeout, given.allowed_hosts) == (3, 1.5, ["a"])
+
+
+def test_the_limits_are_those_of_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text()
+    listed = dict(re.findall(r"^\| `--([\w-]+)` \| ([\d.]+) \|", text, re.MULTILINE))
+    limits = dataclasses.asdict(Limits())
+    assert listed == {name.replace("_", "-"): str(value) for name, value in limits.items()}
+
+
+def test_there_are_descriptors_for_the_connections(monkeypatch):
+    """As far as the system lets the process have them."""
+    for limits, expected in (
+        ((256, 4096), (1256, 4096)),
+        ((256, 512), (512, 512)),
+        ((256, resource.RLIM_INFINITY), (1256, resource.RLIM_INFINITY)),
+        ((2000, 4096), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ):
+        found = []
+        monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda which, pair, found=found: found.append(pair))
+        serve._allow_descriptors(1000)
+        assert found == ([expected] if expected else [])

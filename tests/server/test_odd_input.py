@@ -121,8 +121,8 @@ def test_null_is_a_field_left_out(server, path):
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        ("completions", "prompt", "x" * 5_000_000),
-        ("chat/completions", "messages", [{"role": "user", "content": "x" * 5_000_000}]),
+        ("completions", "prompt", "x" * 1_500_000),
+        ("chat/completions", "messages", [{"role": "user", "content": "x" * 1_500_000}]),
     ],
 )
 def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(server, monkeypatch, path, field, value):
@@ -153,7 +153,7 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
 
     async def read():
         metrics = Metrics(MODEL, server.engine.stats)
-        completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL)
+        completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL, 2, None)
         outputs = completions._run("r", ["x", "y"], SamplingParams(), 0)
         first = {position: output async for position, output in _take(outputs, 2)}
         assert sorted(first) == [0, 1]

@@ -240,14 +240,17 @@ class Words:
     def __init__(self, *pieces: str) -> None:
         self.pieces = sorted(pieces, key=len, reverse=True)
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         assert not add_special_tokens
+        return {"input_ids": [self._ids_of(text) for text in texts]}
+
+    def _ids_of(self, text: str) -> list[int]:
         found = []
         while text:
             piece = next(piece for piece in self.pieces if text.startswith(piece))
             found.append(self.pieces.index(piece))
             text = text[len(piece) :]
-        return {"input_ids": found}
+        return found
 
     def ids(self, *pieces: str) -> tuple[int, ...]:
         return tuple(self.pieces.index(piece) for piece in pieces)
@@ -262,7 +265,7 @@ def test_bad_words_have_the_tokens_of_both_their_places():
     assert bad_words.tokenise(words, ["e", "hine"], 9) == (words.ids("e"), words.ids("hine"))
     assert bad_words.tokenise(words, [], 9) == ()
     with pytest.raises(ValueError, match=r"bad_words.*'x'"):
-        bad_words.tokenise(lambda *_, **__: {"input_ids": []}, ["x"], 9)
+        bad_words.tokenise(lambda texts, **_: {"input_ids": [[] for _ in texts]}, ["x"], 9)
 
 
 def test_bad_words_that_end_in_another_or_are_too_long_are_left_out():

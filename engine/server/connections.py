@@ -1,0 +1,273 @@
+"""The connections of the server: how many there are, and how long each may take.
+
+uvicorn closes connections that are kept alive without a request, and nothing else: it waits for ever for a
+head, a body, or a client to read. So its protocol is extended here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from .limits import Limits
+from .protocol import error_body
+
+_log = logging.getLogger("cupaged.server")
+
+_READ_SIZE = 8192  # bytes that are parsed at once: in chunks of one byte, 256 kB take more than a second
+_LINGER = 5.0  # seconds in which a client may notice that no more is received from it
+_OTHER_FILES = 64  # descriptors for other things than connections
+_QUIET = 60.0  # seconds between log lines about the same trouble
+
+
+class Connections:
+    """Keeps the number of a server's connections within its limit.
+
+    Args:
+        limits: how many they may be, and their timeouts.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._most = limits.max_connections
+        self._busy: set[Connection] = set()  # with a whole request that is being answered
+        self._idle: dict[Connection, None] = {}  # without, since the first of them the longest
+        self._new: dict[Connection, None] = {}  # that have never had one, the oldest first
+        self._logged = -_QUIET
+
+    def start(self) -> None:
+        """Take the place there is: to be called when everything else is open."""
+        self._most = min(self.limits.max_connections, max(_free_descriptors() - _OTHER_FILES, 8))
+        if self._most < self.limits.max_connections:
+            _log.warning(
+                "the limit of file descriptors leaves room for %d connections, not for %d (ulimit -n)",
+                self._most,
+                self.limits.max_connections,
+            )
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+
+    def add(self, connection: Connection) -> None:
+        """Count a new connection, and close another one if they are too many."""
+        if len(self._busy) + len(self._idle) + len(self._new) >= self._most:
+            self._evict()
+        self._new[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        """Count a connection no more."""
+        self._busy.discard(connection)
+        self._idle.pop(connection, None)
+        self._new.pop(connection, None)
+
+    def set_busy(self, connection: Connection, busy: bool) -> None:
+        """Note whether a whole request has come that is being answered."""
+        if busy:
+            self.remove(connection)
+            self._busy.add(connection)
+        elif connection in self._busy:
+            self._busy.remove(connection)
+            self._idle[connection] = None
+
+    @property
+    def full(self) -> bool:
+        """Whether so many are busy that the others are needed to refuse what comes."""
+        return len(self._busy) > self._most - self._spare
+
+    @property
+    def _spare(self) -> int:
+        return max(self._most // 8, 1)
+
+    def _evict(self) -> None:
+        """Close one that asks for nothing: a new one, if there are enough of them for the next requests."""
+        among = self._new if len(self._new) >= self._spare or not self._idle else self._idle
+        oldest = next(iter(among), None)
+        if oldest is not None:
+            self.remove(oldest)
+            oldest.abort()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "accept" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+            return
+        self._evict()
+        if time.monotonic() - self._logged > _QUIET:
+            self._logged = time.monotonic()
+            _log.error("a connection cannot be accepted, and will be tried again: %s", context["exception"])
+
+
+class Connection(H11Protocol):
+    """Extends uvicorn's protocol by timeouts, and an end at which the client gets to read the answer."""
+
+    def __init__(self, connections: Connections, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._table = connections
+        self._limits = connections.limits
+        self._waits_for: tuple[str, Any] | None = None  # what of which request
+        self._deadline: asyncio.TimerHandle | None = None
+        self._send_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if hasattr(transport, "max_size"):  # asyncio's own
+            transport.max_size = _READ_SIZE
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        self._table.add(self)
+        self._wait_for("head")
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE:
+            self._wait_for("head")
+        super().data_received(data)
+        self._follow()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # nobody wants the rest of it
+            self.transport.close()
+        self._follow()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_for(None)
+        self.resume_writing()
+        self._table.remove(self)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._send_deadline is None:
+            self._send_deadline = self.loop.call_later(self.send_timeout, self.abort)
+
+    def resume_writing(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        if self.transport.is_closing():
+            self.abort()
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._refuse(503, "the server is shutting down")
+        else:
+            super().shutdown()
+
+    def abort(self) -> None:
+        """Close without anything that is left to send."""
+        self.transport.abort()
+
+    @property
+    def send_timeout(self) -> float:
+        return self._limits.send_timeout
+
+    @property
+    def receiving(self) -> bool:
+        """Whether more of a request may come, or something that is none."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def send_400_response(self, msg: str) -> None:
+        error = "the request is not HTTP, or its head is too large"
+        self._refuse(400, error)
+
+    def _follow(self) -> None:
+        """Note how far the client has come with its request."""
+        state = self.conn.their_state
+        answering = self.cycle is not None and not self.cycle.response_complete
+        busy = answering and state is not h11.SEND_BODY
+        self._table.set_busy(self, busy)
+        if busy and self._table.full and not self.cycle.response_started:
+            self._refuse_if_work()
+        if state is h11.SEND_BODY:
+            self._wait_for("body")
+        elif state is not h11.IDLE or not (self._waits_for and self._waits_for[0] == "head"):
+            self._wait_for(None)
+
+    def _refuse_if_work(self) -> None:
+        """GET asks for none, and who watches the server asks for /health."""
+        if self.scope["method"] != "GET":
+            message = "the server has too many connections (max_connections): send the request again later"
+            self._refuse(429, message, (b"retry-after", b"1"))
+
+    def _wait_for(self, what: str | None) -> None:
+        wanted = (what, self.cycle) if what else None
+        if wanted == self._waits_for:
+            return
+        self._waits_for = wanted
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if what is not None:
+            seconds = self._limits.header_timeout if what == "head" else self._limits.body_timeout
+            self._deadline = self.loop.call_later(seconds, self._on_deadline, what)
+
+    def _on_deadline(self, what: str) -> None:
+        self._refuse(408, f"the {what} of the request did not come in time")
+
+    def _refuse(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
+        """Answer instead of the application and close."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            body = json.dumps(error_body(message, kind)).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"connection", b"close"),
+                *more,
+            ]
+            response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+class _Transport:
+    """Closes a transport for certain, and so that the client gets to read the answer.
+
+    Where the client still sends, closing would reset the connection, and what has been sent could be lost.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+        self._closing = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self._closing = True
+        loop, linger = self._connection.loop, self._connection.receiving
+        if linger and self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._transport.resume_reading()  # to throw it away, until the client closes
+            loop.call_later(_LINGER, self._transport.abort)
+        else:
+            self._transport.close()  # when all is sent
+            loop.call_later(self._connection.send_timeout, self._transport.abort)
+
+
+def _free_descriptors() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 2**31
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        taken = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        taken = _OTHER_FILES
+    return (most if most != resource.RLIM_INFINITY else 2**31) - taken

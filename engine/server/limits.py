@@ -1,0 +1,150 @@
+"""What one client may ask of the server, so that the others notice nothing. No FastAPI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+class BusyError(Exception):
+    """The server has too much to do already; later it may have less."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds what clients can ask for; what is beyond a limit is refused before there is work for it.
+
+    Args:
+        max_body_size: maximum size of a request's body in bytes; TGI's default.
+        max_bodies_size: maximum size of all bodies together that are received and not read yet; beyond it the
+            request that has been coming for the longest time gets 429.
+        max_json_depth: maximum depth of lists and objects in each other in a body.
+        max_json_lists: maximum number of lists and objects in a body; nothing else runs while they are made.
+        max_choices: maximum number of choices of a request: its prompts times n, or best_of where that is
+            larger.
+        max_messages: maximum number of messages of a chat; OpenAI's.
+        max_stop_strings: maximum number of stop strings of a request; they are looked for at every token.
+        max_bad_words: maximum number of bad_words of a request.
+        max_string_length: maximum number of characters of a stop string, and of a bad word.
+        max_token_ids: maximum number of entries of logit_bias, and of allowed_token_ids and stop_token_ids.
+        max_waiting_requests: maximum number of prompts, of all clients, that wait for their first token; with
+            more, requests get 429.
+        max_connections: maximum number of connections. With all of them open, a new one takes the place of
+            one without a request; while seven eighths of them have requests, further ones get 429.
+        header_timeout: seconds in which the head of a request has to arrive; nginx's default.
+        body_timeout: seconds in which the body of a request has to arrive.
+        send_timeout: seconds in which a client has to make room for what is to be sent; nginx's default.
+        keep_alive_timeout: seconds that a connection without a request stays open; vLLM's default.
+
+    Raises:
+        ValueError: a limit is not positive.
+    """
+
+    max_body_size: int = 2_000_000
+    max_bodies_size: int = 256_000_000
+    max_json_depth: int = 64
+    max_json_lists: int = 50_000
+    max_choices: int = 1024
+    max_messages: int = 2048
+    max_stop_strings: int = 64
+    max_bad_words: int = 128
+    max_string_length: int = 256
+    max_token_ids: int = 1024
+    max_waiting_requests: int = 2048
+    max_connections: int = 4096
+    header_timeout: float = 60.0
+    body_timeout: float = 60.0
+    send_timeout: float = 60.0
+    keep_alive_timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name} must be positive, got {value}")
+
+    def check_json(self, body: bytes) -> None:
+        """Check the number of lists and objects before they are made.
+
+        Raises:
+            ValueError: there are too many.
+        """
+        if _openings(body) > self.max_json_lists and _openings(_STRING.sub(b"", body)) > self.max_json_lists:
+            raise ValueError(
+                f"the body has more than {self.max_json_lists} lists and objects (max_json_lists): send less"
+            )
+
+    def check_body(self, body: Any) -> None:
+        """Check the sizes in a parsed body. To validate millions of entries takes minutes.
+
+        Raises:
+            ValueError: it is nested too deep, or a list in it is too long.
+        """
+        if _is_deeper(body, self.max_json_depth):
+            raise ValueError(
+                f"the body has lists and objects in each other more than {self.max_json_depth} deep "
+                "(max_json_depth): make it flatter"
+            )
+        if not isinstance(body, Mapping):
+            return
+        for name, setting in _ENTRIES.items():
+            _check_number(name, body.get(name), getattr(self, setting), setting)
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):  # it is not one of tokens
+            _check_number("prompt", prompt, self.max_choices, "max_choices")
+        for name in ("stop", "bad_words"):
+            value = body.get(name)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and len(text) > self.max_string_length:
+                    raise ValueError(
+                        f"{name} has a string of {len(text)} characters, and the server takes at most "
+                        f"{self.max_string_length} (max_string_length): shorten it"
+                    )
+
+    def check_choices(self, num_prompts: int, num_sequences: int) -> None:
+        """Raise ValueError where prompts with so many sequences each are too many choices."""
+        if num_prompts * num_sequences > self.max_choices:
+            raise ValueError(
+                f"n, or best_of, is {num_sequences} for each of {num_prompts} prompts, and the server takes "
+                f"at most {self.max_choices} together (max_choices): send them in several requests"
+            )
+
+
+# One without an end goes to the end of the body: it is tried from one quotation mark alone.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+
+_ENTRIES = {
+    "messages": "max_messages",
+    "stop": "max_stop_strings",
+    "bad_words": "max_bad_words",
+    "stop_token_ids": "max_token_ids",
+    "allowed_token_ids": "max_token_ids",
+    "logit_bias": "max_token_ids",
+}
+
+
+def _openings(json: bytes) -> int:
+    return json.count(b"[") + json.count(b"{")
+
+
+def _check_number(name: str, value: Any, limit: int, setting: str) -> None:
+    if isinstance(value, (list, dict)) and len(value) > limit:
+        raise ValueError(
+            f"{name} has {len(value)} entries, and the server takes at most {limit} ({setting}): send fewer"
+        )
+
+
+def _is_deeper(body: Any, limit: int) -> bool:
+    """Whether there are more than ``limit`` lists and objects in each other. Level by level: JSON may be
+    deeper than Python's stack."""
+    level = [body] if isinstance(body, (dict, list)) else []
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return bool(level)
