@@ -24,19 +24,28 @@ def mistral_dir(tmp_path_factory) -> str:
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 @torch.inference_mode()
 def test_blocks_behind_the_window_serve_others(mistral_dir, mode, caching, seed):
-    """Empty blocks are NaN. Six sequences of up to 120 tokens in 30 blocks of 8: two at a time without a
-    window."""
+    """Empty blocks are NaN. Six sequences of up to 120 tokens in 26 blocks of 8: one at a time without a
+    window. A seventh is urgent and needs more than they leave, so that some make way for it."""
     rng = random.Random(seed)
     engine = small_engine(
-        mistral_dir, num_gpu_blocks_override=30, preemption_mode=mode, enable_prefix_caching=caching
+        mistral_dir,
+        num_gpu_blocks_override=26,
+        preemption_mode=mode,
+        enable_prefix_caching=caching,
+        scheduling_policy="priority",
     )
+    lengths = [*(rng.randrange(60, 81) for _ in range(6)), 112]
     prompts = {
-        str(i): [rng.randrange(tiny_models.PAD) for _ in range(rng.randrange(60, 90))] for i in range(6)
+        str(i): [rng.randrange(tiny_models.PAD) for _ in range(length)] for i, length in enumerate(lengths)
     }
     most = {name: 119 - len(prompt) for name, prompt in prompts.items()}
-    for name, prompt in prompts.items():
+
+    def add(name: str, priority: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=most[name], ignore_eos=True)
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        engine.add_request(name, {"prompt_token_ids": prompts[name]}, params, priority=priority)
+
+    for i in range(6):
+        add(str(i), 1)
     decoding, step = [0], engine.step
 
     def counting():
@@ -47,11 +56,15 @@ def test_blocks_behind_the_window_serve_others(mistral_dir, mode, caching, seed)
                 # The window, the chunk of a prompt, and a block at either end.
                 assert engine._blocks.num_distinct([seq.seq_id]) <= -(-(tiny_models.WINDOW + 32) // 8) + 2
         decoding.append(sum(not group.prefilling for group in running))
+        if decoding[-1] == 6 and "6" not in engine.request_ids and not engine.stats().num_preemptions:
+            add("6", 0)
         return outputs
 
     engine.step = counting
     outputs = finish(engine)
-    assert max(decoding) == 6
+    assert max(decoding) >= 6
+    assert engine.stats().num_preemptions > 0
+    assert len(outputs) == 7
     model = tf.AutoModelForCausalLM.from_pretrained(mistral_dir, attn_implementation="eager").eval()
     for name, output in outputs.items():
         assert len(output.outputs[0].token_ids) == most[name]
