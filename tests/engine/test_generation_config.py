@@ -165,7 +165,7 @@ def test_requests_over_http(requests):
             assert {n: getattr(params, n) for n in others} == others
         assert ask(max_tokens=9).max_tokens == 9
     assert requests.chat(max_completion_tokens=9).max_tokens == 9
-    assert requests.complete(max_tokens=0, echo=True).max_tokens == 1
+    assert requests.complete(max_tokens=0, echo=True).max_tokens == 0
     beams = requests.chat(use_beam_search=True, n=2)  # draws nothing, and takes the length alone
     assert beams == SamplingParams(n=2, beam_width=2, max_tokens=7)
 

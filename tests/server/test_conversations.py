@@ -40,7 +40,7 @@ def prompt_of(*messages, template: str = TEMPLATE, **settings) -> str:
     tokenizer.chat_template = template
     body = {"model": MODEL, "messages": list(messages), "chat_template_kwargs": settings}
     request = ChatCompletionRequest.model_validate_json(json.dumps(body))
-    return chat.chat_prompt(tokenizer, request, 10_000)["prompt"]
+    return chat.render(tokenizer, request, 10_000)
 
 
 # Messages beside what the template makes of them.

@@ -140,7 +140,7 @@ ECHOES = {
     "a setting of the template": {**CHAT, "chat_template_kwargs": {"tokenize": LONG}},
     "a role": {**CHAT, "messages": [{"role": [LONG], "content": "x"}]},
     "a salt": {**TEXT, "cache_salt": [LONG]},
-    "a word": {**TEXT, "bad_words": ["\ud800" * 40] * 128},
+    "a word": {**TEXT, "max_tokens": 100, "bad_words": ["\ud800" * 100] * 128},
 }
 
 

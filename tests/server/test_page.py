@@ -45,7 +45,7 @@ def test_the_model_is_asked_for_until_it_is_known(script):
 def test_a_model_without_a_template_is_explained(script, server):
     assert "no chat template" in function(script, "findModel")
     assert re.findall(r"card\.(\w+)", function(script, "findModel")) == [
-        *("id", "has_chat_template", "id")
+        *("id", "has_chat_template", "default_sampling_params", "id")
     ], "what it reads of the model"
     card = httpx.get(f"{server.url}/v1/models").json()["data"][0]
     assert card["has_chat_template"] is True

@@ -75,7 +75,8 @@ def streaming(url: str, **fields):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_finish_and_refuses_new_ones(llama_dir, number):
-    half_sent = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{"
+    head = "POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"
+    half_sent = "\r\n".join([*head, "Content-Length: 900", "", "{"]).encode()
     with Command(llama_dir) as server, ThreadPoolExecutor() as threads:
         idle = httpx.Client()
         assert idle.get(f"{server.url}/health").status_code == 200

@@ -335,7 +335,7 @@ def test_what_goes_with_a_name(tmp_path, pre, flag, expected):
 )
 def test_what_is_refused_is_named(tmp_path, monkeypatch, model, pre, message):
     """Before the weights are read."""
-    monkeypatch.setattr("cupaged.engine.gguf_model.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("cupaged.engine.gguf_model.load_weights", None)
     path = write_gguf(tmp_path / "model.gguf", pre, model=model)
     with pytest.raises(ValueError, match=f"(?s)model.gguf.*{message}"):
         load(path)

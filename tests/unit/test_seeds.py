@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 def log(*what):
-    with open(os.environ["DRAWN"], "a") as file:
+    with open(os.getenv("DRAWN"), "a") as file:
         print(*what, file=file)
 
 @pytest.mark.parametrize("size", [1, 2])
