@@ -24,7 +24,7 @@ MAX_THREADS = 1024  # of any block
 # Kernels load 16 bytes through pointers to other types.
 OPTIONS = (
     "-std=c++17",
-    "-O2",
+    "-O1",  # most kernels take longer to compile than to run
     "-g0",
     "-w",
     "-fPIC",

@@ -348,6 +348,7 @@ def test_a_launch_that_does_not_end(fault):
         launcher.launch(spec, (1, 1, 1), (32, 1, 1), 0, (torch.zeros(1, dtype=torch.int32),))
 
 
+@pytest.mark.matrix
 def test_fibers_of_other_processors():
     """What switches fibers where there is no code for the processor passes these tests, too."""
     if "CUPAGED_HOST_UCONTEXT" in os.environ.get("CXXFLAGS", ""):

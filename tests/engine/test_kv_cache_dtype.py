@@ -56,7 +56,19 @@ def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.15), ("fp8_e5m2", 0.3), ("int8", 0.1)])
+# The kernels are compiled for each type, which takes longer than to run them.
+EVERY_DAY = ("fp8",)
+
+
+def names(**values):
+    """Parameters for each type of cache; the rarer ones belong to the matrix."""
+    return [
+        pytest.param(name, *values.get(name, ()), marks=() if name in EVERY_DAY else pytest.mark.matrix)
+        for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize(("name", "bound"), names(fp8=[0.15], fp8_e5m2=[0.3], int8=[0.1]))
 def test_logits_differ_by_the_rounding_of_the_cache_alone(llama_dir, monkeypatch, name, bound):
     """Against transformers with the same rounding, and without: from prefill in chunks through decode."""
     engine = small_engine(llama_dir, kv_cache_dtype=name)
@@ -106,7 +118,7 @@ def test_scales_are_those_of_a_drawn_prompt(llama_dir, name):
 
 @pytest.mark.parametrize("backend", [reference, cpu])
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_moved_blocks_keep_their_codes(llama_dir, monkeypatch, seed, name, mode, backend):
     """Samples that share a prompt, in a memory too small for them: after copies on write and swaps every
     logit is that of transformers with the same rounding, and nothing reads a poisoned slot."""

@@ -15,7 +15,7 @@ QUESTIONS = [
     "Explain in one sentence what an operating system does with pages of memory, and why.",
     "Translate 'good morning' into Spanish.",
 ]
-TOKENS = 24
+TOKENS = 12
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_a_bare_machine_has_what_it_imports():
     assert not loaded & {"pytest", "numba", "transformers", "matplotlib", "PIL", "fastapi", "hypothesis"}
 
 
+@pytest.mark.matrix
 def test_the_report_has_every_section(report):
     out, folder = report
     written = json.loads((folder / "kernels-cpu.json").read_text())
@@ -72,6 +73,7 @@ def test_the_report_has_every_section(report):
     assert written["environment"]["versions"]["torch"]
 
 
+@pytest.mark.matrix
 def test_what_is_written_names_no_machine(report):
     _, folder = report
     text = (folder / "kernels-cpu.json").read_text()
@@ -80,6 +82,7 @@ def test_what_is_written_names_no_machine(report):
     assert str(Path.home()) + "/" not in text
 
 
+@pytest.mark.matrix
 def test_the_report_draws_what_it_measured(report):
     out, folder = report
     for path in (folder / f"{name}.png" for name in plots.PLOTS):
@@ -147,6 +150,7 @@ def test_a_wrong_kernel_gets_no_time(capsys, tmp_path):
     assert not [row for row in rows if row["seconds"]]
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("off_by_a_little")
 def test_a_wrong_check_says_what_and_stops_the_clocks(capsys):
     arguments = ["--quick", "--device", "cpu", "--section", "check", "--section", "decode"]
