@@ -104,7 +104,8 @@ def probe_layers(model: Any, num_positions: int | None) -> tuple[LayerAttention,
     try:
         if text_config._attn_implementation != PROBE_NAME:
             raise ValueError("its attention is not an interface of transformers")
-        probe = Probe(min(num_positions or _POSITIONS, _POSITIONS))
+        limited = num_positions is not None and num_positions > 0  # some say -1 for no limit
+        probe = Probe(min(num_positions or 0, _POSITIONS) if limited else _POSITIONS)
         device = next(model.parameters()).device
         positions = torch.arange(_TOKENS, device=device)[None].expand(2, -1)
         token_ids = torch.zeros_like(positions).contiguous()

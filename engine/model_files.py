@@ -53,11 +53,13 @@ def check_length(max_model_len: int | None, model_len: int | None) -> int:
 
     Args:
         max_model_len: what is asked for.
-        model_len: what the model's configuration says.
+        model_len: what the model's configuration says; -1 (xlnet's) or 0 is no limit.
 
     Raises:
         ValueError: neither is given, or the model was made for fewer.
     """
+    if model_len is not None and model_len <= 0:
+        model_len = None
     wanted = max_model_len or model_len
     if wanted is None:
         raise ValueError("the model's configuration gives no maximum length: pass max_model_len")

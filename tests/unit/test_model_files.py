@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from cupaged.engine import LLM
-from cupaged.engine.model_files import check_files
+from cupaged.engine.model_files import check_files, check_length
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,3 +142,17 @@ def test_the_command_says_so_before_it_imports_anything_heavy(directory, tmp_pat
     assert done.stdout.strip() in ("1 []", "2 []")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "models", "length"), [(128, -1, 128), (128, None, 128), (None, 64, 64), (32, 64, 32)]
+)
+def test_the_length_that_counts(asked, models, length):
+    """A model that says -1, as xlnet does, has no limit."""
+    assert check_length(asked, models) == length
+
+
+@pytest.mark.parametrize(("asked", "models"), [(128, 64), (None, None), (None, -1)])
+def test_a_length_that_cannot_be_is_refused(asked, models):
+    with pytest.raises(ValueError, match="max_model_len"):
+        check_length(asked, models)
