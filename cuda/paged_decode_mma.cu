@@ -155,8 +155,11 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
 
 // Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups.
-constexpr bool kFewCopies = kTileChunks > 24 && next_power_of_two(kTileChunks) != kTileChunks;
+// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
+// sums of two tiles of rows, 104 and 112 elements are as many, in the code for two stages.
+constexpr bool kFewCopies =
+    next_power_of_two(kTileChunks) != kTileChunks &&
+    (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12 && kStages == 2));
 constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.

@@ -188,12 +188,17 @@ def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cach
 
 
 @pytest.mark.parametrize("emulated_arch", ["86"], indirect=True)
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
-def test_wide_tiles_that_are_smaller(emulated_arch, seed, cache_dtype):
-    """With less shared memory they have 32 rows at the largest head sizes."""
-    problem = draw_wide(seed, group=12, queries="one", cache_dtype=cache_dtype, head_size=256, num_kv_heads=1)
-    problem.options["shared_prefix"] = True
+@pytest.mark.parametrize(("head_size", "cache_dtype"), [(256, None), (256, torch.int8), (112, None)], ids=str)
+def test_wide_tiles_of_less_shared_memory(emulated_arch, seed, head_size, cache_dtype):
+    """They have 32 rows at the largest head sizes; at 112 two stages, and copy a chunk at a time."""
+    problem = draw_wide(
+        seed, group=12, queries="one", cache_dtype=cache_dtype, head_size=head_size, num_kv_heads=1
+    )
     out, lse = run(problem, "cpu")
+    problem.options["shared_prefix"] = True
+    shared_out, shared_lse = run(problem, "cpu")
+    assert torch.equal(out, shared_out)
+    assert torch.equal(lse, shared_lse)
     check(out, problem, lse)
 
 
