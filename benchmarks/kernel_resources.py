@@ -5,6 +5,10 @@
 compiles whatever is not compiled yet (six thousand kernels, an hour of one core; a run that was stopped goes
 on where it was) and writes `results/kernel-resources.json`: a row for each architecture and set of macros but
 the head size, whose columns are by head size (null for a kernel that takes any).
+
+    python benchmarks/kernel_resources.py --compiled
+
+compiles nothing: the table is of what a stopped run has compiled, and names the kernels that it had not.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,16 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return list(families.values())
 
 
+def head_sizes(kernels: Iterable[tuple[KernelSpec, str]]) -> list[dict[str, Any]]:
+    """Return rows as those of the table, but without what the compiler says."""
+    families: dict[tuple[object, ...], dict[str, Any]] = {}
+    for kernel in kernels:
+        entry, arch, macros, head_size = name_of(*kernel)
+        empty = {"kernel": entry, "arch": arch, "macros": dict(sorted(macros)), HEAD_SIZE: []}
+        families.setdefault((entry, arch, macros), empty)[HEAD_SIZE].append(head_size)
+    return list(families.values())
+
+
 def names(families: Iterable[dict[str, Any]]) -> list[Name]:
     """Return the kernels that a table has rows of."""
     return [
@@ -73,19 +87,32 @@ def names(families: Iterable[dict[str, Any]]) -> list[Name]:
     ]
 
 
+def by_name(families: Sequence[dict[str, Any]]) -> dict[Name, tuple[int, ...]]:
+    """Return what a table says of each kernel, in the order of `COLUMNS`."""
+    values = (value for family in families for value in zip(*(family[column] for column in COLUMNS)))
+    return dict(zip(names(families), values))
+
+
 def read(path: Path = PATH) -> dict[str, Any]:
-    """Return the results of the last run: the version of NVRTC, and the table."""
+    """Return the results of the last run: the version of NVRTC, the table, what is not in it."""
     return json.loads(path.read_text())["results"]
 
 
-def write(rows: Iterable[Row], path: Path = PATH) -> None:
-    """Write a table of kernels, a row on a line."""
+def write(rows: Iterable[Row], work: Iterable[tuple[KernelSpec, str]], path: Path = PATH) -> None:
+    """Write a table of kernels, a row on a line, and which of `work` it has no rows of."""
+    rows, work = list(rows), list(work)
+    compiled = {(row.spec, row.arch) for row in rows}
     environment = common.environment(torch.device("cpu"))
     nvrtc = ".".join(map(str, kernel_compiler.nvrtc_version()))
-    lines = ",\n".join(f"  {json.dumps(family)}" for family in table(rows))
+    lines, not_compiled = (
+        ",\n".join(f"  {json.dumps(family)}" for family in families)
+        for families in (table(rows), head_sizes(kernel for kernel in work if kernel not in compiled))
+    )
+    coverage = json.dumps({"compiled": len(compiled), "of": len(work)})
     path.write_text(
-        f'{{"environment": {json.dumps(environment)},\n "results": {{"nvrtc": "{nvrtc}", "kernels": [\n'
-        f"{lines}\n]}}}}\n"
+        f'{{"environment": {json.dumps(environment)},\n "results": {{"nvrtc": "{nvrtc}",\n'
+        f' "coverage": {coverage},\n'
+        f' "not_compiled": [\n{not_compiled}],\n "kernels": [\n{lines}\n]}}}}\n'
     )
 
 
@@ -96,16 +123,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile every kernel, write the table, return 1 if a kernel is unfit to ship."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    parser.add_argument("--compiled", action="store_true", help="write what is compiled already")
     options = parser.parse_args(arguments)
     work = [(spec, arch) for arch in ARCHS for spec in reachable(arch)]
     rows = []
-    for row in compile_all(work, kernel_compiler.cache_dir(), options.jobs):
+    todo = [kernel for kernel in work if not options.compiled or kernel_compiler.kept(*kernel)]
+    for row in compile_all(todo, kernel_compiler.cache_dir(), options.jobs):
         rows.append(row)
         if len(rows) % 100 == 0:
-            print(f"{len(rows)} of {len(work)}", flush=True)
+            print(f"{len(rows)} of {len(todo)}", flush=True)
         for complaint in row.complaints():
             print(f"{row.spec} sm_{row.arch} {complaint}", file=sys.stderr)
-    write(rows)
+    write(rows, work)
     return int(any(row.complaints() for row in rows))
 
 

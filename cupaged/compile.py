@@ -269,8 +269,7 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
         directory: of the cache, `cache_dir()` by default.
     """
     folder = directory or cache_dir()
-    stem = f"{spec.entry}-sm_{arch}-{digest(spec, arch)}"
-    binary, record = folder / f"{stem}.cubin", folder / f"{stem}.json"
+    binary, record = _entry(spec, arch, folder)
     if (found := _read_entry(binary, record)) is not None:
         return found
     start = time.perf_counter()
@@ -290,6 +289,16 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
         _warn_not_kept(folder, error.strerror)
         return Compiled(content, None, usage, compile_ms, hit=False)
     return Compiled(content, binary, usage, compile_ms, hit=False)
+
+
+def kept(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled | None:
+    """The compiled kernel from the cache, None where it is not there."""
+    return _read_entry(*_entry(spec, arch, directory or cache_dir()))
+
+
+def _entry(spec: KernelSpec, arch: str, folder: Path) -> tuple[Path, Path]:
+    stem = f"{spec.entry}-sm_{arch}-{digest(spec, arch)}"
+    return folder / f"{stem}.cubin", folder / f"{stem}.json"
 
 
 @cache

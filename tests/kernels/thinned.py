@@ -9,7 +9,8 @@ the kernel whose values were taken least often. At last, where a kind has e4m3 c
 that converts them, or without it, and none of those was taken, one is.
 
 So there is each kind for every architecture, head size of a model, dtype, cache dtype, head tile and number
-of stages that it has, and every other head size for some kind. `make test-all` compiles all kernels.
+of stages that it has, and every other head size for some kind. All kernels are compiled by `python
+benchmarks/kernel_resources.py`.
 """
 
 from __future__ import annotations

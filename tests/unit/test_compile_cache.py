@@ -30,9 +30,11 @@ def sources(tmp_path, monkeypatch):
 
 
 def test_the_second_time_is_a_hit(tmp_path):
+    assert kc.kept(SPEC, "80", tmp_path) is None
     first = kc.cubin(SPEC, "80", tmp_path)
     second = kc.cubin(SPEC, "80", tmp_path)
     assert (first.hit, second.hit) == (False, True)
+    assert kc.kept(SPEC, "80", tmp_path) == second
     assert (second.path, second.usage) == (first.path, first.usage)
     assert first.path.read_bytes() == first.content == second.content
     assert first.content[:4] == b"\x7fELF"
