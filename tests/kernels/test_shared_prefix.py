@@ -188,7 +188,11 @@ def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cach
 
 
 @pytest.mark.parametrize("emulated_arch", ["86"], indirect=True)
-@pytest.mark.parametrize(("head_size", "cache_dtype"), [(256, None), (256, torch.int8), (112, None)], ids=str)
+@pytest.mark.parametrize(
+    ("head_size", "cache_dtype"),
+    [(256, None), (256, torch.int8), pytest.param(112, None, marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_wide_tiles_of_less_shared_memory(emulated_arch, seed, head_size, cache_dtype):
     """They have 32 rows at the largest head sizes; at 112 two stages, and copy a chunk at a time."""
     problem = draw_wide(
