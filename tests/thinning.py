@@ -1,9 +1,9 @@
 """The pytest plugin that thins products of parameters, by a rule.
 
 A kernel's tests run over products: dtypes x head sizes x features x groups. By default each value of each
-parameter is run on each backend (or architecture of `tests/ptx`) at least once, by as few tests as it takes;
-the other tests are marked `matrix`, and run with ``make test-all``. Which these are follows from the
-parameters alone. A test over a single list of cases keeps all of them.
+parameter is run on each backend at least once, by as few tests as it takes; the other tests are marked
+`matrix`, and run with ``make test-all``. Which these are follows from the parameters alone. A test over a
+single list of cases keeps all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 import pytest
 
 FOLDERS = ("kernels", "cuda_host", "ptx")
-PLACES = ("backend", "arch")  # where a test runs: each value is run at each of them
+PLACES = ("backend",)  # where a test runs: each value is run at each of them
 
 Value = tuple[str, str]  # a parameter, and how its value is written
 

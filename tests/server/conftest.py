@@ -31,6 +31,7 @@ class Running:
     ) -> None:
         settings = {"block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 64, **config}
         self.engine = LLMEngine(directory, EngineConfig(device="cpu", check_integrity=True, **settings))
+        self.engine.warm_up()  # as the command does: to compile takes longer than clients wait
         self.async_engine = AsyncEngine(self.engine)
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -30,10 +30,10 @@ def test_one_list_of_cases_is_kept_whole():
 
 def test_drawn_lists_are_covered_by_few(seed):
     rng = random.Random(seed)
-    tests = [{name: str(rng.randrange(4)) for name in ("arch", "x", "y", "z")} for _ in range(60)]
+    tests = [{name: str(rng.randrange(4)) for name in ("backend", "x", "y", "z")} for _ in range(60)]
     kept = covering(tests)
     for name in ("x", "y", "z"):
-        values = {(test["arch"], test[name]) for test in tests}
-        assert {(tests[position]["arch"], tests[position][name]) for position in kept} == values
+        values = {(test["backend"], test[name]) for test in tests}
+        assert {(tests[position]["backend"], tests[position][name]) for position in kept} == values
     assert len(kept) <= 4 * (4 + 3 + 3)
     assert covering(tests) == kept
