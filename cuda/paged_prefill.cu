@@ -61,8 +61,9 @@ constexpr int kTileRows = kThreadsY * kThreadRows;
 constexpr int kTileKeys = kThreadsX * kThreadKeys;
 constexpr int kThreadChunks = ceil_div(kChunks, kThreadsX);
 // Chunks of a row that one iteration of the logits takes. Two, but where the registers are those of
-// four blocks and a fourth chunk of the output is there for some threads only (104 to 120 elements):
-// ptxas then spills on sm_86, sm_89 and sm_90. Three blocks, the other remedy, hide less.
+// four blocks and a fourth chunk of the output is there for some threads only (104 to 120
+// elements): ptxas then spills on sm_86, sm_89 and sm_90. Three blocks, the other remedy, hide
+// less.
 constexpr int kUnroll = kMinBlocks == 4 && kThreadChunks == 4 && kChunks % kThreadsX != 0 ? 1 : 2;
 constexpr int kCacheVec = kVecSize<cache_t>;
 constexpr int kCacheChunks = kHeadSize / kCacheVec;
