@@ -132,7 +132,7 @@ def port_number(text: str) -> int:
 
 
 def _setting_texts(settings: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of each setting."""
+    """Return what the docstring of a dataclass says of each setting."""
     arguments = (settings.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
@@ -172,7 +172,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _refusal(host: str, port: int, error: OSError) -> str:
-    """What to do about an address that the system does not give."""
+    """Return what to do about an address that the system does not give."""
     another_port = "choose another --port (make serve PORT=...)"
     remedies = {
         errno.EADDRINUSE: another_port,
@@ -223,7 +223,7 @@ def _set_up_logs(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """What is given for the fields of a dataclass."""
+    """Return what is given for the fields of a dataclass."""
     names = (field.name for field in dataclasses.fields(settings) if field.name not in _HIDDEN)
     return {name: getattr(options, name) for name in names}
 

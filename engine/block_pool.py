@@ -140,7 +140,7 @@ class BlockPool:
         self._promised.clear()
 
     def revoke(self) -> list[int]:
-        """What was promised is not there: nothing may find it. Return the blocks."""
+        """Forget what was promised, as it is not there, and return the blocks."""
         revoked = list(self._promised)
         for block in revoked:
             self.forget(block)

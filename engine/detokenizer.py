@@ -74,7 +74,7 @@ class Detokenizer:
 
     @property
     def at_start(self) -> bool:
-        """Whether nothing before the next token has a text, so that the decoder may drop a space of it."""
+        """Return whether nothing before the next token has a text: the decoder may drop its space then."""
         return not (self._before or self._held)
 
     def peek(self, token: int) -> str:
@@ -82,7 +82,7 @@ class Detokenizer:
         return self._decode([*self._ids, token])
 
     def is_silent(self, token: int) -> bool:
-        """Whether a token never has a text here. Some have none at the start alone, such as a space."""
+        """Return whether a token never has a text here; a space may have none at the start alone."""
         return not self._decode([token, token])
 
     def flush(self) -> str:

@@ -142,7 +142,7 @@ class SamplingParams:
 
     @property
     def only_prompt(self) -> bool:
-        """Whether the prompt is all that is wanted."""
+        """Return whether the prompt is all that is wanted."""
         return self.max_tokens == 0
 
     @property

@@ -365,7 +365,7 @@ class DecodeKernel:
 
     @property
     def can_share(self) -> bool:
-        """Whether a tile may hold query tokens of several sequences."""
+        """Return whether a tile may hold query tokens of several sequences."""
         return self.wide_spec is not None
 
 

@@ -97,7 +97,7 @@ class AsyncEngine:
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the thread has been at the same step, or at what it does between two; 0 if it waits."""
+        """Seconds that the thread has been in the same step, or between two; 0 if it waits."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 

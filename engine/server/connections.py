@@ -76,7 +76,7 @@ class Connections:
 
     @property
     def full(self) -> bool:
-        """Whether so many are busy that the others are needed to refuse what comes."""
+        """Return whether so many are busy that the others are needed to refuse what comes."""
         return len(self._busy) > self._most - self._spare
 
     @property
@@ -168,7 +168,7 @@ class Connection(H11Protocol):
 
     @property
     def receiving(self) -> bool:
-        """Whether more of a request may come, or something that is none."""
+        """Return whether more of a request may come, or something that is none."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:

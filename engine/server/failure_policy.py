@@ -33,7 +33,7 @@ class FailurePolicy:
 
     @property
     def failing(self) -> bool:
-        """Whether the last step has failed."""
+        """Return whether the last step has failed."""
         return bool(self._last)
 
     def succeeded(self) -> None:

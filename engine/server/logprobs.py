@@ -251,7 +251,7 @@ class _Place:
 
 
 def _goes_on(data: bytes) -> bool:
-    """Whether the first byte is within a character."""
+    """Return whether the first byte is within a character."""
     return bool(data) and data[0] & 0xC0 == 0x80
 
 
@@ -285,7 +285,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> by
 
 
 def _byte(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes | None:
-    """What a token that is written as a byte, ``<0x0A>``, stands for."""
+    """Return what a token that is written as a byte, ``<0x0A>``, stands for."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     return bytes([int(piece[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else None
 

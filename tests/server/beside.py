@@ -108,7 +108,7 @@ def head(path: str = "/v1/completions", *fields: str, method: str = "POST") -> b
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """What the server sends until it closes."""
+    """Return what the server sends until it closes."""
     found = b""
     while part := connection.recv(65536):
         found += part

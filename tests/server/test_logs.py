@@ -34,7 +34,7 @@ def lines(caplog):
 
 
 def test_each_request_has_a_line(llama_dir, monkeypatch, lines):
-    """Whether it finishes, is refused, fails, or its client leaves."""
+    """Count it once, whether it finishes, is refused, fails, or its client leaves."""
     with Running(llama_dir) as server:
         answer = ask(server, prompt="12345", max_tokens=7).json()
         ask(server, prompt="123", n=3, max_tokens=5)

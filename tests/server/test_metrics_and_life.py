@@ -58,7 +58,7 @@ REASONS = ("stop", "length", "abort", "error")
 
 
 def ended(server) -> dict[str, float]:
-    """How many outputs ended for each reason."""
+    """Return how many outputs ended for each reason."""
     name, found = "vllm:request_success_total", read(server.url)
     series = [key for key in found if key.startswith(name)]
     assert sorted(series) == sorted(f'{name}{{finished_reason="{reason}"}}' for reason in REASONS)

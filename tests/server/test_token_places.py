@@ -79,7 +79,7 @@ def positions_of(rng: random.Random, tokenizer, ids: list[int], count: int) -> l
 
 
 class Answer:
-    """What is sent of one output, whole and in drawn pieces, which must be alike."""
+    """Return what is sent of one output, whole and in drawn pieces, which must be alike."""
 
     def __init__(self, rng, tokenizer, prompt, prompt_ids, ids, *, style=TEXT, echo=True, skip=True, count=5):
         self.tokenizer, self.skip = tokenizer, skip
