@@ -1,4 +1,4 @@
-"""What is left of a step that failed: parts of it, to be computed one after the other. No torch."""
+"""Compute the parts of a step that failed one after the other. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json asks for: sampling settings, and the tokens that end an answer."""
+"""Read what generation_config.json asks for: sampling settings, and the tokens that end an answer."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def context_length(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says about its tokenizer."""
+    """Hold what a file says about its tokenizer."""
 
     tokenizer: str | None
     pre: str | None
