@@ -14,6 +14,8 @@ import pytest
 
 FOLDERS = ("kernels", "cuda_host", "ptx")
 PLACES = ("backend",)  # where a test runs: each value is run at each of them
+# The queries that a quantised cache is read with by choice: each pair of dtypes is another kernel to compile.
+QUERIES = {"torch.float8_e4m3fn": "torch.float32", "torch.float8_e5m2": "torch.bfloat16", "torch.int8": "torch.float16"}
 
 Value = tuple[str, str]  # a parameter, and how its value is written
 
@@ -36,7 +38,8 @@ def pytest_collection_modifyitems(items):
 def covering(tests: list[dict[str, str]]) -> set[int]:
     """Return the positions of a few tests that have each value at each place that any test has it at.
 
-    Of tests that add as many values the one is taken whose values are the rarest so far.
+    Of tests that add as many values the one is taken whose pair of dtypes is that of `QUERIES`, then the one
+    whose values are the rarest so far.
 
     Args:
         tests: the parameters of each test and their values.
@@ -46,8 +49,10 @@ def covering(tests: list[dict[str, str]]) -> set[int]:
     kept: set[int] = set()
     used: Counter = Counter()
 
-    def worth(position: int) -> tuple[int, int]:
-        return len(wanted[position] & missing), -sum(used[value] for value in wanted[position])
+    def worth(position: int) -> tuple[int, bool, int]:
+        values = tests[position]
+        usual = QUERIES.get(values.get("cache_dtype", "")) == values.get("dtype", "")
+        return len(wanted[position] & missing), usual, -sum(used[value] for value in wanted[position])
 
     while missing:
         best = max(range(len(tests)), key=worth)

@@ -111,6 +111,7 @@ class Connection(H11Protocol):
         self._waits_for: tuple[str, Any] | None = None  # what of which request
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
+        self._head_refused = False  # before it was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if hasattr(transport, "max_size"):  # asyncio's own
@@ -169,7 +170,7 @@ class Connection(H11Protocol):
     @property
     def receiving(self) -> bool:
         """Return whether more of a request may come, or something that is none."""
-        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        return self._head_refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:
         error = "the request is not HTTP, or its head is too large"
@@ -211,6 +212,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
         """Answer instead of the application and close."""
+        self._head_refused = self.conn.their_state is h11.IDLE
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

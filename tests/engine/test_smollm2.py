@@ -8,6 +8,9 @@ import torch
 from cupaged.engine import LLM, SamplingParams
 from cupaged.engine.loader import load_model
 
+# The model is downloaded and converted first.
+pytestmark = pytest.mark.matrix
+
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about memory.",
@@ -18,7 +21,6 @@ QUESTIONS = [
 TOKENS = 12
 
 
-@pytest.mark.slow
 def test_answers_equal_transformers_generate():
     model, tokenizer = load_model(None, dtype="float32", device="cpu", attn_implementation="sdpa")
     prompts = [
@@ -57,7 +59,6 @@ def test_answers_equal_transformers_generate():
     assert outputs[0].outputs[0].finish_reason == "stop"
 
 
-@pytest.mark.slow
 def test_numbers_are_cut_into_digits():
     _, tokenizer = load_model(None, dtype="auto", device="cpu", attn_implementation="sdpa")
     assert tokenizer.tokenize("2023") == ["2", "0", "2", "3"]

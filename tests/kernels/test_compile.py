@@ -22,7 +22,7 @@ from cupaged.occupancy import occupancy
 from cupaged.specs import KernelSpec
 
 from .sass import machine_code_complaints
-from .thinned import KINDS, all_kernels, kind_of, thinned
+from .thinned import E4M3, KINDS, all_kernels, kind_of, thinned
 
 # 128 values alive at once in threads that can have 64 registers.
 SPILLS = """
@@ -102,13 +102,17 @@ def planned_blocks(arch: str) -> dict[KernelSpec, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_thinned_kernels_are_fit_to_ship(kind):
-    """Those of the rule in `thinned`, their machine code, and what the table says of them."""
+    """Those of the rule in `thinned`, what the table says of them, and the machine code of some.
+
+    The disassembler takes as long as the compiler: it reads every fourth, and each that may convert e4m3.
+    """
     kernels = [kernel for kernel in thinned() if kind_of(kernel[0]) == kind]
     assert kernels
     rows = list(precompile.compile_all(kernels, kc.cache_dir(), jobs=1))
     assert unfit(rows) == []
     assert outdated(rows) == [], kernel_resources.REMEDY
-    assert [text for kernel in kernels for text in machine_code_complaints(*kernel)] == []
+    read = [kernel for i, kernel in enumerate(kernels) if i % 4 == 0 or E4M3 in kernel[0].defines]
+    assert [text for kernel in read for text in machine_code_complaints(*kernel)] == []
 
 
 @pytest.mark.matrix

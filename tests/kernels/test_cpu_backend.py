@@ -100,7 +100,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 @pytest.mark.matrix  # the kernels are compiled again, for that CPU
 @pytest.mark.parametrize(
-    "which", ["test_decode and 80 and bfloat16", "test_quantised_cache_under and decode and e4m3"]
+    "which", ["test_decode and 80 and bfloat16", "test_quantised_cache and decode and float32 and e4m3"]
 )
 def test_results_are_right_on_a_cpu_with_narrower_registers(which):
     if cpu_ir.NATIVE != 16:

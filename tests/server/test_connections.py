@@ -69,6 +69,18 @@ def test_a_request_has_to_come_in_time(llama_dir, start, then, what):
         wait_until(lambda: connections(server) == 0)
 
 
+@pytest.mark.parametrize("start", [b"", head()[:-2], head("/v1/completions", "Content-Length: 1000")])
+def test_who_sends_on_gets_to_read_why_not(llama_dir, start):
+    """Bytes that come after the end would reset the connection, and take the answer with them."""
+    with Running(llama_dir, limits=SHORT) as server, connect(server, start) as connection:
+        time.sleep(0.8)  # it has been answered
+        for _ in range(3):
+            connection.sendall(b"x")
+            time.sleep(0.05)
+        connection.settimeout(10)
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408")
+
+
 def test_a_request_that_came_is_answered_however_long_that_takes(llama_dir, monkeypatch):
     """The timeouts are for what clients do. So it is with a stream, and with a second request."""
     with Running(llama_dir, limits=SHORT) as server, httpx.Client(base_url=server.url) as client:

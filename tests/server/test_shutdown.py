@@ -73,7 +73,7 @@ def streaming(url: str, **fields):
         yield response, chunks, next(chunks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.matrix)])
 def test_a_signal_lets_requests_finish_and_refuses_new_ones(llama_dir, number):
     head = "POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"
     half_sent = "\r\n".join([*head, "Content-Length: 900", "", "{"]).encode()
@@ -115,7 +115,7 @@ def test_a_signal_lets_requests_finish_and_refuses_new_ones(llama_dir, number):
     ("first", "second"),
     [
         (signal.SIGTERM, signal.SIGINT),
-        (signal.SIGINT, signal.SIGTERM),
+        pytest.param(signal.SIGINT, signal.SIGTERM, marks=pytest.mark.matrix),
         pytest.param(signal.SIGTERM, signal.SIGTERM, marks=pytest.mark.matrix),
         pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.matrix),
     ],

@@ -16,7 +16,12 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: re.search(r"import (\w+)", s)[1])
+@pytest.mark.parametrize(
+    "snippet",
+    # The demo model is downloaded and converted first.
+    [pytest.param(s, marks=pytest.mark.matrix) if "LLM(" in s else s for s in SNIPPETS],
+    ids=lambda s: re.search(r"import (\w+)", s)[1],
+)
 def test_a_snippet_runs_and_prints_what_it_says(snippet, tmp_path):
     done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

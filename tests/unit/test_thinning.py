@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import product
 
-from tests.thinning import covering
+from tests.thinning import QUERIES, covering
 
 
 def test_each_value_is_kept_with_values_in_turn():
@@ -22,6 +22,15 @@ def test_each_value_is_kept_on_each_backend():
     assert len(kept) == 6
     for name in ("x", "y"):
         assert {(test["backend"], test[name]) for test in kept} == {(t["backend"], t[name]) for t in tests}
+
+
+def test_quantised_caches_are_read_by_the_queries_that_other_tests_read_them_by():
+    dtypes = list(QUERIES.values())
+    for dtypes in (dtypes, dtypes[::-1]):
+        tests = [{"dtype": d, "cache_dtype": c} for d, c in product(dtypes, QUERIES)]
+        kept = [tests[position] for position in covering(tests)]
+        assert {test["cache_dtype"]: test["dtype"] for test in kept} == QUERIES
+        assert len(kept) == 3
 
 
 def test_one_list_of_cases_is_kept_whole():
