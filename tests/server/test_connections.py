@@ -87,7 +87,7 @@ def test_a_request_that_came_is_answered_however_long_that_takes(llama_dir, monk
         step = server.engine.step
         monkeypatch.setattr(server.engine, "step", lambda: (time.sleep(0.02), step())[1])
         for stream in (False, True):
-            body = {**BODY, "max_tokens": 60, "stream": stream}
+            body = {**BODY, "max_tokens": 40, "stream": stream}
             assert client.post("/v1/completions", json=body, timeout=60).status_code == 200
         time.sleep(1)
         assert connections(server) == 0  # kept alive for half a second

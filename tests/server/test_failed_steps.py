@@ -193,7 +193,7 @@ def test_memory_is_freed_before_a_step_is_tried_again(llama_dir, monkeypatch):
 
 
 def test_an_engine_that_always_fails_is_dead_and_ends_the_server(llama_dir, monkeypatch):
-    with Running(llama_dir, grace=5.0) as server:
+    with Running(llama_dir, grace=2.0) as server:
         failed = plant(monkeypatch, server.engine, lambda sequences: True)
         assert_server_error(ask(server))
         assert_server_error(ask(server, stream=True))

@@ -16,7 +16,7 @@ import openai
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cupaged.engine.server import app, completions
+from cupaged.engine.server import app, completions, connections
 from cupaged.engine.server.bodies import Bodies
 from cupaged.engine.server.limits import Limits
 
@@ -179,8 +179,9 @@ def test_the_size_of_a_body_is_a_setting(llama_dir):
             assert send(server, "/v1/completions", content).status_code == status
 
 
-def test_a_body_without_an_end_is_left(server):
+def test_a_body_without_an_end_is_left(server, monkeypatch):
     """The client gets its answer, and the connection ends although it never stops sending."""
+    monkeypatch.setattr(connections, "_LINGER", 1.0)
     with Beside(server), connect(server, head("/v1/completions", "Transfer-Encoding: chunked")) as connection:
         piece, end = b"186a0\r\n" + b"z" * 100_000 + b"\r\n", time.monotonic() + 30
         with pytest.raises(OSError):  # noqa: PT012

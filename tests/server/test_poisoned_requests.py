@@ -127,9 +127,9 @@ def test_eight_of_48_requests_fail_and_40_are_answered(llama_dir, monkeypatch):
         for i in range(48)
     ]
     with Running(llama_dir, max_num_seqs=64, max_num_batched_tokens=512) as server:
-        expected = [text(ask(server, **body)) for body in fields]
-        failed = plant(monkeypatch, server.engine, poisoned)
         with ThreadPoolExecutor(48) as threads:
+            expected = [text(answer) for answer in threads.map(lambda body: ask(server, **body), fields)]
+            failed = plant(monkeypatch, server.engine, poisoned)
             answers = list(threads.map(lambda body: ask(server, **body), fields))
         for i, (answer, whole) in enumerate(zip(answers, expected)):
             if i % 6 == 1:

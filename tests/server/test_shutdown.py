@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from cupaged.engine.server import http_server
+
 from .conftest import MODEL, Running, wait_until
 from .test_failed_steps import BODY, ask, text
 from .test_metrics_and_life import read
@@ -83,7 +85,7 @@ def test_a_signal_lets_requests_finish_and_refuses_new_ones(llama_dir, number):
         half = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
         half[0].sendall(half_sent)
         half[1].sendall(half_sent[:40])
-        with streaming(server.url, max_tokens=240, n=8) as (_, chunks, first):
+        with streaming(server.url, max_tokens=100, n=8) as (_, chunks, first):
             whole = threads.submit(httpx.post, f"{server.url}/v1/completions", json=BODY, timeout=60)
             wait_until(lambda: read(server.url)["vllm:num_requests_running"] == 2)
             server.process.send_signal(number)
@@ -183,6 +185,7 @@ def quietly(server) -> None:
 
 
 def test_a_server_whose_step_hangs_ends_as_well(llama_dir, monkeypatch):
+    monkeypatch.setattr(http_server, "_LAST_SECONDS", 1)
     goes_on = threading.Event()
     try:
         with Running(llama_dir, life={"shutdown_timeout": 0.2}) as server, ThreadPoolExecutor() as threads:
