@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 
-# Tests run beside each other. Threads that spin while they wait for work would take the cores from the rest:
-# five times as many CPU seconds. It is read when torch is first imported.
+# Tests run beside each other, and their models are tiny: to hand work to a second thread takes ten times as
+# long as the work, and threads that spin while they wait take the cores from the rest. It is read when torch is
+# first imported. The CPU kernels are tested on two threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 pytest_plugins = ["tests.drawing", "tests.thinning"]
@@ -20,6 +23,13 @@ def pytest_addoption(parser):
         choices=["reference", "cpu", "cuda_host", "cuda_ptx", "cuda"],
         help="run the kernel suite on these backends only; may be repeated",
     )
+
+
+def pytest_collection_finish():
+    """Let the garbage collector leave the libraries alone: it would look through them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

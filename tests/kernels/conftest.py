@@ -31,6 +31,8 @@ def backend(request, monkeypatch, seed):
     """Make the public functions run on one backend; gives its name and the device of its tensors."""
     name = request.param
     device = "cpu"
+    if name == "cpu":
+        request.getfixturevalue("two_threads")
     if name == "cuda":
         if not HAS_GPU:
             pytest.fail("--backend cuda was asked for, and there is no GPU")
@@ -51,6 +53,14 @@ def backend(request, monkeypatch, seed):
         module = importlib.import_module(f"cupaged.backends.{name}")
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     return name, device
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 # Tensor cores with room for three stages of keys, with less shared memory, none.
