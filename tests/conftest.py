@@ -8,8 +8,8 @@ import os
 import pytest
 
 # Tests run beside each other, and their models are tiny: to hand work to a second thread takes ten times as
-# long as the work, and threads that spin while they wait take the cores from the rest. It is read when torch is
-# first imported. The CPU kernels are tested on two threads.
+# long as the work, and threads that spin while they wait take the cores from the rest. Both are read when
+# torch is first imported. The CPU kernels are tested on two threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

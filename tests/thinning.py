@@ -15,7 +15,11 @@ import pytest
 FOLDERS = ("kernels", "cuda_host", "ptx")
 PLACES = ("backend",)  # where a test runs: each value is run at each of them
 # The queries that a quantised cache is read with by choice: each pair of dtypes is another kernel to compile.
-QUERIES = {"torch.float8_e4m3fn": "torch.float32", "torch.float8_e5m2": "torch.bfloat16", "torch.int8": "torch.float16"}
+QUERIES = {
+    "torch.float8_e4m3fn": "torch.float32",
+    "torch.float8_e5m2": "torch.bfloat16",
+    "torch.int8": "torch.float16",
+}
 
 Value = tuple[str, str]  # a parameter, and how its value is written
 

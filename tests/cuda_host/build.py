@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ OPTIONS = (
     "-fno-strict-aliasing",
     "-fno-math-errno",
 )
+# What every kernel begins with, and the headers of CUDA that take the compiler half of its time.
+PRELUDE = '#include "shim.h"\n#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n'
 REGISTER_POISON = "-ftrivial-auto-var-init=pattern"
 CHECKS = (
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
@@ -95,9 +98,10 @@ def build(
     Args:
         texts: the files that the result depends on besides unit and options.
     """
-    options = (*options, *os.environ.get("CXXFLAGS", "").split())
+    options = (*options, *_more_options())
     # Another checkout of the same sources has the same digest, and its messages the same places.
     what = repr((unit, options, link_options, _compiler_version())).replace(f"{ROOT}/", "")
+    what = re.sub(r"'[^']*/prelude-\w+/", "'", what)
     sha = hashlib.sha256(what.encode())
     options = (*options, f"-ffile-prefix-map={ROOT}/=")
     for text in texts:
@@ -147,6 +151,31 @@ def _emulation_headers() -> tuple[Path, ...]:
     return tuple(sorted(path for path in INCLUDE.rglob("*") if path.is_file()))
 
 
+def _more_options() -> list[str]:
+    return os.environ.get("CXXFLAGS", "").split()
+
+
+@cache
+def _prelude(options: tuple[str, ...]) -> Path:
+    """Precompile the prelude for these options. Return its header's path, to be included by it."""
+    sha = hashlib.sha256(repr((PRELUDE, options, _compiler_version())).encode())
+    for header in _emulation_headers():
+        sha.update(header.read_bytes())
+    folder = cache_dir() / "host" / f"prelude-{sha.hexdigest()[:24]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        (scratch / "prelude.h").write_text(PRELUDE)
+        command = [compiler(), *options, "-xc++-header", "prelude.h", "-o", "prelude.h.gch"]
+        # A compiler that cannot is left to read the header itself.
+        subprocess.run(command, cwd=scratch, capture_output=True)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(scratch)
+    return folder / "prelude.h"
+
+
 def _launch_bound(source: str, entry: str) -> str:
     """The first argument of the entry point's ``__launch_bounds__``, a C++ expression."""
     found = re.search(rf"__launch_bounds__\(([^,()]+)[^()]*\)\s*{entry}\b", source)
@@ -169,12 +198,18 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
         f"#define CUPAGED_HOST_MAX_THREADS {_launch_bound(source.read_text(encoding='utf-8'), spec.entry)}\n"
         '#include "module.h"\n'
     )
-    options = (
+    common = (
         *OPTIONS,
         *CHECKS,
         *register_poison(),
+        *(f"-I{INCLUDE}", "-isystem", str(toolkit_include_dir())),
+    )
+    # The prelude must have been compiled with the same options, and is the same for every kernel.
+    prelude = _prelude((*common, f"-ffile-prefix-map={ROOT}/=", *_more_options()))
+    options = (
+        *common,
+        *("-include", str(prelude)),
         *(f"-I{path}" for path in includes),
-        *("-isystem", str(toolkit_include_dir()), "-include", "shim.h"),
         *(f"-D{name}={value}" for name, value in spec.defines),
     )
     texts = [*include_closure(source, includes), *_emulation_headers(), toolkit_include_dir() / "cuda.h"]

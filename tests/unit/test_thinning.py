@@ -25,8 +25,8 @@ def test_each_value_is_kept_on_each_backend():
 
 
 def test_quantised_caches_are_read_by_the_queries_that_other_tests_read_them_by():
-    dtypes = list(QUERIES.values())
-    for dtypes in (dtypes, dtypes[::-1]):
+    wanted = list(QUERIES.values())
+    for dtypes in (wanted, wanted[::-1]):
         tests = [{"dtype": d, "cache_dtype": c} for d, c in product(dtypes, QUERIES)]
         kept = [tests[position] for position in covering(tests)]
         assert {test["cache_dtype"]: test["dtype"] for test in kept} == QUERIES
