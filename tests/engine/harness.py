@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers as tf
 
 from cupaged.engine import EngineConfig, LLMEngine, RequestOutput, SamplingParams
 
@@ -34,6 +35,43 @@ class PoisonedEngine(LLMEngine):
             else:
                 memory[empty] = torch.nan
         return super().step()
+
+
+class Reference:
+    """Knows a model's logits as transformers computes them, for one sequence and without a cache.
+
+    An engine that samples from them, and not from its own, gives equal tokens for equal requests in every
+    batch, bit for bit. Its own logits differ by their rounding, which turns an answer where two tokens are as
+    likely as each other: in one run of some hundred tokens out of a thousand.
+    """
+
+    def __init__(self, directory: str) -> None:
+        model = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+        self._model = model.eval()
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Return the logits after these tokens, float32 [vocabulary]."""
+        key = tuple(tokens)
+        if key not in self._known:
+            with torch.no_grad():
+                self._known[key] = self._model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return self._known[key]
+
+    def replace_logits(self, engine: LLMEngine) -> None:
+        """Let the engine sample from these logits, to which its own have to be close."""
+        run = engine._runner.run
+
+        def checked(scheduled, *arguments):
+            logits = run(scheduled, *arguments)
+            sampling = [item for item in scheduled if item.num_samples]
+            expected = [self.logits(i.seq.token_ids[: i.start + i.num_tokens]) for i in sampling]
+            if expected:
+                torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-3, atol=1e-3)
+                logits = torch.stack(expected)
+            return logits
+
+        engine._runner.run = checked
 
 
 def small_engine(directory: str, **settings: Any) -> PoisonedEngine:

@@ -12,7 +12,7 @@ from cupaged.engine import SamplingParams
 from cupaged.engine.accounting import memory_use
 from cupaged.engine.reservation import MEMORY_POLICIES
 
-from .harness import run, small_engine
+from .harness import Reference, run, small_engine
 
 ORDER = ("orca-max", "orca-pow2", "orca-oracle", "paged")  # of the paper's figures
 COUNTS = {"ShareGPT": 200, "Alpaca": 1000}  # requests of a load
@@ -30,7 +30,7 @@ def test_tokens_are_equal_under_every_policy(llama_dir, seed):
             n=3 if i == 1 else 1, temperature=0, max_tokens=rng.randrange(2, 14), ignore_eos=i % 3 > 0
         )
         requests[str(i)] = ({"prompt_token_ids": prompt}, params)
-    outputs = {}
+    outputs, reference = {}, Reference(llama_dir)
     settings = [*(("continuous", policy) for policy in MEMORY_POLICIES), ("static", "orca-max")]
     for batching, policy in settings:
         engine = small_engine(
@@ -42,6 +42,7 @@ def test_tokens_are_equal_under_every_policy(llama_dir, seed):
         )
         if policy != "paged":
             watch_reservations(engine, policy, static=batching == "static")
+        reference.replace_logits(engine)
         found = run(engine, requests)
         stats = engine.stats()
         if policy != "paged":

@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
-import transformers as tf
 
 from cupaged.engine import SamplingParams
 from tests import tiny_models
 
-from .harness import assert_clean, finish, run, small_engine
+from .harness import Reference, assert_clean, finish, run, small_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 BLOCK = 8
@@ -26,42 +24,34 @@ def ids(tokens: list[int], **more) -> dict:
 
 
 class Counting:
-    """Counts the tokens that an engine's model computes, and compares its logits with transformers'."""
+    """Counts the tokens that an engine's model computes; what it samples from is transformers'."""
 
-    def __init__(self, engine, directory: str) -> None:
+    def __init__(self, engine, reference: Reference) -> None:
         self.steps: list[list[int]] = []  # of each step the tokens of each sequence
-        self.logits: list[tuple[list[int], torch.Tensor]] = []
-        self._dense = tf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        reference.replace_logits(engine)
         self._run, engine._runner.run = engine._runner.run, self._counting
 
     def _counting(self, scheduled, *args):
         self.steps.append([item.num_tokens for item in scheduled])
-        logits = self._run(scheduled, *args)
-        sampling = [item for item in scheduled if item.num_samples]
-        for item, row in zip(sampling, logits, strict=True):
-            self.logits.append((item.seq.token_ids[: item.start + item.num_tokens], row))
-        return logits
+        return self._run(scheduled, *args)
 
-    def check(self) -> None:
-        assert self.logits
-        for tokens, logits in self.logits:
-            with torch.no_grad():
-                expected = self._dense(torch.tensor([tokens])).logits[0, -1]
-            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+@pytest.fixture(scope="module")
+def reference(llama_dir) -> Reference:
+    return Reference(llama_dir)
 
 
 @pytest.mark.parametrize("length", [2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1])
-def test_one_step_computes_a_prompt_once_for_all_that_have_it(llama_dir, seed, length):
+def test_one_step_computes_a_prompt_once_for_all_that_have_it(llama_dir, reference, seed, length):
     """The keys and values that one request writes in a layer are read by the others in that layer. A prompt
     of full blocks leaves one token to compute, which is not written: the block is another's."""
     tokens = drawn(random.Random(seed), length)
     engine = small_engine(llama_dir, max_num_batched_tokens=64)
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     outputs = run(engine, {name: (ids(tokens), GREEDY) for name in "abc"})
     rest = length % BLOCK or 1
     assert counting.steps[0] == [length, rest, rest]
     assert outputs["a"].outputs == outputs["b"].outputs == outputs["c"].outputs
-    counting.check()
     stats = engine.stats()
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (3 * length, 2 * (length - rest))
     # And later it is all there, with what was sampled before the last full block's end.
@@ -69,26 +59,26 @@ def test_one_step_computes_a_prompt_once_for_all_that_have_it(llama_dir, seed, l
     counting.steps.clear()
     again = run(engine, {"d": (ids(longer), GREEDY)})["d"]
     assert counting.steps[0] == [len(longer) - (len(longer) - 1) // BLOCK * BLOCK]
-    counting.check()
-    cold = run(small_engine(llama_dir, enable_prefix_caching=False), {"d": (ids(longer), GREEDY)})["d"]
+    cold_engine = small_engine(llama_dir, enable_prefix_caching=False)
+    reference.replace_logits(cold_engine)
+    cold = run(cold_engine, {"d": (ids(longer), GREEDY)})["d"]
     assert again.outputs[0].token_ids == cold.outputs[0].token_ids
 
 
-def test_samples_of_a_cached_prompt_share_it_too(llama_dir, seed):
+def test_samples_of_a_cached_prompt_share_it_too(llama_dir, reference, seed):
     tokens = drawn(random.Random(seed), 2 * BLOCK)
     engine = small_engine(llama_dir, max_num_batched_tokens=64)
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     params = SamplingParams(n=3, temperature=1, seed=seed, max_tokens=10, ignore_eos=True)
     first = run(engine, {"a": (ids(tokens), params), "b": (ids(tokens), params)})
     assert first["a"].outputs == first["b"].outputs
     assert counting.steps[0] == [2 * BLOCK, 1]
-    counting.check()
 
 
-def test_without_the_cache_nothing_is_found(llama_dir, seed):
+def test_without_the_cache_nothing_is_found(llama_dir, reference, seed):
     tokens = drawn(random.Random(seed), 20)
     engine = small_engine(llama_dir, max_num_batched_tokens=64, enable_prefix_caching=False)
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     run(engine, {name: (ids(tokens), GREEDY) for name in "ab"})
     assert counting.steps[0] == [20, 20]
     stats = engine.stats()
@@ -97,10 +87,10 @@ def test_without_the_cache_nothing_is_found(llama_dir, seed):
         engine.add_prefix("p", ids(tokens))
 
 
-def test_another_salt_finds_nothing(llama_dir, seed):
+def test_another_salt_finds_nothing(llama_dir, reference, seed):
     tokens = drawn(random.Random(seed), 20)
     engine = small_engine(llama_dir, max_num_batched_tokens=128)
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     salts = {"a": {}, "b": {"cache_salt": "x"}, "c": {"cache_salt": "y"}, "d": {"cache_salt": "x"}}
     outputs = run(engine, {name: (ids(tokens, **salt), GREEDY) for name, salt in salts.items()})
     assert counting.steps[0] == [20, 20, 20, 4]
@@ -111,7 +101,7 @@ def test_another_salt_finds_nothing(llama_dir, seed):
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_a_preempted_request_finds_its_blocks(llama_dir, seed, mode):
+def test_a_preempted_request_finds_its_blocks(llama_dir, reference, seed, mode):
     """What nobody has overwritten meanwhile is neither computed nor copied again."""
     rng = random.Random(seed)
     engine = small_engine(llama_dir, num_gpu_blocks_override=11, max_model_len=88, preemption_mode=mode)
@@ -124,13 +114,12 @@ def test_a_preempted_request_finds_its_blocks(llama_dir, seed, mode):
         move_blocks(plan)
 
     engine._cache.move_blocks = counting_moves
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     requests = {name: (ids(drawn(rng, 4 * BLOCK)), long) for name in "ab"}
     run(engine, requests)
     stats = engine.stats()
     assert stats.num_preemptions > 0
-    counting.check()
     computed = sum(map(sum, counting.steps))
     needed = sum(4 * BLOCK + 39 for _ in requests)
     if mode == "swap":
@@ -141,7 +130,7 @@ def test_a_preempted_request_finds_its_blocks(llama_dir, seed, mode):
         assert needed < computed < needed + 5 * BLOCK  # the victim had more than that
 
 
-def test_a_pinned_prefix_stays_and_is_used(llama_dir, seed):
+def test_a_pinned_prefix_stays_and_is_used(llama_dir, reference, seed):
     rng = random.Random(seed)
     prefix = drawn(rng, 3 * BLOCK + 2)
     engine = small_engine(llama_dir, num_gpu_blocks_override=12, max_model_len=96)
@@ -151,7 +140,7 @@ def test_a_pinned_prefix_stays_and_is_used(llama_dir, seed):
     while engine.has_unfinished():
         assert engine.step() == []
     assert engine.stats().gpu_cache_usage == 3 / 12
-    counting = Counting(engine, llama_dir)
+    counting = Counting(engine, reference)
     for name in "abcd":  # each of them fills all the rest of the memory
         other = drawn(rng, 60)
         run_beside(engine, {name: (ids(other), GREEDY)})
@@ -159,7 +148,6 @@ def test_a_pinned_prefix_stays_and_is_used(llama_dir, seed):
         counting.steps.clear()
         run_beside(engine, {name: (ids(tokens), GREEDY)})
         assert counting.steps[0] == [5]
-    counting.check()
     engine.remove_prefix("system")
     assert_clean(engine)
     with pytest.raises(ValueError, match="'system': there is no such prefix"):
@@ -216,13 +204,15 @@ def test_a_pinned_prefix_that_no_prompt_can_begin_with_is_refused(tmp_path, seed
     assert_clean(engine)
 
 
-def test_after_a_failed_step_the_engine_goes_on(llama_dir, seed, monkeypatch):
+def test_after_a_failed_step_the_engine_goes_on(llama_dir, reference, seed, monkeypatch):
     """What the step was to write is not found, and everything is computed again."""
     rng = random.Random(seed)
     shared = drawn(rng, 2 * BLOCK)
     requests = {name: (ids(shared + drawn(rng, 9)), GREEDY) for name in "abc"}
-    expected = run(small_engine(llama_dir), requests)
-    engine = small_engine(llama_dir)
+    undisturbed, engine = small_engine(llama_dir), small_engine(llama_dir)
+    for one in (undisturbed, engine):
+        reference.replace_logits(one)
+    expected = run(undisturbed, requests)
     for name, (prompt, params) in requests.items():
         engine.add_request(name, prompt, params)
     for _ in range(4):

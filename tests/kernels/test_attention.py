@@ -164,7 +164,7 @@ def test_quantised_cache(backend, seed, mode, dtype, head_sizes, cache_dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_every_code_reads_as_its_number(backend, mode, dtype, cache_dtype):
-    """A sequence of one token attends to nothing else: its output is its value, code * scale, rounded once."""
+    """A sequence of one token attends to nothing else: it gets its value, code * scale, rounded once."""
     codes = torch.arange(256, dtype=torch.uint8)
     usable = codes.view(cache_dtype).float().isfinite()
     cache = torch.zeros(3, 2, 1, 8, 256, dtype=torch.uint8)

@@ -11,7 +11,7 @@ import pytest
 
 from cupaged.engine import EngineConfig, LLMEngine, SamplingParams
 from cupaged.engine.server.async_engine import AsyncEngine, StepFailedError
-from tests.engine.harness import SMALL, assert_clean
+from tests.engine.harness import SMALL, Reference, assert_clean
 
 from .conftest import Running
 from .test_failed_steps import POISON, ask, assert_server_error, assert_well, plant, poisoned, text
@@ -68,18 +68,24 @@ def serve(engine: LLMEngine, wanted, later=()) -> dict[str, object]:
     return found
 
 
+@pytest.fixture(scope="module")
+def reference(llama_dir) -> Reference:
+    return Reference(llama_dir)
+
+
 @pytest.mark.parametrize("kind", ["always", "after some tokens", "passing", "pair", "sampler"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_others_are_as_if_nothing_had_failed(llama_dir, seed, name, kind):
+def test_the_others_are_as_if_nothing_had_failed(llama_dir, reference, seed, name, kind):
     draw = random.Random(seed)
     settings = {**SMALL, **SETTINGS[name]}
     wanted = requests(draw)
     names = list(wanted)
     culprits = set(draw.sample(names, draw.randint(1, 3)))
     threshold = {culprit: draw.randint(1, 12) if kind == "after some tokens" else 0 for culprit in culprits}
-    expected = serve(LLMEngine(llama_dir, EngineConfig(**settings)), wanted)
-
-    engine = LLMEngine(llama_dir, EngineConfig(**settings))
+    undisturbed, engine = (LLMEngine(llama_dir, EngineConfig(**settings)) for _ in range(2))
+    for one in (undisturbed, engine):
+        reference.replace_logits(one)
+    expected = serve(undisturbed, wanted)
     target = engine._sampler if kind == "sampler" else engine._runner
     method = "sample" if kind == "sampler" else "run"
     original, failures = getattr(target, method), []
