@@ -57,7 +57,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         found["driver"] = "unknown"
     try:
-        from cupaged.compile import nvrtc_version
+        from cupaged.backends.cuda.compile import nvrtc_version
 
         found["nvrtc"] = ".".join(map(str, nvrtc_version()))
     except ImportError:

@@ -27,11 +27,11 @@ else:
 
 import torch
 
-from cupaged import compile as kernel_compiler
-from cupaged.backends.reachable import reachable
-from cupaged.occupancy import occupancy
-from cupaged.precompile import Row, compile_all
-from cupaged.specs import ARCHS, KernelSpec
+from cupaged.backends.cuda import compile as kernel_compiler
+from cupaged.backends.cuda.occupancy import occupancy
+from cupaged.backends.cuda.precompile import Row, compile_all
+from cupaged.backends.cuda.reachable import reachable
+from cupaged.backends.cuda.specs import ARCHS, KernelSpec
 
 PATH = Path(__file__).parent / "results" / "kernel-resources.json"
 COLUMNS = ("registers", "spilled_bytes", "shared_memory", "blocks_per_multiprocessor")

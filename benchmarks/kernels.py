@@ -87,9 +87,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _compile_ahead(device: torch.device) -> None:
     """Every kernel in parallel processes, which takes seconds; one after the other it would be minutes."""
-    from cupaged import compile as kernel_compiler
-    from cupaged import specs as kernel_specs
-    from cupaged.precompile import compile_all
+    from cupaged.backends.cuda import compile as kernel_compiler
+    from cupaged.backends.cuda import specs as kernel_specs
+    from cupaged.backends.cuda.precompile import compile_all
 
     start = time.perf_counter()
     arch = kernel_compiler.arch_for_capability(

@@ -30,9 +30,9 @@ else:
 
 import torch
 
-from cupaged.engine.accounting import memory_use
-from cupaged.engine.request import Sequence, SequenceGroup
-from tests.engine.simulation import EOS, Costs, Request, SimulatedEngine, Trace
+from benchmarks.memory_use import memory_use
+from benchmarks.simulation import EOS, Costs, Request, SimulatedEngine, Trace
+from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 
 SLOTS = 15_700
 MAX_MODEL_LEN = 2048

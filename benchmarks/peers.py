@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cupaged.backends.plans import MAX_DECODE_QUERY_LEN
+from cupaged.backends.cuda.plans import MAX_DECODE_QUERY_LEN
 from cupaged.params import AttentionParams
 
 from .problems import Batch, Case
@@ -191,9 +191,9 @@ def ours(batch: Batch, **settings: bool) -> list[PeerRun]:
 
 def mma_sync(batch: Batch) -> list[PeerRun]:
     """Our own kernel for the generations before Hopper."""
-    from cupaged.backends import cuda
+    from cupaged.backends.cuda import launcher
 
-    case, kernels = batch.case, cuda.backend("90")
+    case, kernels = batch.case, launcher.backend("90")
     params = AttentionParams(case.head_size**-0.5, max_query_len=case.query_tokens)
 
     def run(s: int) -> torch.Tensor:

@@ -30,12 +30,12 @@ else:
 
 import torch
 
+from benchmarks.simulation import EOS, SimulatedModel
 from cupaged.engine import SamplingParams
-from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.preemption import Preemption
-from cupaged.engine.request import SequenceGroup
-from cupaged.engine.scheduler import Scheduler
-from tests.engine.simulation import EOS, SimulatedModel
+from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.scheduling.preemption import Preemption
+from cupaged.engine.scheduling.request import SequenceGroup
+from cupaged.engine.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 HESITATION = 0.5  # how often beams fork

@@ -26,7 +26,7 @@ else:
     import common
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.loader import load_model
+from cupaged.engine.model.loader import load_model
 
 TOPICS = ("paging", "caches", "a lighthouse", "the sea", "prime numbers", "bread", "trains", "an old map")
 Answers = list[list[int]]

@@ -16,6 +16,8 @@ import socket
 import sys
 from typing import Any, get_args, get_type_hints
 
+from cupaged.engine.model.model_files import check_files, check_generation_config
+
 from .device import choose_device
 from .engine.config import (
     BATCHING,
@@ -26,7 +28,6 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
-from .engine.model_files import check_files, check_generation_config
 from .engine.server.limits import Limits
 
 _CHOICES = {

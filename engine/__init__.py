@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig
-    from .engine import LLMEngine
     from .llm import LLM
+    from .llm_engine import LLMEngine
     from .outputs import CompletionOutput, Logprob, RequestOutput
     from .sampling_params import SamplingParams
 
 _MODULES = {
     "LLM": "llm",
-    "LLMEngine": "engine",
+    "LLMEngine": "llm_engine",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .reservation import MEMORY_POLICIES
 from .validation import is_integer, is_number
 
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+MEMORY_POLICIES = ("paged", "orca-max", "orca-pow2", "orca-oracle")
 BATCHING = ("continuous", "static")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -85,7 +85,7 @@ class EngineConfig:
         dtype: of the weights; "auto" follows the checkpoint.
         kv_cache_dtype: of the KV cache; "auto" is the weights'. "fp8" ("fp8_e4m3"), "fp8_e5m2" and "int8"
             hold twice the tokens of 16 bits in the same memory, at a loss: the least with int8, about 1.5
-            times as much with fp8 and 7 times with fp8_e5m2 (SmolLM2-135M; engine/kv_scales.py has figures).
+            times as much with fp8 and 7 times with fp8_e5m2 (SmolLM2-135M; model/kv_scales.py has figures).
             Their scales are found at the start from a drawn prompt; what lies far beyond its keys and values
             saturates.
         seed: of requests that bring none.

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .config import EngineConfig
-from .engine import LLMEngine, Prompt
+from .llm_engine import LLMEngine, Prompt
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
 

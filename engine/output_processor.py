@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from .detokenizer import Detokenizer, token_text
-from .logprobs import TokenLogprobs
 from .outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
-from .plan import ScheduledSequence
-from .request import Sequence, SequenceGroup
-from .sampler import SamplerOutput
-from .scheduler import Scheduler
+from .sampling.detokenizer import Detokenizer, token_text
+from .sampling.logprobs import TokenLogprobs
+from .sampling.sampler import SamplerOutput
+from .scheduling.request import Sequence, SequenceGroup
+from .scheduling.scheduler import Scheduler
+from .scheduling.step_plan import ScheduledSequence
 
 
 @dataclass(slots=True)

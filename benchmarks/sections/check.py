@@ -1,6 +1,6 @@
 """Right or wrong on this device: drawn problems against float64, with poison in everything unused.
 
-The tests' own problems and tolerance (`tests/kernels/cases.py`), without pytest: a bare GPU machine has
+The tests' own problems and tolerance (`benchmarks/cases.py`), without pytest: a bare GPU machine has
 enough to run them.
 """
 
@@ -14,9 +14,9 @@ from operator import itemgetter
 import torch
 
 import cupaged
+from benchmarks import cases
 from cupaged import checks
 from cupaged.backends import reference
-from tests.kernels import cases
 
 from ..report import Context, reason
 

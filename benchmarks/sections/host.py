@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import cupaged
-from cupaged.backends.kernels import Kernels, Launch, Launcher
+from cupaged.backends.cuda.kernels import Kernels, Launch, Launcher
 from cupaged.params import AttentionParams
 
 from ..problems import Batch, Case
@@ -28,7 +28,7 @@ BURSTS = 15
 
 
 def launcher() -> Launcher:
-    from cupaged.backends.cuda import CupyLauncher
+    from cupaged.backends.cuda.launcher import CupyLauncher
 
     return CupyLauncher()
 

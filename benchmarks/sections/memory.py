@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 import cupaged
-from cupaged.backends.kernels import Kernels
+from cupaged.backends.cuda.kernels import Kernels
 
 from ..problems import Case, attention
 from ..report import Context, Row
@@ -127,7 +127,7 @@ def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dic
 
 def swap_ways() -> dict[str, Swap]:
     """swap_blocks by the copy engine alone, one copy a block, and by the kernel alone."""
-    from cupaged.backends.cuda import CupyLauncher  # there is a GPU, and so CuPy
+    from cupaged.backends.cuda.launcher import CupyLauncher  # there is a GPU, and so CuPy
 
     launcher = CupyLauncher()
     return {

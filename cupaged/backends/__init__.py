@@ -1,7 +1,6 @@
-"""The implementations of the kernels. Each is a module with the functions listed in `Backend`, or, for
-`cuda`, one whose `backend()` gives an object that has them.
+"""The implementations of the kernels: `reference` in plain torch, `cpu` in numba, `cuda` in CUDA.
 
-`reference` is plain torch and the definition of right, `cpu` is numba, `cuda` the kernels in `cuda/`.
+`reference` is the definition of right. Each is loaded when a tensor on its device is first met.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NAMES = ("reference", "cpu", "cuda")
 
 
 class Backend(Protocol):
-    """What a backend module provides. Arguments are checked and outputs allocated by `cupaged.ops`.
+    """What a backend provides. Arguments are checked and outputs allocated by `cupaged.ops`.
 
     A ``layout`` stands for the shapes, strides, dtypes and devices of a call's tensors: it is a key to what a
     backend works out from them.
@@ -73,5 +72,15 @@ def for_device(device_type: str) -> Backend:
             f"no cupaged backend is called {name!r}: tensors must be on 'cuda' or 'cpu', "
             f"and CUPAGED_BACKEND, when set, must be one of {', '.join(NAMES)}"
         )
-    module = importlib.import_module(f".{name}", __name__)
+    return load(name)
+
+
+def load(name: str) -> Backend:
+    """Return the backend of this name.
+
+    Raises:
+        ImportError: a package that it needs is missing; the message names it.
+    """
+    places = {"reference": ".reference", "cpu": ".cpu.backend", "cuda": ".cuda.launcher"}
+    module = importlib.import_module(places[name], __name__)
     return cast(Backend, module.backend() if name == "cuda" else module)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine import LLMEngine, Prompt
+from ..llm_engine import LLMEngine, Prompt
 from ..outputs import EngineStats, RequestOutput
 from ..sampling_params import SamplingParams
 from .failure_policy import Action, FailurePolicy

@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from ..engine import Prompt
+from ..llm_engine import Prompt
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..detokenizer import Detokenizer, token_text
 from ..outputs import Logprob, PositionLogprobs
+from ..sampling.detokenizer import Detokenizer, token_text
 
 Json = dict[str, Any]
 _REPLACEMENT = "\ufffd".encode()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cupaged.compile import cache_dir, cuda_dir, include_closure, toolkit_include_dir
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda.compile import cache_dir, cuda_dir, include_closure, toolkit_include_dir
+from cupaged.backends.cuda.specs import KernelSpec
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"

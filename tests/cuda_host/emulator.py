@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupaged.backends.kernels import Kernels, Launch
-from cupaged.backends.plans import KernelCall, Number
-from cupaged.specs import STATIC_SHARED_MEMORY, KernelSpec
+from cupaged.backends.cuda.kernels import Kernels, Launch
+from cupaged.backends.cuda.plans import KernelCall, Number
+from cupaged.backends.cuda.specs import STATIC_SHARED_MEMORY, KernelSpec
 from tests.cpu_launcher import CpuLauncher
 
 from .build import Module, load, runtime

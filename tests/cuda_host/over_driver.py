@@ -25,9 +25,10 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged.backends import cuda, reference
-from cupaged.backends.kernels import Kernels
-from cupaged.specs import paged_decode_mma
+from cupaged.backends import reference
+from cupaged.backends.cuda import launcher
+from cupaged.backends.cuda.kernels import Kernels
+from cupaged.backends.cuda.specs import paged_decode_mma
 
 from .build import load, runtime
 
@@ -128,7 +129,7 @@ def every_argument_arrives_bit_for_bit() -> None:
 
     on_launch(record)
     driver = cupy.cuda.driver
-    launch = cuda.PreparedLaunch(
+    launch = launcher.PreparedLaunch(
         partial(driver.launchKernel, 0x123456789ABC, *shape),
         partial(cupy.cuda.runtime.setDevice, INDEX),
         numbers,
@@ -146,7 +147,7 @@ def every_argument_arrives_bit_for_bit() -> None:
 def threads_do_not_mix_their_arguments() -> None:
     seen: list[tuple[int, ...]] = []
     on_launch(lambda launch: seen.append(tuple(int.from_bytes(launch.param(i, 8)) for i in range(12))))
-    launch = cuda.PreparedLaunch(
+    launch = launcher.PreparedLaunch(
         partial(cupy.cuda.driver.launchKernel, 1, *[1] * 7),
         partial(cupy.cuda.runtime.setDevice, INDEX),
         (np.int32(0),),
@@ -166,7 +167,7 @@ def threads_do_not_mix_their_arguments() -> None:
     assert all(len(set(launch)) == 1 for launch in seen)
 
 
-class EmulatedLauncher(cuda.CupyLauncher):
+class EmulatedLauncher(launcher.CupyLauncher):
     """`CupyLauncher` for tensors on the CPU; the driver runs the emulated kernel that it loaded."""
 
     def __init__(self) -> None:
@@ -247,7 +248,7 @@ def kernels_run_on_what_arrives() -> None:
 
 def large_shared_memory_is_asked_for() -> None:
     spec = paged_decode_mma("bf16", "bf16", 128, "90a")
-    function = cuda.CupyLauncher()._load(spec, INDEX)
+    function = launcher.CupyLauncher()._load(spec, INDEX)
     granted = DRIVER.cupaged_dynamic_shared_memory(ctypes.c_void_p(function))
     assert granted == spec.dynamic_shared_memory > 48 * 1024
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda.specs import KernelSpec
 
 from .emulator import EmulationError, HostLauncher
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from cupaged.compile import toolkit_include_dir
+from cupaged.backends.cuda.compile import toolkit_include_dir
 
 from .build import HERE, build
 

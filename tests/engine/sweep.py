@@ -16,7 +16,7 @@ import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cupaged.engine import RequestOutput, SamplingParams
-from cupaged.engine.attention_probe import SUPPORTED
+from cupaged.engine.model.attention_probe import SUPPORTED
 from tests import tiny_configs, tiny_models
 from tests.tiny_configs import WINDOW
 

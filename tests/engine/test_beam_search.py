@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers as tf
 
-from cupaged.engine import SamplingParams, beam_search
-from cupaged.engine.plan import ScheduledSequence
-from cupaged.engine.request import Sequence, SequenceGroup
-from cupaged.engine.sampler import Sampler
+from cupaged.engine import SamplingParams
+from cupaged.engine.sampling.sampler import Sampler
+from cupaged.engine.scheduling import beam_search
+from cupaged.engine.scheduling.request import Sequence, SequenceGroup
+from cupaged.engine.scheduling.step_plan import ScheduledSequence
 from tests import tiny_models
 
 from .harness import finish, run, small_engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cupaged.engine.cpu_linear import PackedLinear, pack_linears
+from cupaged.engine.model.cpu_linear import PackedLinear, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bfloat16 on this CPU"

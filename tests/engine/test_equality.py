@@ -108,7 +108,7 @@ def _layers_read_the_paged_cache(llm: LLM) -> bool:
 def test_swap_moves_blocks_and_recompute_does_not(llama_dir, monkeypatch, mode, block_seconds, moves):
     """The two ways of preempting are two: what they give is equal, so look at what they do. "auto" follows
     the rates: here the engine is told what moving a block has taken so far."""
-    from cupaged.engine import kv_cache
+    from cupaged.engine.model import kv_cache
 
     moved = 0
     original = kv_cache.cupaged.swap_blocks

@@ -12,10 +12,12 @@ import transformers as tf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cupaged import backends
-from cupaged.backends import cpu, reference
-from cupaged.engine import EngineConfig, SamplingParams, memory
-from cupaged.engine.kv_scales import CALIBRATION_TOKENS, HEADROOM
-from cupaged.engine.model_runner import ModelRunner
+from cupaged.backends import reference
+from cupaged.backends.cpu import backend as cpu
+from cupaged.engine import EngineConfig, SamplingParams
+from cupaged.engine.model import cache_size
+from cupaged.engine.model.kv_scales import CALIBRATION_TOKENS, HEADROOM
+from cupaged.engine.model.model_runner import ModelRunner
 from cupaged.quantisation import LARGEST, dequantise, quantise
 from tests import tiny_models
 
@@ -170,10 +172,10 @@ def test_moved_blocks_keep_their_codes(llama_dir, monkeypatch, seed, name, mode,
 def test_the_same_memory_holds_twice_the_blocks(llama_dir, monkeypatch, name):
     model = tf.AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.bfloat16)
     runner = ModelRunner(model)
-    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 4 * 700_000)
+    monkeypatch.setattr(cache_size, "_available_cpu_bytes", lambda: 4 * 700_000)
     config = EngineConfig(device="cpu", kv_cache_dtype=name)
     counts = [
-        memory.num_gpu_blocks(config, runner, runner.kv_shape(16, kind), 256) for kind in ("auto", name)
+        cache_size.num_gpu_blocks(config, runner, runner.kv_shape(16, kind), 256) for kind in ("auto", name)
     ]
     block_bytes = 2 * 3 * 2 * 16 * 16  # keys and values, layers, heads, tokens, elements
     assert counts == [700_000 // (2 * block_bytes), 700_000 // block_bytes]

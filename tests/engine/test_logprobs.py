@@ -10,7 +10,7 @@ import transformers as tf
 
 from cupaged.engine import LLM, RequestOutput, SamplingParams
 from cupaged.engine.config import MEMORY_POLICIES
-from cupaged.engine.plan import Draft
+from cupaged.engine.scheduling.step_plan import Draft
 from tests import tiny_models
 
 from .harness import SMALL, finish, run, small_engine

@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from cupaged.engine.distribution import weights
-from cupaged.engine.sampler import Sampler, SamplerOutput, uniform
+from cupaged.engine.sampling.distribution import weights
+from cupaged.engine.sampling.sampler import Sampler, SamplerOutput, uniform
 from tests import tiny_models
 
 from .harness import SMALL, assert_clean, finish, run, small_engine

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from benchmarks import paper
+from benchmarks.memory_use import memory_use
 from cupaged.engine import SamplingParams
-from cupaged.engine.accounting import memory_use
-from cupaged.engine.reservation import MEMORY_POLICIES
+from cupaged.engine.config import MEMORY_POLICIES
 
 from .harness import Reference, run, small_engine
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.request import Status
+from cupaged.engine.scheduling.request import Status
 
 from .harness import SMALL, assert_clean, finish, run, small_engine
 

@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from cupaged.engine.preemption import Preemption
-
-from .simulation import EOS, Costs, Request, SimulatedEngine
+from benchmarks.simulation import EOS, Costs, Request, SimulatedEngine
+from cupaged.engine.scheduling.preemption import Preemption
 
 
 def tokens(rng: random.Random, count: int) -> list[int]:

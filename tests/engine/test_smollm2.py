@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.loader import load_model
+from cupaged.engine.model.loader import load_model
 
 # The model is downloaded and converted first.
 pytestmark = pytest.mark.matrix

@@ -10,7 +10,8 @@ import torch
 
 from cupaged import backends
 from cupaged.backends import reference
-from cupaged.engine import LLM, SamplingParams, loader
+from cupaged.engine import LLM, SamplingParams
+from cupaged.engine.model import loader
 from tests import tiny_models
 
 SETTINGS = {"device": "cpu", "num_gpu_blocks_override": 32, "check_integrity": True}

@@ -7,7 +7,7 @@ import random
 import pytest
 from numba.core.dispatcher import Dispatcher
 
-from cupaged.backends import cpu
+from cupaged.backends.cpu import backend
 from cupaged.engine import SamplingParams
 
 from .harness import finish, small_engine
@@ -17,7 +17,7 @@ from .harness import finish, small_engine
 def test_what_requests_meet_is_compiled_before_them(llama_dir, monkeypatch, seed, kv_cache_dtype):
     """Forks that write, swaps in both directions, prefix hits, beams, prompts in chunks."""
     draw = random.Random(seed)
-    cpu._kernel.cache_clear()  # other tests have compiled for this process
+    backend._kernel.cache_clear()  # other tests have compiled for this process
     compiled, compile_one = [], Dispatcher.compile
 
     def noted(self, signature):

@@ -37,7 +37,7 @@ def backend(request, monkeypatch, seed):
         if not HAS_GPU:
             pytest.fail("--backend cuda was asked for, and there is no GPU")
         device = "cuda"
-        module = importlib.import_module("cupaged.backends.cuda").backend()
+        module = backends.load("cuda")
     elif name == "cuda_host":
         if shutil.which("g++") is None:
             pytest.skip("no g++ to build the emulation with")
@@ -50,7 +50,7 @@ def backend(request, monkeypatch, seed):
 
         module = launcher.backend(seed, ("75", "80", "90a")[seed % 3])
     else:
-        module = importlib.import_module(f"cupaged.backends.{name}")
+        module = backends.load(name)
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     return name, device
 

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 from cuda import pathfinder
-from cupaged.compile import cubin
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda.compile import cubin
+from cupaged.backends.cuda.specs import KernelSpec
 
 from .thinned import has_fp8
 

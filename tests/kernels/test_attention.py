@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import cupaged
-
-from .cases import Problem, check, draw
+from benchmarks.cases import Problem, check, draw
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CACHE_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]

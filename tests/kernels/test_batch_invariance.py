@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import cupaged
-from cupaged.backends import plans
-
-from .cases import check, draw
+from benchmarks.cases import check, draw
+from cupaged.backends.cuda import plans
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -10,7 +10,7 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged.backends.kernels import Kernels
+from cupaged.backends.cuda.kernels import Kernels
 from cupaged.quantisation import LARGEST
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

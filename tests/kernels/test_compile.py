@@ -14,12 +14,11 @@ from itertools import product
 import pytest
 
 from benchmarks import kernel_resources
-from cupaged import compile as kc
-from cupaged import precompile
-from cupaged import specs as kernel_specs
-from cupaged.backends import plans
-from cupaged.occupancy import occupancy
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda import compile as kc
+from cupaged.backends.cuda import plans, precompile
+from cupaged.backends.cuda import specs as kernel_specs
+from cupaged.backends.cuda.occupancy import occupancy
+from cupaged.backends.cuda.specs import KernelSpec
 
 from .sass import machine_code_complaints
 from .thinned import E4M3, KINDS, all_kernels, kind_of, thinned

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cupaged.backends import cpu, cpu_ir
-
-from .cases import draw
+from benchmarks.cases import draw
+from cupaged.backends.cpu import backend as cpu
+from cupaged.backends.cpu import ir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,10 +82,10 @@ def test_bfloat16_is_rounded_to_nearest_even():
 
 def test_a_second_process_compiles_nothing(tmp_path):
     code = (
-        "import torch, numba, cupaged; from cupaged.backends import cpu, cpu_memory\n"
+        "import torch, numba, cupaged; from cupaged.backends.cpu import backend, memory\n"
         "cache = torch.zeros(2, 2, 1, 8, 8); mapping = torch.tensor([[0, 1]])\n"
         "cupaged.copy_blocks(cache, mapping)\n"
-        "stats = cpu._kernel(cpu_memory.build_move_blocks).stats\n"
+        "stats = backend._kernel(memory.build_move_blocks).stats\n"
         "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))"
     )
     seen = []
@@ -103,7 +103,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     "which", ["test_decode and 80 and bfloat16", "test_quantised_cache and decode and float32 and e4m3"]
 )
 def test_results_are_right_on_a_cpu_with_narrower_registers(which):
-    if cpu_ir.NATIVE != 16:
+    if ir.NATIVE != 16:
         pytest.skip("this CPU has no AVX-512: every other test is this one")
     features = ",".join(
         f"+{f}" for f in ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "lzcnt", "sse4.2")

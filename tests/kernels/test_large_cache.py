@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import cupaged
+from benchmarks.cases import Problem, check, draw
 
-from .cases import Problem, check, draw
 from .test_attention import run
 
 BLOCK_STRIDE = 1 << 30  # elements

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from cupaged import compile as kc
-from cupaged import occupancy
-from cupaged import specs as kernel_specs
+from cupaged.backends.cuda import compile as kc
+from cupaged.backends.cuda import occupancy
+from cupaged.backends.cuda import specs as kernel_specs
 
 CALCULATOR = """
 #include <climits>

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import cupaged
-from cupaged.backends import plans
+from benchmarks.cases import Problem, check, draw
+from cupaged.backends.cuda import plans
 
-from .cases import Problem, check, draw
 from .test_attention import FEATURES, run
 
 

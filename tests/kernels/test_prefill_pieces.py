@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from cupaged.backends import plans
+from benchmarks.cases import Problem, check, draw
+from cupaged.backends.cuda import plans
 from cupaged.params import AttentionParams
 
-from .cases import Problem, check, draw
 from .test_attention import FEATURES, run
 
 SM_COUNT = 4  # of the emulation

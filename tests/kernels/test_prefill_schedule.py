@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from cupaged import specs as kernel_specs
-from cupaged.backends import plans
+from cupaged.backends.cuda import plans
+from cupaged.backends.cuda import specs as kernel_specs
+from cupaged.backends.cuda.specs import KernelSpec
 from cupaged.params import AttentionParams
-from cupaged.specs import KernelSpec
 
 KERNELS = Path(__file__).parent.parent / "cuda_host" / "kernels"
 Tile = tuple[int, ...]  # the fields of a PrefillTile

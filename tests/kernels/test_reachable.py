@@ -10,10 +10,10 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged import specs as kernel_specs
-from cupaged.backends.kernels import Kernels
-from cupaged.backends.reachable import reachable
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda import specs as kernel_specs
+from cupaged.backends.cuda.kernels import Kernels
+from cupaged.backends.cuda.reachable import reachable
+from cupaged.backends.cuda.specs import KernelSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)

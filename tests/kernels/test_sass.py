@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cupaged import compile as kc
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda import compile as kc
+from cupaged.backends.cuda.specs import KernelSpec
 
 from .sass import MATRIX, NEEDS, complaints, converts_e4m3, opcodes
 from .thinned import thinned

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cupaged
+from benchmarks.cases import TABLE_POISON, Problem, check, draw
 from cupaged import backends
-from cupaged.backends import kernels, plans
+from cupaged.backends.cuda import kernels, plans
 
-from .cases import TABLE_POISON, Problem, check, draw
 from .test_attention import run
 
 PIECE = plans.SPLIT_TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cupaged import specs as kernel_specs
+from cupaged.backends.cuda import specs as kernel_specs
 
 from .thinned import KINDS, all_kernels, counted_values, head_size, kind_of, thinned, values_of
 

@@ -19,9 +19,9 @@ from collections import Counter
 from functools import cache
 from itertools import cycle
 
-from cupaged import specs as kernel_specs
-from cupaged.backends.reachable import reachable
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda import specs as kernel_specs
+from cupaged.backends.cuda.reachable import reachable
+from cupaged.backends.cuda.specs import KernelSpec
 
 Kernel = tuple[KernelSpec, str]  # and its architecture
 Value = tuple[str, str]  # of a macro, or the architecture

@@ -13,10 +13,10 @@ from functools import cache, lru_cache
 
 import torch
 
-from cupaged import compile as kernel_compiler
-from cupaged.backends.kernels import Kernels, Launch
-from cupaged.backends.plans import KernelCall
-from cupaged.specs import KernelSpec
+from cupaged.backends.cuda import compile as kernel_compiler
+from cupaged.backends.cuda.kernels import Kernels, Launch
+from cupaged.backends.cuda.plans import KernelCall
+from cupaged.backends.cuda.specs import KernelSpec
 from tests.cpu_launcher import CpuLauncher
 
 from .machine import Machine

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from benchmarks.cases import check, draw
 from cupaged import backends
-from tests.kernels.cases import check, draw
 from tests.kernels.test_attention import run
 
 from . import launcher

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import cupaged
+from benchmarks.cases import check, draw
 from cupaged import backends
-from cupaged.backends import plans, reference
+from cupaged.backends import reference
+from cupaged.backends.cuda import plans
 from cupaged.params import AttentionParams
-from tests.kernels.cases import check, draw
 from tests.kernels.test_attention import FEATURES, run
 from tests.kernels.test_shared_prefix import share
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cupaged import specs
-from cupaged.backends import plans
-from cupaged.backends.plans import KernelCall
+from cupaged.backends.cuda import plans, specs
+from cupaged.backends.cuda.plans import KernelCall
 from cupaged.params import AttentionParams
 from tests.cuda_host.emulator import HostLauncher
 

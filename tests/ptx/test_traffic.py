@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cases import check, draw
 from cupaged import backends
-from cupaged.backends.kernels import Kernels
-from tests.kernels.cases import check, draw
+from cupaged.backends.cuda.kernels import Kernels
 from tests.kernels.test_attention import run
 
 from .launcher import PtxLauncher

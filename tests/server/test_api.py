@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
 from cupaged.engine.server.app import create_app
 from tests import tiny_models
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cupaged import serve
-from cupaged.engine.model_runner import ModelRunner
+from cupaged.engine.model.model_runner import ModelRunner
 from tests import tiny_models
 
 from .conftest import MODEL, Running, wait_until

@@ -11,7 +11,7 @@ import pytest
 
 from cupaged.engine import LLM, SamplingParams
 from cupaged.engine.outputs import Logprob
-from cupaged.engine.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
 from cupaged.engine.server.logprobs import ChatLogprobs, TextLogprobs, for_prompt, token_bytes
 from tests import tiny_models
 from tests.unit.test_detokenizer import byte_fallback_tokenizer

@@ -9,8 +9,8 @@ import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from cupaged.engine import SamplingParams
-from cupaged.engine.detokenizer import Detokenizer, token_text
 from cupaged.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from cupaged.engine.sampling.detokenizer import Detokenizer, token_text
 from cupaged.engine.server.choices import CHAT, TEXT, Choice
 from cupaged.engine.server.logprobs import TextLogprobs
 from cupaged.engine.server.protocol import Wanted

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.prefix_hash import extend_keys, root_key
+from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.memory.prefix_hash import extend_keys, root_key
 
 Pairs = Iterable[tuple[int, int]]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 from cupaged.engine import SamplingParams
-from cupaged.engine.beam_search import Candidates, num_candidates
-from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.failed_step import FailedStep
-from cupaged.engine.kv_cache import in_turn
-from cupaged.engine.plan import Plan
-from cupaged.engine.preemption import Preemption, Rates
-from cupaged.engine.request import Sequence, SequenceGroup, Status
-from cupaged.engine.scheduler import Scheduler
+from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.model.kv_cache import in_turn
+from cupaged.engine.scheduling.beam_search import num_candidates
+from cupaged.engine.scheduling.failed_step import FailedStep
+from cupaged.engine.scheduling.preemption import Preemption, Rates
+from cupaged.engine.scheduling.request import Candidates, Sequence, SequenceGroup, Status
+from cupaged.engine.scheduling.scheduler import Scheduler
+from cupaged.engine.scheduling.step_plan import Plan
 from tests.unit.paged_memory import PagedMemory
 
 EOS = 99

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from benchmarks.memory_use import MemoryUse, memory_use
 from cupaged.engine import SamplingParams
-from cupaged.engine.accounting import MemoryUse, memory_use
-from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.request import Sequence, SequenceGroup
+from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 
 from .simulation import Simulation
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
-from cupaged.engine.attention_probe import SUPPORTED, LayerAttention, probe_layers
-from cupaged.engine.model_runner import ModelRunner
+from cupaged.engine.model.attention_probe import SUPPORTED, LayerAttention, probe_layers
+from cupaged.engine.model.model_runner import ModelRunner
 from tests import tiny_configs, tiny_models
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from cupaged.engine import SamplingParams, bad_words
-from cupaged.engine.sampler import Sampler
+from cupaged.engine import SamplingParams
+from cupaged.engine.sampling import bad_words
+from cupaged.engine.sampling.sampler import Sampler
 
 from .test_logits_processors import sequence
 

@@ -18,8 +18,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cupaged.engine.block_manager import BlockManager
-from cupaged.engine.prefix_hash import extend_keys, root_key
+from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.memory.prefix_hash import extend_keys, root_key
 from tests.unit.paged_memory import PagedMemory
 
 

@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from cupaged.engine import block_pool
-from cupaged.engine.block_pool import BlockPool, move, num_to_move
+from cupaged.engine.memory import block_pool
+from cupaged.engine.memory.block_pool import BlockPool, move, num_to_move
 
 
 def page_content(adapter: int, page: int) -> str:

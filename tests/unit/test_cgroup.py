@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupaged.engine import EngineConfig, cgroup, memory
-from cupaged.engine.kv_cache import KVShape
+from cupaged.engine import EngineConfig
+from cupaged.engine.model import cache_size, cgroup
+from cupaged.engine.model.kv_cache import KVShape
 
 GIB = 2**30
 UNLIMITED_V1 = 9223372036854771712
@@ -147,7 +148,7 @@ def test_the_planned_cache_fits_the_container(tmp_path, version, monkeypatch):
     runner = SimpleNamespace(device=torch.device("cpu"))
 
     def planned() -> int:
-        return memory.num_gpu_blocks(EngineConfig(), runner, shape, 8192) * shape.block_bytes
+        return cache_size.num_gpu_blocks(EngineConfig(), runner, shape, 8192) * shape.block_bytes
 
     assert GIB // 4 - shape.block_bytes < planned() <= GIB // 4
     machine.group("/box", 512 * GIB, used=GIB)

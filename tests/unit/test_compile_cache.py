@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cupaged import compile as kc
-from cupaged import precompile
-from cupaged import specs as kernel_specs
-from cupaged.backends.reachable import reachable
+from cupaged.backends.cuda import compile as kc
+from cupaged.backends.cuda import precompile
+from cupaged.backends.cuda import specs as kernel_specs
+from cupaged.backends.cuda.reachable import reachable
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = kernel_specs.copy_blocks(16)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupaged.engine import LLM, EngineConfig, SamplingParams, memory
-from cupaged.engine.kv_cache import KVShape
-from cupaged.engine.sampler import Sampler
+from cupaged.engine import LLM, EngineConfig, SamplingParams
+from cupaged.engine.model import cache_size
+from cupaged.engine.model.kv_cache import KVShape
+from cupaged.engine.sampling.sampler import Sampler
 from tests import tiny_models
 
 BAD = {
@@ -55,7 +56,7 @@ SHAPE = KVShape(num_layers=30, num_kv_heads=3, block_size=16, head_size=64, dtyp
 def test_swap_space_is_gib_and_never_more_than_the_cache():
     def blocks(gib: float, gpu_blocks: int = 10**6, mode: str = "swap") -> int:
         config = EngineConfig(swap_space=gib, preemption_mode=mode)
-        return memory.num_cpu_blocks(config, SHAPE, gpu_blocks)
+        return cache_size.num_cpu_blocks(config, SHAPE, gpu_blocks)
 
     assert SHAPE.block_bytes == 30 * 2 * 3 * 16 * 64 * 2
     assert blocks(1) == 2**30 // SHAPE.block_bytes
@@ -70,7 +71,7 @@ def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
     gib = 2**30
     runner = SimpleNamespace(device=torch.device("cuda"), kv_shape=lambda *_: SHAPE)
     cache = SimpleNamespace(blocks=SimpleNamespace(nbytes=2 * gib))
-    monkeypatch.setattr(memory, "dry_run", lambda *_, **__: cache)
+    monkeypatch.setattr(cache_size, "dry_run", lambda *_, **__: cache)
     for name, value in {
         "reset_peak_memory_stats": None,
         "synchronize": None,
@@ -83,7 +84,7 @@ def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
 
     def blocks(share: float) -> int:
         config = EngineConfig(gpu_memory_utilization=share, max_num_seqs=2048)
-        return memory.num_gpu_blocks(config, runner, SHAPE, max_model_len=8192)
+        return cache_size.num_gpu_blocks(config, runner, SHAPE, max_model_len=8192)
 
     assert blocks(0.9) == int((80 * 0.9 - 30 - 5) * gib) // SHAPE.block_bytes
     assert blocks(0.5) == int((80 * 0.5 - 30 - 5) * gib) // SHAPE.block_bytes
@@ -92,15 +93,15 @@ def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
 
 
 def test_the_cache_is_no_larger_than_the_sequences_can_use(monkeypatch):
-    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 64 * 2**30)
+    monkeypatch.setattr(cache_size, "_available_cpu_bytes", lambda: 64 * 2**30)
     runner = SimpleNamespace(device=torch.device("cpu"))
     for running, useful in ((21, 22), (99 * 7, 100 * 7 + 1)):  # a hundredth stays free while requests run
         config = EngineConfig(max_num_seqs=running // 7, enable_prefix_caching=False)
-        assert memory.num_gpu_blocks(config, runner, SHAPE, max_model_len=100) == useful
+        assert cache_size.num_gpu_blocks(config, runner, SHAPE, max_model_len=100) == useful
         config = EngineConfig(max_num_seqs=running // 7)
-        assert memory.num_gpu_blocks(config, runner, SHAPE, max_model_len=100) == 2 * useful
-    assert memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 4 * 2**30 // SHAPE.block_bytes
-    assert memory.num_gpu_blocks(EngineConfig(num_gpu_blocks_override=5), runner, SHAPE, 8192) == 5
+        assert cache_size.num_gpu_blocks(config, runner, SHAPE, max_model_len=100) == 2 * useful
+    assert cache_size.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 4 * 2**30 // SHAPE.block_bytes
+    assert cache_size.num_gpu_blocks(EngineConfig(num_gpu_blocks_override=5), runner, SHAPE, 8192) == 5
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_the_cache_is_no_larger_than_the_sequences_can_use(monkeypatch):
 )
 def test_the_largest_step_has_all_tokens_and_all_sequences(seqs, tokens, longest, lengths):
     config = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    assert memory.largest_step(config, longest) == lengths
+    assert cache_size.largest_step(config, longest) == lengths
 
 
 def test_the_largest_step_is_one_that_a_model_can_run(tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_the_largest_step_is_one_that_a_model_can_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 2**30))
     config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=12 * 300)
     assert tiny_models.MAX_LEN < 300
-    free = memory._free_gpu_bytes(config, engine._runner, tiny_models.MAX_LEN)
+    free = cache_size._free_gpu_bytes(config, engine._runner, tiny_models.MAX_LEN)
     assert sampled == [12]
     cache = 12 * -(-tiny_models.MAX_LEN // 16) * engine._runner.kv_shape(16).block_bytes
     assert free == int(0.9 * 2**30) + cache  # the dry run's own cache is no part of the peak
@@ -163,12 +164,12 @@ def test_all_sequences_run_at_their_longest(llama_dir):
 def test_what_is_available_to_a_cpu_counts_what_the_page_cache_gives_back(monkeypatch):
     available = SimpleNamespace(available=8 * 2**30, free=2**30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
-    monkeypatch.setattr(memory.cgroup, "available_bytes", lambda: None)
+    monkeypatch.setattr(cache_size.cgroup, "available_bytes", lambda: None)
     runner = SimpleNamespace(device=torch.device("cpu"))
-    assert memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 2 * 2**30 // SHAPE.block_bytes
+    assert cache_size.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192) == 2 * 2**30 // SHAPE.block_bytes
     available.available = 2**20
     with pytest.raises(ValueError, match=r"no memory is left for the KV cache: .*free memory"):
-        memory.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192)
+        cache_size.num_gpu_blocks(EngineConfig(), runner, SHAPE, 8192)
 
 
 def test_the_engine_follows_its_settings(llama_dir, caplog):

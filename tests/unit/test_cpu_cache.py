@@ -16,7 +16,7 @@ import pytest
 from numba import prange
 from numba.core.caching import CompileResultCacheImpl
 
-from cupaged.backends import cpu_cache
+from cupaged.backends.cpu import disk_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +29,13 @@ def double(values):
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    cpu_cache._warn_damaged.cache_clear()
-    cpu_cache._warn_not_kept.cache_clear()
+    disk_cache._warn_damaged.cache_clear()
+    disk_cache._warn_not_kept.cache_clear()
 
 
 def run() -> bool:
     """Run the function as a process that starts now would; gives whether it was found in the cache."""
-    function, values = cpu_cache.jit(double), np.arange(5.0)
+    function, values = disk_cache.jit(double), np.arange(5.0)
     function(values)
     assert values.tolist() == [0, 2, 4, 6, 8]
     return bool(sum(function.stats.cache_hits.values()))
@@ -100,7 +100,7 @@ def test_a_full_disk(tmp_path, caplog):
 
 
 def test_a_directory_that_goes_away(tmp_path, caplog):
-    function = cpu_cache.jit(double)
+    function = disk_cache.jit(double)
     shutil.rmtree(tmp_path)
     tmp_path.write_text("a file")
     values = np.arange(2.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from cupaged.engine.detokenizer import Detokenizer
+from cupaged.engine.sampling.detokenizer import Detokenizer
 from tests import tiny_models
 
 TEXT = st.text(st.sampled_from("ab ✓é€漢字🙂🏳️‍🌈\n"), max_size=12)

@@ -6,9 +6,9 @@ import math
 import random
 
 from cupaged.engine import SamplingParams
-from cupaged.engine.failed_step import FailedStep
-from cupaged.engine.plan import ScheduledSequence
-from cupaged.engine.request import Sequence, SequenceGroup, Status
+from cupaged.engine.scheduling.failed_step import FailedStep
+from cupaged.engine.scheduling.request import Sequence, SequenceGroup, Status
+from cupaged.engine.scheduling.step_plan import ScheduledSequence
 from cupaged.engine.server.failure_policy import MAX_FAILURES, Action, FailurePolicy
 
 

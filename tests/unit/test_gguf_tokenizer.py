@@ -16,7 +16,7 @@ import transformers as tf
 from gguf import GGUFWriter, TokenType
 from tokenizers import pre_tokenizers
 
-from cupaged.engine import gguf_tokenizer, loader
+from cupaged.engine.model import gguf_tokenizer, loader
 
 SUFFIXES = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -335,7 +335,7 @@ def test_what_goes_with_a_name(tmp_path, pre, flag, expected):
 )
 def test_what_is_refused_is_named(tmp_path, monkeypatch, model, pre, message):
     """Before the weights are read."""
-    monkeypatch.setattr("cupaged.engine.gguf_model.load_weights", None)
+    monkeypatch.setattr("cupaged.engine.model.gguf_model.load_weights", None)
     path = write_gguf(tmp_path / "model.gguf", pre, model=model)
     with pytest.raises(ValueError, match=f"(?s)model.gguf.*{message}"):
         load(path)

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from cupaged.engine import demo_model, loader
+from cupaged.engine.model import demo_model, loader
 from tests import tiny_models
 
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from cupaged.engine import LLM
-from cupaged.engine.model_files import check_files, check_length
+from cupaged.engine.model.model_files import check_files, check_length
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def test_a_length_that_is_known_to_transformers_alone(tmp_path, monkeypatch):
     config = json.loads((directory / "config.json").read_text())
     del config["max_position_embeddings"]  # 2048 then
     (directory / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("cupaged.engine.loader.load_weights", None)
+    monkeypatch.setattr("cupaged.engine.model.loader.load_weights", None)
     with pytest.raises(ValueError, match="max_model_len is 99999999, and the model was made for 2048 tokens"):
         LLM(directory, device="cpu", max_model_len=99999999)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupaged.engine.model_runner import LONG_PREFIX, shares_prefix
+from cupaged.engine.model.model_runner import LONG_PREFIX, shares_prefix
 
 
 @pytest.mark.parametrize("block_size", [16, 64])

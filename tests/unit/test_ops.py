@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import numpy as np
@@ -319,7 +318,7 @@ def test_settings_may_be_symbols():
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_arrays_of_other_libraries_are_used_in_place(name, monkeypatch):
     """NumPy in place of any tensor: the same results, and writes land in the caller's memory."""
-    module = importlib.import_module(f"cupaged.backends.{name}")
+    module = backends.load(name)
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
     b, key, slots = batch(), torch.randn(3, 2, 32), torch.tensor([5, -1, 39])
     cache = b["kv_cache"].numpy().copy()

@@ -9,8 +9,8 @@ import torch
 
 import cupaged
 from cupaged import backends
-from cupaged.backends import kernels
-from cupaged.backends.kernels import Kernels
+from cupaged.backends.cuda import kernels
+from cupaged.backends.cuda.kernels import Kernels
 
 
 class Recorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cupaged.engine.preemption import Preemption, Rates
+from cupaged.engine.scheduling.preemption import Preemption, Rates
 
 from .simulation import Simulation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from cupaged.engine.prefix_hash import extend_keys, root_key
+from cupaged.engine.memory.prefix_hash import extend_keys, root_key
 
 
 def keys(tokens: list[int], block_size: int = 4, salt: str | None = None) -> list[bytes]:

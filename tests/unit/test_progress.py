@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from cupaged.engine import EngineConfig, LLMEngine, demo_model, loader
-from cupaged.engine.progress import without_bars
+from cupaged.engine import EngineConfig, LLMEngine
+from cupaged.engine.model import demo_model, loader
+from cupaged.engine.model.progress import without_bars
 
 
 @pytest.mark.parametrize("demo", [True, False])

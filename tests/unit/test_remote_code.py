@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from cupaged.engine import LLM, SamplingParams, loader
+from cupaged.engine import LLM, SamplingParams
+from cupaged.engine.model import loader
 from tests import tiny_models
 
 CODE = """

@@ -14,7 +14,7 @@ from benchmarks import bars, common, kernels, peers, tables
 from benchmarks.report import Context, Result
 from benchmarks.sections import attention, ceilings, check, memory
 from benchmarks.timing import Timing
-from cupaged.backends import cuda
+from cupaged.backends.cuda import launcher
 
 CPU = torch.device("cpu")
 MEMORY = 78 << 30  # of the smaller Hopper
@@ -89,7 +89,7 @@ def test_which_peers_a_shape_meets_on_a_gpu(full, monkeypatch):
 def test_swaps_are_checked_and_compared_with_a_pinned_copy_and_with_each_other(context, monkeypatch):
     """Over the emulation: both ways move the blocks, and are in the table."""
     emulator = pytest.importorskip("tests.cuda_host.emulator")
-    monkeypatch.setattr(cuda, "CupyLauncher", lambda: emulator.HostLauncher(3))
+    monkeypatch.setattr(launcher, "CupyLauncher", lambda: emulator.HostLauncher(3))
     pinned = ceilings.pinned_bandwidth(context, 1 << 20)
     assert set(pinned) == {"out", "in"}
     rows = []

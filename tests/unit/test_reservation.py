@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cupaged.engine.request import SequenceGroup, Status
-from cupaged.engine.reservation import MEMORY_POLICIES, BuddyAllocator, longest
+from cupaged.engine.config import MEMORY_POLICIES
+from cupaged.engine.scheduling.contiguous_memory import BuddyAllocator, longest
+from cupaged.engine.scheduling.request import SequenceGroup, Status
 
 from .simulation import Simulation
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cupaged.engine import SamplingParams
-from cupaged.engine.distribution import weights
-from cupaged.engine.plan import ScheduledSequence
-from cupaged.engine.request import Sequence, SequenceGroup
-from cupaged.engine.sampler import Sampler, uniform
+from cupaged.engine.sampling.distribution import weights
+from cupaged.engine.sampling.sampler import Sampler, uniform
+from cupaged.engine.scheduling.request import Sequence, SequenceGroup
+from cupaged.engine.scheduling.step_plan import ScheduledSequence
 
 VOCABULARY = 50
 _ids = itertools.count()
@@ -240,7 +240,7 @@ def test_a_very_high_temperature_is_even_and_keeps_what_is_ruled_out():
 
 def test_the_smallest_number_never_draws_what_has_no_probability(monkeypatch):
     """0 and the largest number below 1 are drawn too."""
-    from cupaged.engine import sampler
+    from cupaged.engine.sampling import sampler
 
     for size in (1, 2, 3, 7, 50):  # the sum of rounded probabilities is below 1, 1, or above it
         logits = torch.tensor([[-torch.inf, *range(size), -torch.inf]])

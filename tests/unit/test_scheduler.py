@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from cupaged.engine.kv_cache import in_turn
-from cupaged.engine.request import SequenceGroup, Status
+from cupaged.engine.model.kv_cache import in_turn
+from cupaged.engine.scheduling.request import SequenceGroup, Status
 from tests.unit.simulation import EOS, SALTS, Simulation
 
 REQUEST = st.fixed_dictionaries(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import cupaged
 
 ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 500  # lines of a file
 
 
 def imported(path: Path) -> set[str]:
@@ -31,6 +33,12 @@ def imported(path: Path) -> set[str]:
 
 def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("cupaged", *parts) if parts[0] == "engine" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def within(name: str, package: str) -> bool:
@@ -54,16 +62,54 @@ def test_engine_is_imported_under_one_name():
             assert not [m for m in imported(path) if within(m, "engine")], path
 
 
-WITHOUT_TORCH = [
-    *("block_pool", "block_tables", "prefix_hash", "block_manager", "group_memory", "pinned", "plan"),
-    *("preemption", "request", "scheduler", "accounting", "reservation"),
-]
+def own_modules(names: set[str], modules: Collection[str]) -> set[str]:
+    """Return the modules among names; a package is meant where nothing in it is."""
+    found = names & set(modules)
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_the_scheduler_does_not_know_torch(module):
-    path = ROOT / "engine" / f"{module}.py"
-    assert not [m for m in imported(path) if within(m, "torch")]
+# A package of the engine imports those before it and the modules that stand in no package.
+FLOORS = ("memory", "scheduling", "sampling", "model")
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_engines_packages_do_not_import_upwards(floor):
+    """Nor what stands on top of them: the engine itself, and the server."""
+    above = [f"cupaged.engine.{name}" for name in FLOORS[FLOORS.index(floor) + 1 :]]
+    above += [f"cupaged.engine.{name}" for name in ("server", "llm_engine", "llm", "output_processor")]
+    paths = sources(f"engine/{floor}")
+    assert paths
+    for path in paths:
+        assert not [m for m in imported(path) if any(within(m, package) for package in above)], path
+
+
+@pytest.mark.parametrize("folder", ["cupaged", "engine", "benchmarks"])
+def test_no_modules_import_each_other(folder):
+    """Not by way of others either, nor for types alone."""
+    modules = {module_name(path): path for path in sources(folder)}
+    imports = {name: own_modules(imported(path), modules) - {name} for name, path in modules.items()}
+    while leaves := [name for name, others in imports.items() if not others & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports
+
+
+def test_what_the_product_uses_is_not_in_its_tests():
+    for folder in ("cupaged", "engine", "benchmarks"):
+        for path in sources(folder):
+            assert not [m for m in imported(path) if within(m, "tests")], path
+
+
+def test_files_are_short():
+    for folder in ("cupaged", "engine"):
+        for path in sources(folder):
+            assert len(path.read_text().splitlines()) <= LONGEST, path
+
+
+@pytest.mark.parametrize("floor", ["memory", "scheduling"])
+def test_the_scheduler_does_not_know_torch(floor):
+    for path in sources(f"engine/{floor}"):
+        assert not [m for m in imported(path) if within(m, "torch")], path
 
 
 def test_kernels_are_plain_device_code():

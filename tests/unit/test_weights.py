@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cupaged.engine import loader
+from cupaged.engine.model import loader
 from tests import tiny_models
 
 MIXTRAL = transformers.MixtralConfig(
@@ -207,7 +207,7 @@ def test_a_gguf_file_is_not_loaded_for_more_tokens_than_its_model_takes(tmp_path
     path = write_gguf(tmp_path / "m.gguf")
     options = {"dtype": "auto", "device": "cpu", "attn_implementation": "eager"}
     assert loader.load_model(str(path), max_model_len=64, **options)
-    monkeypatch.setattr("cupaged.engine.gguf_model.load_weights", None)
+    monkeypatch.setattr("cupaged.engine.model.gguf_model.load_weights", None)
     with pytest.raises(ValueError, match="max_model_len is 65, and the model was made for 64 tokens"):
         loader.load_model(str(path), max_model_len=65, **options)
 

@@ -1,0 +1,221 @@
+"""The CPU attention where rows are few (decode): vectors lie along D.
+
+A logit is a dot product; K and V stream from the cache through registers once for up to four rows. While
+the logits of a step are computed its values are fetched into the cache, and while the values are summed, the
+next step's keys: the blocks are scattered, which the CPU's own prefetcher does not foresee.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .simd import (
+    HALF,
+    LANES,
+    add,
+    exp2,
+    fma,
+    inner,
+    iota,
+    load,
+    load_head,
+    load_scalar,
+    max_lanes,
+    maximum,
+    mul,
+    splat,
+    store,
+    store_float,
+    sub,
+    sum_lanes,
+    tanh,
+    where_between,
+)
+from .tiles import (
+    MAX_ROWS,
+    QUAD,
+    padded_size,
+    reorder_output,
+    reorder_query,
+    scores_rows,
+    sum_quads,
+    values_rows,
+)
+from .work import (
+    F32,
+    FEW_ROWS,
+    INFINITY,
+    KEYS,
+    aligned,
+    finish_row,
+    key_addresses,
+    row_addresses,
+    row_limits,
+    unit_of,
+)
+
+SUMS_STRIDE = 4 * KEYS * QUAD
+WEIGHTS_STRIDE = 4 * KEYS
+
+
+@inner
+def _scores(kv_dtype, batch, rows, query, stride, keys, count, sums):
+    """QUAD sums a key for all rows, MAX_ROWS of them at a time at most and as evenly as can be."""
+    passes = (rows + MAX_ROWS - 1) // MAX_ROWS
+    r = 0
+    for left in range(passes, 0, -1):
+        now = (rows - r + left - 1) // left
+        q, target = query + r * stride, sums + r * SUMS_STRIDE
+        if now == 4:
+            scores_rows(
+                kv_dtype, 4, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
+            )
+        elif now == 3:
+            scores_rows(
+                kv_dtype, 3, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
+            )
+        elif now == 2:
+            scores_rows(
+                kv_dtype, 2, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
+            )
+        else:
+            scores_rows(
+                kv_dtype, 1, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
+            )
+        r += now
+
+
+@inner
+def _values(kv_dtype, batch, rows, weights, keys, count, ahead, out, stride, alpha):
+    passes = (rows + MAX_ROWS - 1) // MAX_ROWS
+    r = 0
+    offset, row_bytes = batch.value_offset, batch.row_bytes
+    for left in range(passes, 0, -1):
+        now = (rows - r + left - 1) // left
+        w, target, a = weights + r * WEIGHTS_STRIDE, out + r * stride, alpha + 4 * r
+        if now == 4:
+            values_rows(
+                kv_dtype, 4, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
+            )
+        elif now == 3:
+            values_rows(
+                kv_dtype, 3, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
+            )
+        elif now == 2:
+            values_rows(
+                kv_dtype, 2, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
+            )
+        else:
+            values_rows(
+                kv_dtype, 1, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
+            )
+        r += now
+
+
+@inner
+def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state):
+    """Turn sums into weights; advance the running maximum, sum (LANES parts a row) and rescaling factor."""
+    lower, upper, position, slope, top, total, alpha, shift = state
+    minus_infinity = splat(-INFINITY, LANES)
+    for r in range(rows):
+        largest = splat(load_scalar(F32, top + 4 * r), LANES)
+        low = splat(load_scalar(F32, lower + 4 * r), LANES)
+        high = splat(load_scalar(F32, upper + 4 * r), LANES)
+        where = splat(load_scalar(F32, position + 4 * r), LANES)
+        slopes = splat(load_scalar(F32, slope + 4 * r), LANES)
+        for k in range(0, count, LANES):
+            s = mul(sum_quads(sums + r * SUMS_STRIDE + 4 * QUAD * k), splat(scale, LANES))
+            j = iota(np.float32(start + k))
+            if cap != 0.0:
+                s = mul(tanh(s), splat(cap, LANES))
+            if batch.alibi_slopes != 0:
+                s = fma(slopes, sub(j, where), s)
+            if masked:
+                s = where_between(j, low, high, s, minus_infinity)
+            largest = maximum(s, largest)
+            store(F32, weights + r * WEIGHTS_STRIDE + 4 * k, s)
+        store_float(shift + 4 * r, max_lanes(largest))
+    # A row that has seen nothing has no maximum: subtract 0 from its -inf.
+    largest = load(F32, shift, LANES)
+    zero = splat(np.float32(0.0), LANES)
+    safe = where_between(largest, minus_infinity, splat(INFINITY, LANES), largest, zero)
+    store(F32, shift, safe)
+    store(F32, alpha, exp2(sub(load(F32, top, LANES), safe)))
+    store(F32, top, largest)
+    for r in range(rows):
+        sub_from = splat(load_scalar(F32, shift + 4 * r), LANES)
+        part = mul(load(F32, total + 4 * LANES * r, LANES), splat(load_scalar(F32, alpha + 4 * r), LANES))
+        for k in range(0, count, LANES):
+            at = weights + r * WEIGHTS_STRIDE + 4 * k
+            p = exp2(sub(load(F32, at, LANES), sub_from))
+            part = add(part, p)
+            store(F32, at, p)
+        store(F32, total + 4 * LANES * r, part)
+
+
+@inner
+def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+    size = batch.head_size
+    padded = padded_size(kv_dtype, size)
+    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
+    stride = 4 * padded
+    memory, query = aligned(FEW_ROWS * (2 * stride + SUMS_STRIDE + WEIGHTS_STRIDE + 4 * LANES))
+    out = query + FEW_ROWS * stride
+    sums = out + FEW_ROWS * stride
+    weights = sums + FEW_ROWS * SUMS_STRIDE
+    total = weights + FEW_ROWS * WEIGHTS_STRIDE
+    keys = np.empty((2, KEYS + HALF), np.int64)
+    rows = np.zeros((7, LANES), np.float32)  # lower, upper, position, slope, top, alpha, shift
+    rows[4] = -INFINITY
+    row_state = np.int64(rows.ctypes.data)
+    state = (
+        row_state,
+        row_state + 4 * LANES,
+        row_state + 8 * LANES,
+        row_state + 12 * LANES,
+        row_state + 16 * LANES,
+        total,
+        row_state + 20 * LANES,
+        row_state + 24 * LANES,
+    )
+    zero = splat(np.float32(0.0), LANES)
+    for r in range(item.rows):
+        source = row_addresses(
+            batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
+        )
+        for d in range(0, padded, LANES):
+            store(F32, out + r * stride + 4 * d, zero)
+            part = zero
+            if d < size:
+                part = load_head(dtype, source + batch.itemsize * d, size - d)
+            store(F32, query + r * stride + 4 * d, part)
+        reorder_query(kv_dtype, query + r * stride, padded)
+        store(F32, total + 4 * LANES * r, zero)
+    row_limits(batch, item, head, rows[0], rows[1], rows[2], rows[3])
+    # Keys from `full_low` to `full_high` are seen by every row.
+    full_low = item.low
+    if batch.window:
+        full_low = np.int64(rows[0, item.rows - 1]) + 1
+    full_high = np.int64(rows[1, 0]) + 1
+
+    count = min(KEYS, item.high - item.low)
+    current = np.int64(keys.ctypes.data)
+    ahead = current + 8 * (KEYS + HALF)
+    key_addresses(batch, item, head, item.low, count, KEYS, current)
+    for start in range(item.low, item.high, KEYS):
+        count = min(KEYS, item.high - start)
+        following = min(KEYS, item.high - start - count)
+        if following > 0:
+            key_addresses(batch, item, head, start + count, following, KEYS, ahead)
+        _scores(kv_dtype, batch, item.rows, query, stride, current, count, sums)
+        masked = start < full_low or start + count > full_high or count % LANES != 0
+        _softmax(batch, item.rows, scale, cap, start, count, masked, sums, weights, state)
+        _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, state[6])
+        current, ahead = ahead, current
+
+    for r in range(item.rows):
+        unit = unit_of(kv_dtype, batch.v_scale, head)
+        reorder_output(kv_dtype, out + r * stride, padded)
+        top, below = rows[4, r], sum_lanes(load(F32, total + 4 * LANES * r, LANES))
+        finish_row(dtype, batch, item, r, head, out + r * stride, unit, top, below, partials, partial_lse)
+    return memory.size + keys.size + rows.size  # keeps the scratch alive until here

@@ -1,0 +1,223 @@
+"""The CPU attention where rows are many (prefill): a vector holds one number of many rows.
+
+Q is transposed once, logits and output stay transposed, keys and values enter one scalar at a time, and the
+softmax needs no sums across lanes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .simd import (
+    HALF,
+    LANES,
+    WIDE,
+    add,
+    exp2,
+    fma,
+    inner,
+    load,
+    load_scalar,
+    maximum,
+    mul,
+    splat,
+    store,
+    store_float,
+    sub,
+    tanh,
+    where_between,
+)
+from .work import (
+    F32,
+    INFINITY,
+    KEYS,
+    ROWS,
+    aligned,
+    finish_row,
+    key_addresses,
+    row_addresses,
+    row_limits,
+    unit_of,
+)
+
+
+@inner
+def _logits_tile(query, keys, count, size, logits, column, like):
+    """logits[k, rows] = sum over d of keys[k, d] * query[d, rows]."""
+    for k in range(0, count, 4):
+        k0, k1, k2, k3 = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
+        q = query + 4 * column
+        c0 = splat(np.float32(0.0), like)
+        c1, c2, c3 = c0, c0, c0
+        for d in range(size):
+            vector = load(F32, q, like)
+            c0 = fma(splat(load_scalar(F32, k0 + 4 * d), like), vector, c0)
+            c1 = fma(splat(load_scalar(F32, k1 + 4 * d), like), vector, c1)
+            c2 = fma(splat(load_scalar(F32, k2 + 4 * d), like), vector, c2)
+            c3 = fma(splat(load_scalar(F32, k3 + 4 * d), like), vector, c3)
+            q += 4 * ROWS
+        at = logits + 4 * (k * ROWS + column)
+        store(F32, at, c0)
+        store(F32, at + 4 * ROWS, c1)
+        store(F32, at + 8 * ROWS, c2)
+        store(F32, at + 12 * ROWS, c3)
+
+
+@inner
+def _values_tile(weights, values, count, size, out, column, alpha, like):
+    """out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows]."""
+    scale = load(F32, alpha + 4 * column, like)
+    for d in range(0, size, 4):
+        at = out + 4 * (d * ROWS + column)
+        c0 = mul(load(F32, at, like), scale)
+        c1 = mul(load(F32, at + 4 * ROWS, like), scale)
+        c2 = mul(load(F32, at + 8 * ROWS, like), scale)
+        c3 = mul(load(F32, at + 12 * ROWS, like), scale)
+        w = weights + 4 * column
+        for k in range(count):
+            vector = load(F32, w, like)
+            v = values[k] + 4 * d
+            c0 = fma(splat(load_scalar(F32, v), like), vector, c0)
+            c1 = fma(splat(load_scalar(F32, v + 4), like), vector, c1)
+            c2 = fma(splat(load_scalar(F32, v + 8), like), vector, c2)
+            c3 = fma(splat(load_scalar(F32, v + 12), like), vector, c3)
+            w += 4 * ROWS
+        store(F32, at, c0)
+        store(F32, at + 4 * ROWS, c1)
+        store(F32, at + 8 * ROWS, c2)
+        store(F32, at + 12 * ROWS, c3)
+
+
+@inner
+def _widen(dtype, itemsize, size, addresses, count, padded, target):
+    """Copy rows as float32 to `target` and let `addresses` name the copies. float32 rows stay in place."""
+    if itemsize == 4:
+        return
+    for k in range(count):
+        source = addresses[k]
+        at = target + 4 * k * size
+        for d in range(0, size, HALF):
+            store(F32, at + 4 * d, load(dtype, source + itemsize * d, HALF))
+        addresses[k] = at
+    for k in range(count, padded):
+        addresses[k] = addresses[count - 1]
+
+
+@inner
+def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
+    """Turn logits [k, rows] into weights, and advance the running maximum, sum and rescaling factor."""
+    lower, upper, position, slope, top, total, alpha = state
+    zero = splat(np.float32(0.0), LANES)
+    minus_infinity = splat(-INFINITY, LANES)
+    infinity = splat(INFINITY, LANES)
+    for column in range(0, columns, LANES):
+        low = load(F32, lower + 4 * column, LANES)
+        high = load(F32, upper + 4 * column, LANES)
+        where = load(F32, position + 4 * column, LANES)
+        slopes = load(F32, slope + 4 * column, LANES)
+        old_top = load(F32, top + 4 * column, LANES)
+        largest = old_top
+        for k in range(count):
+            at = logits + 4 * (k * ROWS + column)
+            s = load(F32, at, LANES)
+            j = splat(np.float32(start + k), LANES)
+            if cap != 0.0:
+                s = mul(tanh(s), splat(cap, LANES))
+            if batch.alibi_slopes != 0:
+                s = fma(slopes, sub(j, where), s)
+            if masked:
+                s = where_between(j, low, high, s, minus_infinity)
+            store(F32, at, s)
+            largest = maximum(s, largest)
+        # A row that has seen nothing has no maximum: subtract 0 from its -inf.
+        shift = where_between(largest, minus_infinity, infinity, largest, zero)
+        part = zero
+        for k in range(count):
+            at = logits + 4 * (k * ROWS + column)
+            p = exp2(sub(load(F32, at, LANES), shift))
+            part = add(part, p)
+            store(F32, at, p)
+        factor = exp2(sub(old_top, shift))
+        store(F32, alpha + 4 * column, factor)
+        store(F32, total + 4 * column, fma(load(F32, total + 4 * column, LANES), factor, part))
+        store(F32, top + 4 * column, largest)
+
+
+@inner
+def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+    size = batch.head_size
+    itemsize = batch.row_bytes // size
+    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
+    unit = unit_of(kv_dtype, batch.v_scale, head)
+    memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
+    out = query + 4 * ROWS * size
+    logits = out + 4 * ROWS * size
+    wide_keys = logits + 4 * ROWS * KEYS
+    wide_values = wide_keys + 4 * KEYS * size
+    row_buffer = wide_values + 4 * KEYS * size
+    keys = np.empty(KEYS + HALF, np.int64)
+    values = np.empty(KEYS, np.int64)
+    rows = np.zeros((7, ROWS), np.float32)  # lower, upper, position, slope, top, total, alpha
+    rows[1] = -INFINITY
+    rows[4] = -INFINITY
+    row_state = np.int64(rows.ctypes.data)
+    state = (
+        row_state,
+        row_state + 4 * ROWS,
+        row_state + 8 * ROWS,
+        row_state + 12 * ROWS,
+        row_state + 16 * ROWS,
+        row_state + 20 * ROWS,
+        row_state + 24 * ROWS,
+    )
+    row_limits(batch, item, head, rows[0], rows[1], rows[2], rows[3])
+    narrow = item.rows <= LANES
+    columns = LANES if narrow else (item.rows + WIDE - 1) // WIDE * WIDE
+    zero = splat(np.float32(0.0), LANES)
+    for d in range(size):
+        for column in range(0, columns, LANES):
+            store(F32, out + 4 * (d * ROWS + column), zero)
+            store(F32, query + 4 * (d * ROWS + column), zero)
+    for r in range(item.rows):
+        source = row_addresses(
+            batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
+        )
+        for d in range(size):
+            value = load_scalar(dtype, source + batch.itemsize * d)
+            store_float(query + 4 * (d * ROWS + r), np.float32(value * scale))
+
+    # Keys from `full_low` to `full_high` are seen by every row of the tile.
+    full_low = item.low
+    if batch.window:
+        full_low = np.int64(rows[0, item.rows - 1]) + 1
+    full_high = np.int64(rows[1, 0]) + 1
+    lanes = splat(np.float32(0.0), LANES)
+    wide = splat(np.float32(0.0), WIDE)
+    for start in range(item.low, item.high, KEYS):
+        count = min(KEYS, item.high - start)
+        padded = (count + 3) // 4 * 4
+        key_addresses(batch, item, head, start, count, padded, np.int64(keys.ctypes.data))
+        for k in range(padded):
+            values[k] = keys[k] + batch.value_offset
+        _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
+        _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
+        masked = start < full_low or start + count > full_high
+        if narrow:
+            _logits_tile(query, keys, padded, size, logits, 0, lanes)
+        else:
+            for column in range(0, columns, WIDE):
+                _logits_tile(query, keys, padded, size, logits, column, wide)
+        _softmax_tile(batch, cap, start, count, masked, columns, logits, state)
+        if narrow:
+            _values_tile(logits, values, count, size, out, 0, state[6], lanes)
+        else:
+            for column in range(0, columns, WIDE):
+                _values_tile(logits, values, count, size, out, column, state[6], wide)
+
+    for r in range(item.rows):
+        for d in range(size):
+            store_float(row_buffer + 4 * d, load_scalar(F32, out + 4 * (d * ROWS + r)))
+        finish_row(
+            dtype, batch, item, r, head, row_buffer, unit, rows[4, r], rows[5, r], partials, partial_lse
+        )
+    return memory.size

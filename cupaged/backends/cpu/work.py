@@ -1,0 +1,272 @@
+"""How the CPU attention is cut into items of work, and what both forms of it need."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .simd import (
+    HALF,
+    LANES,
+    fma,
+    inner,
+    load,
+    load_head,
+    load_scalar,
+    mul,
+    splat,
+    store_float,
+    store_head,
+    store_ramp,
+)
+from .tiles import code_unit
+
+KEYS = 64  # keys of one softmax step
+ROWS = 64  # rows of one tile
+FEW_ROWS = 8  # up to here a tile runs in the decode form
+PART = 512  # keys of one part of a split sequence
+
+F32, I32, I64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
+LOG2E = math.log2(math.e)
+INFINITY = np.float32(np.inf)
+
+
+class Batch(NamedTuple):
+    """The call, in int64: addresses and strides in bytes, 0 for what is absent."""
+
+    query: int
+    query_token_stride: int
+    query_head_stride: int
+    out: int
+    out_token_stride: int
+    out_head_stride: int
+    lse: int
+    cache: int
+    block_stride: int
+    value_offset: int
+    kv_head_stride: int
+    row_bytes: int
+    block_tables: int
+    table_stride: int
+    seq_lens: int
+    query_start_loc: int
+    alibi_slopes: int
+    sinks: int
+    k_scale: int
+    v_scale: int
+    num_seqs: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    itemsize: int  # of query and out
+    block_size: int
+    causal: int
+    window: int
+
+
+class Item(NamedTuple):
+    """Rows `row` to `row + rows` of sequence `seq` over the keys `low` to `high`."""
+
+    seq: int
+    token: int  # of row 0 of the sequence, in the batch
+    position: int  # of row 0 of the sequence
+    row: int
+    rows: int
+    low: int
+    high: int
+    partial: int  # index of the partial result, -1 when this is the whole
+
+
+@inner
+def plan(batch, items):
+    """Fill `items` (or only count, when it is empty): (number of items, number of partial results)."""
+    group = batch.num_heads // batch.num_kv_heads
+    count = 0
+    partials = 0
+    for s in range(batch.num_seqs):
+        length = np.int64(load_scalar(I32, batch.seq_lens + 4 * s))
+        first, last = s, s + 1
+        if batch.query_start_loc != 0:
+            first = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s))
+            last = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s + 4))
+        if length == 0:
+            continue
+        position = length - (last - first)
+        total = (last - first) * group
+        for row in range(0, total, ROWS):
+            rows = min(ROWS, total - row)
+            high = length
+            if batch.causal:
+                high = min(length, position + (row + rows - 1) // group + 1)
+            low = 0
+            if batch.window:
+                low = max(0, position + row // group - batch.window + 1)
+            step = max(high - low, 1)
+            split = total <= ROWS and step > PART
+            if split:
+                step = PART
+            for start in range(low, high, step):
+                if count < len(items):
+                    items[count, 0] = s
+                    items[count, 1] = first
+                    items[count, 2] = position
+                    items[count, 3] = row
+                    items[count, 4] = rows
+                    items[count, 5] = start
+                    items[count, 6] = min(start + step, high)
+                    items[count, 7] = partials if split else -1
+                count += 1
+                if split:
+                    partials += 1
+    return count, partials
+
+
+@inner
+def aligned(size):
+    """Scratch memory of at least `size` bytes: the array that owns it, and an address divisible by 64."""
+    memory = np.empty(size + 64, np.uint8)
+    return memory, (np.int64(memory.ctypes.data) + 63) // 64 * 64  # a mixed sum of signs would be float64
+
+
+@inner
+def row_limits(batch, item, head, lower, upper, position, slope):
+    """What each row sees (lower < j <= upper), where it stands, and its ALiBi slope in base 2."""
+    group = batch.num_heads // batch.num_kv_heads
+    for r in range(item.rows):
+        token = (item.row + r) // group
+        at = item.position + token
+        position[r] = at
+        lower[r] = at - batch.window if batch.window else -INFINITY
+        upper[r] = min(at, item.high - 1) if batch.causal else item.high - 1
+        slope[r] = 0.0
+        if batch.alibi_slopes != 0:
+            h = head * group + (item.row + r) % group
+            slope[r] = np.float32(load_scalar(F32, batch.alibi_slopes + 4 * h) * LOG2E)
+
+
+@inner
+def row_addresses(batch, item, r, head, base, token_stride, head_stride):
+    group = batch.num_heads // batch.num_kv_heads
+    token = item.token + (item.row + r) // group
+    return base + token * token_stride + (head * group + (item.row + r) % group) * head_stride
+
+
+@inner
+def key_addresses(batch, item, head, start, count, padded, keys):
+    """Write the addresses of the rows of K at positions start to start + count, the last up to `padded`.
+
+    Args:
+        keys: address of an int64 array of `padded` + HALF.
+    """
+    table = batch.block_tables + item.seq * batch.table_stride
+    block = start // batch.block_size
+    offset = start - block * batch.block_size
+    k = 0
+    while k < count:
+        number = np.int64(load_scalar(I32, table + 4 * block))
+        address = batch.cache + number * batch.block_stride + head * batch.kv_head_stride
+        address += offset * batch.row_bytes
+        rows = min(batch.block_size - offset, count - k)
+        for i in range(0, rows, HALF):  # what goes too far is written over
+            store_ramp(keys + 8 * (k + i), address + i * batch.row_bytes, batch.row_bytes)
+        k += rows
+        offset = 0
+        block += 1
+    last = load_scalar(I64, keys + 8 * (count - 1))
+    for rest in range(count, padded, HALF):
+        store_ramp(keys + 8 * rest, last, 0)
+
+
+@inner
+def unit_of(kv_dtype, scales, head):
+    """What the keys or values of one KV head are to be multiplied by once they are floats."""
+    if scales == 0:
+        return np.float32(1.0)
+    return load_scalar(F32, scales + 4 * head) * code_unit(kv_dtype)
+
+
+@inner
+def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, partials, partial_lse):
+    """Write one row: float32 sums in `unit` at `accumulated`, running maximum (base 2) and denominator."""
+    group = batch.num_heads // batch.num_kv_heads
+    h = head * group + (item.row + r) % group
+    size = batch.head_size
+    if item.partial >= 0:
+        index = (item.partial * batch.num_kv_heads + head) * ROWS + r
+        inverse = np.float32(0.0)
+        partial_lse[index] = -INFINITY
+        if total != 0.0:
+            inverse = unit / total
+            partial_lse[index] = top + np.float32(math.log2(total))
+        target = partials + index * size * 4
+        for d in range(0, size, LANES):
+            scaled = mul(load(F32, accumulated + 4 * d, LANES), splat(inverse, LANES))
+            store_head(F32, target + 4 * d, scaled, size - d)
+        return
+    empty = top == -INFINITY
+    inverse = np.float32(0.0)
+    denominator = float(total)
+    largest = float(top)
+    if not empty:
+        if batch.sinks != 0:
+            sink = float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E
+            larger = max(largest, sink)
+            denominator = denominator * 2.0 ** (largest - larger) + 2.0 ** (sink - larger)
+            inverse = np.float32(2.0 ** (largest - larger) * unit / denominator)
+            largest = larger
+        else:
+            inverse = np.float32(unit / denominator)
+    target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
+    for d in range(0, size, LANES):
+        scaled = mul(load(F32, accumulated + 4 * d, LANES), splat(inverse, LANES))
+        store_head(dtype, target + batch.itemsize * d, scaled, size - d)
+    if batch.lse != 0:
+        token = item.token + (item.row + r) // group
+        value = -INFINITY
+        if not empty:
+            value = np.float32((largest + math.log2(denominator)) / LOG2E)
+        store_float(batch.lse + 4 * (token * batch.num_heads + h), value)
+
+
+@inner
+def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
+    """Merge the `parts` partial results of one row that begin with item's; their lse become weights."""
+    group = batch.num_heads // batch.num_kv_heads
+    stride = batch.num_kv_heads * ROWS
+    index = (item.partial * batch.num_kv_heads + head) * ROWS + r
+    h = head * group + (item.row + r) % group
+    size = batch.head_size
+    largest = -INFINITY
+    for p in range(parts):
+        largest = max(largest, partial_lse[index + p * stride])
+    empty = largest == -INFINITY
+    if empty:
+        largest = np.float32(0.0)
+    elif batch.sinks != 0:
+        largest = max(largest, np.float32(load_scalar(F32, batch.sinks + 4 * h) * LOG2E))
+    denominator = 0.0
+    for p in range(parts):
+        denominator += 2.0 ** float(partial_lse[index + p * stride] - largest)
+    if not empty and batch.sinks != 0:
+        denominator += 2.0 ** (float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E - float(largest))
+    inverse = 0.0 if empty else 1.0 / denominator
+    for p in range(parts):
+        at = index + p * stride
+        partial_lse[at] = 2.0 ** float(partial_lse[at] - largest) * inverse
+    target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
+    for d in range(0, size, LANES):
+        total = splat(np.float32(0.0), LANES)
+        for p in range(parts):
+            at = index + p * stride
+            weight = splat(partial_lse[at], LANES)
+            total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), weight, total)
+        store_head(dtype, target + batch.itemsize * d, total, size - d)
+    if batch.lse != 0:
+        token = item.token + (item.row + r) // group
+        value = -INFINITY
+        if not empty:
+            value = np.float32((float(largest) + math.log2(denominator)) / LOG2E)
+        store_float(batch.lse + 4 * (token * batch.num_heads + h), value)

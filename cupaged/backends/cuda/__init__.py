@@ -1,0 +1,1 @@
+"""The CUDA backend: kernels that NVRTC compiles and CuPy loads."""

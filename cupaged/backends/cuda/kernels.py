@@ -1,0 +1,252 @@
+"""The backend's functions over the kernels in `cuda/`: find or make the plan of a call, and launch it.
+
+`plans.py` says what to launch, once for each layout of the tensors. A `Launcher` runs it: that of
+`launcher.py`, or the tests', which runs the same sources on the CPU. Nothing on the way waits for the GPU,
+reads its memory or allocates outside torch's allocator, so every call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...params import AttentionParams
+from . import plans
+from .plans import DecodePlan, KernelCall, PrefillPlan
+
+PLANS = 1024  # kept at most; the layers of a batch share theirs
+# Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
+# an H100, in GB/s: the engine 2 in pieces of 8 KB, 8 of 32 KB, 37 of 512 KB, 46 of 2 MB, 51 of 16 MB; a
+# kernel 22, 34, 48, 49, 49. Where they are even the engine is better: it leaves the multiprocessors alone.
+# `benchmarks/kernels.py --section memory` measures both.
+COPY_ENGINE_BYTES = 4 << 20
+# Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
+Launch = Callable[[Sequence[torch.Tensor | None]], None]
+
+
+class Launcher(Protocol):
+    """Runs kernels. All tensors of a launch are on one device."""
+
+    def prepare(self, call: KernelCall, device: torch.device) -> Launch:
+        """Everything about a launch but the addresses, to be called many times.
+
+        It is given the tensors of the entry point's pointers, which come before its numbers.
+        """
+
+    def sm_count(self, device: torch.device) -> int:
+        """Streaming multiprocessors of the device."""
+
+    def arch(self, device: torch.device) -> str:
+        """What kernels for the device are compiled for: "75", "90a"."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Workspace that lives at least until what is launched now has run."""
+
+    def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        """Whether kernels on the device can read and write the tensor: it is there, or in pinned memory."""
+
+    def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
+
+
+@dataclass(frozen=True)
+class PreparedPrefill:
+    """The launches of a `plans.PrefillPlan`."""
+
+    plan: PrefillPlan
+    schedule: Launch
+    prefill: Launch
+    merge: Launch | None
+
+
+@dataclass(frozen=True)
+class PreparedAttention:
+    """The launches of an attention call: prefill for sequences of many query tokens, if there may be some,
+    and a `plans.DecodePlan` for those of one or a few."""
+
+    plan: DecodePlan
+    prefill: PreparedPrefill | None
+    search: Launch | None
+    wide: Launch | None
+    decode: Launch
+    merge: Launch | None
+
+
+class Kernels:
+    """The backend's functions over a launcher.
+
+    Plans are kept under the call's layout, the alignment of its addresses and its settings: all that they are
+    made from. No tensor is kept.
+
+    Args:
+        copy_engine_bytes: runs of blocks from this size on are swapped by the copy engine.
+    """
+
+    def __init__(self, launcher: Launcher, copy_engine_bytes: int = COPY_ENGINE_BYTES) -> None:
+        self._launcher = launcher
+        self._copy_engine_bytes = copy_engine_bytes
+        self._plans: dict[Hashable, Any] = {}
+
+    def reshape_and_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        layout: Hashable,
+    ) -> None:
+        plan_key = layout, key.data_ptr() % 16, value.data_ptr() % 16, kv_cache.data_ptr() % 16
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = plans.reshape_and_cache(key, value, kv_cache)
+            launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
+        launch((key, value, kv_cache, slot_mapping, k_scale, v_scale))
+
+    def copy_blocks(self, kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+        self._copy(kv_cache, kv_cache, block_mapping, kv_cache.device)
+
+    def _copy(
+        self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor, device: torch.device
+    ) -> None:
+        call = plans.copy_blocks(src, dst, block_mapping.shape[0])
+        self._launcher.prepare(call, device)((src, dst, block_mapping))
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+        layout: Hashable,
+    ) -> None:
+        alignment = query.data_ptr() % 16, kv_cache.data_ptr() % 16, out.data_ptr() % 16
+        plan_key = layout, alignment, params.settings
+        plan = self._plans.get(plan_key)
+        if plan is None:
+            plan = self._keep(
+                plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
+            )
+        tensors = (
+            query,
+            kv_cache,
+            block_tables,
+            seq_lens,
+            query_start_loc,
+            params.alibi_slopes,
+            params.sinks,
+            params.k_scale,
+            params.v_scale,
+            out,
+            lse,
+        )
+        self._decode(plan, tensors)
+        if plan.prefill is not None:
+            self._prefill(plan.prefill, tensors)
+
+    def _prefill(self, prepared: PreparedPrefill, tensors: tuple[Any, ...]) -> None:
+        query, _, _, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
+        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+        schedule = empty((plan.schedule_size,), torch.int32, device)
+        prepared.schedule((seq_lens, query_start_loc, schedule))
+        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+        prepared.prefill((*tensors, schedule, records))
+        if prepared.merge is not None:  # the schedule begins with the size of pieces
+            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
+
+    def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
+        query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
+        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+        split_size = empty((1,), torch.int32, device) if plan.balances else None
+        workspace = [records, split_size]
+        if plan.can_share:
+            counts = tiles = None
+            if prepared.search is not None and plan.tile_lists is not None:
+                lists = empty(plan.tile_lists[:2], torch.int32, device)
+                tile_lists = empty(plan.tile_lists, torch.int32, device)
+                prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
+                counts, tiles = lists[0], tile_lists[0]
+                if prepared.wide is not None:
+                    prepared.wide((*tensors, *workspace, lists[1], tile_lists[1]))
+            workspace += counts, tiles
+        prepared.decode((*tensors, *workspace))
+        if prepared.merge is not None:
+            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
+
+    def _prepare(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        out: torch.Tensor,
+        params: AttentionParams,
+    ) -> PreparedAttention:
+        device = query.device
+        arch, sm_count = self._launcher.arch(device), self._launcher.sm_count(device)
+        plan = plans.decode(query, kv_cache, block_tables, query_start_loc, out, params, arch, sm_count)
+
+        def prepare(call: KernelCall | None) -> Any:
+            return None if call is None else self._launcher.prepare(call, device)
+
+        prefill = None
+        if not plans.all_decode(params, query_start_loc):
+            prefill_plan = plans.prefill(query, kv_cache, block_tables, out, params, arch, sm_count)
+            calls = prefill_plan.schedule, prefill_plan.prefill, prefill_plan.merge
+            prefill = PreparedPrefill(prefill_plan, *map(prepare, calls))
+        return PreparedAttention(
+            plan, prefill, *map(prepare, (plan.search, plan.wide, plan.decode, plan.merge))
+        )
+
+    def merge_attention_states(
+        self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        call = plans.merge_states(outs, out)
+        self._launcher.prepare(call, outs.device)((outs, lses, out, lse))
+
+    def swap_blocks(self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
+        device = src.device if src.is_cuda else dst.device
+        reached = self._launcher.reaches(src, device) and self._launcher.reaches(dst, device)
+        by_kernel: list[list[int]] = []
+        engine_bytes = self._copy_engine_bytes if reached and plans.copy_unit(src, dst) == 16 else 0
+        block_bytes = src.shape[1:].numel() * src.element_size()
+        # One copy a run of neighbouring blocks.
+        for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
+            (first_src, first_dst), count = run[0], len(run)
+            if count * block_bytes < engine_bytes:
+                by_kernel += run
+            else:
+                blocks = src[first_src : first_src + count]
+                dst[first_dst : first_dst + count].copy_(blocks, non_blocking=True)
+        if by_kernel:
+            self._copy(src, dst, self._launcher.upload(torch.tensor(by_kernel), device), device)
+
+    def _keep(self, plan_key: Hashable, plan: Any) -> Any:
+        if len(self._plans) >= PLANS:  # new lengths of prompts fill it again in no time
+            self._plans.clear()
+        self._plans[plan_key] = plan
+        return plan
+
+
+def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
+    """The (source, destination) pairs by runs in which both ids rise by one, or one by one."""
+    start = 0
+    for i in range(1, len(pairs) + 1):
+        continues = (
+            merge
+            and i < len(pairs)
+            and pairs[i][0] == pairs[i - 1][0] + 1
+            and pairs[i][1] == pairs[i - 1][1] + 1
+        )
+        if not continues:
+            yield pairs[start:i]
+            start = i

@@ -1,0 +1,41 @@
+"""Which kernels the public functions can launch: those of `specs.variants` and the rarer ones."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ...checks import MAX_HEAD_SIZE
+from . import plans
+from . import specs as kernel_specs
+from .specs import KernelSpec
+
+
+@cache
+def reachable(arch: str) -> tuple[KernelSpec, ...]:
+    """Return every kernel that some call launches on an architecture.
+
+    Attention's are those that `plans` chooses for any dtypes, head size and group of query heads, so what a
+    launch can choose is in this list.
+    """
+    found: dict[KernelSpec, None] = dict.fromkeys(
+        [*(kernel_specs.copy_blocks(unit_bytes) for unit_bytes in (16, 1)), kernel_specs.plan_prefill()]
+    )
+    for dtype in kernel_specs.DTYPES:
+        found |= dict.fromkeys([kernel_specs.merge_splits(dtype), kernel_specs.merge_states(dtype)])
+        for cache_dtype in (dtype, *kernel_specs.CACHE_DTYPES):
+            found[kernel_specs.reshape_and_cache(dtype, cache_dtype)] = None
+            for head_size in _head_sizes(cache_dtype):
+                # A group of more query heads than the largest tile has takes several of those.
+                for group in range(1, max(kernel_specs.HEAD_TILES) + 1):
+                    decode = plans.decode_kernel(dtype, cache_dtype, head_size, group, arch)
+                    prefill = plans.prefill_kernel(dtype, cache_dtype, head_size, group, arch)
+                    found |= {decode.spec: None, prefill.spec: None}
+                    if decode.wide_spec is not None:
+                        found |= {decode.wide_spec: None, kernel_specs.find_shared_pieces(): None}
+    return tuple(found)
+
+
+def _head_sizes(cache_dtype: str) -> range:
+    """Return those that `checks.layer_cache` lets pass."""
+    step = 16 if cache_dtype in kernel_specs.CACHE_DTYPES else 8
+    return range(step, MAX_HEAD_SIZE + 1, step)

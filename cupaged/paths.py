@@ -1,0 +1,13 @@
+"""Directories of the user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """Return the directory of what is made once: ``CUPAGED_CACHE_DIR``, or `cupaged` in the user's cache."""
+    if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged"

@@ -1,0 +1,1 @@
+"""The model, its KV cache, and where both come from."""

@@ -1,0 +1,87 @@
+"""How many blocks the KV cache gets."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from ..config import EngineConfig
+from ..sampling_params import SamplingParams
+from . import cgroup
+from .dry_run import dry_run
+from .kv_cache import KVShape
+from .model_runner import ModelRunner
+
+GIB = 1 << 30
+CPU_CACHE_BYTES = 4 * GIB
+
+
+def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, max_model_len: int) -> int:
+    """Blocks that fit beside the weights and what the largest step takes, or all that are of any use where
+    that is less.
+
+    Raises:
+        ValueError: not one block fits.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if runner.device.type == "cuda":
+        free = _free_gpu_bytes(config, runner, max_model_len)
+        remedy = "raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs"
+    else:
+        free = min(CPU_CACHE_BYTES, _available_cpu_bytes() // 4)
+        remedy = "free memory, or raise the container's limit (a quarter of what is available is taken)"
+    blocks = min(free // shape.block_bytes, _useful_blocks(config, shape, max_model_len))
+    if blocks < 1:
+        raise ValueError(
+            f"no memory is left for the KV cache: a block takes {shape.block_bytes} bytes, and "
+            f"{max(0, free)} are free; {remedy}, or use a smaller model"
+        )
+    return int(blocks)
+
+
+def _useful_blocks(config: EngineConfig, shape: KVShape, max_model_len: int) -> int:
+    """Those of the most sequences at their longest, and the hundredth that stays free while they run
+    (`GroupMemory.headroom`); as many again for what the prefix cache keeps."""
+    running = config.max_num_seqs * -(-max_model_len // shape.block_size)
+    useful = running + running // 99 + 1
+    return 2 * useful if config.enable_prefix_caching and config.memory_policy == "paged" else useful
+
+
+def num_cpu_blocks(config: EngineConfig, shape: KVShape, gpu_blocks: int) -> int:
+    """Blocks of the swap space: never more than the GPU's (paper, section 4.5). What does not fit when it is
+    preempted is computed again."""
+    if config.preemption_mode == "recompute" or config.memory_policy != "paged":
+        return 0
+    return min(int(config.swap_space * GIB) // shape.block_bytes, gpu_blocks)
+
+
+def largest_step(config: EngineConfig, max_model_len: int) -> list[int]:
+    """Lengths of prompts that fill a step with tokens, and with sequences to sample for."""
+    count = min(config.max_num_seqs, config.max_num_batched_tokens)
+    num_tokens = min(config.max_num_batched_tokens, count * max_model_len)
+    return [num_tokens // count + (i < num_tokens % count) for i in range(count)]
+
+
+def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> int:
+    """What ``gpu_memory_utilization`` leaves after the peak of a step with the most tokens."""
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    prompts = [[0] * length for length in largest_step(config, max_model_len)]
+    # Sampling takes most where all tokens are about as likely, so that they have to be sorted.
+    params = SamplingParams(temperature=1e6, top_p=0.9, frequency_penalty=0.1)
+    cache = dry_run(runner, runner.kv_shape(config.block_size), prompts, params=params)
+    torch.cuda.synchronize(runner.device)
+    peak = torch.cuda.max_memory_allocated(runner.device) - cache.blocks.nbytes
+    del cache
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(runner.device)
+    other = total - free - torch.cuda.memory_reserved(runner.device)
+    return int(total * config.gpu_memory_utilization) - peak - other
+
+
+def _available_cpu_bytes() -> int:
+    """Return what the machine has, or the container where that is less, with what the page cache can give
+    back."""
+    machine = int(psutil.virtual_memory().available)
+    container = cgroup.available_bytes()
+    return machine if container is None else min(machine, container)

@@ -1,0 +1,177 @@
+"""A plan in, logits out: builds the flat batch of a step and runs the model's forward on it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..memory.block_manager import BlockManager
+from ..scheduling.step_plan import ScheduledSequence
+from .attention import AttentionMetadata
+from .attention_probe import SUPPORTED, LayerAttention, probe_layers
+from .kv_cache import KVCache, KVShape
+
+_CACHE_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+LONG_PREFIX = 1024  # tokens that neighbours share before a search for them may pay
+
+
+class ModelRunner:
+    """Runs a transformers decoder loaded with the "cupaged" attention.
+
+    Raises:
+        ValueError: the model's attention is of a kind that the paged cache does not serve.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self.device = next(model.parameters()).device
+        try:
+            self._layers = self._check(model)
+        except ValueError as error:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
+        self._windows = tuple(layer.window for layer in self._layers)
+
+    @property
+    def window(self) -> int | None:
+        """Maximum number of tokens that a token sees in any layer; None where a layer sees all."""
+        windows = [window for window in self._windows if window is not None]
+        return max(windows) if windows and len(windows) == len(self._windows) else None
+
+    def _check(self, model: torch.nn.Module) -> tuple[LayerAttention, ...]:
+        if self.config.is_encoder_decoder:
+            raise ValueError("it has an encoder")
+        if getattr(model, "_is_stateful", False):  # transformers' word for it
+            raise ValueError("it has recurrent layers")
+        if not self._takes_positions():
+            raise ValueError("it does not take position_ids as the engine gives them, but counts its own")
+        try:
+            return probe_layers(model, getattr(self.config, "max_position_embeddings", None))
+        except (AttributeError, TypeError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"its code fails with {type(error).__name__}: {error}") from error
+
+    def _takes_positions(self) -> bool:
+        """Whether the model can be told where a token stands in its sequence, the first one at 0."""
+        after_padding = any(  # roberta and its kin number tokens from behind their padding
+            name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+            for name, module in self._model.named_modules()
+        )
+        return not after_padding and "position_ids" in inspect.signature(self._model.forward).parameters
+
+    def kv_shape(self, block_size: int, kv_cache_dtype: str = "auto") -> KVShape:
+        """The shape of a block of this model's cache.
+
+        Raises:
+            ValueError: a quantised cache does not take this model's heads.
+        """
+        head_size = self._layers[0].head_size
+        if kv_cache_dtype != "auto" and head_size % 16:
+            raise ValueError(
+                f"kv_cache_dtype {kv_cache_dtype!r} needs a head size that is a multiple of 16, and "
+                f"{self.config.model_type} has {head_size}; use 'auto'"
+            )
+        return KVShape(
+            num_layers=len(self._layers),
+            num_kv_heads=self._layers[0].num_kv_heads,
+            block_size=block_size,
+            head_size=head_size,
+            dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,
+        )
+
+    @torch.inference_mode()
+    def settle_frequencies(self, max_model_len: int) -> None:
+        """Choose the frequencies for this length once, where the model has two sets of them ("longrope").
+
+        transformers chooses by the longest sequence of a step. A request's keys would depend on what else ran
+        when they were computed, and those before and after it has grown would not go together.
+        """
+        last = self._tensor(np.array([[max_model_len - 1]], dtype=np.int64))
+        for module in self._model.modules():
+            kinds = getattr(module, "rope_type", None)
+            if kinds == "longrope":
+                module(last.float(), last)
+                module.rope_type = "default"  # type: ignore[assignment]
+            elif isinstance(kinds, dict):
+                for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
+                    module(last.float(), last, layer_type)
+                    kinds[layer_type] = "default"
+
+    @torch.inference_mode()
+    def run(
+        self, scheduled: tuple[ScheduledSequence, ...], blocks: BlockManager, cache: KVCache
+    ) -> torch.Tensor:
+        """Compute the scheduled tokens.
+
+        Returns:
+            Logits ``[N, vocabulary]``. For each sequence, in order: those after its first
+            ``num_prompt_logits`` tokens, then, if it samples, those after its last token.
+        """
+        num_seqs = len(scheduled)
+        block_tables = blocks.tables([item.seq.seq_id for item in scheduled])
+        counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
+        starts = np.array([item.start for item in scheduled], dtype=np.int64)
+        query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        token_ids: list[int] = []
+        for item in scheduled:
+            token_ids += item.seq.token_ids[item.start : item.start + item.num_tokens]
+        row_of = np.repeat(np.arange(num_seqs), counts)
+        positions = np.arange(len(token_ids)) + (starts - query_start_loc[:-1])[row_of]
+        block_size = cache.shape.block_size
+        slots = block_tables[row_of, positions // block_size].astype(np.int64) * block_size
+        slots += positions % block_size
+        stored = starts + [item.num_stored for item in scheduled]
+        slots[positions < stored[row_of]] = -1
+        kept_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
+        if any(item.group.params.needs_whole_prompt for item in scheduled):
+            first = zip(query_start_loc[:-1], scheduled)
+            prompts = [np.arange(start, start + item.num_prompt_logits) for start, item in first]
+            kept_rows = np.sort(np.concatenate([kept_rows, *prompts]))
+
+        metadata = AttentionMetadata(
+            kv_caches=cache.layers,
+            kv_scales=cache.scales,
+            slot_mapping=self._tensor(slots),
+            block_tables=self._tensor(block_tables),
+            seq_lens=self._tensor((starts + counts).astype(np.int32)),
+            query_start_loc=None if counts.max() == 1 else self._tensor(query_start_loc),
+            windows=self._windows,
+            shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
+        )
+        output = self._model(
+            input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
+            position_ids=self._tensor(positions)[None],
+            # transformers keeps at least one row for an int; an index keeps exactly those asked for
+            logits_to_keep=self._tensor(kept_rows.astype(np.int64)),
+            use_cache=False,
+            paged=metadata,
+        )
+        return output.logits[0]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def shares_prefix(block_tables: np.ndarray, block_size: int) -> bool:
+    """Whether two sequences next to each other begin with the same `LONG_PREFIX` tokens.
+
+    Only a hint, which the kernels check: what lies past the end of a short table may be equal by chance.
+    """
+    blocks = LONG_PREFIX // block_size
+    if block_tables.shape[1] <= blocks:
+        return False
+    return bool((block_tables[1:, :blocks] == block_tables[:-1, :blocks]).all(axis=1).any())

@@ -1,0 +1,370 @@
+"""Next tokens from logits, for a whole batch at once.
+
+A sampled token is the inverse of the cumulative distribution at a number drawn for it alone: a hash of the
+request's seed, the index of the output and the position of the token. So a request with a seed gives the same
+tokens whatever else is in the batch (as far as its logits are the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+import numpy as np
+import torch
+
+from ..sampling_params import SamplingParams
+from ..scheduling.beam_search import num_candidates
+from ..scheduling.request import Candidates, Sequence, SequenceGroup
+from ..scheduling.step_plan import ScheduledSequence
+from .bad_words import BadWords
+from .distribution import draw, weights
+from .logits_processors import Penalties, TokenTable, Users
+from .logprobs import TokenLogprobs, token_logprobs
+
+_LARGEST = 2**62  # what a request asks for may be any integer; the arrays hold 64 bits
+_SLICE = 64  # positions of a prompt whose log probabilities are taken at once
+
+
+class _Use(IntFlag):
+    """What a sequence asks for beyond the best token."""
+
+    DRAW = 1
+    LOGPROBS = 2
+    ALLOWED = 4
+    MIN_TOKENS = 8
+    BAD_WORDS = 16
+    BIAS = 32
+    PENALTIES = 64
+    CHANGE = ALLOWED | MIN_TOKENS | BAD_WORDS | BIAS | PENALTIES  # of the logits
+
+
+_SETTINGS = np.dtype(
+    [
+        ("uses", np.int64),
+        ("temperature", np.float64),
+        ("min_p", np.float64),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("seed", np.uint64),
+        ("index", np.uint64),
+        ("min_length", np.int64),  # in tokens, the prompt's counted
+        ("logprobs", np.int64),
+    ]
+)
+
+
+@dataclass
+class SamplerOutput:
+    """What a step sampled.
+
+    Args:
+        token_ids: for each scheduled sequence its ``num_samples`` tokens; none for beams.
+        logprobs: the same for the sequences that ask for it, by their position in the plan.
+        prompt_logprobs: by the position in the plan, of the prompt tokens from ``start + 1`` on.
+        candidates: of the beams, by their position in the plan.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The N sequences that sample in a step."""
+
+    items: list[ScheduledSequence]
+    rows: np.ndarray  # int64 [N]
+    settings: np.ndarray  # _SETTINGS [N]
+    lengths: np.ndarray  # int64 [N], tokens so far
+    num_samples: np.ndarray  # int64 [N]
+
+    def users(self, which: np.ndarray) -> Users:
+        """Those that the bool ``[N]`` array names."""
+        positions = np.flatnonzero(which)
+        seqs = [self.items[i].seq for i in positions]
+        return Users(positions, self.rows[positions], self.lengths[positions], seqs)
+
+
+class Sampler:
+    """Keeps the settings of the sequences it samples for, and what their penalties count, in arrays.
+
+    Args:
+        eos_token_ids: tokens that end a sequence unless its request ignores them; the model can sample each.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._row_of: dict[int, int] = {}  # by the sequence's id
+        self._free: list[int] = []
+        self._settings = np.zeros(0, dtype=_SETTINGS)
+        self._allowed, self._ending, self._biases = TokenTable(), TokenTable(), TokenTable()
+        self._bad_words, self._penalties = BadWords(), Penalties()
+        self._processors: tuple[tuple[_Use, TokenTable | BadWords | Penalties], ...] = (
+            (_Use.ALLOWED, self._allowed),
+            (_Use.MIN_TOKENS, self._ending),
+            (_Use.BAD_WORDS, self._bad_words),
+            (_Use.BIAS, self._biases),
+            (_Use.PENALTIES, self._penalties),
+        )
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> SamplerOutput:
+        """Draw the tokens of a step.
+
+        Args:
+            logits: ``[N, vocabulary]``, for each scheduled sequence, in order, ``num_prompt_logits`` rows
+                and, if it samples, one more. They may be changed.
+            scheduled: the step's sequences.
+        """
+        output = SamplerOutput([[] for _ in scheduled])
+        if any(item.group.params.needs_whole_prompt for item in scheduled):
+            logits = _take_prompt(logits, scheduled, output)
+        planned = [position for position, item in enumerate(scheduled) if item.num_samples]
+        if any(scheduled[position].group.params.beam_width for position in planned):
+            logits, planned = _take_beams(logits, scheduled, planned, output)
+        if not planned:
+            return output
+        batch = self._batch([scheduled[position] for position in planned])
+        uses = batch.settings["uses"]
+        used = int(np.bitwise_or.reduce(uses))
+        asking = np.flatnonzero(uses & _Use.LOGPROBS)
+        before = logits[_on(logits, asking)] if len(asking) else logits[:0]  # what requests change
+        if used & _Use.CHANGE:
+            logits = logits.float()
+            self._change(logits, batch, used)
+        tokens = self._choose(logits, batch)
+        drawn, ends = tokens.tolist(), batch.num_samples.cumsum().tolist()
+        for position, end in zip(planned, ends):
+            output.token_ids[position] = drawn[end - scheduled[position].num_samples : end]
+        if len(asking):
+            looked_up = _look_up(before, asking, batch, tokens)
+            output.logprobs = {planned[i]: found for i, found in zip(asking, looked_up)}
+        return output
+
+    def check(self, params: SamplingParams, vocab_size: int) -> None:
+        """Raise ValueError where nothing is left to sample before ``min_tokens``, or too little for beams."""
+        allowed, ending = params.allowed_token_ids, self._ending_tokens(params)
+        # After the prompt each beam goes on with a token of its own; so there are always that many beams.
+        left = vocab_size - len(ending)
+        if params.beam_width is not None and params.beam_width > left:
+            raise ValueError(
+                f"beam_width is {params.beam_width}, and of the model's {vocab_size} tokens {left} do not "
+                "end an output: lower it to at most that, or give fewer stop_token_ids"
+            )
+        if params.min_tokens and allowed is not None and set(allowed) <= set(ending):
+            raise ValueError(
+                "allowed_token_ids are all tokens that end an output, and min_tokens rules those out: allow "
+                "another token, or leave min_tokens out"
+            )
+        if params.min_tokens and left <= 0:
+            raise ValueError(
+                "stop_token_ids are all tokens there are, and min_tokens rules those out: give fewer, or "
+                "leave min_tokens out"
+            )
+
+    def release(self, group: SequenceGroup) -> None:
+        """Forget a request."""
+        for seq in group.seqs:
+            row = self._row_of.pop(seq.seq_id, None)
+            if row is None:
+                continue
+            uses = int(self._settings["uses"][row])
+            for use, processor in self._processors:
+                if uses & use:
+                    processor.remove(row)
+            self._free.append(row)
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def _batch(self, items: list[ScheduledSequence]) -> _Batch:
+        """All that is read of the sequences one by one: three numbers of each."""
+        known = self._row_of
+        rows = np.array([known.get(item.seq.seq_id, -1) for item in items], dtype=np.int64)
+        for i in np.flatnonzero(rows < 0):
+            rows[i] = self._add(items[i].group, items[i].seq)
+        lengths = np.array([len(item.seq.token_ids) for item in items], dtype=np.int64)
+        num_samples = np.array([item.num_samples for item in items], dtype=np.int64)
+        return _Batch(items, rows, self._settings[rows], lengths, num_samples)
+
+    def _add(self, group: SequenceGroup, seq: Sequence) -> int:
+        """Give a sequence a row; from here on its parameters are read in the arrays."""
+        params = group.params
+        if not self._free:
+            old, new = len(self._settings), max(64, 2 * len(self._settings))
+            self._settings = np.append(self._settings, np.zeros(new - old, dtype=_SETTINGS))
+            self._free = list(range(new - 1, old - 1, -1))
+        row = self._free.pop()
+        uses = _Use(0)
+        if not params.greedy:
+            uses |= _Use.DRAW
+        if params.needs_logprobs:
+            uses |= _Use.LOGPROBS
+        if params.allowed_token_ids is not None:
+            uses |= _Use.ALLOWED
+            self._allowed.add(row, sorted(set(params.allowed_token_ids)))
+        ending = self._ending_tokens(params)
+        if params.min_tokens and ending:
+            uses |= _Use.MIN_TOKENS
+            self._ending.add(row, ending)
+        if group.bad_words:
+            uses |= _Use.BAD_WORDS
+            self._bad_words.add(row, group.bad_words)
+        if params.logit_bias:
+            uses |= _Use.BIAS
+            self._biases.add(row, list(params.logit_bias), list(params.logit_bias.values()))
+        penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        if penalties != (1, 0, 0):
+            uses |= _Use.PENALTIES
+            self._penalties.add(row, *penalties)
+        self._settings[row] = (
+            uses,
+            params.temperature,
+            params.min_p,
+            min(params.top_k, _LARGEST),
+            params.top_p,
+            seq.seed,
+            seq.index,
+            seq.prompt_len + min(params.min_tokens, group.max_tokens),
+            min(params.logprobs or 0, _LARGEST),
+        )
+        self._row_of[seq.seq_id] = row  # at last: after an error above it is added again
+        return row
+
+    def _ending_tokens(self, params: SamplingParams) -> list[int]:
+        ending = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos_token_ids)
+        return sorted(ending)
+
+    # -- one step ------------------------------------------------------------------------------------
+
+    def _change(self, logits: torch.Tensor, batch: _Batch, used: int) -> None:
+        """Apply to the float32 logits, in place, what changes them."""
+        uses = batch.settings["uses"]
+        if used & _Use.ALLOWED:
+            self._allowed.rule_out_others(logits, batch.users(uses & _Use.ALLOWED > 0))
+        if used & _Use.MIN_TOKENS:
+            short = (uses & _Use.MIN_TOKENS > 0) & (batch.lengths < batch.settings["min_length"])
+            if short.any():
+                self._ending.rule_out(logits, batch.users(short))
+        if used & _Use.BAD_WORDS:
+            self._bad_words.apply(logits, batch.users(uses & _Use.BAD_WORDS > 0))
+        if used & _Use.BIAS:
+            self._biases.add_to(logits, batch.users(uses & _Use.BIAS > 0))
+        if used & _Use.PENALTIES:
+            self._penalties.apply(logits, batch.users(uses & _Use.PENALTIES > 0))
+
+    def _choose(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """int64 ``[sum of num_samples]``, the tokens of each sequence side by side."""
+        drawing = batch.settings["uses"] & _Use.DRAW > 0
+        if drawing.all():
+            return _draw(logits, batch.settings, batch.lengths, batch.num_samples)
+        row_of = np.repeat(np.arange(len(batch.rows)), batch.num_samples)
+        if not drawing.any():
+            return _best(logits)[_on(logits, row_of)]
+        greedy, others = _on(logits, np.flatnonzero(~drawing)), _on(logits, np.flatnonzero(drawing))
+        best = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        best[greedy] = _best(logits[greedy])
+        tokens = best[_on(logits, row_of)]
+        tokens[_on(logits, np.flatnonzero(drawing[row_of]))] = _draw(
+            logits[others], batch.settings[drawing], batch.lengths[drawing], batch.num_samples[drawing]
+        )
+        return tokens
+
+
+def _draw(
+    logits: torch.Tensor, settings: np.ndarray, lengths: np.ndarray, num_samples: np.ndarray
+) -> torch.Tensor:
+    """int64 ``[sum of num_samples]`` from ``[N, vocabulary]``, the draws of each row side by side."""
+    row_of = np.repeat(np.arange(len(settings)), num_samples)
+    # Output i of several drawn at once has index i; a sequence alone has its own.
+    order = np.arange(len(row_of)) - np.repeat(num_samples.cumsum() - num_samples, num_samples)
+    index = np.where(num_samples[row_of] > 1, order.astype(np.uint64), settings["index"][row_of])
+    uniforms = uniform(settings["seed"][row_of], index, lengths[row_of].astype(np.uint64))
+    distribution = weights(
+        logits, settings["temperature"], settings["min_p"], settings["top_k"], settings["top_p"]
+    )
+    return draw(distribution, _on(logits, row_of), _on(logits, uniforms))
+
+
+def _take_prompt(
+    logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence], output: SamplerOutput
+) -> torch.Tensor:
+    """Look up the tokens of prompts; gives the other rows, those to sample from."""
+    sampled, row = [], 0
+    for position, item in enumerate(scheduled):
+        if count := item.num_prompt_logits:
+            tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
+            output.prompt_logprobs[position] = []
+            for first in range(0, count, _SLICE):  # a few at a time: their float32 copy is large
+                part = np.array(tokens[first : first + _SLICE])
+                output.prompt_logprobs[position] += token_logprobs(
+                    logits[row + first : row + first + len(part)],
+                    _on(logits, np.arange(len(part))),
+                    _on(logits, part),
+                    np.full(len(part), item.group.params.prompt_logprobs),
+                )
+            row += count
+        if item.num_samples:
+            sampled.append(row)
+            row += 1
+    return logits[_on(logits, np.array(sampled, dtype=np.int64))]
+
+
+def _take_beams(
+    logits: torch.Tensor,
+    scheduled: SequenceABC[ScheduledSequence],
+    planned: list[int],
+    output: SamplerOutput,
+) -> tuple[torch.Tensor, list[int]]:
+    """Find the candidates of beams; gives the other rows and their positions in the plan."""
+    is_beam = np.array([scheduled[position].group.params.beam_width is not None for position in planned])
+    positions = np.array(planned)
+    beams = positions[is_beam].tolist()
+    counts = np.array([num_candidates(scheduled[position].group) for position in beams])
+    rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
+    for count in np.unique(counts):  # which of equal tokens come first depends on how many are asked for
+        which = np.flatnonzero(counts == count)
+        logprobs, tokens = rows[_on(logits, which)].topk(min(int(count), logits.shape[1]))
+        for i, of_tokens, of_logprobs in zip(which, tokens.tolist(), logprobs.tolist()):
+            output.candidates[beams[i]] = Candidates(of_tokens, of_logprobs)
+    return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
+
+
+def _look_up(
+    logits: torch.Tensor, asking: np.ndarray, batch: _Batch, tokens: torch.Tensor
+) -> list[list[TokenLogprobs]]:
+    """For each sequence of ``asking``, whose logits these are, the log probabilities of its draws."""
+    counts = batch.num_samples[asking]
+    row_of = np.repeat(np.arange(len(asking)), counts)
+    order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
+    first = batch.num_samples.cumsum() - batch.num_samples
+    chosen = tokens[_on(logits, first[asking][row_of] + order)]
+    found = token_logprobs(logits, _on(logits, row_of), chosen, batch.settings["logprobs"][asking][row_of])
+    ends = counts.cumsum()
+    return [found[end - count : end] for end, count in zip(ends, counts)]
+
+
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    """On a CPU max is several times as fast as argmax, and gives the first of equals as well."""
+    return logits.max(-1).indices
+
+
+def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(like.device)
+
+
+def uniform(seeds: np.ndarray, index: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) that depends on the three uint64 arrays alone, elementwise."""
+    bits = _mix(_mix(_mix(seeds) + index) + positions)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The SplitMix64 step (Steele, Lea, Flood 2014): a bijection of 64 bits that scatters them."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Requests, and what they get in every step. No torch."""

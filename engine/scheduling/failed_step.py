@@ -1,0 +1,40 @@
+"""Compute the parts of a step that failed one after the other. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from .request import Status
+from .step_plan import ScheduledSequence
+
+Part = tuple[ScheduledSequence, ...]
+
+
+class FailedStep:
+    """Divides what failed by halves, down to single requests.
+
+    A request that always fails is alone after at most ``ceil(log2(n))`` divisions of a step of ``n``; all
+    others are computed on the way, each once.
+    """
+
+    def __init__(self) -> None:
+        self._parts: deque[Part] = deque()
+
+    def add(self, failed: Sequence[ScheduledSequence]) -> None:
+        """Put back a part that failed: its halves come next, or, if it is one request, that one again."""
+        groups = list(dict.fromkeys(item.group for item in failed))
+        first = set(groups[: (len(groups) + 1) // 2])
+        halves = (
+            tuple(item for item in failed if item.group in first),
+            tuple(item for item in failed if item.group not in first),
+        )
+        self._parts.extendleft(half for half in reversed(halves) if half)
+
+    def next(self) -> Part:
+        """Take the next part, without requests that were aborted meanwhile; empty when nothing is left."""
+        while self._parts:
+            part = tuple(item for item in self._parts.popleft() if item.group.status is Status.RUNNING)
+            if part:
+                return part
+        return ()

@@ -1,0 +1,160 @@
+"""What sequence groups mean in blocks: how many they need, which they find and give back, and whether there
+is room for them. No torch."""
+
+from __future__ import annotations
+
+from ..memory.block_manager import BlockManager
+from ..memory.block_tables import NO_BLOCK
+from ..memory.prefix_hash import extend_keys
+from .request import Sequence, SequenceGroup, Status
+
+
+class GroupMemory:
+    """Asks the block manager on behalf of groups.
+
+    Args:
+        enable_prefix_caching: find full blocks by their tokens, and let them be found.
+        window: maximum number of tokens, its own included, that a token sees in any layer; None where a layer
+            sees all.
+    """
+
+    preempts = True  # groups take more as they grow, and may lose it
+
+    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool, window: int | None = None) -> None:
+        self._blocks = blocks
+        self._caching = enable_prefix_caching
+        self._window = window
+
+    def reads_cache(self, group: SequenceGroup) -> bool:
+        return self._caching and not group.skip_reading_prefix_cache
+
+    def keys(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> list[bytes]:
+        """Of the sequence's full blocks, of those within so many tokens at least; none without a cache."""
+        size = self._blocks.block_size
+        if self._caching and num_tokens >= (len(seq.keys) + 1) * size:
+            extend_keys(seq.keys, group.root_key, seq.token_ids, num_tokens, size)
+        return seq.keys
+
+    def prompt_keys(self, group: SequenceGroup) -> list[bytes]:
+        keys = self.keys(group, group.seqs[0], group.prompt_len)
+        return keys[: group.prompt_len // self._blocks.block_size]
+
+    def release(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Free the sequence's blocks; the full ones among what it has computed can be found."""
+        self._blocks.free(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
+
+    def free_unseen(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Give back the blocks that the window of the sequence's next token has left behind."""
+        if self._window is not None and not group.is_prefix:
+            first_seen = seq.num_computed - self._window + 1
+            if first_seen >= self._blocks.block_size:
+                self._blocks.free_before(seq.seq_id, first_seen, self.keys(group, seq, seq.num_computed))
+
+    def drop(self, group: SequenceGroup, keep: bool = True) -> None:
+        """Let the group start again; with ``keep`` what it has computed can be found."""
+        for seq in group.live:
+            if not keep:
+                seq.num_computed = 0
+            self.release(group, seq)
+            seq.num_computed = 0
+        group.status = Status.PREEMPTED
+        group.prefilling = True
+
+    def most(self, group: SequenceGroup) -> int:
+        """Blocks of the group at its largest."""
+        # The last token of an output is never an input, so its keys and values are never stored.
+        most = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1)
+        shared = group.prompt_len // self._blocks.block_size
+        return shared + group.width * (most - shared)
+
+    def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
+        """Of a group without GPU blocks: those of its first blocks that are there already, and how many free
+        blocks it takes to hold all its known tokens."""
+        if group.status is Status.SWAPPED:
+            swapped = self._blocks.num_swapped_blocks([seq.seq_id for seq in group.live])
+            return [], swapped + self.missing(group)
+        found: list[int] = []
+        unused = 0
+        if self.reads_cache(group):
+            first = group.live[0]
+            found, unused = self._blocks.find_prefix(self.keys(group, first, len(first.token_ids)))
+        return found, self.missing(group) - len(found) + unused
+
+    def missing(self, group: SequenceGroup) -> int:
+        """Blocks to take beside those it has until the group holds all its known tokens."""
+        shared = group.prompt_len // self._blocks.block_size
+        held = []
+        missing = 0
+        for position, seq in enumerate(group.live):
+            if self._blocks.holds(seq.seq_id):
+                held.append((seq.seq_id, seq.num_computed, seq.num_pending))
+            else:
+                missing += self._blocks.blocks_for(len(seq.token_ids)) - (shared if position else 0)
+        return missing + (self._blocks.num_new_blocks(held) if held else 0)
+
+    def headroom(self) -> int:
+        """Blocks that stay free for the running to grow into, or they would evict the newcomer."""
+        return max(1, self._blocks.gpu.num_blocks // 100)
+
+    def start(self, group: SequenceGroup, found: list[int]) -> None:
+        """Give blocks to a group that has none, those that `needs` found, before tokens are appended."""
+        if found:
+            first = group.live[0]
+            self._blocks.take_prefix(first.seq_id, first.keys, found)
+
+    def fork(self, group: SequenceGroup, parent: Sequence, child: Sequence) -> None:
+        """Give a new sequence of the group what the parent has computed."""
+        child.keys = list(parent.keys)
+        child.num_computed = parent.num_computed
+        self._blocks.fork(parent.seq_id, child.seq_id, parent.num_computed)
+
+    def fork_waiting(self, group: SequenceGroup) -> None:
+        """After recomputing: give the prompt to the sequences that lost it with the first one, or as much of
+        their own tokens as can be found."""
+        first, size = group.live[0], self._blocks.block_size
+        if first.num_computed < group.prompt_len:
+            return
+        for seq in group.live[1:]:
+            if self._blocks.holds(seq.seq_id):
+                continue
+            # The last token has to be computed for what comes after it.
+            keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
+            found, _ = self._blocks.find_prefix(keys)
+            if len(found) * size > group.prompt_len:
+                # What is found of the prompt may be another copy than the first one's, which may have given
+                # its own back.
+                shared = self._blocks.table(first.seq_id)[: group.prompt_len // size]
+                blocks = [other if own == NO_BLOCK else own for own, other in zip(shared, found)]
+                self._blocks.take_prefix(seq.seq_id, keys, [*blocks, *found[len(shared) :]])
+                seq.num_computed = len(found) * size
+            else:
+                self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
+                seq.num_computed = group.prompt_len
+
+
+class Room:
+    """Whether a group can be admitted beside others."""
+
+    def __init__(self, blocks: BlockManager, memory: GroupMemory, max_num_seqs: int) -> None:
+        self._blocks = blocks
+        self._memory = memory
+        self._max_num_seqs = max_num_seqs
+
+    def fits(self, group: SequenceGroup, staying: list[SequenceGroup], freed: int = 0) -> bool:
+        """Whether there is room for a group beside these, were so many more blocks free."""
+        if group.num_seats > self.seats(staying):
+            return False
+        needed = self.promised(staying) + self._memory.needs(group)[1] + self.reserve(staying)
+        return needed <= self._blocks.gpu.num_free + freed
+
+    def seats(self, running: list[SequenceGroup]) -> int:
+        """Sequences that can run beside these."""
+        return self._max_num_seqs - sum(group.num_seats for group in running)
+
+    def promised(self, running: list[SequenceGroup]) -> int:
+        """Blocks that these have yet to take to hold what they are computing."""
+        return sum(self._memory.missing(group) for group in running if group.prefilling)
+
+    def reserve(self, running: list[SequenceGroup]) -> int:
+        """Blocks that stay free beside these."""
+        return self._memory.headroom() if running else 0

@@ -1,0 +1,125 @@
+"""A request while the engine works on it: a sequence group of one or more sequences. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"  # never admitted
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # its blocks are gone; to be computed again
+    SWAPPED = "swapped"  # its blocks are in the swap space
+    PINNED = "pinned"  # a prefix that is computed and keeps its blocks
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One output of a request: the prompt and the tokens sampled after it.
+
+    The first ``num_computed`` tokens have their keys and values in the cache. While decoding that is all but
+    the last token.
+    """
+
+    seq_id: int
+    index: int
+    token_ids: list[int]
+    prompt_len: int
+    seed: int
+    num_computed: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best next tokens of one beam, the best first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished beam; ``score`` is its log probability over its length to the power of `length_penalty`."""
+
+    token_ids: list[int]
+    cumulative_logprob: float
+    score: float
+    finish_reason: str
+    stop_reason: int | None
+
+
+@dataclass
+class Beams:
+    """State of one group's search."""
+
+    scores: dict[int, float] = field(default_factory=dict)  # log probabilities of the beams, by sequence id
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # of the beams that are computed
+    hypotheses: list[Hypothesis] = field(default_factory=list)  # at most beam_width, the best first
+
+
+@dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """A request: sequences over one prompt that are scheduled and preempted together (paper, section 4.5).
+
+    The first sequence computes the prompt; the others are forked from it when that is done.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # of an output, as allowed by max_model_len
+    arrival: int  # order of arrival
+    seqs: list[Sequence] = field(default_factory=list)
+    status: Status = Status.WAITING
+    priority: int = 0  # lower comes first, where the engine schedules by priority
+    cache_salt: str | None = None  # requests share blocks with those of the same salt only
+    skip_reading_prefix_cache: bool = False  # every token of the prompt has to be computed
+    bad_words: tuple[tuple[int, ...], ...] = ()  # those of params, as tokens
+    is_prefix: bool = False  # no request, but a prefix to be pinned: nothing is sampled
+
+    # The scheduler's own.
+    live: list[Sequence] = field(default_factory=list)  # those of `seqs` that are not finished
+    rank: tuple[int, int] = (0, 0)  # who ranks lower comes first
+    root_key: bytes = b""  # what the keys of its blocks begin with
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
+    forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
+    prefilling: bool = True  # a sequence has more to compute than its last token
+    beams: Beams | None = None  # the state of its beam search
+    width: int = field(init=False)  # most sequences of the group that run at once
+    num_seats: int = field(init=False)  # sequences that run, or will when the prompt is computed
+
+    def __post_init__(self) -> None:
+        self.width = self.num_seats = self.params.num_sequences
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
