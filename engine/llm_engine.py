@@ -112,17 +112,12 @@ class LLMEngine:
         self.sampling_defaults = sampling_defaults(generation, config.generation_config)
         eos_token_ids = ending_token_ids(loaded.config, generation, self.tokenizer, self._num_samplable)
         self._scheduler = Scheduler(
-            self._blocks,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            self.max_model_len,
-            Preemption(config.preemption_mode, self._rates),
-            eos_token_ids,
-            config.enable_prefix_caching,
-            config.scheduling_policy == "priority",
-            config.memory_policy,
-            config.batching == "static",
-            self._runner.window,
+            config,
+            blocks=self._blocks,
+            preemption=Preemption(config.preemption_mode, self._rates),
+            max_model_len=self.max_model_len,
+            eos_token_ids=eos_token_ids,
+            window=self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
         if config.preemption_mode == "auto" and cpu_blocks:

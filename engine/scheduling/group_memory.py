@@ -130,31 +130,3 @@ class GroupMemory:
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
                 seq.num_computed = group.prompt_len
-
-
-class Room:
-    """Whether a group can be admitted beside others."""
-
-    def __init__(self, blocks: BlockManager, memory: GroupMemory, max_num_seqs: int) -> None:
-        self._blocks = blocks
-        self._memory = memory
-        self._max_num_seqs = max_num_seqs
-
-    def fits(self, group: SequenceGroup, staying: list[SequenceGroup], freed: int = 0) -> bool:
-        """Whether there is room for a group beside these, were so many more blocks free."""
-        if group.num_seats > self.seats(staying):
-            return False
-        needed = self.promised(staying) + self._memory.needs(group)[1] + self.reserve(staying)
-        return needed <= self._blocks.gpu.num_free + freed
-
-    def seats(self, running: list[SequenceGroup]) -> int:
-        """Sequences that can run beside these."""
-        return self._max_num_seqs - sum(group.num_seats for group in running)
-
-    def promised(self, running: list[SequenceGroup]) -> int:
-        """Blocks that these have yet to take to hold what they are computing."""
-        return sum(self._memory.missing(group) for group in running if group.prefilling)
-
-    def reserve(self, running: list[SequenceGroup]) -> int:
-        """Blocks that stay free beside these."""
-        return self._memory.headroom() if running else 0
