@@ -65,7 +65,7 @@ class Totals:
 
 
 class LLMEngine:
-    """Runs requests over one model. Not thread-safe: one thread adds, steps and aborts.
+    """Run requests over one model. Not thread-safe: one thread adds, steps and aborts.
 
     Args:
         model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
@@ -152,7 +152,7 @@ class LLMEngine:
         """Queue a request.
 
         Args:
-            request_id: a name no unfinished request has.
+            request_id: an ID that no unfinished request has.
             prompt: text, or ``{"prompt_token_ids": [...]}``, or ``{"prompt": text}``. With a ``"cache_salt"``
                 beside it the request shares blocks with those of the same salt only, so that nobody else can
                 tell from its speed what was asked before.
@@ -231,7 +231,7 @@ class LLMEngine:
         blocks. Only full blocks are kept.
 
         Args:
-            prefix_id: a name no other prefix has.
+            prefix_id: an ID that no other prefix has.
             prompt: as of a request; its ``"cache_salt"`` has to be that of the requests.
 
         Raises:
@@ -269,11 +269,11 @@ class LLMEngine:
 
     @property
     def request_ids(self) -> list[str]:
-        """Of the requests that have not finished."""
+        """Return the IDs of unfinished requests."""
         return list(self._groups)
 
     def has_unfinished(self) -> bool:
-        """Whether there is something to run: requests, or prefixes to be computed."""
+        """Return whether there is something to run: requests, or prefixes to be computed."""
         return self._scheduler.has_unfinished()
 
     def step(self) -> list[RequestOutput]:
@@ -327,8 +327,10 @@ class LLMEngine:
         self.failed_requests = tuple(group.request_id for group in groups)
 
     def probe(self) -> None:
-        """Compute and sample a token in a cache of its own, beside whatever requests there are. An error
-        means that the engine itself does not work."""
+        """Compute and sample a token in a cache of its own, beside any requests.
+
+        An error means that the engine itself does not work.
+        """
         shape = self._runner.kv_shape(self.config.block_size)
         dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
 
@@ -353,6 +355,7 @@ class LLMEngine:
         self._totals, self._scheduler.num_prefix_queries = totals, queries
 
     def stats(self) -> EngineStats:
+        """Return the load and the counts so far."""
         scheduler, gpu, cpu = self._scheduler, self._blocks.gpu, self._blocks.cpu
         swapped = sum(group.status is Status.SWAPPED for group in scheduler.preempted)
         return EngineStats(
@@ -370,8 +373,7 @@ class LLMEngine:
         )
 
     def check_integrity(self) -> None:
-        """Verify the block manager's books, and that without requests every block is free but those of
-        pinned prefixes.
+        """Verify the reference counts, and that without requests only pinned prefixes hold blocks.
 
         Raises:
             RuntimeError: they are wrong.

@@ -39,7 +39,7 @@ class AdmissionCheck:
         self._max_model_len = max_model_len
 
     def check(self, group: SequenceGroup) -> None:
-        """Raise ValueError where a request does not fit even alone, beside the pinned prefixes."""
+        """Raise ValueError for a request that does not fit even alone beside the pinned prefixes."""
         params = group.params
         if group.prompt_len + (not params.only_prompt) > self._max_model_len:
             sampled = "" if params.only_prompt else ", at least one of them sampled"
@@ -66,8 +66,11 @@ class AdmissionCheck:
             )
 
     def check_prefix(self, group: SequenceGroup, others: Iterable[SequenceGroup]) -> None:
-        """Raise ValueError where a prefix does not fit beside the other ones and any of the requests, or is
-        longer than a prompt can be."""
+        """Raise ValueError for a prefix that no prompt can have, or that leaves too little for a request.
+
+        Args:
+            others: the unfinished groups.
+        """
         keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
         taken, total = self._pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
         most = max((self._most(other, keys) for other in others if not other.is_prefix), default=0)

@@ -23,7 +23,7 @@ class FailedStep:
         self._parts: deque[Part] = deque()
 
     def add(self, failed: Sequence[ScheduledSequence]) -> None:
-        """Put back a part that failed: its halves come next, or, if it is one request, that one again."""
+        """Put back a part that failed: its halves come next, or the same part if it is one request."""
         groups = list(dict.fromkeys(item.group for item in failed))
         first = set(groups[: (len(groups) + 1) // 2])
         halves = (
@@ -33,7 +33,7 @@ class FailedStep:
         self._parts.extendleft(half for half in reversed(halves) if half)
 
     def next(self) -> Part:
-        """Take the next part, without requests that were aborted meanwhile; empty when nothing is left."""
+        """Return the next part, without requests that were aborted meanwhile; empty when none is left."""
         while self._parts:
             part = tuple(item for item in self._parts.popleft() if item.group.status is Status.RUNNING)
             if part:
