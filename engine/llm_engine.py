@@ -185,7 +185,7 @@ class LLMEngine:
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
         if params.only_prompt:
             max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
-        words = bad_words.tokenise(
+        words = bad_words.tokenize(
             self.tokenizer,
             [word for word in params.bad_words if len(word.lstrip()) <= max_tokens * self._longest_token],
             max_tokens,
