@@ -189,7 +189,7 @@ class LLMEngine:
         if params.only_prompt:
             max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
         longest_word = max_tokens * self._prompts.longest_token
-        words = bad_words.tokenise(
+        words = bad_words.tokenize(
             self.tokenizer,
             [word for word in params.bad_words if len(word.lstrip()) <= longest_word],
             max_tokens,
