@@ -42,7 +42,7 @@ from .validation import is_integer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a model: of its input, and those it gives probabilities; its tokenizer may have more."""
+    """The number of tokens of a model, as input and as output; its tokenizer may have more."""
 
     size: int
     num_samplable: int

@@ -15,10 +15,13 @@ DONE = (
     "engine/memory",
     "engine/sampling",
     "engine/model",
+    "engine/scheduling",
     "engine/config.py",
     "engine/llm.py",
+    "engine/llm_engine.py",
     "engine/output_processor.py",
     "engine/outputs.py",
+    "engine/prompts.py",
     "engine/sampling_params.py",
     "engine/validation.py",
 )
