@@ -106,7 +106,7 @@ def engine(policy: str, batching: str) -> SimulatedEngine:
         max_model_len=MAX_MODEL_LEN,
         enable_prefix_caching=False,
         memory_policy=policy,
-        static=batching == "static",
+        batching=batching,
     )
 
 

@@ -31,7 +31,7 @@ else:
 import torch
 
 from benchmarks.simulation import EOS, SimulatedModel
-from cupaged.engine import SamplingParams
+from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.scheduling.preemption import Preemption
 from cupaged.engine.scheduling.request import SequenceGroup
@@ -50,13 +50,11 @@ class Load:
         self.num_seqs, self.prompt_len, self.output_len, self.sequences = num_seqs, prompt, output, sequences
         self.blocks = BlockManager(num_blocks, 0, BLOCK_SIZE)
         self.scheduler = Scheduler(
-            self.blocks,
-            num_seqs,
-            8192,
-            num_blocks * BLOCK_SIZE,
-            Preemption("recompute"),
-            frozenset([EOS]),
-            caching,
+            EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=8192, enable_prefix_caching=caching),
+            blocks=self.blocks,
+            preemption=Preemption("recompute"),
+            max_model_len=num_blocks * BLOCK_SIZE,
+            eos_token_ids=frozenset([EOS]),
         )
         self._random, self._model = random.Random(0), SimulatedModel(0, HESITATION)
         self._prefixes = [self._tokens(prompt // 2) for _ in range(4)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupaged.engine import SamplingParams
+from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.scheduling.beam_search import num_candidates
 from cupaged.engine.scheduling.preemption import Preemption, Rates
@@ -100,7 +100,7 @@ class SimulatedEngine:
         num_blocks: of 16 tokens; the swap space has as many.
         max_model_len: most tokens of a sequence; None: what the blocks hold.
         hesitation: of `SimulatedModel`.
-        settings: of `Scheduler`.
+        settings: further ones of `EngineConfig`, which the scheduler reads.
     """
 
     def __init__(
@@ -119,10 +119,12 @@ class SimulatedEngine:
         self.blocks = BlockManager(num_blocks, num_blocks, 16)
         self.rates = Rates(block_bytes=1)
         self.rates.moved(1, self.costs.moved_block)  # an engine measures that at its start
-        preemption = Preemption(mode, self.rates)
-        length = max_model_len or num_blocks * 16
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs, budget, length, preemption, frozenset([EOS]), **settings
+            EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, **settings),
+            blocks=self.blocks,
+            preemption=Preemption(mode, self.rates),
+            max_model_len=max_model_len or num_blocks * 16,
+            eos_token_ids=frozenset([EOS]),
         )
 
     def run(

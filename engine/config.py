@@ -1,4 +1,4 @@
-"""How an engine is set up. Names are vLLM's where the thing is the same."""
+"""Define and check the settings of an engine, under vLLM's names where vLLM has the same setting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _count_or_none(value: Any) -> bool:
     return value is None or _count(value)
 
 
-# What a setting may be, and in words.
+# By setting: a check of its value, and a description of valid values.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_size": (lambda v: is_integer(v) and v in BLOCK_SIZES, "a power of two from 8 to 256"),
     "gpu_memory_utilization": (lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
@@ -50,52 +50,52 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Settings of one engine.
+    """Hold the settings of one engine.
 
     Args:
-        block_size: tokens a KV block holds; a power of two from 8 to 256.
-        gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take
-            together. On a CPU the cache takes at most 4 GiB and a quarter of what is available (to the
-            container, where one limits it). It is never larger than twice what ``max_num_seqs`` sequences of
-            ``max_model_len`` tokens take, the second time for the prefix cache.
+        block_size: number of tokens of a KV block; a power of two from 8 to 256.
+        gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
+            On a CPU the cache takes at most 4 GiB and a quarter of the available memory (of the container, if
+            one limits it). The cache is never larger than ``max_num_seqs`` sequences of ``max_model_len``
+            tokens need, or twice that with the prefix cache.
         num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
-        swap_space: GiB of CPU memory for the blocks of preempted requests, where ``preemption_mode`` moves
-            them there. Never more than the KV cache.
-        max_num_seqs: most sequences that run at once.
-        max_num_batched_tokens: most tokens of one step, prefill and decode together. Longer prompts are
-            prefilled in chunks.
-        max_model_len: most tokens of a sequence, prompt and output; None: the model's limit, or what the KV
-            cache holds where that is less. A model with frequencies for short and for long texts ("longrope")
-            uses the one set that this length asks for.
-        preemption_mode: what becomes of a request that loses its blocks: "recompute" drops them, "swap" moves
-            them to the swap space (and drops them when that is full), "auto" does the one that takes less
-            time at the rates measured so far.
-        scheduling_policy: "fcfs" runs requests in the order of their arrival, "priority" those of the lowest
-            number first; one that has to wait for memory takes it from those of higher numbers.
-        memory_policy: "paged" gives blocks as tokens come. The others are there to compare with: they keep
-            one contiguous run of blocks for each output from its start, share and preempt nothing, and have
-            no prefix cache. "orca-max" keeps ``max_model_len`` tokens, "orca-pow2" the prompt and the next
-            power of two of ``max_tokens``, "orca-oracle" the prompt and ``max_tokens``: it knows how long an
-            output gets where requests set ``ignore_eos``.
-        batching: "continuous" lets requests join whenever there is room, "static" only when all that run
-            have ended: a batch is what waits then, as far as memory, ``max_num_seqs`` and one step's tokens
-            go.
-        enable_prefix_caching: requests that begin alike share the blocks of what they share, and blocks stay
-            to be found by later requests until their memory is needed.
-        dtype: of the weights; "auto" follows the checkpoint.
-        kv_cache_dtype: of the KV cache; "auto" is the weights'. "fp8" ("fp8_e4m3"), "fp8_e5m2" and "int8"
-            hold twice the tokens of 16 bits in the same memory, at a loss: the least with int8, about 1.5
-            times as much with fp8 and 7 times with fp8_e5m2 (SmolLM2-135M; model/kv_scales.py has figures).
-            Their scales are found at the start from a drawn prompt; what lies far beyond its keys and values
-            saturates.
-        seed: of requests that bring none.
-        generation_config: where the sampling settings of requests that leave them out come from: "auto" is
-            the model's generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty,
-            max_new_tokens), a directory is that of another one, and "vllm" leaves it out, for the defaults of
-            `SamplingParams` and of the API.
-        trust_remote_code: run Python files that come with the model, where transformers has no code for it.
+        swap_space: GiB of CPU memory for the blocks of preempted requests, unless ``preemption_mode`` is
+            "recompute". It is never larger than the KV cache.
+        max_num_seqs: maximum number of sequences in a step.
+        max_num_batched_tokens: maximum number of tokens in a step, of prefill and decode together. Longer
+            prompts are prefilled in chunks.
+        max_model_len: maximum number of tokens of a sequence, prompt and output; None: the model's maximum,
+            or the size of the KV cache if that is less. It also selects between the rotary frequencies for
+            short and for long texts of models that have both ("longrope").
+        preemption_mode: how preempted requests resume: "recompute" drops their blocks and computes them
+            again, "swap" moves them to the swap space (and drops them when that is full), "auto" chooses the
+            faster of the two at the rates measured so far.
+        scheduling_policy: "fcfs" runs requests in the order of their arrival, "priority" those with the
+            lowest number first; a request that needs memory preempts requests with higher numbers.
+        memory_policy: "paged" allocates blocks as tokens come. The others are baselines for comparison: they
+            reserve one contiguous range of blocks for each output at its start, neither share nor preempt,
+            and have no prefix cache. "orca-max" reserves ``max_model_len`` tokens, "orca-pow2" the prompt and
+            the next power of two of ``max_tokens``, "orca-oracle" the prompt and ``max_tokens``, which is the
+            exact length if requests set ``ignore_eos``.
+        batching: "continuous" admits requests whenever there is room, "static" only when all running requests
+            have finished: the next batch is then formed from the waiting requests, within memory,
+            ``max_num_seqs`` and the tokens of one step.
+        enable_prefix_caching: share the blocks of common prefixes between requests, and keep blocks for later
+            requests until their memory is needed.
+        dtype: dtype of the weights; "auto" follows the checkpoint.
+        kv_cache_dtype: dtype of the KV cache; "auto" is that of the weights. "fp8" ("fp8_e4m3"), "fp8_e5m2"
+            and "int8" hold twice the tokens of a 16-bit cache in the same memory, at a loss of accuracy: it
+            is smallest with int8, about 1.5 times as large with fp8 and 7 times with fp8_e5m2 (SmolLM2-135M;
+            model/kv_scales.py has figures). Scales are calibrated at startup on a prompt of random tokens;
+            keys and values far beyond the prompt's saturate.
+        seed: seed for requests without one.
+        generation_config: source of the default sampling settings of requests: "auto" is the model's
+            generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens), a
+            directory is that of another one, and "vllm" selects the defaults of `SamplingParams` and of the
+            API.
+        trust_remote_code: run Python files that come with the model, if transformers has no code for it.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
-        check_integrity: verify the block manager's books after every step (for tests).
+        check_integrity: check the block manager's state after every step (for tests).
 
     Raises:
         ValueError: a setting is out of range.
@@ -134,10 +134,10 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, kwargs: dict[str, Any]) -> EngineConfig:
-        """The configuration with these settings.
+        """Return the configuration with these settings.
 
         Raises:
-            ValueError: a name is not a setting; the message lists those that are.
+            ValueError: a name is not a setting (the message lists all of them), or a value is out of range.
         """
         names = [f.name for f in fields(cls)]
         for name in kwargs:

@@ -1,4 +1,4 @@
-"""Offline use: a list of prompts in, a list of outputs out."""
+"""Run prompts offline, in batches."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .config import EngineConfig
-from .llm_engine import LLMEngine, Prompt
+from .llm_engine import LLMEngine
 from .outputs import RequestOutput
+from .prompts import Prompt
 from .sampling_params import SamplingParams
 
 
 class LLM:
-    """A model that answers prompts in batches.
+    """Complete prompts in batches with one model.
 
     >>> llm = LLM()
     >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
 
     Args:
-        model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
+        model: a Hugging Face directory, a hub ID, a GGUF file, or None for the demo model.
         **config: settings of `EngineConfig`.
 
     Raises:
-        ValueError: as `EngineConfig` and `LLMEngine` do.
+        ValueError: `EngineConfig` or `LLMEngine` refuse the settings or the model.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **config: Any) -> None:
@@ -33,8 +34,10 @@ class LLM:
         self._next_id = 0
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the settings that the model's generation config asks for, where ``generation_config`` is
-        not "vllm"; those of `SamplingParams` are the rest."""
+        """Return the default settings: those of the model's generation config, then of `SamplingParams`.
+
+        With ``generation_config="vllm"`` they are those of `SamplingParams` alone.
+        """
         return self.engine.default_sampling_params()
 
     def generate(
@@ -44,25 +47,27 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete the prompts, as many at once as memory allows.
+        """Complete the prompts, running as many at once as memory allows.
 
         Args:
-            prompts: one or more of: text, ``{"prompt_token_ids": [...]}``; `LLMEngine.add_request` has more.
-            sampling_params: one for all, or one each; by default `get_default_sampling_params`.
+            prompts: one prompt or several: text or ``{"prompt_token_ids": [...]}``; see
+                `LLMEngine.add_request` for more.
+            sampling_params: settings for all prompts, or one for each; by default
+                `get_default_sampling_params`.
             use_tqdm: show a progress bar.
-            priority: one for each prompt, where the scheduling policy is "priority": lower ones run first.
+            priority: a number for each prompt, if the scheduling policy is "priority": lower ones run first.
 
         Returns:
             The outputs in the order of the prompts.
 
         Raises:
-            ValueError: a request is malformed or could never run, or the engine has other requests. None has
-                run then.
+            ValueError: a request is malformed or can never run, or the engine has other requests. No request
+                is run then.
         """
-        if others := self.engine.request_ids:
+        if unfinished := self.engine.request_ids:
             raise ValueError(
-                f"the engine has other requests ({', '.join(others[:3])}), whose outputs `generate` would "
-                "lose: call `engine.step()` until they have finished, or abort them"
+                f"the engine has other requests ({', '.join(unfinished[:3])}), whose outputs `generate` "
+                "would lose: call `engine.step()` until they have finished, or abort them"
             )
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
@@ -99,7 +104,7 @@ class LLM:
                         if output.finished:
                             finished[output.request_id] = output
                             bar.update()
-        finally:  # after an error or Ctrl-C the engine is as it was before
+        finally:  # after an error or Ctrl-C the engine must have no requests
             for request_id in ids:
                 self.engine.abort(request_id)
         return [finished[request_id] for request_id in ids]

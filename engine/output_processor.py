@@ -1,4 +1,4 @@
-"""Sampled tokens to `RequestOutput`s: text, stop strings, log probabilities, what may be shown already."""
+"""Turn sampled tokens into `RequestOutput`s: decode text, find stop strings, collect log probabilities."""
 
 from __future__ import annotations
 
@@ -19,56 +19,57 @@ from .scheduling.step_plan import ScheduledSequence
 
 @dataclass(slots=True)
 class _State:
-    """Of one sequence."""
+    """Hold the text and log probabilities of one sequence so far."""
 
     detokenizer: Detokenizer
-    num_tokens: int = 0  # seen so far
+    num_tokens: int = 0  # number of output tokens processed so far
     text: str = ""
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
 
 
 class OutputProcessor:
-    """Keeps the text of every running sequence."""
+    """Build the outputs of requests, keeping the text of every running sequence."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, scheduler: Scheduler) -> None:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
-        self._states: dict[int, _State] = {}  # by the sequence's id
+        self._states: dict[int, _State] = {}  # by sequence ID
         self._prompts: dict[SequenceGroup, list[PositionLogprobs | None]] = {}
-        self._texts: dict[int, str] = {}  # of single tokens, within a text
+        self._texts: dict[int, str] = {}  # token ID -> its text within a text
 
     def process(
         self, scheduled: SequenceABC[ScheduledSequence], samples: SamplerOutput
     ) -> list[RequestOutput]:
-        """Read what a step gave, after the scheduler did; end the sequences that reached a stop string.
+        """Process the samples of a step, after the scheduler has; finish sequences that reach a stop string.
 
         Returns:
-            The outputs of every request that got a token, in order. Those that are finished are to be
-            forgotten.
+            The outputs of every request that got a token, in the order of the plan. Call `forget` for those
+            that are finished.
         """
-        for position, found in samples.prompt_logprobs.items():
-            self._read_prompt(scheduled[position], found)
-        for position, found in samples.logprobs.items():
-            for seq, one in zip(scheduled[position].receivers, found):
+        for position, prompt_logprobs in samples.prompt_logprobs.items():
+            self._add_prompt_logprobs(scheduled[position], prompt_logprobs)
+        for position, logprobs in samples.logprobs.items():
+            for seq, token_logprobs in zip(scheduled[position].receivers, logprobs):
                 state = self._state(scheduled[position].group, seq)
-                state.logprobs.append(self._named(one))
-                state.cumulative_logprob += one.logprobs[0]
+                state.logprobs.append(self._decoded(token_logprobs))
+                state.cumulative_logprob += token_logprobs.logprobs[0]
         outputs = []
         for group in dict.fromkeys(item.group for item in scheduled if item.num_samples):
             if group.params.only_prompt:
                 outputs.append(self._empty_output(group))
                 continue
             if group.params.beam_width is not None:
-                if group.finished:  # which beams are best is not known before
+                if group.finished:  # the best beams are only known at the end
                     outputs.append(self._beam_output(group))
                 continue
             for seq in group.seqs:
-                self._read(group, seq)
+                self._add_tokens(group, seq)
             outputs.append(self._output(group))
         return outputs
 
     def forget(self, group: SequenceGroup) -> None:
+        """Drop the state of a request."""
         self._prompts.pop(group, None)
         for seq in group.seqs:
             self._states.pop(seq.seq_id, None)
@@ -81,21 +82,22 @@ class OutputProcessor:
             self._states[seq.seq_id] = state
         return state
 
-    def _read_prompt(self, item: ScheduledSequence, found: list[TokenLogprobs]) -> None:
+    def _add_prompt_logprobs(self, item: ScheduledSequence, new: list[TokenLogprobs]) -> None:
         logprobs = self._prompts.setdefault(item.group, [None])
-        # Positions that a preempted request computes again are known.
-        logprobs += map(self._named, found[len(logprobs) - 1 - item.start :])
+        # A preempted request recomputes positions that are already in the list.
+        logprobs += map(self._decoded, new[len(logprobs) - 1 - item.start :])
 
-    def _named(self, found: TokenLogprobs) -> PositionLogprobs:
-        ranks = (found.rank, *range(1, len(found.token_ids)))
-        named: PositionLogprobs = {}
-        for token, logprob, rank in zip(found.token_ids, found.logprobs, ranks):
+    def _decoded(self, logprobs: TokenLogprobs) -> PositionLogprobs:
+        ranks = (logprobs.rank, *range(1, len(logprobs.token_ids)))
+        decoded: PositionLogprobs = {}
+        for token, logprob, rank in zip(logprobs.token_ids, logprobs.logprobs, ranks):
             if token not in self._texts:
                 self._texts[token] = token_text(self._tokenizer, token)
-            named.setdefault(token, Logprob(logprob, rank, self._texts[token]))
-        return named
+            decoded.setdefault(token, Logprob(logprob, rank, self._texts[token]))
+        return decoded
 
-    def _read(self, group: SequenceGroup, seq: Sequence) -> None:
+    def _add_tokens(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Append the text of a sequence's new tokens and finish the sequence at a stop string."""
         params, state = group.params, self._state(group, seq)
         if state.num_tokens == seq.num_output_tokens:
             return
@@ -103,16 +105,16 @@ class OutputProcessor:
         state.num_tokens += len(new)
         if seq.finish_reason == "stop" and not params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended it is not part of the text
-        before = len(state.text)
+        old_length = len(state.text)
         state.text += state.detokenizer.append(new)
         if seq.finished:
             state.text += state.detokenizer.flush()
         if state.num_tokens < params.min_tokens:
             return
-        end = _find_stop(state.text, before, params.stop)
-        if end is None:
+        match = _find_stop(state.text, old_length, params.stop)
+        if match is None:
             return
-        position, stop = end
+        position, stop = match
         state.text = state.text[: position + len(stop) * params.include_stop_str_in_output]
         if seq.finished:
             seq.finish_reason, seq.stop_reason = "stop", stop
@@ -146,19 +148,19 @@ class OutputProcessor:
     def _beam_output(self, group: SequenceGroup) -> RequestOutput:
         params, completions = group.params, []
         assert group.beams is not None
-        for index, found in enumerate(group.beams.hypotheses[: params.n]):
-            hidden = found.finish_reason == "stop" and not params.include_stop_str_in_output
-            shown = found.token_ids[: len(found.token_ids) - hidden]
+        for index, beam in enumerate(group.beams.hypotheses[: params.n]):
+            hide_last = beam.finish_reason == "stop" and not params.include_stop_str_in_output
+            shown = beam.token_ids[: len(beam.token_ids) - hide_last]
             detokenizer = Detokenizer(self._tokenizer, group.prompt_token_ids, params.skip_special_tokens)
             completions.append(
                 CompletionOutput(
                     index,
                     detokenizer.append(shown) + detokenizer.flush(),
-                    found.token_ids,
-                    found.finish_reason,
-                    found.stop_reason,
-                    cumulative_logprob=found.cumulative_logprob,
-                    beam_score=found.score,
+                    beam.token_ids,
+                    beam.finish_reason,
+                    beam.stop_reason,
+                    cumulative_logprob=beam.cumulative_logprob,
+                    beam_score=beam.score,
                 )
             )
         return RequestOutput(group.request_id, group.prompt, group.prompt_token_ids, completions, True)
@@ -167,7 +169,7 @@ class OutputProcessor:
         params, state = group.params, self._states[seq.seq_id]
         text = state.text
         if params.stop and not (seq.finished or params.include_stop_str_in_output):
-            # Text that may be the start of a stop string is not shown until it is known not to be.
+            # Hold back text that may be the start of a stop string.
             held_back = max(len(stop) - 1 for stop in params.stop)
             text = text[: max(len(text) - held_back, 0)]
         return CompletionOutput(
@@ -183,16 +185,20 @@ class OutputProcessor:
     def _prompt_logprobs(self, group: SequenceGroup) -> list[PositionLogprobs | None] | None:
         if not group.params.needs_whole_prompt:
             return None
-        found = self._prompts.setdefault(group, [None])
-        if len(found) != group.prompt_len:
+        logprobs = self._prompts.setdefault(group, [None])
+        if len(logprobs) != group.prompt_len:
             raise RuntimeError(
-                f"request {group.request_id!r} has log probabilities of {len(found)} of its "
+                f"request {group.request_id!r} has log probabilities of {len(logprobs)} of its "
                 f"{group.prompt_len} prompt tokens; please report this"
             )
-        return found
+        return logprobs
 
 
-def _find_stop(text: str, before: int, stops: Iterable[str]) -> tuple[int, str] | None:
-    """The first stop string in ``text`` and its position; the first ``before`` characters hold none whole."""
-    found = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in stops]
-    return min((hit for hit in found if hit[0] >= 0), default=None)
+def _find_stop(text: str, old_length: int, stops: Iterable[str]) -> tuple[int, str] | None:
+    """Return (position, stop string) of the first stop string in a text, or None.
+
+    Args:
+        old_length: number of characters, from the first, that are known to contain no stop string.
+    """
+    matches = [(text.find(stop, max(0, old_length - len(stop) + 1)), stop) for stop in stops]
+    return min((match for match in matches if match[0] >= 0), default=None)

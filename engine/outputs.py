@@ -1,4 +1,4 @@
-"""What the engine gives back, under the names vLLM's users know."""
+"""Define the outputs of the engine, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Of a token at one position.
+    """Hold the log probability of a token at one position.
 
     Args:
-        logprob: the natural logarithm of its probability, in the model's own distribution: at temperature 1,
-            before penalties, biases and limits.
-        rank: 1 is the most likely token.
-        decoded_token: its text within a text, with the space that it begins with. A part of a character is
+        logprob: natural logarithm of the token's probability in the model's own distribution: at temperature
+            1, before penalties, biases and truncation.
+        rank: rank of the token by probability; 1 is the most likely one.
+        decoded_token: text of the token within a text, including a leading space. A part of a character is
             U+FFFD.
     """
 
@@ -22,23 +22,25 @@ class Logprob:
     decoded_token: str
 
 
-# By token id: the token that is at this position first, then the most likely ones, the best first.
+# By token ID: first the token at this position, then the most likely tokens, the best first.
 PositionLogprobs = dict[int, Logprob]
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One of a request's ``n`` outputs so far.
+    """Hold one of a request's ``n`` outputs so far.
 
     Args:
-        index: which of the ``n``.
-        text: the output without its stop string. Text that may yet become one is held back.
-        token_ids: all sampled tokens, an end-of-sequence token included.
-        finish_reason: None while it runs, then "stop" or "length".
-        stop_reason: the stop string or stop token id that ended it, if one of the request's did.
-        logprobs: for each token those that ``SamplingParams.logprobs`` asks for, else None.
-        cumulative_logprob: the sum over its tokens; None unless ``logprobs``, ``best_of`` or beams need it.
-        beam_score: of a beam, that over its number of tokens to the power of ``length_penalty``; else None.
+        index: index of the output, from 0 to ``n - 1``.
+        text: text without the stop string. Text that may be the start of a stop string is held back.
+        token_ids: all sampled tokens, including an end-of-sequence token.
+        finish_reason: None while the output is unfinished, then "stop" or "length".
+        stop_reason: stop string or stop token ID of the request that ended the output; else None.
+        logprobs: log probabilities at each token, if ``SamplingParams.logprobs`` is set; else None.
+        cumulative_logprob: sum of the tokens' log probabilities; None unless ``logprobs``, ``best_of`` or
+            beam search need it.
+        beam_score: ``cumulative_logprob`` of a beam divided by its number of tokens to the power of
+            ``length_penalty``; None without beam search.
     """
 
     index: int
@@ -53,13 +55,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's outputs so far; ``finished`` when all of them are.
+    """Hold a request's outputs so far.
 
     Args:
-        outputs: ``n`` of them. With a larger ``best_of``, the best so far, the best first, and the final
-            choice is known when all are finished.
-        prompt_logprobs: for each token of the prompt those that ``SamplingParams.prompt_logprobs`` asks for;
-            None for the first one, which nothing comes before.
+        outputs: the ``n`` outputs. With a larger ``best_of``, the best ones so far, the best first; they may
+            change until all are finished.
+        finished: whether all outputs are finished.
+        prompt_logprobs: log probabilities at each token of the prompt, if ``SamplingParams.prompt_logprobs``
+            is set; None for the first token, which has no context.
     """
 
     request_id: str
@@ -72,16 +75,31 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's state and totals, for metrics."""
+    """Hold the engine's current state, and totals since its start, for metrics.
 
-    num_running: int  # requests
+    Args:
+        num_running: number of running requests.
+        num_waiting: number of waiting requests.
+        num_swapped: number of requests in the swap space.
+        gpu_cache_usage: fraction of the GPU blocks in use.
+        cpu_cache_usage: fraction of the swap space's blocks in use.
+        num_preemptions: total number of preemptions.
+        prompt_tokens: total number of prompt tokens.
+        generation_tokens: total number of sampled tokens.
+        prefix_cache_queries: total number of tokens, of new and resumed requests, looked up in the prefix
+            cache.
+        prefix_cache_hits: total number of these tokens found in the prefix cache.
+        num_failed_steps: total number of steps that failed.
+    """
+
+    num_running: int
     num_waiting: int
     num_swapped: int
-    gpu_cache_usage: float  # share of the blocks in use, 0 to 1
+    gpu_cache_usage: float
     cpu_cache_usage: float
-    num_preemptions: int  # since the start, as all below
+    num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
-    prefix_cache_queries: int  # tokens looked for in the prefix cache: of prompts, and of resumed requests
-    prefix_cache_hits: int  # and found there
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     num_failed_steps: int

@@ -1,4 +1,4 @@
-"""What a request asks of the sampler."""
+"""Define and check the sampling settings of a request."""
 
 from __future__ import annotations
 
@@ -11,50 +11,49 @@ from .validation import is_integer, is_number
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling settings of one request, under vLLM's names.
+    """Hold the sampling settings of one request, under vLLM's names.
 
     They apply in this order: ``allowed_token_ids``, ``min_tokens``, ``bad_words``, ``logit_bias``, the
     repetition, frequency and presence penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``. Greedy
-    decoding takes the best token after the penalties. Log probabilities are those of the model, before all
-    of this. Tokens that the model cannot sample are refused by ``logit_bias``, ``allowed_token_ids`` and
-    ``stop_token_ids``, and rule out nothing where a bad word or the end of a sequence has them.
+    decoding takes the most likely token after the penalties. Log probabilities are those of the model, before
+    any setting applies. ``logit_bias``, ``allowed_token_ids`` and ``stop_token_ids`` must not have tokens
+    that the model cannot sample; such tokens have no effect in bad words and as end-of-sequence tokens.
 
     Args:
         n: number of outputs; they share the blocks of the prompt.
-        temperature: 0 is greedy.
-        top_k: sample among the k most likely tokens; 0 or -1 among all.
-        top_p: sample among the fewest most likely tokens whose probabilities reach this sum.
-        seed: makes the outputs a function of the prompt alone, whatever else runs.
-        max_tokens: most tokens of an output; None: up to the engine's ``max_model_len``; 0: the prompt is
-            computed, for ``prompt_logprobs``, and the outputs are empty.
-        stop: an output ends before the first of these strings.
-        stop_token_ids: an output ends with the first of these tokens.
-        ignore_eos: go on after an end-of-sequence token.
+        temperature: divisor of the logits; 0 is greedy.
+        top_k: sample from the k most likely tokens; 0 or -1: from all.
+        top_p: sample from the smallest set of most likely tokens whose probabilities reach this sum.
+        seed: seed that makes the outputs depend on the prompt alone, not on other requests.
+        max_tokens: maximum number of tokens of an output; None: up to the engine's ``max_model_len``; 0: the
+            prompt is computed, for ``prompt_logprobs``, and the outputs are empty.
+        stop: strings that end an output, which is cut before the first of them.
+        stop_token_ids: tokens that end an output.
+        ignore_eos: continue after an end-of-sequence token.
         skip_special_tokens: leave special tokens out of the text.
-        best_of: sample this many outputs and give back the ``n`` with the highest `cumulative_logprob`, the
-            best first; None is ``n``.
-        min_p: sample among tokens at least this share as likely as the most likely one.
-        presence_penalty: taken off the logit of every token that the output has already.
-        frequency_penalty: the same once for every time that the output has it.
-        repetition_penalty: logits of tokens that the prompt or the output has are divided by this where
-            positive, multiplied where negative; 1 changes nothing.
-        logit_bias: numbers from -100 to 100 added to the logits of these tokens.
-        allowed_token_ids: no other tokens are sampled.
-        bad_words: texts that the output must not have, with and without a space before them. One of several
-            tokens loses its last token where the output ends in the ones before it. Where nothing else is
-            left to sample, a bad word is.
-        min_tokens: the output does not end before it has this many tokens, but by ``max_tokens``.
-        include_stop_str_in_output: the text keeps the stop string or stop token that ended it.
-        logprobs: give log probabilities of the sampled token and this many most likely ones at each position
-            of the outputs; -1 is the whole vocabulary.
-        prompt_logprobs: the same for the prompt. All of the prompt is computed then, even what a prefix cache
-            holds.
-        beam_width: beam search with so many beams instead of sampling; the outputs are the ``n`` best, the
-            best first, given when the search has ended. The two below need it.
-        length_penalty: beams are compared by their log probability over their number of output tokens to this
-            power: above 0 favours long ones.
-        early_stopping: True: stop with ``beam_width`` finished beams; False: when the best running beam, at
-            its length now, is no better than the worst of them; "never": at its best possible length.
+        best_of: number of outputs to sample, of which the ``n`` with the highest `cumulative_logprob` are
+            returned, the best first; None is ``n``.
+        min_p: minimum probability of a token, relative to that of the most likely one.
+        presence_penalty: subtracted from the logit of every token that the output contains.
+        frequency_penalty: subtracted from the logit of a token once for each occurrence in the output.
+        repetition_penalty: divisor of positive logits and factor of negative logits of tokens that the prompt
+            or the output contain; 1 has no effect.
+        logit_bias: token ID -> number from -100 to 100 that is added to its logit.
+        allowed_token_ids: the only tokens to sample.
+        bad_words: texts that the output must not contain, with and without a space before them. The last
+            token of a word is not sampled after the tokens before it, unless no other token is left.
+        min_tokens: minimum number of tokens of an output, if ``max_tokens`` permits.
+        include_stop_str_in_output: keep the stop string or stop token that ended the output in its text.
+        logprobs: number of most likely tokens whose log probabilities are returned with that of the sampled
+            token at each position of the outputs; -1: the whole vocabulary.
+        prompt_logprobs: the same for the prompt. The whole prompt is computed then, even a cached prefix.
+        beam_width: number of beams of a beam search, which replaces sampling; the outputs are the ``n`` best
+            beams, the best first, returned when the search has ended. The two settings below need it.
+        length_penalty: exponent of the number of output tokens, by which a beam's log probability is divided;
+            values above 0 favour long beams.
+        early_stopping: True: stop with ``beam_width`` finished beams; False: stop when the best running beam,
+            at its current length, is no better than the worst finished one; "never": the same at its best
+            possible length.
 
     Raises:
         ValueError: a setting is out of range.
@@ -95,7 +94,7 @@ class SamplingParams:
         for name, (wanted, valid) in _RANGES.items():
             if not valid(getattr(self, name)):
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        if self.logit_bias is not None:  # the caller's own may change
+        if self.logit_bias is not None:  # a copy: the caller may change its dictionary
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(
@@ -125,7 +124,11 @@ class SamplingParams:
                 raise ValueError(f"{name} {why}")
 
     def check_vocabulary(self, size: int) -> None:
-        """Raise ValueError for a token that a model with ``size`` tokens does not have."""
+        """Check that a model with a vocabulary of ``size`` tokens has all tokens of the settings.
+
+        Raises:
+            ValueError: it does not.
+        """
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             for token in getattr(self, name) or ():
                 if not 0 <= token < size:
@@ -137,23 +140,22 @@ class SamplingParams:
 
     @property
     def num_sequences(self) -> int:
-        """Outputs that are sampled, of which ``n`` are given back."""
+        """Return the number of outputs to sample, of which ``n`` are returned."""
         return self.beam_width or self.best_of or self.n
 
     @property
     def only_prompt(self) -> bool:
-        """Return whether the prompt is all that is wanted."""
+        """Return whether the prompt is computed and nothing is sampled."""
         return self.max_tokens == 0
 
     @property
     def needs_logprobs(self) -> bool:
-        """Whether the sampled tokens' log probabilities are wanted or decide which outputs are best."""
+        """Return whether log probabilities of sampled tokens are returned or rank the outputs."""
         return self.logprobs is not None or (self.beam_width is None and self.num_sequences > self.n)
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether every token of the prompt must go through the model, so that no cached block of another
-        request may stand in for it."""
+        """Return whether all tokens of the prompt must be computed, without cached blocks."""
         return self.prompt_logprobs is not None
 
 
@@ -167,8 +169,8 @@ def _as_tuple(name: str, value: Any) -> tuple:
     return tuple(value)
 
 
-def _integer_from(least: int) -> Callable[[Any], bool]:
-    return lambda value: is_integer(value) and value >= least
+def _integer_from(minimum: int) -> Callable[[Any], bool]:
+    return lambda value: is_integer(value) and value >= minimum
 
 
 def _number_in(low: float, high: float) -> Callable[[Any], bool]:
@@ -206,7 +208,7 @@ _NOT_WITH_BEAMS = (
     "prompt_logprobs",
 )
 
-# Of each setting: what it must be, and whether a value is that.
+# By setting: a description of valid values, and a check of its value.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "n": ("an integer of at least 1", _integer_from(1)),
     "temperature": ("0 (greedy) or a positive number", lambda v: is_number(v) and v >= 0),
@@ -240,7 +242,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
     "prompt_logprobs": (_LOGPROBS, _or_none(_integer_from(-1))),
     "beam_width": ("an integer of at least 1 or None", _or_none(_integer_from(1))),
-    # Lengths to this power, and log probabilities over them, are far from the ends of a float.
+    # With this exponent, powers of lengths and quotients by them neither overflow nor underflow.
     "length_penalty": ("a number in [-16, 16]", _number_in(-16, 16)),
     "early_stopping": ('True, False or "never"', lambda v: isinstance(v, bool) or v == "never"),
 }

@@ -1,4 +1,4 @@
-"""What counts as a number in settings and requests."""
+"""Check the types of numbers in settings and requests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 
 def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer, which a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """A real number that is finite as a float."""
+    """Return whether a value is a real number, finite as a float; a bool is none."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer too large for a float

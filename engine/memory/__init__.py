@@ -1,1 +1,1 @@
-"""Blocks of memory and the tables that map sequences to them. No torch."""
+"""Manage blocks of memory and the block tables of sequences. Torch is not imported."""

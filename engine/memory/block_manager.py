@@ -1,10 +1,10 @@
-"""Which block holds which tokens: on-demand allocation, sharing, copy-on-write, swap space. No torch.
+"""Manage the KV blocks of sequences: on-demand allocation, sharing, copy-on-write, swapping.
 
-After "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023), sections
-4.2 to 4.5. A sequence's table lists its blocks in order; all but the last are full, so a sequence wastes less
-than one block. Blocks are counted references: forked sequences share them until one writes. Full blocks are
-found again by the hash of their tokens and all before them (`prefix_hash.py`), used or not, until the pool
-needs their memory.
+This follows "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023),
+sections 4.2 to 4.5. A sequence's block table lists its blocks in order; all but the last are full, so a
+sequence wastes less than one block. Blocks are reference-counted: forked sequences share them until one
+writes. A full block can be found by the hash of its tokens and all before them (`prefix_hash.py`), whether
+it is in use or not, until the pool needs its memory.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .block_pool import BlockPool, Run, move, num_to_move
+from .block_pool import BlockPool, KeyedBlocks, move, num_to_move
 from .block_tables import NO_BLOCK, BlockTable, BlockTables
 
 
 class BlockManager:
-    """Block tables of all sequences that hold memory, on the GPU or in the swap space.
+    """Manage the block tables of all sequences that hold memory, on the GPU or in the swap space.
 
-    Queries (`num_new_blocks`, `find_prefix`, `can_swap_out`) change nothing; the mutations expect that they
-    were asked. What a step plans to write counts as written within that step: `confirm` says that it ran,
-    `revoke` that it did not.
+    Callers check that there are enough free blocks (`num_new_blocks`, `find_prefix`, `can_swap_out`, which
+    change nothing) before they call a method that takes some. Tokens that a step is planned to write count as
+    written while the step is planned: call `confirm` when it has run and `revoke` when it has failed.
 
     Attributes:
-        writable: by sequence id, the first position that has no slot of its own yet: up to there tokens are
-            written without asking (`append`).
+        writable: sequence ID -> first position without a slot of the sequence's own. Tokens before it can be
+            written without a call of `append`.
     """
 
     def __init__(self, num_gpu_blocks: int, num_cpu_blocks: int, block_size: int) -> None:
@@ -39,32 +39,34 @@ class BlockManager:
         self._swapped: dict[int, BlockTable] = {}  # of CPU blocks; without rows
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of blocks that hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
     def holds(self, seq_id: int) -> bool:
-        """Whether the sequence has blocks, on the GPU or in the swap space."""
+        """Return whether the sequence has blocks, on the GPU or in the swap space."""
         return seq_id in self._tables or seq_id in self._swapped
 
     def table(self, seq_id: int) -> Sequence[int]:
-        """The sequence's GPU blocks in order, `NO_BLOCK` for those given back; a view that appends change."""
+        """Return the sequence's GPU blocks in order, `NO_BLOCK` for freed ones, as a live view."""
         return self._tables[seq_id].blocks
 
     def tables(self, seq_ids: Sequence[int]) -> np.ndarray:
-        """The sequences' GPU blocks, int32 ``[N, most blocks of one]``; past a table's end anything."""
+        """Return the sequences' GPU blocks, int32 ``[N, max_blocks]``, undefined past a table's end."""
         return self._tables.gather(seq_ids)
 
     def num_distinct(self, seq_ids: Iterable[int]) -> int:
-        """GPU blocks that these sequences hold together."""
+        """Return the number of distinct GPU blocks that these sequences hold."""
         return len({b for seq_id in seq_ids if seq_id in self._tables for b in self._tables[seq_id].held})
 
     # -- growing -------------------------------------------------------------------------------------
 
     def num_new_blocks(self, appends: Iterable[tuple[int, int, int]]) -> int:
-        """Blocks that appending to these sequences takes from the pool, copies of shared blocks included.
+        """Return the number of free blocks that appending takes, including copies of shared blocks.
 
         Args:
-            appends: (sequence id, tokens it holds, tokens to append) of each; all on the GPU or all in the
-                swap space (then: what it will take once they are back, if nobody else shares their blocks).
+            appends: (sequence ID, number of tokens it holds, number of tokens to append) of each sequence.
+                All sequences are on the GPU or all are in the swap space. For swapped ones the result holds
+                after they are swapped in, provided that no other sequence shares their blocks.
         """
         total = 0
         shared: dict[int, int] = {}
@@ -78,21 +80,21 @@ class BlockManager:
             first = held // self.block_size
             if first < len(blocks) and ref_counts[blocks[first]] > 1:
                 shared[blocks[first]] = shared.get(blocks[first], 0) + 1
-        # The last of a block's writers keeps it, if all its holders are among them.
+        # If every holder of a shared block writes to it, the last one keeps it without a copy.
         return total + sum(min(n, ref_counts[block] - 1) for block, n in shared.items())
 
     def append(
         self, seq_id: int, held: int, num_tokens: int, keys: Sequence[bytes] = ()
     ) -> tuple[int, int] | None:
-        """Make room for tokens ``held`` to ``held + num_tokens - 1`` of a sequence.
+        """Allocate slots for tokens ``held`` to ``held + num_tokens - 1`` of a sequence.
 
         Args:
-            keys: of the sequence's full blocks, those that this fills included; () to have none found. It may
-                be a list that grows.
+            keys: content keys of the sequence's full blocks, including those that this call fills, or () to
+                keep its blocks out of the prefix cache. The list may grow after the call.
 
         Returns:
-            (source, destination) of the block to copy before they are written, if the first of them falls
-            into a block that another sequence shares.
+            (source, destination) of the block to copy before the tokens are written, or None. A copy is
+            needed if the first token falls into a block that is shared with another sequence.
         """
         table = self._tables.get(seq_id) or self._tables.add(seq_id, [])
         blocks = table.blocks
@@ -105,7 +107,7 @@ class BlockManager:
                 self._tables.replace(table, first, copy[1])
                 self.gpu.release(source)
             else:
-                self.gpu.forget(source)  # it was full of what is now overwritten
+                self.gpu.forget(source)  # its cached content is about to be overwritten
             table.num_keyed = min(table.num_keyed, first)
         for _ in range(self.blocks_for(held + num_tokens) - len(blocks)):
             self._tables.append(table, self.gpu.allocate())
@@ -117,25 +119,26 @@ class BlockManager:
         return copy
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
-        """Give the child the parent's first ``num_tokens`` tokens: it shares the blocks that hold them."""
+        """Start the child's table with the blocks of the parent's first ``num_tokens`` tokens, shared."""
         parent = self._tables[parent_id]
         blocks = parent.blocks[: self.blocks_for(num_tokens)]
         for block in blocks[parent.num_freed :]:
             self.gpu.share(block)
         keyed = min(parent.num_keyed, num_tokens // self.block_size)
         self._tables.add(child_id, blocks, parent.keys[:keyed], keyed, min(parent.num_freed, len(blocks)))
-        self.writable[parent_id] = self.writable[child_id] = 0  # whoever writes first has to ask
+        self.writable[parent_id] = self.writable[child_id] = 0  # the next write must go through `append`
 
     def reserve(self, seq_id: int, blocks: list[int]) -> None:
-        """Start a sequence's table with these blocks, which are empty: it writes there without asking. For
-        who keeps account of the pool himself."""
+        """Start a sequence's table with these empty blocks, all of them writable without `append`.
+
+        This is for callers that choose the blocks themselves (`contiguous_memory.py`).
+        """
         self.gpu.take(blocks)
         self._tables.add(seq_id, blocks)
         self.writable[seq_id] = len(blocks) * self.block_size
 
     def split(self, parent_id: int, child_id: int, count: int) -> None:
-        """Give the last blocks of the parent's table to a new sequence; the parent has written nothing
-        there."""
+        """Move the last ``count`` blocks of the parent's table, which are unwritten, to a new sequence."""
         parent = self._tables[parent_id].blocks
         blocks = parent[-count:]
         del parent[-count:]
@@ -144,12 +147,12 @@ class BlockManager:
         self.writable[child_id] = count * self.block_size
 
     def free_before(self, seq_id: int, position: int, keys: Sequence[bytes] = ()) -> None:
-        """Give back the blocks whose tokens all stand before a position, as no token to come sees them.
+        """Free the blocks whose tokens all precede a position: later tokens do not attend to them.
 
-        They can be found until their memory is needed.
+        Their content stays in the prefix cache until its memory is needed.
 
         Args:
-            keys: of the sequence's full blocks, as of `append`.
+            keys: content keys of the sequence's full blocks, as in `append`.
         """
         table = self._tables[seq_id]
         end = position // self.block_size
@@ -163,17 +166,17 @@ class BlockManager:
         table.num_keyed = max(table.num_keyed, end)
 
     def free(self, seq_id: int, held: int = 0, keys: Sequence[bytes] = ()) -> None:
-        """Drop the sequence's blocks, wherever they are. A sequence without any is no error.
+        """Free the sequence's blocks on the GPU and in the swap space, if it has any.
 
         Args:
-            held, keys: tokens whose keys and values are in the blocks, and the keys of the full ones: those
-                can be found until their memory is needed.
+            held: number of tokens whose keys and values are in the blocks.
+            keys: content keys of the full blocks, which stay cached until their memory is needed.
         """
         self.writable.pop(seq_id, None)
         if (table := self._tables.remove(seq_id)) is not None:
             for i in range(table.num_keyed, min(held // self.block_size, len(keys))):
                 self.gpu.register(table.blocks[i], keys[i])
-            for block in reversed(table.held):  # the end is of no use without the beginning: it goes first
+            for block in reversed(table.held):  # evict the end first: it is useless without the beginning
                 self.gpu.release(block)
         if (table := self._swapped.pop(seq_id, None)) is not None:
             for block in reversed(table.held):
@@ -182,17 +185,21 @@ class BlockManager:
     # -- prefixes ------------------------------------------------------------------------------------
 
     def find_prefix(self, keys: Iterable[bytes]) -> tuple[list[int], int]:
-        """The first blocks with these keys, as far as there are any, and how many of them nobody uses, so
-        that taking them takes free blocks."""
-        found = []
-        unused = 0
+        """Return the longest cached prefix of these keys.
+
+        Returns:
+            The blocks of the first keys, up to the first key that is not cached, and how many of the blocks
+            are unused: taking those lowers the number of free blocks.
+        """
+        blocks = []
+        num_unused = 0
         for key in keys:
             block = self.gpu.find(key)
             if block is None:
                 break
-            found.append(block)
-            unused += self.gpu.ref_counts[block] == 0
-        return found, unused
+            blocks.append(block)
+            num_unused += self.gpu.ref_counts[block] == 0
+        return blocks, num_unused
 
     def take_prefix(self, seq_id: int, keys: Sequence[bytes], blocks: list[int]) -> None:
         """Start a sequence's table with the blocks that `find_prefix` found for the first of its keys."""
@@ -202,27 +209,30 @@ class BlockManager:
         self.writable[seq_id] = 0
 
     def unify(self, seq_id: int) -> None:
-        """Hold, of all blocks with the sequence's keys, those that are found: others may have computed the
-        same at the same time. All of the sequence's blocks are full, and written."""
+        """Replace a sequence's blocks by the cached blocks with the same keys.
+
+        Other sequences may have computed the same blocks at the same time. All blocks of the sequence must
+        be full and written.
+        """
         table = self._tables[seq_id]
         for position, (own, key) in enumerate(zip(table.blocks, table.keys)):
-            found = self.gpu.find(key)
-            if found is None:
+            cached = self.gpu.find(key)
+            if cached is None:
                 self.gpu.register(own, key)
-            elif found != own:
-                self.gpu.share(found)
-                self._tables.replace(table, position, found)
+            elif cached != own:
+                self.gpu.share(cached)
+                self._tables.replace(table, position, cached)
                 self.gpu.release(own)
 
     def confirm(self) -> None:
-        """The step that was planned has run."""
+        """Mark what the planned step was to write as written: the step has run."""
         self.gpu.confirm()
         self.cpu.confirm()
 
     def revoke(self) -> None:
-        """The step that was planned has failed: nothing may find what it was to write.
+        """Forget what the planned step was to write: the step has failed.
 
-        Whoever holds the blocks may write them yet; what is full then is found again.
+        The sequences keep the blocks and may still write them; `append` registers them again.
         """
         revoked = set(self.gpu.revoke())
         self.cpu.revoke()
@@ -233,57 +243,57 @@ class BlockManager:
     # -- swapping ------------------------------------------------------------------------------------
 
     def can_swap_out(self, seq_ids: Iterable[int]) -> bool:
-        runs = [self._run(self._tables[seq_id]) for seq_id in seq_ids if seq_id in self._tables]
-        return num_to_move(runs, self.cpu) <= self.cpu.num_free
+        """Return whether the swap space has room for the sequences' blocks."""
+        lists = [self._keyed_blocks(self._tables[seq_id]) for seq_id in seq_ids if seq_id in self._tables]
+        return num_to_move(lists, self.cpu) <= self.cpu.num_free
 
     def swap_out(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
-        """Move the sequences' blocks to the swap space; what is shared stays shared there.
+        """Move the sequences' blocks to the swap space; shared blocks stay shared there.
 
         Returns:
-            (GPU block, CPU block) of the copies to make before the GPU blocks are written again; none for
-            content that the swap space holds.
+            (GPU block, CPU block) of the copies to make before the GPU blocks are written again. Content
+            that the swap space already holds is not copied.
         """
         moving = [seq_id for seq_id in seq_ids if seq_id in self._tables]
         tables = [self._tables[seq_id] for seq_id in moving]
-        new, copies = move([self._run(table) for table in tables], self.gpu, self.cpu)
-        for seq_id, table, blocks in zip(moving, tables, new):
+        moved, copies = move([self._keyed_blocks(table) for table in tables], self.gpu, self.cpu)
+        for seq_id, table, held in zip(moving, tables, moved):
             self._tables.remove(seq_id)
             del self.writable[seq_id]
-            places = [NO_BLOCK] * table.num_freed + blocks
-            self._swapped[seq_id] = BlockTable(-1, places, table.keys, table.num_keyed, table.num_freed)
+            blocks = [NO_BLOCK] * table.num_freed + held
+            self._swapped[seq_id] = BlockTable(-1, blocks, table.keys, table.num_keyed, table.num_freed)
         return copies
 
     def num_swapped_blocks(self, seq_ids: Iterable[int]) -> int:
-        """Free GPU blocks that swapping these sequences in takes."""
-        runs = [self._run(self._swapped[seq_id]) for seq_id in seq_ids if seq_id in self._swapped]
-        return num_to_move(runs, self.gpu)
+        """Return the number of free GPU blocks that swapping these sequences in takes."""
+        lists = [self._keyed_blocks(self._swapped[seq_id]) for seq_id in seq_ids if seq_id in self._swapped]
+        return num_to_move(lists, self.gpu)
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
-        """Move the sequences' blocks back.
+        """Move the sequences' blocks back to the GPU.
 
         Returns:
-            (CPU block, GPU block) of the copies to make before the step that reads them; none for content
-            that is still, or again, on the GPU.
+            (CPU block, GPU block) of the copies to make before the step that reads them. Content that is
+            still, or again, on the GPU is not copied.
         """
         moving = [seq_id for seq_id in seq_ids if seq_id in self._swapped]
         tables = [self._swapped.pop(seq_id) for seq_id in moving]
-        new, copies = move([self._run(table) for table in tables], self.cpu, self.gpu)
-        for seq_id, table, blocks in zip(moving, tables, new):
-            places = [NO_BLOCK] * table.num_freed + blocks
-            self._tables.add(seq_id, places, table.keys, table.num_keyed, table.num_freed)
+        moved, copies = move([self._keyed_blocks(table) for table in tables], self.cpu, self.gpu)
+        for seq_id, table, held in zip(moving, tables, moved):
+            blocks = [NO_BLOCK] * table.num_freed + held
+            self._tables.add(seq_id, blocks, table.keys, table.num_keyed, table.num_freed)
             self.writable[seq_id] = 0
         return copies
 
     @staticmethod
-    def _run(table: BlockTable) -> Run:
+    def _keyed_blocks(table: BlockTable) -> KeyedBlocks:
         return table.held, table.keys[table.num_freed : table.num_keyed]
 
     def check_integrity(self) -> None:
-        """Every block is empty, cached, or named by tables exactly as often as it counts references, and what
-        a sequence may write without asking is its own.
+        """Check that the pools, the block tables and `writable` agree.
 
         Raises:
-            RuntimeError: it is not so.
+            RuntimeError: they do not.
         """
         self.gpu.check_integrity(Counter(b for s in self._tables for b in self._tables[s].held))
         self.cpu.check_integrity(Counter(b for table in self._swapped.values() for b in table.held))

@@ -1,11 +1,11 @@
-"""Blocks of equal size: who refers to them, what they hold, which is given up first. No torch, no attention.
+"""Manage a pool of equal blocks: reference counts, content keys, LRU eviction. It knows nothing of attention.
 
-A block is an id; the memory behind it is the caller's. It is used (somebody refers to it), cached (nobody
-does, and it still holds content under a key, so that it can be found again), or empty. `num_free` counts the
-last two: both can be taken, empty ones first, then the cached one that has been unused for longest.
+A block is an ID; the memory behind it belongs to the caller. It is used (it has references), cached (it has
+none, and its content can still be found by its key), or empty. `num_free` counts cached and empty blocks:
+allocation takes empty blocks first, then the least recently used cached block.
 
-Keys are the caller's: a hash of tokens for a KV cache, a name and a page number for an adapter. Here the
-pages of LoRA adapters share a memory of four blocks:
+The caller chooses the keys: a hash of tokens for a KV cache, a name and a page number for an adapter. Here
+the pages of LoRA adapters share four blocks of memory:
 
 >>> pool = BlockPool(4)
 >>> def load(adapter, num_pages):
@@ -15,31 +15,31 @@ pages of LoRA adapters share a memory of four blocks:
 ...         if block is None:
 ...             block = pool.allocate()
 ...             pool.promise(block, key)
-...             read.append(key)  # from the disk, into the block
+...             read.append(key)  # copy the page from disk into the block
 ...         else:
 ...             pool.share(block)
 ...         blocks.append(block)
 ...     pool.confirm()
 ...     return blocks, read
 >>> sql, _ = load("sql", 2)
->>> load("sql", 2) == (sql, [])  # a second request reads nothing and takes nothing
+>>> load("sql", 2) == (sql, [])  # a second request shares the blocks and reads nothing
 True
 >>> pool.num_free
 2
->>> for block in [*sql, *sql]:  # both requests end; the adapter stays
+>>> for block in [*sql, *sql]:  # both requests end; the adapter stays cached
 ...     pool.release(block)
 >>> pool.num_free, pool.num_cached
 (4, 2)
->>> chat, read = load("chat", 3)  # needs one of its two blocks: the one released first
+>>> chat, read = load("chat", 3)  # evicts one of the two cached blocks: the one released first
 >>> pool.find(("sql", 0)), pool.find(("sql", 1)) in sql
 (None, True)
->>> host = BlockPool(8)  # the same on the other side of a link
+>>> host = BlockPool(8)  # a pool of host memory to swap to
 >>> pages = [(chat, [("chat", page) for page in range(3)])]
 >>> moved, copies = move(pages, pool, host)
 >>> copies == list(zip(chat, moved[0]))
 True
 >>> back, copies = move([(moved[0], pages[0][1])], host, pool)
->>> copies, back == [chat]  # nothing was written over meanwhile: nothing to copy
+>>> copies, back == [chat]  # the device still holds the content: nothing to copy
 ([], True)
 """
 
@@ -48,63 +48,67 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
-Run = tuple[Sequence[int], Sequence[Hashable]]  # blocks in order, and the keys of the first of them
+# Blocks in order, and the keys of the first len(keys) blocks.
+KeyedBlocks = tuple[Sequence[int], Sequence[Hashable]]
 
 
 class BlockPool:
-    """Ids from 0 to ``num_blocks - 1`` with reference counts, keys and an order of eviction.
+    """Manage the blocks 0 to ``num_blocks - 1``: their references, content keys and eviction order.
 
-    Every operation but `take` takes constant time. Queries change nothing; the mutations expect that they
-    were asked.
+    Every operation but `take` takes constant time. Callers check `num_free` before they take blocks.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is warm in caches
-        self._cached: OrderedDict[int, None] = OrderedDict()  # a linked list, the longest unused first
-        self._keys: list[Hashable] = [None] * num_blocks  # of what each holds; None: of nothing that is found
-        self._found: dict[Hashable, int] = {}  # the inverse
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._keys: list[Hashable] = [None] * num_blocks  # block -> key; None: it cannot be found
+        self._block_of: dict[Hashable, int] = {}  # the inverse
         self._promised: list[int] = []
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken."""
+        """Return the number of blocks that can be taken."""
         return len(self._empty) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody refers to and that hold content."""
+        """Return the number of blocks that hold content and have no references."""
         return len(self._cached)
 
     def empty_blocks(self) -> list[int]:
-        """Blocks that hold nothing anybody may read."""
+        """Return the blocks that have neither references nor content."""
         return list(self._empty)
 
     def find(self, key: Hashable) -> int | None:
-        """The block that holds this content."""
-        return self._found.get(key)
+        """Return the block that holds the content of this key, or None."""
+        return self._block_of.get(key)
 
     def allocate(self) -> int:
-        """Take a free block with one reference; if no empty one is left, a cached one loses its content."""
+        """Take a free block with one reference; evict a cached one if none is empty.
+
+        Raises:
+            KeyError: no block is free.
+        """
         if self._empty:
             block = self._empty.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._found[self._keys[block]]
+            del self._block_of[self._keys[block]]
             self._keys[block] = None
         self.ref_counts[block] = 1
         return block
 
     def take(self, blocks: Sequence[int]) -> None:
-        """Take these blocks, which are empty, with one reference each; in time that grows with the pool."""
+        """Take these empty blocks with one reference each, in time linear in the size of the pool."""
         taken = set(blocks)
         self._empty = [block for block in self._empty if block not in taken]
         for block in blocks:
             self.ref_counts[block] = 1
 
     def share(self, block: int) -> None:
-        """One more reference to a used or cached block."""
+        """Add a reference to a used or cached block."""
         if self.ref_counts[block] == 0:
             del self._cached[block]
         self.ref_counts[block] += 1
@@ -119,28 +123,28 @@ class BlockPool:
                 self._cached[block] = None
 
     def register(self, block: int, key: Hashable) -> bool:
-        """Let a used block be found under a key.
+        """Register the content of a used block under a key.
 
         Returns:
-            Whether it is now: not if another block holds the same, or the block has another key.
+            False if another block has the key or the block has another key; nothing is registered then.
         """
-        if key in self._found or self._keys[block] is not None:
+        if key in self._block_of or self._keys[block] is not None:
             return False
-        self._found[key] = block
+        self._block_of[key] = block
         self._keys[block] = key
         return True
 
     def promise(self, block: int, key: Hashable) -> None:
-        """Register a block whose content will be there once what is being planned has run (`confirm`)."""
+        """Register a block whose content the planned step will write (see `confirm` and `revoke`)."""
         if self.register(block, key):
             self._promised.append(block)
 
     def confirm(self) -> None:
-        """What was promised is there."""
+        """Mark all promised content as written."""
         self._promised.clear()
 
     def revoke(self) -> list[int]:
-        """Forget what was promised, as it is not there, and return the blocks."""
+        """Forget the promised content, which was not written, and return its blocks."""
         revoked = list(self._promised)
         for block in revoked:
             self.forget(block)
@@ -148,17 +152,20 @@ class BlockPool:
         return revoked
 
     def forget(self, block: int) -> None:
-        """The block's content changes, or is of no use any more. One without a key is no error."""
+        """Remove the block's key, if it has one: its content changes or is no longer of use."""
         key = self._keys[block]
         if key is not None:
             self._keys[block] = None
-            del self._found[key]
+            del self._block_of[key]
             if block in self._cached:
                 del self._cached[block]
                 self._empty.append(block)
 
     def check_integrity(self, references: Counter[int]) -> None:
-        """Compare with the references that exist outside: empty + used + cached must be all there are.
+        """Check the pool's state against the references that callers hold.
+
+        Args:
+            references: number of references to each block.
 
         Raises:
             RuntimeError: a block is lost, in two places, counted wrongly, or found under a wrong key.
@@ -178,15 +185,15 @@ class BlockPool:
         used = sum(count > 0 for count in self.ref_counts)
         if len(empty) + used + len(self._cached) != self.num_blocks:
             raise RuntimeError("empty, used and cached blocks are not all blocks")
-        if {key: block for block, key in enumerate(self._keys) if key is not None} != self._found:
+        if {key: block for block, key in enumerate(self._keys) if key is not None} != self._block_of:
             raise RuntimeError("keys and the blocks found under them differ")
 
 
-def num_to_move(runs: Iterable[Run], target: BlockPool) -> int:
-    """Free blocks that `move` would take from ``target``."""
+def num_to_move(block_lists: Iterable[KeyedBlocks], target: BlockPool) -> int:
+    """Return the number of free blocks that `move` would take from ``target``."""
     fresh: set[int] = set()
     cached: set[int] = set()
-    for blocks, keys in runs:
+    for blocks, keys in block_lists:
         for i, block in enumerate(blocks):
             hit = target.find(keys[i]) if i < len(keys) else None
             if hit is None:
@@ -197,28 +204,31 @@ def num_to_move(runs: Iterable[Run], target: BlockPool) -> int:
 
 
 def move(
-    runs: Sequence[Run], source: BlockPool, target: BlockPool
+    block_lists: Sequence[KeyedBlocks], source: BlockPool, target: BlockPool
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Move references from one pool to another. What shares a block goes on sharing one, and what the target
-    holds already is not copied.
+    """Move references from one pool to another.
+
+    References to one block become references to one block of ``target``. Content that ``target`` already
+    holds is not copied.
 
     Args:
-        runs: every reference to move, as blocks of ``source`` with the keys of the first of them.
+        block_lists: the references to move, as blocks of ``source`` with their keys.
 
     Returns:
-        The blocks of each run in ``target``, and (source block, target block) of the copies to make before
-        the source's are written again. Their content is promised in ``target``.
+        The blocks of each list in ``target``, and (source block, target block) of the copies to make before
+        the source blocks are written again. The content is promised in ``target``.
     """
-    # All hits are taken before anything is allocated, which could evict them.
+    # Share all hits before anything is allocated, which could evict them.
     moved = [
-        [target.find(keys[i]) if i < len(keys) else None for i in range(len(blocks))] for blocks, keys in runs
+        [target.find(keys[i]) if i < len(keys) else None for i in range(len(blocks))]
+        for blocks, keys in block_lists
     ]
     for hits in moved:
         for hit in hits:
             if hit is not None:
                 target.share(hit)
     copies: dict[int, int] = {}
-    for (blocks, keys), new in zip(runs, moved):
+    for (blocks, keys), new in zip(block_lists, moved):
         for i, block in enumerate(blocks):
             if new[i] is not None:
                 continue
@@ -229,7 +239,7 @@ def move(
             new[i] = copies[block]
             if i < len(keys):
                 target.promise(copies[block], keys[i])
-    for blocks, _ in runs:
-        for block in reversed(blocks):  # the end of a run is of no use without its beginning
+    for blocks, _ in block_lists:
+        for block in reversed(blocks):  # evict the end first: it is useless without the beginning
             source.release(block)
     return moved, list(copies.items())  # type: ignore[return-value]

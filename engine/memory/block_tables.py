@@ -1,4 +1,4 @@
-"""The block tables of all sequences as rows of one array, changed in place. No torch."""
+"""Store the block tables of all sequences as rows of one array."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-NO_BLOCK = 2**31 - 1  # in the place of a block that was given back; an index that no pool has
+NO_BLOCK = 2**31 - 1  # replaces a freed block in a table; no pool has this index
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """One sequence's blocks in order.
+    """Hold one sequence's blocks in order.
 
-    ``keys`` are the content keys of its full blocks, the caller's own growing list; the pool knows the first
-    ``num_keyed`` of them. The first ``num_freed`` blocks were given back, `NO_BLOCK` stands in their places.
+    Args:
+        row: row in the array of `BlockTables`.
+        blocks: block IDs, `NO_BLOCK` for the first ``num_freed`` ones.
+        keys: content keys of the full blocks; the caller's list, which may grow.
+        num_keyed: number of blocks, from the first, that are registered in the pool under their keys.
+        num_freed: number of blocks, from the first, that were freed.
     """
 
     row: int
@@ -26,16 +30,16 @@ class BlockTable:
 
     @property
     def held(self) -> list[int]:
-        """Return the blocks that were not given back."""
+        """Return the blocks that were not freed."""
         return self.blocks[self.num_freed :] if self.num_freed else self.blocks
 
 
 @dataclass(slots=True)
 class BlockTables:
-    """Sequence id -> `BlockTable`, mirrored in int32 ``[rows, blocks]``.
+    """Map sequence IDs to block tables and mirror these in an int32 array ``[rows, blocks]``.
 
-    A sequence keeps its row until it is removed, so that a step costs what changed: a batch's tables are a
-    gather of rows. The array grows as needed. What lies past a table's end in its row means nothing.
+    A sequence keeps its row until it is removed, so a step writes only what changed and gathers the rows of
+    its batch. The array grows as needed. Entries past a table's end are undefined.
     """
 
     _array: np.ndarray = field(default_factory=lambda: np.zeros((16, 16), dtype=np.int32))
@@ -65,7 +69,7 @@ class BlockTables:
         num_keyed: int = 0,
         num_freed: int = 0,
     ) -> BlockTable:
-        """A new table; the list is its own from now on."""
+        """Add a sequence's table, which takes ownership of the list ``blocks``."""
         if not self._free_rows:
             rows = len(self._array)
             self._array = np.concatenate([self._array, np.zeros_like(self._array)])
@@ -94,13 +98,17 @@ class BlockTables:
         return table
 
     def gather(self, seq_ids: Sequence[int]) -> np.ndarray:
-        """The sequences' tables, int32 ``[N, most blocks of one]``, a copy."""
+        """Return a copy of the sequences' tables, int32 ``[N, max_blocks]``."""
         tables = [self._tables[seq_id] for seq_id in seq_ids]
         width = max(len(table.blocks) for table in tables)
         return self._array[[table.row for table in tables], :width]
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if the array is not what the tables say."""
+        """Check that the array matches the tables.
+
+        Raises:
+            RuntimeError: it does not.
+        """
         rows = [table.row for table in self._tables.values()]
         if sorted(rows + self._free_rows) != list(range(len(self._array))):
             raise RuntimeError("a row of the block tables is lost, or belongs to two sequences")

@@ -1,1 +1,1 @@
-"""The model, its KV cache, and where both come from."""
+"""Load models, size and allocate their KV cache, and run them."""

@@ -1,8 +1,8 @@
-"""The seam: transformers' attention interface on one side, the paged kernels on the other.
+"""Connect transformers' attention interface to the paged kernels.
 
 A model loaded with ``attn_implementation="cupaged"`` calls `paged_attention_forward` in every layer, with
-keys and values unrepeated and after the rotary embedding. The batch is one row of T tokens of all sequences;
-which token is whose stands in `AttentionMetadata`, a keyword argument of ``model.forward``.
+unrepeated keys and values after the rotary embedding. The batch is one row with the T tokens of all
+sequences. `AttentionMetadata`, a keyword argument of ``model.forward``, maps tokens to sequences.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ ATTENTION_NAME = "cupaged"
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Which tokens of a step belong to which sequence and where their keys and values are.
+    """Map the tokens of a step to sequences and to the blocks of their keys and values.
 
     Args:
-        kv_caches: a layer's view of the cache each, ``[num_blocks, 2, Hkv, B, D]``.
-        kv_scales: of a quantised cache: a layer's for keys and for values each, float32 ``[Hkv]``; else None.
-        slot_mapping: int64 ``[T]``, where each token's key and value go.
+        kv_caches: view of the cache for each layer, ``[num_blocks, 2, Hkv, B, D]``.
+        kv_scales: scales of keys and of values for each layer, float32 ``[Hkv]``; None unless the cache is
+            quantized.
+        slot_mapping: int64 ``[T]``, slot for the key and value of each token; -1 if they are stored already.
         block_tables: int32 ``[S, max_blocks]``.
-        seq_lens: int32 ``[S]``, tokens of each sequence, those of this step included.
-        query_start_loc: int32 ``[S + 1]``, or None when every sequence has one token in this step.
-        windows: a layer's sliding window each, None where it has none.
-        shared_prefix: neighbours begin with the same blocks, and it may pay to read those once.
+        seq_lens: int32 ``[S]``, number of tokens of each sequence, including those of this step.
+        query_start_loc: int32 ``[S + 1]``, or None if every sequence has one token in this step.
+        windows: sliding window of each layer, in tokens; None where it has none.
+        shared_prefix: neighbouring sequences begin with the same blocks, which the kernels may read once.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -44,7 +45,7 @@ class AttentionMetadata:
 
 
 def register_attention() -> None:
-    """Make "cupaged" an attention implementation of transformers. Doing it again changes nothing."""
+    """Register "cupaged" as an attention implementation of transformers; calling it again has no effect."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
 
 
@@ -63,15 +64,18 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Write this layer's keys and values to the cache and attend over it.
 
-    `attention_probe` has seen to it that the model asks for nothing else.
+    `attention_probe` has checked that the model passes no other keyword that changes the result.
 
     Args:
-        query: ``[1, H, T, D]``. key, value: ``[1, Hkv, T, D]``.
-        attention_mask: transformers builds none for this attention; the mask follows from ``paged``.
+        query: ``[1, H, T, D]``.
+        key, value: ``[1, Hkv, T, D]``.
+        attention_mask: None: transformers builds no mask for this attention; it follows from ``paged``.
+        scaling: factor of the logits; None: 1 / sqrt(D).
+        softcap: soft cap of the logits; None: no cap.
         s_aux: attention sinks ``[H]``.
 
     Returns:
-        ``[1, T, H, D]`` and no attention weights.
+        The output ``[1, T, H, D]``, and None in place of attention weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     kv_cache = paged.kv_caches[layer]

@@ -1,12 +1,12 @@
-"""What a model's layers attend to, asked of the model's own code before there is an engine.
+"""Find out what attention a model's layers need by running the model's own code.
 
-A configuration does not say it: the same entry is a window in one class, ignored in the next, and left over
-from another model in a third. So two rows of three tokens run through the model with an attention that only
-looks: at the keys it gets, and at the rule behind the mask that the model asked transformers for. Eager and
-SDPA attention obey that mask and nothing else.
+A configuration does not tell: one model class reads an entry as a window, another ignores it, and in a third
+it is left over from another model. So two rows of three tokens run through the model with an attention that
+only records the keys that it gets and the mask function that the model asked transformers for. Eager and
+SDPA attention depend on that mask alone.
 
-In that run every token attends to itself alone. If the token before it changes its result all the same, the
-model passes something on beside the attention, as a convolution does, which the paged cache would lose.
+In this run every token attends only to itself. If its result still depends on the token before it, the model
+has another path between tokens, such as a convolution, whose state the paged cache would lose.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ SUPPORTED = (
     "one size in all layers"
 )
 _TOKENS = 3
-_POSITIONS = 1 << 20  # how far masks are looked at
-# Less is rounding, which moves the experts of a few tokens.
-_CARRIED = 0.05
-_RULE = "_cupaged_rule"  # attribute of a mask: whom it lets see whom
+_MAX_POSITIONS = 1 << 20  # maximum number of positions at which masks are checked
+# Relative change of a result by another token. Smaller ones are rounding, which may select other experts.
+_MAX_DEPENDENCE = 0.05
+_RULE = "_cupaged_rule"  # attribute of a mask that holds its `_Rule`
 
-# Keywords that go to the attention of some models and change none of its results here: for training, for
-# outputs beside the result, or said by the positions and the mask already.
+# Keywords that models pass to their attention and that do not change its result here: they are for training
+# or for other outputs, or repeat what positions and mask say.
 _WITHOUT_EFFECT = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout", "is_causal",
     "logits_to_keep", "max_length_k", "max_length_q", "output_attentions", "output_hidden_states",
     "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
-# Some of those that it does not know.
+# Explanations of some unsupported keywords.
 _MEANING = {
     "block_indices": "block_indices (sparse attention: each token chooses blocks of keys)",
     "indices": "indices (sparse attention: each token chooses its keys)",
     "position_bias": "position_bias (numbers added to the logits)",
 }
-# What the paged attention takes.
-_PASSED_ON = {"scaling", "softcap", "s_aux"}
+# Keywords that `paged_attention_forward` takes.
+_SUPPORTED_KEYWORDS = {"scaling", "softcap", "s_aux"}
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """The attention of one layer.
+    """Describe the attention of one layer.
 
     Args:
-        window: number of the last tokens it sees, the token itself included; None: all.
+        window: sliding window in tokens, including the token itself; None: no window.
     """
 
     num_kv_heads: int
@@ -64,21 +64,27 @@ class LayerAttention:
 
 @dataclass(frozen=True, eq=False)
 class _Rule:
-    """Whom a mask lets see whom: transformers' index-based function, with the place it runs at."""
+    """Hold the index-based function of transformers behind a mask.
+
+    Args:
+        visible: mask function of batch, head, query and key indices.
+        span: window or chunk size that transformers passes with the mask, if any.
+        device: device on which the function runs.
+    """
 
     visible: Callable[..., torch.Tensor]
-    span: int | None  # where a pattern may turn, if transformers says so
+    span: int | None
     device: torch.device
 
 
 @dataclass
 class Probe:
-    """Stands in the place of `AttentionMetadata` while the model is looked at.
+    """Collect what the layers do; passed in place of `AttentionMetadata` during the probe.
 
     Args:
-        num_positions: sequences have no more tokens.
-        layers: what has been found, by the layer's index.
-        windows: of the masks that have been looked at.
+        num_positions: maximum number of tokens of a sequence.
+        layers: the attention of each layer so far, by layer index.
+        windows: the windows of the masks so far.
     """
 
     num_positions: int
@@ -90,74 +96,78 @@ def probe_layers(model: Any, num_positions: int | None) -> tuple[LayerAttention,
     """Return the attention of every layer that keeps keys and values, in order.
 
     Args:
-        model: a transformers decoder; it is left with the attention that it has.
-        num_positions: maximum number of tokens of a sequence; None: the model says none.
+        model: a transformers decoder; its attention implementation is restored at the end.
+        num_positions: maximum number of tokens of a sequence; None: the model has no maximum.
 
     Raises:
-        ValueError: the paged attention cannot do what a layer asks for.
+        ValueError: the paged attention does not support a layer.
     """
-    AttentionInterface.register(PROBE_NAME, _look)
+    AttentionInterface.register(PROBE_NAME, _record_layer)
     AttentionMaskInterface.register(PROBE_NAME, _mask_with_rule)
     text_config = model.config.get_text_config(decoder=True)
-    usual = text_config._attn_implementation
+    original = text_config._attn_implementation
     model.set_attn_implementation(PROBE_NAME)
     try:
         if text_config._attn_implementation != PROBE_NAME:
             raise ValueError("its attention is not an interface of transformers")
-        limited = num_positions is not None and num_positions > 0  # some say -1 for no limit
-        probe = Probe(min(num_positions or 0, _POSITIONS) if limited else _POSITIONS)
+        limited = num_positions is not None and num_positions > 0  # some models have -1 for no limit
+        probe = Probe(min(num_positions or 0, _MAX_POSITIONS) if limited else _MAX_POSITIONS)
         device = next(model.parameters()).device
         positions = torch.arange(_TOKENS, device=device)[None].expand(2, -1)
         token_ids = torch.zeros_like(positions).contiguous()
         token_ids[1, 0] = 1
-        # Not in inference mode, where views do not know of what.
+        # Not in inference mode, in which `_base` of a view is not kept (see `_rule`).
         with torch.no_grad():
             logits = model(input_ids=token_ids, position_ids=positions, use_cache=False, paged=probe).logits
     finally:
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(original)
     layers = [probe.layers[index] for index in sorted(probe.layers)]
     num_layers = max(text_config.num_hidden_layers, max(probe.layers, default=-1) + 1)
     missing = [index for index in range(num_layers) if index not in probe.layers]
     if missing:
         raise ValueError(f"of its {num_layers} layers these do not keep keys and values: {_listed(missing)}")
-    one, other = logits[:, 1:].float()
-    if float((one - other).norm()) > _CARRIED * float(one.norm()):
+    first, second = logits[:, 1:].float()  # the rows differ in token 0 only
+    if float((first - second).norm()) > _MAX_DEPENDENCE * float(first.norm()):
         raise ValueError("its tokens depend on those before them beside the attention, as in a convolution")
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, layer in enumerate(layers):
         shapes.setdefault((layer.num_kv_heads, layer.head_size), []).append(index)
     if len(shapes) > 1:
-        found = "; ".join(f"{heads} heads of {size} in {_listed(of)}" for (heads, size), of in shapes.items())
-        raise ValueError(f"its layers have keys of different shapes: {found}")
+        listed = "; ".join(
+            f"{heads} heads of {size} in {_listed(of)}" for (heads, size), of in shapes.items()
+        )
+        raise ValueError(f"its layers have keys of different shapes: {listed}")
     return tuple(layers)
 
 
-def _look(
+def _record_layer(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     paged: Probe | None = None,
-    **others: Any,
+    **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Record a layer. The result is as if each token saw itself only."""
+    """Record a layer's attention; return the result of tokens that attend only to themselves.
+
+    Raises:
+        ValueError: the paged attention does not support the layer.
+    """
     name = type(module).__name__
     if not isinstance(paged, Probe):
         raise ValueError(f"{name} does not hand arguments of the model's forward on to its attention")
     unknown = [
-        key
-        for key, given in others.items()
-        if given is not None and key not in _WITHOUT_EFFECT and key not in _PASSED_ON
+        keyword
+        for keyword, argument in keywords.items()
+        if argument is not None and keyword not in _WITHOUT_EFFECT and keyword not in _SUPPORTED_KEYWORDS
     ]
     if unknown:
-        raise ValueError(
-            f"{name} attends with {', '.join(_MEANING.get(key, key) for key in sorted(unknown))}"
-        )
+        raise ValueError(f"{name} attends with {', '.join(_MEANING.get(k, k) for k in sorted(unknown))}")
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int):
         raise ValueError(f"{name} does not say which layer it is (layer_idx)")
-    if index in paged.layers:  # the keys and values of one time would be lost
+    if index in paged.layers:  # the second call would overwrite the keys and values of the first
         raise ValueError(f"{name} attends twice in layer {index}")
     num_kv_heads, num_keys, head_size = key.shape[1:]
     if num_keys != query.shape[2]:
@@ -180,20 +190,25 @@ def _mask_with_rule(
     mask_function: Callable[..., torch.Tensor],
     local_size: int | None = None,
     device: torch.device | str = "cpu",
-    **others: Any,
+    **keywords: Any,
 ) -> torch.Tensor | None:
-    """Build the mask that eager attention has, and keep with it the function it is made of.
+    """Build the mask of eager attention and attach its `_Rule`.
 
-    transformers calls this from within its `create_causal_mask` and its kin, by keywords.
+    transformers calls this with keywords, in `create_causal_mask` and similar functions.
     """
-    others["allow_is_bidirectional_skip"] = False
-    mask = eager_mask(mask_function=mask_function, local_size=local_size, device=device, **others)
+    keywords["allow_is_bidirectional_skip"] = False
+    mask = eager_mask(mask_function=mask_function, local_size=local_size, device=device, **keywords)
     if mask is not None:
         setattr(mask, _RULE, _Rule(mask_function, local_size, torch.device(device)))
     return mask
 
 
 def _rule(name: str, mask: torch.Tensor | None) -> _Rule:
+    """Return the rule of the mask that a layer of class ``name`` got.
+
+    Raises:
+        ValueError: there is no mask, or the model built it itself.
+    """
     if mask is None:
         raise ValueError(f"{name} attends without a mask, to later tokens as well")
     rule = getattr(mask, _RULE, None)
@@ -205,25 +220,26 @@ def _rule(name: str, mask: torch.Tensor | None) -> _Rule:
 
 
 def _window(name: str, rule: _Rule, num_positions: int) -> int | None:
-    """Return the window of a mask; None where a token sees all tokens up to itself.
+    """Return the sliding window of a mask in tokens; None for a plain causal mask.
 
     Raises:
-        ValueError: neither describes the mask.
+        ValueError: the mask is neither.
     """
     last = num_positions - 1
     span = rule.span or 1
-    turns = (0, 1, span - 1, span, span + 1, 2 * span - 1, 2 * span, last // 2, last)
+    # Positions at which windows and chunks begin and end.
+    queries = (0, 1, span - 1, span, span + 1, 2 * span - 1, 2 * span, last // 2, last)
     keys = torch.arange(num_positions, device=rule.device)
     zero = torch.zeros((), dtype=torch.int64, device=rule.device)
     rows: list[tuple[int, torch.Tensor]] = []
-    for query in sorted({min(turn, last) for turn in turns}, reverse=True):
+    for query in sorted({min(query, last) for query in queries}, reverse=True):
         try:
             row = rule.visible(zero, zero, zero + query, keys)
-        except Exception as error:  # a function that looks at the prompt
+        except Exception as error:  # the function depends on the prompt
             raise ValueError(f"{name} attends with a mask that is not of positions only") from error
         rows.append((query, row.expand(num_positions)))
-    seen = int(rows[0][1].sum())
-    window = None if seen == num_positions else seen
+    num_visible = int(rows[0][1].sum())
+    window = None if num_visible == num_positions else num_visible
     for query, row in rows:
         expected = keys <= query
         if window is not None:
@@ -234,6 +250,7 @@ def _window(name: str, rule: _Rule, num_positions: int) -> int | None:
 
 
 def _pattern(query: int, row: torch.Tensor, span: int | None) -> str:
+    """Describe an unsupported mask by the keys that a query sees, for an error message."""
     if bool(row[query + 1 :].any()):
         return "to later tokens as well"
     if span is not None:

@@ -1,12 +1,16 @@
-"""How many blocks the KV cache gets."""
+"""Determine the number of blocks of the KV cache and of the swap space."""
 
 from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from ..config import EngineConfig
 from ..sampling_params import SamplingParams
+from ..scheduling.contiguous_memory import longest
 from . import cgroup
 from .dry_run import dry_run
 from .kv_cache import KVShape
@@ -15,13 +19,48 @@ from .model_runner import ModelRunner
 GIB = 1 << 30
 CPU_CACHE_BYTES = 4 * GIB
 
+_log = logging.getLogger("cupaged.engine")
 
-def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, max_model_len: int) -> int:
-    """Blocks that fit beside the weights and what the largest step takes, or all that are of any use where
-    that is less.
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The number of blocks, and the length of the sequences that they can hold."""
+
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    max_model_len: int
+
+
+def choose_cache_size(config: EngineConfig, runner: ModelRunner, shape: KVShape, model_len: int) -> CacheSize:
+    """Return how many blocks fit, and the maximum length of sequences.
+
+    Args:
+        model_len: maximum number of tokens of a sequence, as far as the model and the config are concerned.
 
     Raises:
-        ValueError: not one block fits.
+        ValueError: not one block fits, or less than the ``max_model_len`` that the config asks for.
+    """
+    num_blocks = num_gpu_blocks(config, runner, shape, model_len)
+    held = longest(config.memory_policy, num_blocks) * config.block_size
+    if config.max_model_len is not None and held < model_len:
+        run = "" if config.memory_policy == "paged" else " in one run of blocks"
+        raise ValueError(
+            f"max_model_len is {model_len}, and the KV cache holds {held} tokens{run}: lower it, or give "
+            "the cache more memory"
+        )
+    if held < model_len:
+        _log.warning("sequences end at %d tokens, which the KV cache holds, not at %d", held, model_len)
+    return CacheSize(num_blocks, num_cpu_blocks(config, shape, num_blocks), min(model_len, held))
+
+
+def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, max_model_len: int) -> int:
+    """Return the number of blocks of the KV cache.
+
+    That is ``num_gpu_blocks_override``, or as many as fit beside the weights and the largest step, but no
+    more than can be of use (`_useful_blocks`).
+
+    Raises:
+        ValueError: no block fits.
     """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
@@ -41,33 +80,38 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
 
 
 def _useful_blocks(config: EngineConfig, shape: KVShape, max_model_len: int) -> int:
-    """Those of the most sequences at their longest, and the hundredth that stays free while they run
-    (`GroupMemory.headroom`); as many again for what the prefix cache keeps."""
+    """Return the number of blocks that ``max_num_seqs`` sequences of maximum length use.
+
+    It includes the hundredth that stays free while they run (`GroupMemory.headroom`), and is doubled if
+    there is a prefix cache.
+    """
     running = config.max_num_seqs * -(-max_model_len // shape.block_size)
     useful = running + running // 99 + 1
     return 2 * useful if config.enable_prefix_caching and config.memory_policy == "paged" else useful
 
 
 def num_cpu_blocks(config: EngineConfig, shape: KVShape, gpu_blocks: int) -> int:
-    """Blocks of the swap space: never more than the GPU's (paper, section 4.5). What does not fit when it is
-    preempted is computed again."""
+    """Return the number of blocks of the swap space, at most that of the GPU (paper, section 4.5).
+
+    Sequences that do not fit when they are preempted are recomputed.
+    """
     if config.preemption_mode == "recompute" or config.memory_policy != "paged":
         return 0
     return min(int(config.swap_space * GIB) // shape.block_bytes, gpu_blocks)
 
 
 def largest_step(config: EngineConfig, max_model_len: int) -> list[int]:
-    """Lengths of prompts that fill a step with tokens, and with sequences to sample for."""
+    """Return prompt lengths that fill a step up to its maximum numbers of tokens and of sequences."""
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     num_tokens = min(config.max_num_batched_tokens, count * max_model_len)
     return [num_tokens // count + (i < num_tokens % count) for i in range(count)]
 
 
 def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> int:
-    """What ``gpu_memory_utilization`` leaves after the peak of a step with the most tokens."""
+    """Return the bytes that ``gpu_memory_utilization`` leaves beside the peak usage of the largest step."""
     torch.cuda.reset_peak_memory_stats(runner.device)
     prompts = [[0] * length for length in largest_step(config, max_model_len)]
-    # Sampling takes most where all tokens are about as likely, so that they have to be sorted.
+    # Sampling needs the most memory if all tokens are about equally likely, so that all are sorted.
     params = SamplingParams(temperature=1e6, top_p=0.9, frequency_penalty=0.1)
     cache = dry_run(runner, runner.kv_shape(config.block_size), prompts, params=params)
     torch.cuda.synchronize(runner.device)
@@ -80,8 +124,10 @@ def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: in
 
 
 def _available_cpu_bytes() -> int:
-    """Return what the machine has, or the container where that is less, with what the page cache can give
-    back."""
+    """Return the available bytes of the machine or of its container, whichever are fewer.
+
+    Reclaimable memory of the page cache counts as available.
+    """
     machine = int(psutil.virtual_memory().available)
     container = cgroup.available_bytes()
     return machine if container is None else min(machine, container)

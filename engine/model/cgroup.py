@@ -1,6 +1,6 @@
-"""How much memory the limits of a container leave: cgroups of both versions, as mounted.
+"""Read how much memory the cgroup limits (v1 and v2) of a container leave.
 
-What is free on the machine says nothing inside a container, whose processes are killed beyond its limit.
+The free memory of the machine is no bound in a container, whose processes are killed beyond its own limit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-# Of each version: the limits, what is in use, and of that the page cache that is given back at once.
+# By version: files of the limits, file of the usage, and statistic of the reclaimable page cache in it.
 _FILES = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -17,28 +17,28 @@ _FILES = {
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return what this process may take beyond what is in use; None where no limit is found.
+    """Return the number of bytes that this process can still allocate; None where there is no limit.
 
-    The groups that its own one is in have limits too, and count what all in them use.
+    The limits of all ancestors of the process's group count, with the usage of all processes in them.
 
     Args:
-        root: where ``proc`` and the mount points are.
+        root: directory that contains ``proc`` and the mount points.
     """
-    found = []
+    available = []
     for version, group, top in _groups(root):
         limits, usage, reclaimable = _FILES[version]
         for directory in (group, *group.parents):
             limited = [value for name in limits if (value := _number(directory / name)) is not None]
             if limited:
                 used = (_number(directory / usage) or 0) - _statistic(directory, reclaimable)
-                found.append(max(0, min(limited) - max(0, used)))
+                available.append(max(0, min(limited) - max(0, used)))
             if directory == top:
                 break
-    return min(found, default=None)
+    return min(available, default=None)
 
 
 def _groups(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Yield each hierarchy that counts memory: version, the process's directory in it, and mount point."""
+    """Yield (version, directory of the process's group, mount point) of each hierarchy that limits memory."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -54,7 +54,7 @@ def _groups(root: Path) -> Iterator[tuple[str, Path, Path]]:
         shown, place = (_unescape(field) for field in mount.split(" ")[3:5])
         top = root / place.lstrip("/")
         own = PurePosixPath(paths[version])
-        # The mount may show a part of the hierarchy, from the container's own group on.
+        # The mount may show only the part of the hierarchy below the container's own group.
         inside = own.is_relative_to(shown) and ".." not in own.parts
         group = top / own.relative_to(shown) if inside else top
         yield version, group if group.is_dir() else top, top
@@ -68,12 +68,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _unescape(field: str) -> str:
-    """Put back spaces and the like, which stand as octal numbers in mountinfo."""
+    """Replace the octal escapes of mountinfo, as for spaces."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def _number(file: Path) -> int | None:
-    """Return a file's number; None for "max", and where there is no such file, as in the root group."""
+    """Return the number in a file; None for "max" or if there is no such file, as in the root group."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

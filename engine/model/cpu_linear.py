@@ -1,7 +1,7 @@
-"""Linear layers of a bfloat16 model on the CPU, with weights in the layout that oneDNN multiplies.
+"""Pack the weights of bfloat16 linear layers on the CPU in oneDNN's own layout.
 
-torch hands oneDNN a plain weight at every call, which multiplies it at about six sevenths of the speed of a
-packed one. Packing once is what torch's own inductor does when it freezes a model.
+torch passes oneDNN a plain weight at every call, at about six sevenths of the speed of a packed one. torch's
+inductor packs weights in the same way when it freezes a model.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 
 
 class PackedLinear(torch.nn.Module):
-    """`torch.nn.Linear` for inference over a packed weight; the result has the same bits.
+    """Replace a `torch.nn.Linear` for inference, with a packed weight and bitwise equal results.
 
     Args:
-        linear: on the CPU in bfloat16.
+        linear: a layer on the CPU in bfloat16.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
@@ -27,17 +27,17 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack_linears(model: torch.nn.Module) -> int:
-    """Replace a CPU model's bfloat16 `torch.nn.Linear` layers, in place; others are left alone.
+    """Replace the bfloat16 `torch.nn.Linear` layers of a CPU model in place.
 
-    A replaced weight is freed, unless another layer has it too: a head tied to the embedding costs its size
-    once more. Where oneDNN does not multiply bfloat16, nothing is replaced.
+    The plain weights are freed unless other layers use them: a head tied to the embedding takes its size
+    twice. Nothing is replaced if oneDNN does not support bfloat16 here.
 
     Returns:
-        How many layers were replaced.
+        The number of packed layers.
     """
     packed: dict[torch.nn.Module, PackedLinear] = {}
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # named_children() would tell of a shared one once
+        for name, child in parent._modules.items():  # named_children() yields a shared module only once
             if child is None or not _can_pack(child):
                 continue
             if child not in packed:

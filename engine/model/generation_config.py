@@ -1,4 +1,4 @@
-"""Read what generation_config.json asks for: sampling settings, and the tokens that end an answer."""
+"""Read sampling settings and end-of-sequence tokens from generation_config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from ..sampling_params import SamplingParams
 
-# What vLLM takes, under transformers' names and ours.
+# The settings that vLLM reads: transformers' name -> name in `SamplingParams`.
 _SETTINGS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -25,7 +25,8 @@ def generation_config(model: PreTrainedModel, source: str) -> GenerationConfig:
     """Return the generation config to follow.
 
     Args:
-        source: the setting: "auto" and "vllm" are the model's own, anything else is a directory that has one.
+        source: `EngineConfig.generation_config`: "auto" and "vllm" stand for the model's own config, another
+            value is a directory with a generation_config.json.
     """
     if source in ("auto", "vllm"):
         return model.generation_config or GenerationConfig()
@@ -33,20 +34,20 @@ def generation_config(model: PreTrainedModel, source: str) -> GenerationConfig:
 
 
 def sampling_defaults(config: GenerationConfig, source: str) -> dict[str, Any]:
-    """Return the settings of `SamplingParams` that the generation config has, which is none for "vllm".
+    """Return the settings of `SamplingParams` that the generation config has; none if ``source`` is "vllm".
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: a setting is out of range.
     """
     if source == "vllm":
         return {}
     given = {ours: getattr(config, theirs, None) for theirs, ours in _SETTINGS.items()}
-    found = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in given.items() if value is not None}
     try:
-        SamplingParams(**found)
+        SamplingParams(**settings)
     except ValueError as error:
         raise ValueError(f"generation_config.json of the model: {error}; {_REMEDY}") from error
-    return found
+    return settings
 
 
 def ending_token_ids(
@@ -55,13 +56,13 @@ def ending_token_ids(
     tokenizer: PreTrainedTokenizerBase,
     num_tokens: int,
 ) -> frozenset[int]:
-    """Return the tokens that end an answer: chat models name several.
+    """Return the IDs of the tokens that end an output; chat models have several.
 
     Args:
-        num_tokens: how many tokens the model can sample. Those beyond are left out: they never come.
+        num_tokens: number of tokens that the model can sample; other token IDs are left out.
     """
-    found = {tokenizer.eos_token_id}
+    token_ids = {tokenizer.eos_token_id}
     for source in (config, generation):
         eos = getattr(source, "eos_token_id", None)
-        found |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    return frozenset(token for token in found if token is not None and 0 <= token < num_tokens)
+        token_ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    return frozenset(token for token in token_ids if token is not None and 0 <= token < num_tokens)

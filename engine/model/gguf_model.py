@@ -1,4 +1,4 @@
-"""Models and tokenizers out of GGUF files, which transformers reads."""
+"""Load models and tokenizers from GGUF files through transformers."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ _log = logging.getLogger("cupaged.engine")
 def load(
     path: Path, *, dtype: torch.dtype, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a GGUF file, its weights dequantised.
+    """Load a model and its tokenizer from a GGUF file; the weights are dequantized.
 
     Args:
-        options: further ones of ``AutoModelForCausalLM.from_pretrained``.
+        dtype: dtype of the weights.
+        options: further options of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: transformers cannot read it, it lacks tensors, or its text would be cut into other tokens
-            than the model's.
+        ValueError: transformers cannot read the file, it lacks tensors, or its tokenizer is not supported.
     """
     try:
         header = _Header.of(path)
-        pre = gguf_tokenizer.check(header.tokenizer, header.pre)  # before gigabytes are read
+        pre = gguf_tokenizer.check(header.tokenizer, header.pre)  # before the weights are read
         model = load_weights(path.parent, gguf_file=path.name, dtype=dtype, **_dequantise_option(), **options)
         _log.info("the weights of %s are dequantised to %s", path.name, str(dtype).removeprefix("torch."))
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the reader raises whatever it meets
+    except Exception as error:  # the reader may raise any exception
         raise ValueError(f"{path} cannot be loaded as a GGUF model: {error}") from error
     if pre is not None:
-        gguf_tokenizer.settle(tokenizer, pre, header.add_bos)
+        gguf_tokenizer.configure(tokenizer, pre, header.add_bos)
     return model, tokenizer
 
 
 def _dequantise_option() -> dict[str, Any]:
-    """Ask newer releases of transformers not to keep weights packed, for kernels of their own."""
+    """Return the option that makes newer releases of transformers dequantize the weights."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def context_length(path: Path) -> int | None:
-    """Return the maximum number of tokens that the model was made for; None where the file does not say.
+    """Return the maximum number of tokens that the model was trained for; None if the file has none.
 
     Raises:
         ValueError: the file cannot be read.
@@ -67,7 +67,7 @@ def context_length(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class _Header:
-    """Hold what a file says about its tokenizer."""
+    """Hold a file's metadata of its tokenizer."""
 
     tokenizer: str | None
     pre: str | None

@@ -1,8 +1,8 @@
-"""How GGUF files say that text is cut before merging (``tokenizer.ggml.pre``), as llama.cpp reads it.
+"""Build the pre-tokenizers that GGUF files name in ``tokenizer.ggml.pre``, as llama.cpp does.
 
-A name stands for regular expressions, each of which cuts the pieces that the one before it left: a match is
-a piece, and so is what lies between two. They are those of llama.cpp's table, which for some models differ
-from the model's own tokenizer.json in accents and letters beyond ASCII.
+A name stands for a list of regular expressions. Each one splits the pieces that the one before it produced:
+every match is a piece, and so is the text between two matches. The expressions are those of llama.cpp, which
+for some models differ from the model's tokenizer.json in accents and letters beyond ASCII.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _log = logging.getLogger("cupaged.engine")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a name stands for.
+    """Describe a pre-tokenizer.
 
     Args:
-        patterns: the regular expressions, in their order.
-        ignore_merges: a piece that is a token is that token, whatever the merges make of it.
-        add_bos: prompts begin with the BOS token where the file does not say whether they do.
+        patterns: regular expressions, in the order of their application.
+        ignore_merges: a piece that is in the vocabulary becomes that token, without applying the merges.
+        add_bos: prompts begin with the BOS token unless the file says otherwise.
     """
 
     patterns: tuple[str, ...]
@@ -31,10 +31,10 @@ class PreTokenizer:
     add_bos: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """Return the same as a pre-tokenizer of the tokenizers library, for byte-level BPE."""
-        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns]
+        """Return the equivalent of the tokenizers library, for byte-level BPE."""
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns]
         return pre_tokenizers.Sequence(
-            [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
 
 
@@ -43,7 +43,10 @@ _SPACES = r"\s+(?!\S)|\s+"
 _NEWLINES = r"\s*[\r\n]+"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_START, _END = r"(?<![\s\S])", r"(?![\s\S])"  # of a piece, in every dialect
+_START, _END = (
+    r"(?<![\s\S])",
+    r"(?![\s\S])",
+)  # of a piece, in every dialect
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_SUFFIX}|{_LETTERS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_NEWLINES}|{_SPACES}"
@@ -52,7 +55,7 @@ _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 
 def _cased(upper: str, lower: str, suffix: str, digits: str) -> str:
-    """Words that begin with capitals, as "Tokens" and "HTTP", and what follows them."""
+    """Return the pattern of tokenizers that split words at capitals, as between "Token" and "Count"."""
     word = rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}"
     return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_NEWLINES}|{_SPACES}"
 
@@ -61,7 +64,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _NO_SMALL, _NO_CAPITAL = r"(?:(?![a-z])\p{L})", r"(?:(?![A-Z])\p{L})"
 _NO_SMALL_OR_MARK, _NO_CAPITAL_OR_MARK = r"(?:(?![a-z])[\p{L}\p{M}])", r"(?:(?![A-Z])[\p{L}\p{M}])"
 
-# Letters that have a case, as llama.cpp lists them: no small Armenian ones, none of Unicode's last years.
+# Letters that have a case, as llama.cpp lists them: without small Armenian letters and recent additions.
 _DEEPSEEK_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5"
@@ -89,10 +92,10 @@ _AFMOE_SCRIPTS = (
     "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
     "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
 )
-# Digits by threes from the right: a run of them, then what is too many at its left, then the threes.
+# Groups of three digits from the right: all digits, then the one or two at the left, then the groups.
 _AFMOE_DIGITS = (r"\p{N}+", rf"{_START}\p{{N}}{{1,2}}(?=(?:\p{{N}}{{3}})+{_END})", r"\p{N}{3}")
-# Also by threes from the right, but decimal digits. llama.cpp's one pattern looks from each digit at all that
-# follow, which takes minutes for a long run; here only the first three do.
+# Groups of three decimal digits from the right. llama.cpp's single pattern looks ahead from every digit to
+# the end, which takes minutes for a long number; here only the first three digits do.
 _SUPERBPE_DIGITS = (
     r"(?:(?<!\d)|(?<=\A\d|\D\d)|(?<=\A\d\d|\D\d\d))(?=(?:\d{3})+(?!\d))",
     r"\d{3}(?=\d)",
@@ -194,7 +197,7 @@ _FAMILIES = {
 }
 
 PRE_TOKENIZERS = {name: family for names, family in _FAMILIES.items() for name in names.split()}
-# Known to llama.cpp, and more than regular expressions before merging bytes.
+# Names known to llama.cpp whose tokenizers need more than regular expressions and byte-level BPE.
 REFUSED = {
     "kimi-k2": "merges no pairs, but takes ranks that the file does not have",
     **dict.fromkeys(
@@ -202,19 +205,19 @@ REFUSED = {
         "merges characters, and transformers reads a 'gpt2' vocabulary as bytes",
     ),
 }
-MODELS = ("gpt2", "llama", "t5", "gemma4")  # that transformers makes tokenizers of
+MODELS = ("gpt2", "llama", "t5", "gemma4")  # supported by transformers
 _INSTEAD = "serve the Hugging Face directory that the file was made from, or another conversion of it"
 
 
 def check(model: str | None, pre: str | None) -> PreTokenizer | None:
-    """Return how a file's text is cut; None where the kind of tokenizer says so by itself.
+    """Return the pre-tokenizer of a file; None if its kind of tokenizer needs none.
 
     Args:
-        model: ``tokenizer.ggml.model`` of the file, as "gpt2" or "llama".
-        pre: ``tokenizer.ggml.pre``.
+        model: ``tokenizer.ggml.model`` of the file, such as "gpt2" or "llama".
+        pre: ``tokenizer.ggml.pre`` of the file.
 
     Raises:
-        ValueError: tokens would not be those that the model was trained on.
+        ValueError: the tokenizer is not supported, so tokens would differ from those of the model's training.
     """
     if model not in MODELS:
         raise ValueError(
@@ -243,11 +246,11 @@ def check(model: str | None, pre: str | None) -> PreTokenizer | None:
     return PRE_TOKENIZERS[pre]
 
 
-def settle(tokenizer: PreTrainedTokenizerBase, pre: PreTokenizer, add_bos: bool | None) -> None:
-    """Make a tokenizer that transformers read cut text as llama.cpp does.
+def configure(tokenizer: PreTrainedTokenizerBase, pre: PreTokenizer, add_bos: bool | None) -> None:
+    """Set the pre-tokenizer of a tokenizer that transformers loaded, and its BOS token, in place.
 
     Args:
-        add_bos: whether the file says that prompts begin with the BOS token; None if it says nothing.
+        add_bos: ``tokenizer.ggml.add_bos_token`` of the file; None if it has none.
     """
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre.build()

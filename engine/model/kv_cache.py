@@ -1,4 +1,4 @@
-"""The tensors of the KV cache and its swap space, and the only code that moves blocks."""
+"""Hold the tensors of the KV cache and of its swap space, and move blocks within and between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..scheduling.step_plan import BlockPairs, Plan
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one block holds: ``[num_layers, 2, num_kv_heads, block_size, head_size]``."""
+    """Describe a block of the cache, ``[num_layers, 2, num_kv_heads, block_size, head_size]``."""
 
     num_layers: int
     num_kv_heads: int
@@ -33,14 +33,15 @@ class KVShape:
 
 
 class KVCache:
-    """One block-major allocation: a block is one contiguous chunk over all layers, so that copying or
-    swapping it is one copy.
+    """Hold the KV cache as one block-major tensor, and the swap space as another.
+
+    A block is contiguous over all layers, so copying or swapping it is a single copy.
 
     Args:
-        shape: of a block.
-        num_gpu_blocks: on ``device``.
-        num_cpu_blocks: of the swap space, in pinned memory where there is a GPU.
-        scales: of a quantised cache, float32 ``[num_layers, 2, num_kv_heads]``, keys before values.
+        shape: shape of a block.
+        num_gpu_blocks: number of blocks on ``device``.
+        num_cpu_blocks: number of blocks of the swap space, in pinned memory if ``device`` is a GPU.
+        scales: scales of a quantized cache, float32 ``[num_layers, 2, num_kv_heads]``, keys before values.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class KVCache:
         self.layers = tuple(self.blocks[:, layer] for layer in range(shape.num_layers))
 
     def move_blocks(self, plan: Plan) -> None:
-        """Run a plan's swaps and copies on the current stream, before its tokens are computed."""
+        """Run a plan's swaps and copies on the current stream, before the plan's tokens are computed."""
         if plan.swap_out:
             cupaged.swap_blocks(self.blocks, self.swap_space, _mapping(plan.swap_out))
         if plan.swap_in:
@@ -70,8 +71,10 @@ class KVCache:
 
 
 def in_turn(copies: BlockPairs) -> Iterator[BlockPairs]:
-    """Copies to be made one after the other, in parts that may be made all at once: no part writes a block
-    that it reads or writes elsewhere. Nearly always that is one part."""
+    """Yield consecutive slices of sequential copies that can each run in parallel.
+
+    No slice writes a block that another copy of it reads or writes. There is almost always one slice.
+    """
     start, touched, written = 0, set[int](), set[int]()
     for i, (source, destination) in enumerate(copies):
         if destination in touched or source in written:

@@ -1,18 +1,19 @@
-"""The scales of a quantised KV cache: a layer's KV head has one for its keys and one for its values.
+"""Calibrate the scales of a quantized KV cache: per layer and KV head one for keys and one for values.
 
-They are fixed before the first request, from the largest keys and values of a drawn prompt, and so are the
-same in every run of a model: what a request gets does not depend on what came before it. Larger values than
-any of the prompt's, times a headroom, saturate.
+Scales are fixed before the first request, from the largest keys and values of a prompt of random tokens with
+a fixed seed. So they are the same in every run of a model, and results do not depend on earlier requests.
+Values beyond the prompt's largest times a headroom saturate.
 
-Tried on SmolLM2-135M in float32, over 4096 tokens of English text in pieces of 1024. The text's largest key
-of a head is up to 1.9 times that of 256 drawn tokens, its largest value up to 2.2 times; the medians are 1.2
-and 1.3. Mean KL divergence of the next token's distribution from that without quantising, in nats, two draws:
+Measured on SmolLM2-135M in float32, over 4096 tokens of English text in chunks of 1024. The text's largest
+key of a head is up to 1.9 times that of 256 random tokens, its largest value up to 2.2 times; the medians are
+1.2 and 1.3. Mean KL divergence of the next token's distribution from that of an unquantized cache, in nats,
+for two random prompts:
 
     int8      headroom 1: 0.0080   1.5: 0.0060, 0.0055   2: 0.0102   (the text's own maxima: 0.0038)
     fp8_e4m3  headroom 1: 0.0145   8: 0.0093, 0.0099                 (scale 1: 0.0104)
     fp8_e5m2                       8: 0.0380                         (scale 1: 0.0384)
 
-A factor of two of headroom costs int8 a bit, and fp8 only its smallest numbers.
+Twice the headroom costs int8 one bit of precision, and fp8 only its smallest numbers.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ HEADROOM = {torch.float8_e4m3fn: 8.0, torch.float8_e5m2: 8.0, torch.int8: 1.5}
 
 
 def calibrate(runner: ModelRunner, shape: KVShape, vocab_size: int, max_tokens: int) -> torch.Tensor | None:
-    """Scales for a cache of ``shape``, or None where it is not quantised.
+    """Return scales for a cache of ``shape``, or None if that is not quantized.
 
     Args:
-        vocab_size: tokens are drawn below it.
-        max_tokens: of a sequence and of a step.
+        vocab_size: upper bound of the random token IDs.
+        max_tokens: maximum number of tokens of a sequence and of a step.
 
     Returns:
         float32 ``[num_layers, 2, num_kv_heads]``, keys before values.
@@ -53,5 +54,5 @@ def calibrate(runner: ModelRunner, shape: KVShape, vocab_size: int, max_tokens: 
             f"the model's keys or values overflow in {cache.shape.dtype}, so that they cannot be quantised; "
             "use another dtype, or kv_cache_dtype='auto'"
         )
-    # A head whose keys or values are all zero has any scale.
+    # The clamp avoids a scale of 0; heads with keys or values that are all zero can have any scale.
     return largest.clamp(min=1e-6) * (HEADROOM[shape.dtype] / LARGEST[shape.dtype])

@@ -1,4 +1,4 @@
-"""Where models come from: a Hugging Face directory, a hub id, a GGUF file, or the demo model."""
+"""Load models from a Hugging Face directory, a hub ID, a GGUF file, or the demo model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def load_model(
     """Load a decoder and its tokenizer, ready to run.
 
     Args:
-        model: a directory, a hub id, a path to a ``.gguf`` file, or None for the demo model.
+        model: a directory, a hub ID, a path to a ``.gguf`` file, or None for the demo model.
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's, unless the CPU is slow at it.
-        device: of the weights, as torch names it.
-        attn_implementation: the name under which the attention is registered with transformers.
-        max_model_len: maximum number of tokens of a sequence, refused before the weights are loaded where
-            the model was made for fewer.
+        device: torch's name of the device for the weights.
+        attn_implementation: name under which the attention is registered with transformers.
+        max_model_len: maximum number of tokens of a sequence, checked before the weights are loaded.
         trust_remote_code: run Python files that come with the model.
 
     Raises:
-        ValueError: there is no such model, it lacks tensors, it needs code of its own that is not trusted, or
-            it is not a decoder that supports attention interfaces.
+        ValueError: there is no such model, it lacks tensors, it was made for fewer than ``max_model_len``
+            tokens, it needs code of its own that is not trusted, or it is not a decoder that supports
+            attention interfaces.
     """
     source = str(demo_model_dir()) if model is None else model
     path = check_files(source, max_model_len)
@@ -49,14 +49,14 @@ def load_model(
     if path is not None and path.is_file():
         if max_model_len is not None:
             check_length(max_model_len, gguf_model.context_length(path))
-        # Quantised weights have no dtype to follow; 16 bits hold them.
+        # Quantized weights have no dtype of their own; bfloat16 is precise enough for them.
         chosen = _torch_dtype(dtype, torch.bfloat16, device)
         loaded, tokenizer = gguf_model.load(path, dtype=chosen, **options)
     else:
         place = source if path is None else str(path)
         trust = {"trust_remote_code": trust_remote_code}
         where = "is not here, and cannot be loaded from the hub" if path is None else "cannot be loaded"
-        config = _part(AutoConfig, place, where, **trust)
+        config = _load_part(AutoConfig, place, where, **trust)
         if config.is_encoder_decoder:
             kind = config.model_type
             raise ValueError(f"model {place!r} ({kind}) has an encoder; only decoders are served")
@@ -64,22 +64,26 @@ def load_model(
             check_length(max_model_len, model_length(config))
         chosen = _torch_dtype(dtype, getattr(config, "dtype", None), device)
         loaded = _checked_load(place, config, dtype=chosen, **options, **trust)
-        tokenizer = _part(AutoTokenizer, place, "has no tokenizer that transformers can load", **trust)
+        tokenizer = _load_part(AutoTokenizer, place, "has no tokenizer that transformers can load", **trust)
     return loaded.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
 
 
 def model_length(config: PretrainedConfig) -> int | None:
-    """Return the maximum number of tokens that a model was made for; None where nothing says so."""
+    """Return the maximum number of tokens that a model was made for; None if its configuration has none."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _part(kind: Any, place: str, what: str, **options: Any) -> Any:
-    """Load the configuration or the tokenizer of a model, or raise an error with the model's name."""
+def _load_part(auto_class: Any, place: str, problem: str, **options: Any) -> Any:
+    """Load the configuration or the tokenizer of a model.
+
+    Raises:
+        ValueError: it cannot be loaded; the message has the model's name and the ``problem``.
+    """
     try:
-        return kind.from_pretrained(place, **options)
-    except Exception as error:  # transformers and the readers below it raise whatever they meet
+        return auto_class.from_pretrained(place, **options)
+    except Exception as error:  # transformers and its readers may raise any exception
         _refuse_code(place, error)
-        raise ValueError(f"model {place!r} {what}: {error}") from error
+        raise ValueError(f"model {place!r} {problem}: {error}") from error
 
 
 def _checked_load(place: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
@@ -88,14 +92,14 @@ def _checked_load(place: str, config: PretrainedConfig, **options: Any) -> PreTr
         return load_weights(place, **options)
     except Exception as error:
         _refuse_code(place, error)
-        # Some models choose among classes of their own, by the name.
+        # Some models look up their own attention classes by this name.
         unknown = isinstance(error, KeyError) and error.args == (options["attn_implementation"],)
         why = "its attention is not an interface of transformers" if unknown else error
         raise ValueError(f"model {place!r} ({kind}) cannot be loaded as a decoder: {why}") from error
 
 
 def _refuse_code(place: str, error: Exception) -> None:
-    """Turn transformers' refusal of files with code into ours."""
+    """Raise our own ValueError if the error is transformers' refusal of files with code."""
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         raise ValueError(
             f"model {place!r} needs Python code that comes with it, which transformers does not have: read "
@@ -110,12 +114,12 @@ def _torch_dtype(dtype: str, checkpoint: torch.dtype | None, device: str) -> tor
         return torch.float32
     if torch.device(device).type != "cpu":
         return checkpoint
-    # On a CPU 16 bits pay only where it multiplies bfloat16 itself.
+    # On a CPU 16 bits are faster only if it has instructions for bfloat16.
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX."""
+    """Return whether the CPU has AVX512-BF16 or AMX."""
     probes = (
         getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )

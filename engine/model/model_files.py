@@ -1,4 +1,4 @@
-"""What a model's files say before anything is imported or loaded: a wrong path is refused in no time."""
+"""Check a model's files before anything is imported or loaded, so that wrong paths fail at once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _LENGTHS = ("max_position_embeddings", "n_positions")
 
 
 def check_files(model: str | None, max_model_len: int | None = None) -> Path | None:
-    """Refuse what cannot be loaded as far as the files' names, sizes and headers tell.
+    """Check the names, sizes and headers of a model's files.
 
     Args:
-        model: a directory, a hub id, a path to a ``.gguf`` file, or None for the demo model.
-        max_model_len: maximum number of tokens of a sequence, if one is asked for.
+        model: a directory, a hub ID, a path to a ``.gguf`` file, or None for the demo model.
+        max_model_len: maximum number of tokens of a sequence; None: the model's.
 
     Returns:
-        The directory or the ``.gguf`` file; None where there is neither, and it may be a hub id.
+        The directory or the ``.gguf`` file; None if there is neither, so that ``model`` may be a hub ID.
 
     Raises:
-        ValueError: there is no such model, it lacks files, or it is not for so many tokens.
+        ValueError: there is no such model, it lacks files, or it was made for fewer tokens.
     """
     if model is None:
         return None
@@ -49,11 +49,11 @@ def check_files(model: str | None, max_model_len: int | None = None) -> Path | N
 
 
 def check_length(max_model_len: int | None, model_len: int | None) -> int:
-    """Return how many tokens a sequence may have as far as the model goes.
+    """Return the maximum number of tokens of a sequence.
 
     Args:
-        max_model_len: what is asked for.
-        model_len: what the model's configuration says; -1 (xlnet's) or 0 is no limit.
+        max_model_len: maximum that the user asks for; None: the model's.
+        model_len: maximum in the model's configuration; None, 0 or -1 (xlnet's): no limit.
 
     Raises:
         ValueError: neither is given, or the model was made for fewer.
@@ -69,10 +69,10 @@ def check_length(max_model_len: int | None, model_len: int | None) -> int:
 
 
 def check_generation_config(source: str) -> None:
-    """Refuse a setting ``generation_config`` that is a path without such a file.
+    """Check that ``generation_config``, if it is a directory, has a generation_config.json.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: the file does not exist or cannot be read.
     """
     if source not in ("auto", "vllm"):
         file = Path(source).expanduser() / "generation_config.json"
@@ -107,13 +107,13 @@ def _check_directory(model: str, directory: Path, max_model_len: int | None) -> 
     if max_model_len is not None and len(lengths) == 1:
         check_length(max_model_len, lengths[0])
     if (generation := directory / "generation_config.json").is_file():
-        _read_json(generation)  # transformers would go on without
+        _read_json(generation)  # transformers would silently ignore a damaged one
     chosen = config.get("transformers_weights")  # a checkpoint may name its file
     _check_weights(model, directory, (chosen,) if isinstance(chosen, str) else WEIGHTS)
 
 
 def _check_weights(model: str, directory: Path, names: tuple[str, ...]) -> None:
-    """Look at the first of these files that is there, which is the one that transformers takes."""
+    """Check the first of these files that exists, which is the one that transformers loads."""
     present = [directory / name for name in names if (directory / name).is_file()]
     if not present:
         raise ValueError(f"model {model!r} is a directory without weights: it has no {' or '.join(names)}")
@@ -134,7 +134,7 @@ def _check_weights(model: str, directory: Path, names: tuple[str, ...]) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Return whether a safetensors file is as long as its header says."""
+    """Return whether a safetensors file has the length that its header implies."""
     try:
         with file.open("rb") as opened:
             header_size = int.from_bytes(opened.read(8), "little")
@@ -150,17 +150,17 @@ def _is_whole(file: Path) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): change its permissions") from error
     except ValueError as error:
         raise ValueError(f"{file} is damaged, or is no JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object: download it again")
-    return found
+    return content
 
 
-def shorten(names: list[str], most: int = 5) -> str:
-    """Return the first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def shorten(names: list[str], limit: int = 5) -> str:
+    """Return the first ``limit`` names as text, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""A plan in, logits out: builds the flat batch of a step and runs the model's forward on it."""
+"""Build the batch of a step from its plan and run the model on it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
-LONG_PREFIX = 1024  # tokens that neighbours share before a search for them may pay
+LONG_PREFIX = 1024  # minimum number of shared prompt tokens for which kernels look for shared prefixes
 
 
 class ModelRunner:
-    """Runs a transformers decoder loaded with the "cupaged" attention.
+    """Run a transformers decoder that was loaded with the "cupaged" attention.
 
     Raises:
-        ValueError: the model's attention is of a kind that the paged cache does not serve.
+        ValueError: the paged cache does not support the model's attention.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -43,7 +43,7 @@ class ModelRunner:
 
     @property
     def window(self) -> int | None:
-        """Maximum number of tokens that a token sees in any layer; None where a layer sees all."""
+        """Return the maximum number of tokens that a token attends to; None if a layer has no window."""
         windows = [window for window in self._windows if window is not None]
         return max(windows) if windows and len(windows) == len(self._windows) else None
 
@@ -62,18 +62,18 @@ class ModelRunner:
             raise ValueError(f"its code fails with {type(error).__name__}: {error}") from error
 
     def _takes_positions(self) -> bool:
-        """Whether the model can be told where a token stands in its sequence, the first one at 0."""
-        after_padding = any(  # roberta and its kin number tokens from behind their padding
+        """Return whether the model takes position_ids that begin at 0."""
+        after_padding = any(  # in roberta-like models positions begin after padding_idx
             name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
             for name, module in self._model.named_modules()
         )
         return not after_padding and "position_ids" in inspect.signature(self._model.forward).parameters
 
     def kv_shape(self, block_size: int, kv_cache_dtype: str = "auto") -> KVShape:
-        """The shape of a block of this model's cache.
+        """Return the shape of a block of this model's cache.
 
         Raises:
-            ValueError: a quantised cache does not take this model's heads.
+            ValueError: a quantized cache does not support the model's head size.
         """
         head_size = self._layers[0].head_size
         if kv_cache_dtype != "auto" and head_size % 16:
@@ -91,10 +91,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def settle_frequencies(self, max_model_len: int) -> None:
-        """Choose the frequencies for this length once, where the model has two sets of them ("longrope").
+        """Fix the rotary frequencies of "longrope" models, which have a set for short and one for long texts.
 
-        transformers chooses by the longest sequence of a step. A request's keys would depend on what else ran
-        when they were computed, and those before and after it has grown would not go together.
+        transformers chooses by the longest sequence of a step. A request's keys would then depend on the
+        other sequences of the step, and early and late keys of one sequence would not match.
+
+        Args:
+            max_model_len: maximum number of tokens of a sequence, which selects the set.
         """
         last = self._tensor(np.array([[max_model_len - 1]], dtype=np.int64))
         for module in self._model.modules():
@@ -114,8 +117,8 @@ class ModelRunner:
         """Compute the scheduled tokens.
 
         Returns:
-            Logits ``[N, vocabulary]``. For each sequence, in order: those after its first
-            ``num_prompt_logits`` tokens, then, if it samples, those after its last token.
+            Logits ``[N, vocabulary]``. Each sequence, in order, has one row for each of its first
+            ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token.
         """
         num_seqs = len(scheduled)
         block_tables = blocks.tables([item.seq.seq_id for item in scheduled])
@@ -152,7 +155,7 @@ class ModelRunner:
         output = self._model(
             input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
             position_ids=self._tensor(positions)[None],
-            # transformers keeps at least one row for an int; an index keeps exactly those asked for
+            # A tensor of indices, as an int would keep at least one row.
             logits_to_keep=self._tensor(kept_rows.astype(np.int64)),
             use_cache=False,
             paged=metadata,
@@ -167,9 +170,9 @@ class ModelRunner:
 
 
 def shares_prefix(block_tables: np.ndarray, block_size: int) -> bool:
-    """Whether two sequences next to each other begin with the same `LONG_PREFIX` tokens.
+    """Return whether two neighbouring sequences begin with the same `LONG_PREFIX` tokens.
 
-    Only a hint, which the kernels check: what lies past the end of a short table may be equal by chance.
+    This is only a hint, which the kernels check: entries past the end of a short table are undefined.
     """
     blocks = LONG_PREFIX // block_size
     if block_tables.shape[1] <= blocks:

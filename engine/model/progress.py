@@ -1,4 +1,4 @@
-"""Progress bars: those of transformers can be left out."""
+"""Disable the progress bars of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def without_bars(wanted: bool = True) -> Iterator[None]:
-    """Keep transformers and the hub's client from drawing bars, where that is wanted."""
+    """Disable the progress bars of transformers and of the hub's client, if ``wanted``."""
     if not (wanted and logging.is_progress_bar_enabled()):
         yield
         return

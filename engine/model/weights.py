@@ -1,4 +1,4 @@
-"""A model's weights, all of them: what transformers would draw at random is an error here."""
+"""Load a model's weights and refuse checkpoints for which transformers would initialize some at random."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from .model_files import shorten
 
 _log = logging.getLogger("cupaged.engine")
 _LOGGERS = ("modeling_utils", "generation.configuration_utils")
-_UNCONVERTED = re.compile(r"^(.+?)\s*\|[^|]*CONVERSION", re.MULTILINE)  # in transformers' report
+_UNCONVERTED = re.compile(r"^(.+?)\s*\|[^|]*CONVERSION", re.MULTILINE)  # tensor names in transformers' report
 
 
 def load_weights(place: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a decoder with every one of its weights.
+    """Load a decoder with all of its weights.
 
-    Weights that are tied to others, and what transformers itself knows to be absent, need not be there.
+    Tied weights, and others that transformers expects to be absent, may be missing from the checkpoint.
 
     Args:
-        options: those of ``AutoModelForCausalLM.from_pretrained``.
+        place: a directory or a hub ID.
+        options: options of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: tensors are missing, or their shapes are not those of the model.
+        ValueError: tensors are missing, or have other shapes than the model's.
     """
-    with _report() as reports:
+    with _captured_reports() as reports:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, **options, ignore_mismatched_sizes=True, output_loading_info=True
             )
         except RuntimeError as error:
-            # Weights that transformers keeps in one tensor and checkpoints in many, as experts'.
+            # Weights, as of experts, that transformers merges from several tensors of the checkpoint.
             names = sorted({name for report in reports for name in _UNCONVERTED.findall(report)})
             if not names:
                 raise
@@ -43,40 +44,42 @@ def load_weights(place: str | Path, **options: Any) -> PreTrainedModel:
                 f"of the tensors that make up {shorten(names)} some are missing or have other shapes; "
                 "download it again, or save it whole"
             ) from error
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"it lacks {len(missing)} of its tensors: {shorten(missing)}; download it again, or save it whole"
         )
-    if mismatched := sorted(found["mismatched_keys"]):
+    if mismatched := sorted(info["mismatched_keys"]):
         shapes = [f"{name} is {list(is_)}, not {list(wanted)}" for name, is_, wanted in mismatched]
         raise ValueError(
             f"it has tensors of other shapes than its config.json says: {shorten(shapes, 3)}; take "
             "weights and config.json from the same place"
         )
-    if unexpected := sorted(found["unexpected_keys"]):
+    if unexpected := sorted(info["unexpected_keys"]):
         _log.warning("%d tensors of the checkpoint are not used: %s", len(unexpected), shorten(unexpected))
     return model
 
 
 @contextmanager
-def _report() -> Iterator[list[str]]:
-    """Keep what is not so here out of transformers' log, and give it: that what is missing was drawn, and
-    that sampling settings may be ignored."""
+def _captured_reports() -> Iterator[list[str]]:
+    """Remove two messages from transformers' log that do not apply here, and collect them.
+
+    They say that missing weights were initialized, and that sampling settings may be ignored.
+    """
     reports: list[str] = []
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_logged(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        wrong = "LOAD REPORT" in message or "generation flags are not valid" in message
-        if wrong:
+        captured = "LOAD REPORT" in message or "generation flags are not valid" in message
+        if captured:
             reports.append(message)
-        return not wrong
+        return not captured
 
     loggers = [logging.getLogger(f"transformers.{name}") for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(keep)
+        logger.addFilter(is_logged)
     try:
         yield reports
     finally:
         for logger in loggers:
-            logger.removeFilter(keep)
+            logger.removeFilter(is_logged)

@@ -1,1 +1,1 @@
-"""From logits to tokens, and from tokens to text."""
+"""Sample tokens from logits and decode tokens to text."""

@@ -1,4 +1,4 @@
-"""Text from tokens as they come."""
+"""Decode tokens to text incrementally."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-# Tokens of the prompt before the output: enough for a decoder that treats the first token differently.
+# Number of prompt tokens decoded with the output: enough for decoders that treat the first token differently.
 _CONTEXT = 5
-# A character is at most four bytes, so no more tokens than that are part of an incomplete one.
+# A character has at most four bytes, so an incomplete one spans at most as many tokens.
 _CHARACTER = 4
-_HELD = 2 * _CHARACTER  # tokens held back before it is looked which of them are just wrong
+_MAX_HELD = 2 * _CHARACTER  # tokens held back before some of them are taken to be invalid UTF-8
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return the text of a token within a text. Decoders may drop the space that a text begins with, which a
-    token that is decoded alone would lack."""
+    """Return the text that a token has in the middle of a text.
+
+    Decoders may drop the space at the start of a text, so a token decoded alone could lack it.
+    """
 
     def decode(*tokens: int) -> str:
         return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)  # type: ignore[return-value]
 
     alone = decode(token)
-    if "\ufffd" in alone:  # a part of a character, and two of them might be one
+    if "\ufffd" in alone:  # part of a character; two of them could be a whole one
         return alone
     return decode(token, token).removeprefix(alone)
 
 
 class Detokenizer:
-    """The text of one output.
+    """Decode the tokens of one output as they are sampled.
 
-    A token may be part of a UTF-8 character, and its text may depend on the token before it. So a few tokens
-    are decoded with and without the new one, and the difference is the new text; it is held back while it
-    ends in an incomplete character. A token costs a few calls of the tokenizer, each with a few tokens,
-    however long the output is and whatever the tokens are.
+    A token may be part of a UTF-8 character, and its text may depend on the token before it. So the last few
+    tokens are decoded with and without the new one, and the difference is the new text. It is held back while
+    it ends with an incomplete character. A token costs a few calls of the tokenizer with a few tokens each,
+    regardless of the output's length.
+
+    Args:
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     def __init__(
@@ -41,14 +46,14 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._ids = self._context(prompt_token_ids)
-        self._read = len(self._ids)  # tokens of _ids whose text is out
-        self._before = self._decode(self._ids)  # their text
-        self._held = ""  # the text of the others
+        self._read = len(self._ids)  # number of tokens of _ids whose text was returned
+        self._before = self._decode(self._ids)  # the text of those
+        self._held = ""  # the text of the other tokens
 
     def append(self, token_ids: Sequence[int]) -> str:
-        """New text after these tokens; empty while a character is incomplete."""
-        # One by one, or an incomplete character would spoil those before it: a decoder with a token a byte
-        # replaces all bytes in a row where the last ones are none.
+        """Return the new text after these tokens; it is empty while a character is incomplete."""
+        # One by one: byte-level decoders replace a whole sequence of bytes that ends with an incomplete
+        # character, and so would lose the characters before it.
         return "".join(map(self._append, token_ids))
 
     def _append(self, token: int) -> str:
@@ -57,43 +62,46 @@ class Detokenizer:
         if text and not text.endswith("\ufffd"):
             self._advance(len(self._ids))
             return text
-        if text == self._held and self.is_silent(token):  # they would pile up, or hide a border
+        if text == self._held and self.is_silent(token):  # it would only lengthen what is held back
             self._ids.pop()
         self._held = text
-        if len(self._ids) - self._read <= _HELD:
+        if len(self._ids) - self._read <= _MAX_HELD:
             return ""
-        end = self._border()  # these bytes will never be a character
+        end = self._invalid_end()  # these bytes will never be a character
         text = self._pending(end)
         self._advance(end)
         return text
 
     @property
     def held(self) -> str:
-        """The text of the tokens that is held back, as it would be if they were the last ones."""
+        """Return the text that is held back, as it would be if the output ended here."""
         return self._held
 
     @property
     def at_start(self) -> bool:
-        """Return whether nothing before the next token has a text: the decoder may drop its space then."""
+        """Return whether no text precedes the next token, in which case the decoder may drop its space."""
         return not (self._before or self._held)
 
     def peek(self, token: int) -> str:
-        """Return the text of a next token, at the start."""
+        """Return the text that a token would have as the next one, at the start of the text."""
         return self._decode([*self._ids, token])
 
     def is_silent(self, token: int) -> bool:
-        """Return whether a token never has a text here; a space may have none at the start alone."""
+        """Return whether a token has no text anywhere; a space may lack one only at the start."""
         return not self._decode([token, token])
 
     def flush(self) -> str:
-        """What was held back, at the end of the output."""
+        """Return the text that was held back, at the end of the output."""
         text = self._pending()
         self._advance(len(self._ids))
         return text
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt that have a text, `_CONTEXT` if that is enough, and none of them part
-        of a character that is cut off: the decoder would join such bytes with those of the output."""
+        """Return the last tokens of the prompt to decode with the output.
+
+        There are `_CONTEXT` of them, or more if those have no text. They do not begin within a character,
+        whose bytes the decoder would join with those of the output.
+        """
         size = _CONTEXT
         context = list(prompt_token_ids[-size:])
         while len(context) < len(prompt_token_ids) and not self._decode(context):
@@ -105,15 +113,14 @@ class Detokenizer:
         return []
 
     def _pending(self, end: int | None = None) -> str:
-        """The text of the tokens that is not out, or of those before ``end``."""
+        """Return the text of the tokens, up to ``end`` if given, that was not returned yet."""
         text = self._decode(self._ids[:end])
         if text.startswith(self._before):
             return text[len(self._before) :]
-        return self._decode(self._ids[self._read : end])  # the new bytes spoil those before them
+        return self._decode(self._ids[self._read : end])  # the new bytes changed the text before them
 
-    def _border(self) -> int:
-        """Where to cut the tokens so that no character is: before the last few, which may be the start of
-        one."""
+    def _invalid_end(self) -> int:
+        """Return the end of the invalid bytes: before the last few tokens, which may begin a character."""
         text = self._decode(self._ids)
         last = len(self._ids) - _CHARACTER
         for end in range(last, last - _CHARACTER, -1):
@@ -122,7 +129,7 @@ class Detokenizer:
         return last
 
     def _advance(self, end: int) -> None:
-        """The text up to token ``end`` is out; what was new in it is the context of the next tokens."""
+        """Mark the text up to token ``end`` as returned; its new tokens are the context of the next ones."""
         if end > self._read:
             self._ids, self._read = self._ids[self._read :], end - self._read
             self._before = self._decode(self._ids[: self._read])

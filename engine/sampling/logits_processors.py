@@ -1,8 +1,7 @@
-"""What requests change in the logits before a token is drawn, for all sequences of a step at once.
+"""Change logits before sampling, for all sequences of a step at once.
 
-A processor has its state in arrays over all sequences that use it, changes their rows of the logits alone,
-and costs nothing where no sequence does. A sequence is known by its row, a small integer that is the
-sampler's to give.
+A processor keeps its state in arrays over all sequences that use it, changes only their rows of the logits,
+and costs nothing if no sequence uses it. The sampler assigns each sequence a row in these arrays.
 """
 
 from __future__ import annotations
@@ -15,25 +14,31 @@ import torch
 
 from ..scheduling.request import Sequence
 
-_NOTHING = -1  # for what a sequence has not shown yet: even a prompt of one token is two more
+_UNSEEN = -1  # tokens counted for a new sequence: even with a prompt of one token, more than one is missing
 
 
 @dataclass(frozen=True)
 class Users:
-    """The M sequences of a step that use a processor."""
+    """Hold the M sequences of a step that use a processor.
 
-    positions: np.ndarray  # int64 [M], their rows of the logits
-    rows: np.ndarray  # int64 [M], what they are known by
-    lengths: np.ndarray  # int64 [M], how many tokens they have
+    Args:
+        positions: int64 ``[M]``, their rows of the logits.
+        rows: int64 ``[M]``, their rows in the processors' arrays.
+        lengths: int64 ``[M]``, their numbers of tokens.
+    """
+
+    positions: np.ndarray
+    rows: np.ndarray
+    lengths: np.ndarray
     seqs: SequenceABC[Sequence]
 
     def last_tokens(self, which: np.ndarray) -> np.ndarray:
-        """int64, of those that the bool ``[M]`` array names."""
+        """Return the last tokens, int64, of the sequences that a bool ``[M]`` array selects."""
         return np.array([self.seqs[i].token_ids[-1] for i in np.flatnonzero(which).tolist()], dtype=np.int64)
 
 
 class TokenTable:
-    """Values of single tokens, for sequences that have any: biases, or tokens to rule out."""
+    """Hold lists of tokens by sequence, with values to add to their logits or to rule the tokens out."""
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, dtype=np.int64)
@@ -42,7 +47,7 @@ class TokenTable:
         self._selected: tuple[bytes, tuple[torch.Tensor, ...]] | None = None
 
     def add(self, row: int, tokens: SequenceABC[int], values: SequenceABC[float] | float = 0.0) -> None:
-        """Give a row that has none these tokens."""
+        """Set the tokens of a row that has none."""
         self._rows = np.append(self._rows, np.full(len(tokens), row))
         self._tokens = np.append(self._tokens, np.array(tokens, dtype=np.int64))
         self._values = np.append(
@@ -51,53 +56,56 @@ class TokenTable:
         self._selected = None
 
     def remove(self, row: int) -> None:
-        stay = self._rows != row
-        self._rows, self._tokens, self._values = self._rows[stay], self._tokens[stay], self._values[stay]
+        kept = self._rows != row
+        self._rows, self._tokens, self._values = self._rows[kept], self._tokens[kept], self._values[kept]
         self._selected = None
 
     def add_to(self, logits: torch.Tensor, users: Users) -> None:
+        """Add the values to the logits of the tokens, in place."""
         at, tokens, values = self._select(users, logits.device)
         logits[at, tokens] += values
 
     def rule_out(self, logits: torch.Tensor, users: Users) -> None:
+        """Set the logits of the tokens to -inf, in place."""
         at, tokens, _ = self._select(users, logits.device)
         logits[at, tokens] = -torch.inf
 
     def rule_out_others(self, logits: torch.Tensor, users: Users) -> None:
+        """Set the logits of all other tokens to -inf, in place."""
         at, tokens, _ = self._select(users, logits.device)
         kept = logits[at, tokens]
         logits[torch.from_numpy(users.positions).to(logits.device)] = -torch.inf
         logits[at, tokens] = kept
 
     def _select(self, users: Users, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Of each entry of the users: the position in the batch, the token, the value.
+        """Return the position in the batch, the token and the value of each entry of the users.
 
-        While the users are the same so are they, and nothing is made or moved to the device.
+        The tensors are kept on the device until the users change.
         """
         key = users.positions.tobytes() + users.rows.tobytes()
         if self._selected is None or self._selected[0] != key:
             position_of = np.full(max(self._rows.max(initial=0), users.rows.max(initial=0)) + 1, -1)
             position_of[users.rows] = users.positions
-            found = position_of[self._rows]
-            chosen = found >= 0
-            arrays = found[chosen], self._tokens[chosen], self._values[chosen]
+            positions = position_of[self._rows]
+            chosen = positions >= 0
+            arrays = positions[chosen], self._tokens[chosen], self._values[chosen]
             self._selected = key, tuple(torch.from_numpy(array).to(device) for array in arrays)
         return self._selected[1]
 
 
 class Penalties:
-    """Repetition, frequency and presence penalties.
+    """Apply repetition, frequency and presence penalties.
 
-    Repetition counts the tokens of prompt and output; frequency and presence those of the output alone.
+    Repetition considers the tokens of prompt and output, frequency and presence those of the output only.
     """
 
     def __init__(self) -> None:
-        # Few sequences have penalties, and what is counted for one is a vocabulary long: it has a slot.
+        # Few sequences have penalties and their counts are as long as the vocabulary, so these get slots.
         self._slots = np.zeros(0, dtype=np.int64)  # [rows]
         self._free: list[int] = []
         self._settings = np.zeros((0, 3), dtype=np.float32)  # repetition, frequency, presence
-        self._seen = np.zeros(0, dtype=np.int64)  # tokens of the sequence that are counted
-        self._counts = torch.zeros((0, 0), dtype=torch.int32)  # [slots, vocabulary], of the output
+        self._seen = np.zeros(0, dtype=np.int64)  # number of counted tokens of the sequence
+        self._counts = torch.zeros((0, 0), dtype=torch.int32)  # [slots, vocabulary], tokens of the output
         self._in_prompt = torch.zeros((0, 0), dtype=torch.bool)  # [slots, vocabulary]
 
     def add(self, row: int, repetition: float, frequency: float, presence: float) -> None:
@@ -110,24 +118,24 @@ class Penalties:
             self._free = list(range(new - 1, old - 1, -1))
         slot = self._slots[row] = self._free.pop()
         self._settings[slot] = repetition, frequency, presence
-        self._seen[slot] = _NOTHING
+        self._seen[slot] = _UNSEEN
 
     def remove(self, row: int) -> None:
         self._free.append(int(self._slots[row]))
 
     def apply(self, logits: torch.Tensor, users: Users) -> None:
-        """Change the users' rows of the float32 logits."""
+        """Change the users' rows of the float32 logits in place."""
         device, slots = logits.device, self._slots[users.rows]
         self._make_room(logits)
         self._count(slots, users)
         at, where = torch.from_numpy(users.positions).to(device), torch.from_numpy(slots).to(device)
         settings = torch.from_numpy(self._settings[slots]).to(device)
         repetition, frequency, presence = settings[:, :, None].unbind(1)
-        rows, number = logits[at], self._counts[where]
-        in_output = number > 0
-        penalised = torch.where(rows > 0, rows / repetition, rows * repetition)
-        rows = torch.where(in_output | self._in_prompt[where], penalised, rows)
-        logits[at] = rows.sub_(number * frequency).sub_(in_output * presence)
+        rows, counts = logits[at], self._counts[where]
+        in_output = counts > 0
+        penalized = torch.where(rows > 0, rows / repetition, rows * repetition)
+        rows = torch.where(in_output | self._in_prompt[where], penalized, rows)
+        logits[at] = rows.sub_(counts * frequency).sub_(in_output * presence)
 
     def _make_room(self, logits: torch.Tensor) -> None:
         missing = len(self._seen) - len(self._counts)
@@ -139,17 +147,20 @@ class Penalties:
 
     def _count(self, slots: np.ndarray, users: Users) -> None:
         device = self._counts.device
-        missing = users.lengths - self._seen[slots]
-        self._seen[slots] = _NOTHING  # until it is done: after an error all is counted again
-        one = missing == 1
-        at, tokens = (torch.from_numpy(array).to(device) for array in (slots[one], users.last_tokens(one)))
+        num_new = users.lengths - self._seen[slots]
+        self._seen[slots] = _UNSEEN  # until all are counted: an error in between makes them be counted again
+        one_new = num_new == 1
+        last_tokens = users.last_tokens(one_new)
+        at, tokens = (torch.from_numpy(array).to(device) for array in (slots[one_new], last_tokens))
         self._counts[at, tokens] += 1
-        for i in np.flatnonzero((missing != 0) & ~one).tolist():  # at a sequence's first step
+        for i in np.flatnonzero((num_new != 0) & ~one_new).tolist():  # at a sequence's first step
             slot, seq = slots[i], users.seqs[i]
             output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=device)
             self._counts[slot] = 0
             self._counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
             self._in_prompt[slot] = False
             prompt = torch.tensor(seq.token_ids[: seq.prompt_len], device=device)
-            self._in_prompt[slot, prompt[prompt < self._in_prompt.shape[1]]] = True  # others are not sampled
+            self._in_prompt[slot, prompt[prompt < self._in_prompt.shape[1]]] = (
+                True  # other tokens cannot be sampled
+            )
         self._seen[slots] = users.lengths

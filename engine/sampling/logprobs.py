@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, from logits."""
+"""Compute log probabilities of tokens from logits."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 
 
 class TokenLogprobs(NamedTuple):
-    """At one position: a token and, after it, the most likely ones, the best first."""
+    """Hold log probabilities at one position: of a token, then of the most likely tokens, the best first."""
 
     token_ids: list[int]
     logprobs: list[float]
-    rank: int  # of the first token: how many are at least as likely, itself among them, ties not counted
+    rank: int  # of the first token: 1 + the number of tokens that are more likely
 
 
 def token_logprobs(
     logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray
 ) -> list[TokenLogprobs]:
-    """Look up tokens in the softmax of logits.
+    """Return the log probabilities of tokens and of the most likely tokens at their positions.
 
     Args:
         logits: ``[N, vocabulary]``.
-        rows: int64 ``[D]``, the row of each token.
+        rows: int64 ``[D]``, the row of the logits of each token.
         tokens: int64 ``[D]``.
-        num_top: int ``[D]``, how many of the most likely ones each is to have beside it; -1 is all.
+        num_top: int ``[D]``, number of most likely tokens to return with each token; -1 is all.
 
     Returns:
-        One for each of the ``D``.
+        A list of length D.
     """
     vocabulary = logits.shape[-1]
     logits = logits.float()
@@ -41,7 +41,7 @@ def token_logprobs(
         for token, logprob, rank in zip(tokens.tolist(), logprobs, ranks)
     ]
     counts = np.where(num_top < 0, vocabulary, np.minimum(num_top, vocabulary))
-    for count in np.unique(counts[counts > 0]):  # what one asks for is the same whatever the others do
+    for count in np.unique(counts[counts > 0]):  # one top-k per count: ties must not depend on other tokens
         which = np.flatnonzero(counts == count)
         at = rows[torch.from_numpy(which).to(rows.device)]
         top = logits[at].topk(int(count))

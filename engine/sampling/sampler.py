@@ -1,8 +1,8 @@
-"""Next tokens from logits, for a whole batch at once.
+"""Sample the next tokens of a batch from its logits.
 
-A sampled token is the inverse of the cumulative distribution at a number drawn for it alone: a hash of the
-request's seed, the index of the output and the position of the token. So a request with a seed gives the same
-tokens whatever else is in the batch (as far as its logits are the same).
+A token is drawn by inverting the cumulative distribution at a number that is a hash of the request's seed,
+the index of the output and the position of the token. So a request with a seed gets the same tokens in any
+batch, as long as its logits are the same.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .distribution import draw, weights
 from .logits_processors import Penalties, TokenTable, Users
 from .logprobs import TokenLogprobs, token_logprobs
 
-_LARGEST = 2**62  # what a request asks for may be any integer; the arrays hold 64 bits
-_SLICE = 64  # positions of a prompt whose log probabilities are taken at once
+_MAX_INT = 2**62  # requests may contain any integer; the arrays hold 64 bits
+_PROMPT_SLICE = 64  # number of prompt positions whose log probabilities are computed at once
 
 
 class _Use(IntFlag):
-    """What a sequence asks for beyond the best token."""
+    """Name the features of the sampler that a sequence uses."""
 
     DRAW = 1
     LOGPROBS = 2
@@ -49,7 +49,7 @@ _SETTINGS = np.dtype(
         ("top_p", np.float64),
         ("seed", np.uint64),
         ("index", np.uint64),
-        ("min_length", np.int64),  # in tokens, the prompt's counted
+        ("min_length", np.int64),  # in tokens, including the prompt
         ("logprobs", np.int64),
     ]
 )
@@ -57,13 +57,13 @@ _SETTINGS = np.dtype(
 
 @dataclass
 class SamplerOutput:
-    """What a step sampled.
+    """Hold the tokens sampled in a step. Dictionaries are keyed by the sequence's position in the plan.
 
     Args:
-        token_ids: for each scheduled sequence its ``num_samples`` tokens; none for beams.
-        logprobs: the same for the sequences that ask for it, by their position in the plan.
-        prompt_logprobs: by the position in the plan, of the prompt tokens from ``start + 1`` on.
-        candidates: of the beams, by their position in the plan.
+        token_ids: the ``num_samples`` tokens of each scheduled sequence; none for beams.
+        logprobs: log probabilities of these tokens, for sequences that ask for them.
+        prompt_logprobs: log probabilities of the prompt tokens from ``start + 1`` on.
+        candidates: candidates of the beams.
     """
 
     token_ids: list[list[int]]
@@ -74,7 +74,7 @@ class SamplerOutput:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The N sequences that sample in a step."""
+    """Hold the N sequences that sample in a step."""
 
     items: list[ScheduledSequence]
     rows: np.ndarray  # int64 [N]
@@ -83,22 +83,22 @@ class _Batch:
     num_samples: np.ndarray  # int64 [N]
 
     def users(self, which: np.ndarray) -> Users:
-        """Those that the bool ``[N]`` array names."""
+        """Return the sequences that a bool ``[N]`` array selects."""
         positions = np.flatnonzero(which)
         seqs = [self.items[i].seq for i in positions]
         return Users(positions, self.rows[positions], self.lengths[positions], seqs)
 
 
 class Sampler:
-    """Keeps the settings of the sequences it samples for, and what their penalties count, in arrays.
+    """Sample tokens for sequences, whose settings and logits processors it keeps in arrays.
 
     Args:
-        eos_token_ids: tokens that end a sequence unless its request ignores them; the model can sample each.
+        eos_token_ids: tokens that end a sequence unless its request ignores them; the model can sample them.
     """
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
-        self._row_of: dict[int, int] = {}  # by the sequence's id
+        self._row_of: dict[int, int] = {}  # by sequence ID
         self._free: list[int] = []
         self._settings = np.zeros(0, dtype=_SETTINGS)
         self._allowed, self._ending, self._biases = TokenTable(), TokenTable(), TokenTable()
@@ -113,11 +113,11 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> SamplerOutput:
-        """Draw the tokens of a step.
+        """Sample the tokens of a step.
 
         Args:
-            logits: ``[N, vocabulary]``, for each scheduled sequence, in order, ``num_prompt_logits`` rows
-                and, if it samples, one more. They may be changed.
+            logits: ``[N, vocabulary]``: for each scheduled sequence, in order, ``num_prompt_logits`` rows
+                and one more if it samples. They may be changed in place.
             scheduled: the step's sequences.
         """
         output = SamplerOutput([[] for _ in scheduled])
@@ -131,24 +131,32 @@ class Sampler:
         batch = self._batch([scheduled[position] for position in planned])
         uses = batch.settings["uses"]
         used = int(np.bitwise_or.reduce(uses))
-        asking = np.flatnonzero(uses & _Use.LOGPROBS)
-        before = logits[_on(logits, asking)] if len(asking) else logits[:0]  # what requests change
+        with_logprobs = np.flatnonzero(uses & _Use.LOGPROBS)
+        # A copy, taken before the processors change the logits.
+        original = logits[_on(logits, with_logprobs)] if len(with_logprobs) else logits[:0]
         if used & _Use.CHANGE:
             logits = logits.float()
             self._change(logits, batch, used)
         tokens = self._choose(logits, batch)
-        drawn, ends = tokens.tolist(), batch.num_samples.cumsum().tolist()
+        token_ids, ends = tokens.tolist(), batch.num_samples.cumsum().tolist()
         for position, end in zip(planned, ends):
-            output.token_ids[position] = drawn[end - scheduled[position].num_samples : end]
-        if len(asking):
-            looked_up = _look_up(before, asking, batch, tokens)
-            output.logprobs = {planned[i]: found for i, found in zip(asking, looked_up)}
+            output.token_ids[position] = token_ids[end - scheduled[position].num_samples : end]
+        if len(with_logprobs):
+            logprobs = _sampled_logprobs(original, with_logprobs, batch, tokens)
+            output.logprobs = {planned[i]: of_seq for i, of_seq in zip(with_logprobs, logprobs)}
         return output
 
     def check(self, params: SamplingParams, vocab_size: int) -> None:
-        """Raise ValueError where nothing is left to sample before ``min_tokens``, or too little for beams."""
+        """Check that a request always leaves tokens to sample.
+
+        Args:
+            vocab_size: number of tokens that the model can sample.
+
+        Raises:
+            ValueError: no token is left before ``min_tokens``, or there are fewer tokens than beams.
+        """
         allowed, ending = params.allowed_token_ids, self._ending_tokens(params)
-        # After the prompt each beam goes on with a token of its own; so there are always that many beams.
+        # After the prompt every beam takes a different token.
         left = vocab_size - len(ending)
         if params.beam_width is not None and params.beam_width > left:
             raise ValueError(
@@ -167,7 +175,7 @@ class Sampler:
             )
 
     def release(self, group: SequenceGroup) -> None:
-        """Forget a request."""
+        """Forget the sequences of a request."""
         for seq in group.seqs:
             row = self._row_of.pop(seq.seq_id, None)
             if row is None:
@@ -181,7 +189,7 @@ class Sampler:
     # -- rows ----------------------------------------------------------------------------------------
 
     def _batch(self, items: list[ScheduledSequence]) -> _Batch:
-        """All that is read of the sequences one by one: three numbers of each."""
+        """Gather the rows, lengths and numbers of samples of the sequences."""
         known = self._row_of
         rows = np.array([known.get(item.seq.seq_id, -1) for item in items], dtype=np.int64)
         for i in np.flatnonzero(rows < 0):
@@ -191,7 +199,7 @@ class Sampler:
         return _Batch(items, rows, self._settings[rows], lengths, num_samples)
 
     def _add(self, group: SequenceGroup, seq: Sequence) -> int:
-        """Give a sequence a row; from here on its parameters are read in the arrays."""
+        """Add a sequence's parameters to the arrays and return its row."""
         params = group.params
         if not self._free:
             old, new = len(self._settings), max(64, 2 * len(self._settings))
@@ -224,14 +232,14 @@ class Sampler:
             uses,
             params.temperature,
             params.min_p,
-            min(params.top_k, _LARGEST),
+            min(params.top_k, _MAX_INT),
             params.top_p,
             seq.seed,
             seq.index,
             seq.prompt_len + min(params.min_tokens, group.max_tokens),
-            min(params.logprobs or 0, _LARGEST),
+            min(params.logprobs or 0, _MAX_INT),
         )
-        self._row_of[seq.seq_id] = row  # at last: after an error above it is added again
+        self._row_of[seq.seq_id] = row  # last, so that after an error above the sequence is added again
         return row
 
     def _ending_tokens(self, params: SamplingParams) -> list[int]:
@@ -241,7 +249,7 @@ class Sampler:
     # -- one step ------------------------------------------------------------------------------------
 
     def _change(self, logits: torch.Tensor, batch: _Batch, used: int) -> None:
-        """Apply to the float32 logits, in place, what changes them."""
+        """Apply the logits processors to the float32 logits in place."""
         uses = batch.settings["uses"]
         if used & _Use.ALLOWED:
             self._allowed.rule_out_others(logits, batch.users(uses & _Use.ALLOWED > 0))
@@ -257,19 +265,22 @@ class Sampler:
             self._penalties.apply(logits, batch.users(uses & _Use.PENALTIES > 0))
 
     def _choose(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """int64 ``[sum of num_samples]``, the tokens of each sequence side by side."""
+        """Return the sampled tokens, int64 ``[sum of num_samples]``, in the order of the sequences."""
         drawing = batch.settings["uses"] & _Use.DRAW > 0
         if drawing.all():
             return _draw(logits, batch.settings, batch.lengths, batch.num_samples)
         row_of = np.repeat(np.arange(len(batch.rows)), batch.num_samples)
         if not drawing.any():
-            return _best(logits)[_on(logits, row_of)]
-        greedy, others = _on(logits, np.flatnonzero(~drawing)), _on(logits, np.flatnonzero(drawing))
+            return _argmax(logits)[_on(logits, row_of)]
+        greedy_rows, drawing_rows = (
+            _on(logits, np.flatnonzero(~drawing)),
+            _on(logits, np.flatnonzero(drawing)),
+        )
         best = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        best[greedy] = _best(logits[greedy])
+        best[greedy_rows] = _argmax(logits[greedy_rows])
         tokens = best[_on(logits, row_of)]
         tokens[_on(logits, np.flatnonzero(drawing[row_of]))] = _draw(
-            logits[others], batch.settings[drawing], batch.lengths[drawing], batch.num_samples[drawing]
+            logits[drawing_rows], batch.settings[drawing], batch.lengths[drawing], batch.num_samples[drawing]
         )
         return tokens
 
@@ -277,9 +288,9 @@ class Sampler:
 def _draw(
     logits: torch.Tensor, settings: np.ndarray, lengths: np.ndarray, num_samples: np.ndarray
 ) -> torch.Tensor:
-    """int64 ``[sum of num_samples]`` from ``[N, vocabulary]``, the draws of each row side by side."""
+    """Draw the samples of each row of logits ``[N, vocabulary]``; return int64 ``[sum of num_samples]``."""
     row_of = np.repeat(np.arange(len(settings)), num_samples)
-    # Output i of several drawn at once has index i; a sequence alone has its own.
+    # Of several outputs drawn at once, output i has index i; otherwise the index is the sequence's.
     order = np.arange(len(row_of)) - np.repeat(num_samples.cumsum() - num_samples, num_samples)
     index = np.where(num_samples[row_of] > 1, order.astype(np.uint64), settings["index"][row_of])
     uniforms = uniform(settings["seed"][row_of], index, lengths[row_of].astype(np.uint64))
@@ -292,14 +303,14 @@ def _draw(
 def _take_prompt(
     logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence], output: SamplerOutput
 ) -> torch.Tensor:
-    """Look up the tokens of prompts; gives the other rows, those to sample from."""
-    sampled, row = [], 0
+    """Store the log probabilities of prompts in ``output`` and return the logits to sample from."""
+    sampled_rows, row = [], 0
     for position, item in enumerate(scheduled):
         if count := item.num_prompt_logits:
             tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
             output.prompt_logprobs[position] = []
-            for first in range(0, count, _SLICE):  # a few at a time: their float32 copy is large
-                part = np.array(tokens[first : first + _SLICE])
+            for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
+                part = np.array(tokens[first : first + _PROMPT_SLICE])
                 output.prompt_logprobs[position] += token_logprobs(
                     logits[row + first : row + first + len(part)],
                     _on(logits, np.arange(len(part))),
@@ -308,9 +319,9 @@ def _take_prompt(
                 )
             row += count
         if item.num_samples:
-            sampled.append(row)
+            sampled_rows.append(row)
             row += 1
-    return logits[_on(logits, np.array(sampled, dtype=np.int64))]
+    return logits[_on(logits, np.array(sampled_rows, dtype=np.int64))]
 
 
 def _take_beams(
@@ -319,13 +330,13 @@ def _take_beams(
     planned: list[int],
     output: SamplerOutput,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Find the candidates of beams; gives the other rows and their positions in the plan."""
+    """Store the candidates of beams in ``output``; return the other rows and their positions in the plan."""
     is_beam = np.array([scheduled[position].group.params.beam_width is not None for position in planned])
     positions = np.array(planned)
     beams = positions[is_beam].tolist()
     counts = np.array([num_candidates(scheduled[position].group) for position in beams])
     rows = logits[_on(logits, np.flatnonzero(is_beam))].float().log_softmax(-1)
-    for count in np.unique(counts):  # which of equal tokens come first depends on how many are asked for
+    for count in np.unique(counts):  # one top-k per count: ties must not depend on the other beams
         which = np.flatnonzero(counts == count)
         logprobs, tokens = rows[_on(logits, which)].topk(min(int(count), logits.shape[1]))
         for i, of_tokens, of_logprobs in zip(which, tokens.tolist(), logprobs.tolist()):
@@ -333,22 +344,23 @@ def _take_beams(
     return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
 
 
-def _look_up(
-    logits: torch.Tensor, asking: np.ndarray, batch: _Batch, tokens: torch.Tensor
+def _sampled_logprobs(
+    logits: torch.Tensor, which: np.ndarray, batch: _Batch, tokens: torch.Tensor
 ) -> list[list[TokenLogprobs]]:
-    """For each sequence of ``asking``, whose logits these are, the log probabilities of its draws."""
-    counts = batch.num_samples[asking]
-    row_of = np.repeat(np.arange(len(asking)), counts)
+    """Return the log probabilities of the sampled tokens of sequences ``which``, whose logits are given."""
+    counts = batch.num_samples[which]
+    row_of = np.repeat(np.arange(len(which)), counts)
     order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
     first = batch.num_samples.cumsum() - batch.num_samples
-    chosen = tokens[_on(logits, first[asking][row_of] + order)]
-    found = token_logprobs(logits, _on(logits, row_of), chosen, batch.settings["logprobs"][asking][row_of])
+    sampled = tokens[_on(logits, first[which][row_of] + order)]
+    num_top = batch.settings["logprobs"][which][row_of]
+    logprobs = token_logprobs(logits, _on(logits, row_of), sampled, num_top)
     ends = counts.cumsum()
-    return [found[end - count : end] for end, count in zip(ends, counts)]
+    return [logprobs[end - count : end] for end, count in zip(ends, counts)]
 
 
-def _best(logits: torch.Tensor) -> torch.Tensor:
-    """On a CPU max is several times as fast as argmax, and gives the first of equals as well."""
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the argmax of each row, by max: on a CPU that is several times faster and breaks ties alike."""
     return logits.max(-1).indices
 
 
@@ -357,13 +369,13 @@ def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:
 
 
 def uniform(seeds: np.ndarray, index: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) that depends on the three uint64 arrays alone, elementwise."""
+    """Return float64 numbers in [0, 1) that are a hash of the three uint64 arrays, elementwise."""
     bits = _mix(_mix(_mix(seeds) + index) + positions)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 step (Steele, Lea, Flood 2014): a bijection of 64 bits that scatters them."""
+    """Apply the SplitMix64 mixing function (Steele, Lea, Flood 2014), a bijection of uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -125,16 +125,16 @@ def test_null_is_a_field_left_out(server, path):
         ("chat/completions", "messages", [{"role": "user", "content": "x" * 1_500_000}]),
     ],
 )
-def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(server, monkeypatch, path, field, value):
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenized(server, monkeypatch, path, field, value):
     """For as long as that takes nobody else is answered."""
 
-    def tokenise(self, text, *args, **kwargs):
+    def tokenize(self, text, *args, **kwargs):
         assert len(text) < 1_000_000
         return original(self, text, *args, **kwargs)
 
     kind = type(server.engine.tokenizer)
     original = kind.__call__
-    monkeypatch.setattr(kind, "__call__", tokenise)
+    monkeypatch.setattr(kind, "__call__", tokenize)
     response = httpx.post(f"{server.url}/v1/{path}", json={**FIELDS[path][1], field: value})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == field

@@ -48,7 +48,7 @@ class PagedMemory:
         """Every block that can be found holds what its key says."""
         size = self._blocks.block_size
         for memory, pool in ((self.gpu, self._blocks.gpu), (self.cpu, self._blocks.cpu)):
-            for key, block in pool._found.items():
+            for key, block in pool._block_of.items():
                 tokens = memory[block][-1]
                 assert tokens is not None, f"block {block} is found and holds poison"
                 assert memory[block] == [tokens[: len(tokens) - size + i] for i in range(1, size + 1)]

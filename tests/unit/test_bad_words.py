@@ -90,7 +90,7 @@ def test_no_output_has_the_tokens_of_a_word(kind, seed):
     rng = random.Random(seed)
     words = ["".join(rng.choices(LETTERS, k=rng.randint(1, 4))) for _ in range(3)]
     forbidden = {ids_of(plain, text) for word in words for text in (word, f" {word}")}
-    found = bad_words.tokenise(tokenizer, words, 99)
+    found = bad_words.tokenize(tokenizer, words, 99)
     # Shorter ones, that another one ends in, forbid it too.
     assert all(any(ids[-len(one) :] == one for one in found) for ids in forbidden), (words, forbidden, found)
     parts = sorted({token for ids in forbidden for token in ids} | {len(tokenizer) - 1, len(tokenizer) - 2})
@@ -117,6 +117,6 @@ def test_a_word_within_a_text_is_one_too():
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=core)
     assert tokenizer.tokenize("the!cat") == ["▁the", "!", "cat"]
-    found = bad_words.tokenise(tokenizer, ["cat"], 9)
+    found = bad_words.tokenize(tokenizer, ["cat"], 9)
     assert set(found) >= {(vocab["▁cat"],), (vocab["cat"],)}
-    assert bad_words.tokenise(tokenizer, [" cat"], 9) == found
+    assert bad_words.tokenize(tokenizer, [" cat"], 9) == found

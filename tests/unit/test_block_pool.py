@@ -229,7 +229,7 @@ def cache_nothing(pool: BlockPool) -> None:
 
 
 def find_wrong(pool: BlockPool) -> None:
-    pool._found["x"] = 2
+    pool._block_of["x"] = 2
 
 
 @pytest.mark.parametrize(

@@ -260,17 +260,17 @@ class Words:
 def test_bad_words_have_the_tokens_of_both_their_places():
     words = Words(" sun", "sun", "suns", "hine", " sunshine", " ", "e")
     # One token after a space and two at the start of a text, which transformers' rule would miss.
-    assert bad_words.tokenise(words, ["sunshine"], 9) == (words.ids("suns", "hine"), words.ids(" sunshine"))
-    assert bad_words.tokenise(words, [" sun"], 9) == (words.ids("sun"), words.ids(" sun"))
+    assert bad_words.tokenize(words, ["sunshine"], 9) == (words.ids("suns", "hine"), words.ids(" sunshine"))
+    assert bad_words.tokenize(words, [" sun"], 9) == (words.ids("sun"), words.ids(" sun"))
     # A space of its own adds nothing: the word is complete without it.
-    assert bad_words.tokenise(words, ["e", "hine"], 9) == (words.ids("e"), words.ids("hine"))
-    assert bad_words.tokenise(words, [], 9) == ()
+    assert bad_words.tokenize(words, ["e", "hine"], 9) == (words.ids("e"), words.ids("hine"))
+    assert bad_words.tokenize(words, [], 9) == ()
     with pytest.raises(ValueError, match=r"bad_words.*'x'"):
-        bad_words.tokenise(lambda texts, **_: {"input_ids": [[] for _ in texts]}, ["x"], 9)
+        bad_words.tokenize(lambda texts, **_: {"input_ids": [[] for _ in texts]}, ["x"], 9)
 
 
 def test_bad_words_that_end_in_another_or_are_too_long_are_left_out():
     words = Words("a", "b", "c", " ")
     baa, caa, cca = (words.ids(*word) for word in ("baa", "caa", "cca"))
-    assert bad_words.tokenise(words, ["caa", "cbaa", "baa", "cca", "aaacca"], 9) == (caa, baa, cca)
-    assert bad_words.tokenise(words, ["caa", "cbba", "b" + 100_000 * "a"], 3) == (caa,)
+    assert bad_words.tokenize(words, ["caa", "cbaa", "baa", "cca", "aaacca"], 9) == (caa, baa, cca)
+    assert bad_words.tokenize(words, ["caa", "cbba", "b" + 100_000 * "a"], 3) == (caa,)
