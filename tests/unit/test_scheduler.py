@@ -145,13 +145,14 @@ class Machine(RuleBasedStateMachine):
     def replace(self, data):
         """One sequence goes on twice, another not at all."""
         scheduler = self.simulation.scheduler
+        sequences = scheduler._sequences
         groups = [g for g in scheduler.running if not (g.prefilling or g.beams) and len(g.live) > 1]
         if groups:
             group = data.draw(st.sampled_from(groups))
             parent, dropped = data.draw(st.permutations(group.live))[:2]
-            child = scheduler.fork(group, parent, dropped.index)
+            child = sequences.fork(group, parent, dropped.index)
             child.token_ids[-1] = self.simulation.random.randrange(EOS)
-            scheduler.drop(group, dropped)
+            sequences.drop(group, dropped)
             assert dropped not in group.seqs
 
     @rule(
