@@ -12,9 +12,9 @@
 //
 // Macro CUPAGED_UNIT_BYTES: 16, or 1 where the blocks' size or addresses are no multiple of 16.
 //
-// Predicted for pinned memory, not measured yet: every thread has 16 bytes under way, 4 MB on an
-// H100, many times what keeps a link of 50 GB/s and some us busy. A copy engine sets up each piece
-// anew, which for some KB takes longer than moving them.
+// Predicted for pinned memory, not measured yet: every thread has 16 bytes in flight, 4 MB on an
+// H100, many times the latency-bandwidth product of a link of 50 GB/s and some us. A copy engine
+// sets up every copy, which for blocks of some KB takes longer than moving them.
 #include "common.cuh"
 
 #if CUPAGED_UNIT_BYTES == 16

@@ -1,4 +1,4 @@
-// Which sequences of a decode batch have the same blocks, so that decode reads those once.
+// Find the sequences of a decode batch that share blocks, so that decode reads these once.
 //
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
@@ -7,15 +7,15 @@
 //   tiles            uint32 [lists, max_splits, capacity], out: the tiles, see pack_tile in
 //   work.cuh
 //
-// A block of the grid looks at one piece (work.cuh) of all sequences. Neighbours join a run if the
-// piece has the same block ids for them, begins and ends at the same token, and lies wholly before
-// their queries; what the blocks before it are does not matter. A run ends at a multiple of
-// kThreads sequences at the latest, so that the block sees it at once.
+// A block of the grid processes one KV split (a piece, see work.cuh) of all sequences. Neighbouring
+// sequences form a run if the split has the same block IDs in all of them, begins and ends at the
+// same token, and is entirely before their queries; earlier blocks may differ. A run does not cross
+// a multiple of kThreads sequences, so that the block sees it at once.
 //
-// The query rows of a run, or of a single sequence, one after the other, are cut into tiles: the
-// first list gets tiles of kTileRows rows. Where there is a second one, `wide_rows` > 0, it gets
-// the runs that would fill more than kMaxTiles of those, in tiles of wide_rows. There are never
-// more tiles than without runs.
+// The query rows of a run, or of a single sequence, are divided into tiles of kTileRows rows, in
+// the first list. If there is a second list, `wide_rows` > 0, runs that would fill more than
+// kMaxTiles of these are in that list instead, in tiles of wide_rows rows. There are never more
+// tiles than without runs.
 //
 // Grid (max_splits), kThreads threads; no dynamic shared memory.
 #include "common.cuh"

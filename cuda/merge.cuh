@@ -1,4 +1,4 @@
-// Merging attention states: outputs over disjoint keys into the output over all of them.
+// Merge attention states: outputs over disjoint keys into the output over all keys.
 #pragma once
 
 #include "common.cuh"

@@ -1,5 +1,5 @@
-// The second half of decode, and of a prefill in pieces: merge the pieces that a sequence was
-// divided into.
+// Merge the KV splits (pieces) of sequences: the second kernel of decode, and of prefill with KV
+// splits.
 //
 //   records          float32 [N, H, max_splits, D + 4]: the output of a piece and its lse (base 2)
 //   seq_lens         int32 [S]                       out  [T, H, D]
@@ -10,7 +10,7 @@
 //
 // One thread merges 8 elements of one row (token and head); grid (ceil(N * H * D / 8 / 128)). N is
 // T, or S with kSingles, where sequences have one query token or none of their rows is ours.
-// Sequences of one piece or none are finished already. No shared memory.
+// Sequences with at most one KV split are skipped: their output is complete. No shared memory.
 //
 // Macro CUPAGED_DTYPE. D is a multiple of 8.
 #include "common.cuh"

@@ -1,5 +1,5 @@
-// Where the result of a piece goes: into the output if it is the only one, or into the workspace
-// that merge_splits reads.
+// Store the result of a KV split (a piece, see work.cuh): in the output if it is the only one of
+// its sequence, else as a partial (a record) in the workspace that merge_splits reads.
 #pragma once
 
 #include "common.cuh"

@@ -1,16 +1,15 @@
-// The order in which prefill takes the sequences of a batch: longest first, see prefill_tiles.cuh.
+// Sort the sequences of a batch for prefill, longest first; see prefill_tiles.cuh.
 //
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   workspace        int32 [2 * S + 6], out: a PrefillSchedule, all of what is read of it
 //
-// With max_splits above 1 the size of pieces is chosen so that `blocks` blocks have about the same
-// number of keys to read.
+// With max_splits above 1 the size of KV splits is chosen such that `blocks` blocks have about the
+// same number of keys to read.
 //
-// Sequences of several query tokens are picked and sorted by their length; those of the same length
-// stay in their order. The place of each is the number of those that come before it: n^2
-// comparisons for n of them, with lengths in shared memory. The padding after the last sequence
-// comes last.
+// Sequences of several query tokens are selected and sorted stably by their length. The index of
+// each is the number of those before it: n^2 comparisons for n sequences, with lengths in shared
+// memory. The padding after the last sequence comes last.
 //
 // Grid (1), kThreads threads; no dynamic shared memory.
 #include "common.cuh"

@@ -1,12 +1,11 @@
-// How decode is divided into work items, and how a block finds its own.
+// The division of decode into work items, and the schedule by which blocks take them.
 //
-// An item is one piece of a sequence's keys, for one KV head and one tile of its query rows: the
-// (token, head) pairs of the batch's tokens and the KV head's query heads. How many pieces a
-// sequence has follows from its own length alone, so its result has the same bits in every batch.
-// The blocks walk the list of all items, which exists nowhere: each block counts the items of
-// kThreads sequences at a time, and goes on with every gridDim.x-th. Only where sequences may share
-// pieces is it written down before (find_shared_pieces.cu). Lengths are read on the device only, so
-// a CUDA graph may replay with others.
+// A work item is a KV split of a sequence (called a piece in names), for one KV head and a tile of
+// its query rows: pairs of a query token and a query head. The number of KV splits of a sequence
+// depends on its length only, so its result has the same bits in every batch. The list of work
+// items is not stored: each block counts the items of kThreads sequences at a time, and takes every
+// gridDim.x-th. Only if sequences may share KV splits, find_shared_pieces.cu stores the list of
+// tiles. Lengths are read on the device only, so a CUDA graph may be replayed with other lengths.
 #pragma once
 
 #include "common.cuh"
