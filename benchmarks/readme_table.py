@@ -33,12 +33,12 @@ Run = dict[str, Any]
 
 
 def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
-    """Return every file that is made from results, in whole or in part, and what it has to be."""
+    """Yield every file that is made from results, in whole or in part, and the text it must have."""
     for name in DOCUMENTS:
         yield root / name, filled(root, root / name)
     yield root / "docs" / "memory-use.svg", charts.memory_use(_run(root, PAPER))
     kernels = _run(root, KERNELS)
-    rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _attention_rows(kernels)]
+    rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _compared_rows(kernels)]
     yield root / "docs" / "speed.svg", charts.speed_up(rows, _hardware(kernels))
 
 
@@ -83,10 +83,10 @@ def _line(*cells: str) -> str:
 
 
 def summary(root: Path) -> Iterator[str]:
-    """A line for each result."""
+    """Yield the README's line for each result."""
     kernels = _run(root, KERNELS)
     speeds: dict[bool, list[float]] = {True: [], False: []}
-    for row in _attention_rows(kernels):
+    for row in _compared_rows(kernels):
         speeds[row["query_tokens"] == 1].append(_speed_up(row))
     decode, prefill = (f"{min(found):.1f} to {max(found):.1f}" for found in speeds.values())
     yield (
@@ -122,7 +122,7 @@ def summary(root: Path) -> Iterator[str]:
 
 
 def kernels_table(run: Run, link: str) -> Iterator[str]:
-    """Where the run was made, and a line for every plain shape in `DTYPE`."""
+    """Yield where the run was made, and a line for every plain shape in `DTYPE`."""
     where = run["environment"]
     rows = _attention_rows(run)
     copy = next(row["copy_bytes_per_s"] for row in rows)
@@ -148,6 +148,10 @@ def _attention_rows(run: Run) -> list[Run]:
     return [row for part in ("decode", "prefill") for row in sections[part]["rows"] if _shown(row)]
 
 
+def _compared_rows(run: Run) -> list[Run]:
+    return [row for row in _attention_rows(run) if _best(row, "sdpa")]
+
+
 def _shown(row: Run) -> bool:
     plain = row.get("block_size", 16) == 16 and not row.get("cache_dtype") and not row.get("shared_prefix")
     return plain and row["dtype"] == DTYPE and "cupaged" in row["seconds"]
@@ -166,6 +170,7 @@ def _label(row: Run) -> str:
 
 
 def _speed_up(row: Run) -> float:
+    """Divide dense attention's time by ours."""
     return (_best(row, "sdpa") or 0.0) / row["seconds"]["cupaged"]
 
 

@@ -198,6 +198,12 @@ def test_contributing_names_what_is_there():
     assert not sorted(named - words)
 
 
+def test_an_option_costs_as_many_files_as_contributing_says():
+    files = [*sources("cupaged"), *(ROOT / "cuda").iterdir()]
+    named = [path for path in files if re.search(r"soft_cap|\bcap\b", path.read_text())]
+    assert f"the {len(named)} files of `logits_soft_cap`" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 def test_the_picture_is_of_our_names():
     picture = re.search(r"```mermaid\n(.*?)```", README, re.DOTALL)[1]
     names = re.findall(r"\[\"(.*?)\"\]", picture)
