@@ -20,6 +20,7 @@ CHECKS = (
     "threads_do_not_mix_their_arguments",
     "kernels_run_on_what_arrives",
     "large_shared_memory_is_asked_for",
+    "a_kernel_is_loaded_that_cannot_be_kept",
 )
 
 

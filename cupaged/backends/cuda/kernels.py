@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ...params import AttentionParams
-from . import plans
-from .plans import DecodePlan, KernelCall, PrefillPlan
+from . import cache_plans, layouts, plans
+from .plans import DecodePlan, PrefillPlan
+from .specs import KernelCall
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
 # Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
@@ -33,7 +34,7 @@ class Launcher(Protocol):
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
         """Everything about a launch but the addresses, to be called many times.
 
-        It is given the tensors of the entry point's pointers, which come before its numbers.
+        It is given the tensors of the arguments' pointers, in their order.
         """
 
     def sm_count(self, device: torch.device) -> int:
@@ -50,6 +51,22 @@ class Launcher(Protocol):
 
     def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
+
+
+class AttentionTensors(NamedTuple):
+    """What the arguments of decode and prefill begin with."""
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ class Kernels:
         plan_key = layout, key.data_ptr() % 16, value.data_ptr() % 16, kv_cache.data_ptr() % 16
         launch = self._plans.get(plan_key)
         if launch is None:
-            call = plans.reshape_and_cache(key, value, kv_cache)
+            call = cache_plans.reshape_and_cache(key, value, kv_cache)
             launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
         launch((key, value, kv_cache, slot_mapping, k_scale, v_scale))
 
@@ -113,7 +130,7 @@ class Kernels:
     def _copy(
         self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor, device: torch.device
     ) -> None:
-        call = plans.copy_blocks(src, dst, block_mapping.shape[0])
+        call = cache_plans.copy_blocks(src, dst, block_mapping.shape[0])
         self._launcher.prepare(call, device)((src, dst, block_mapping))
 
     def paged_attention(
@@ -135,7 +152,7 @@ class Kernels:
             plan = self._keep(
                 plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
             )
-        tensors = (
+        tensors = AttentionTensors(
             query,
             kv_cache,
             block_tables,
@@ -152,35 +169,31 @@ class Kernels:
         if plan.prefill is not None:
             self._prefill(plan.prefill, tensors)
 
-    def _prefill(self, prepared: PreparedPrefill, tensors: tuple[Any, ...]) -> None:
-        query, _, _, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
-        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+    def _prefill(self, prepared: PreparedPrefill, tensors: AttentionTensors) -> None:
+        plan, device, empty = prepared.plan, tensors.query.device, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
-        prepared.schedule((seq_lens, query_start_loc, schedule))
+        prepared.schedule((tensors.seq_lens, tensors.query_start_loc, schedule))
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         prepared.prefill((*tensors, schedule, records))
         if prepared.merge is not None:  # the schedule begins with the size of pieces
-            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
+            _merge(prepared.merge, tensors, records, schedule)
 
-    def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
-        query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
-        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+    def _decode(self, prepared: PreparedAttention, tensors: AttentionTensors) -> None:
+        plan, device, empty = prepared.plan, tensors.query.device, self._launcher.empty
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
-        workspace = [records, split_size]
-        if plan.can_share:
-            counts = tiles = None
-            if prepared.search is not None and plan.tile_lists is not None:
-                lists = empty(plan.tile_lists[:2], torch.int32, device)
-                tile_lists = empty(plan.tile_lists, torch.int32, device)
-                prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
-                counts, tiles = lists[0], tile_lists[0]
-                if prepared.wide is not None:
-                    prepared.wide((*tensors, *workspace, lists[1], tile_lists[1]))
-            workspace += counts, tiles
-        prepared.decode((*tensors, *workspace))
+        counts = tiles = None
+        if prepared.search is not None and plan.tile_lists is not None:
+            lists = empty(plan.tile_lists[:2], torch.int32, device)
+            tile_lists = empty(plan.tile_lists, torch.int32, device)
+            shared = tensors.block_tables, tensors.seq_lens, tensors.query_start_loc
+            prepared.search((*shared, lists, tile_lists))
+            counts, tiles = lists[0], tile_lists[0]
+            if prepared.wide is not None:
+                prepared.wide((*tensors, records, split_size, lists[1], tile_lists[1]))
+        prepared.decode((*tensors, records, split_size, counts, tiles))
         if prepared.merge is not None:
-            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
+            _merge(prepared.merge, tensors, records, split_size)
 
     def _prepare(
         self,
@@ -217,7 +230,7 @@ class Kernels:
         device = src.device if src.is_cuda else dst.device
         reached = self._launcher.reaches(src, device) and self._launcher.reaches(dst, device)
         by_kernel: list[list[int]] = []
-        engine_bytes = self._copy_engine_bytes if reached and plans.copy_unit(src, dst) == 16 else 0
+        engine_bytes = self._copy_engine_bytes if reached and layouts.copy_unit(src, dst) == 16 else 0
         block_bytes = src.shape[1:].numel() * src.element_size()
         # One copy a run of neighbouring blocks.
         for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
@@ -235,6 +248,26 @@ class Kernels:
             self._plans.clear()
         self._plans[plan_key] = plan
         return plan
+
+
+def _merge(
+    launch: Launch,
+    tensors: AttentionTensors,
+    records: torch.Tensor | None,
+    split_size: torch.Tensor | None,
+) -> None:
+    """Merge the pieces that sequences were divided into."""
+    launch(
+        (
+            records,
+            tensors.seq_lens,
+            tensors.query_start_loc,
+            split_size,
+            tensors.sinks,
+            tensors.out,
+            tensors.lse,
+        )
+    )
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
