@@ -1,7 +1,7 @@
 // Attention of a few query tokens a sequence over its paged cache, on tensor cores.
 //
 //   query            [T, H, D], contiguous in D         out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
@@ -163,10 +163,9 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
 // Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
 // spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
-// sums of two tiles of rows, 104 and 112 elements are as many, in the code for two stages.
-constexpr bool kFewCopies =
-    next_power_of_two(kTileChunks) != kTileChunks &&
-    (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12 && kStages == 2));
+// sums of two tiles of rows, 104 and 112 elements are as many.
+constexpr bool kFewCopies = next_power_of_two(kTileChunks) != kTileChunks &&
+                            (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12));
 constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.

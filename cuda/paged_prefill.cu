@@ -2,7 +2,7 @@
 // batches. On CUDA cores: for float32, and for GPUs before sm_80.
 //
 //   query            [T, H, D], contiguous in D      out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]

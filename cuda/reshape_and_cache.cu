@@ -2,7 +2,7 @@
 // the cache is quantised.
 //
 //   key, value        [T, Hkv, D], contiguous in D
-//   cache             [num_blocks, 2, Hkv, B, D]
+//   kv_cache          [num_blocks, 2, Hkv, B, D]
 //   slot_mapping      int64 [T]: block * B + offset, -1 to skip the token
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //

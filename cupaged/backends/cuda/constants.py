@@ -16,11 +16,9 @@ DECODE_TILE_ROWS = 16  # of paged_decode_mma but for wide tiles: (token, head) p
 MAX_SHARED_TILES = 2  # of those on a split that sequences share; where they would be more, they are wide
 MAX_TILE_ROWS = 64  # lists of tiles name rows below 2^32 / MAX_TILE_ROWS (pack_tile in work.cuh)
 
-# Bytes of shared memory: all that is static in paged_decode_mma, at most; a PrefillTile (prefill_tiles.cuh);
-# what paged_prefill_wgmma has besides tiles, at most.
+# Bytes of shared memory: all that is static in paged_decode_mma, at most; a PrefillTile (prefill_tiles.cuh).
 DECODE_MMA_STATIC_BYTES = 4 * 1024
 PREFILL_TILE_BYTES = 48
-PREFILL_WGMMA_OTHER_BYTES = 256
 PREFILL_WGMMA_ROWS = 128  # of the query
 
 MACROS = tuple((f"CUPAGED_{name}", str(value)) for name, value in sorted(vars().items()) if name.isupper())

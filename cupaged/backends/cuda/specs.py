@@ -31,6 +31,8 @@ SHARED_MEMORY = {
     "120": 99 * 1024,
     "121": 99 * 1024,
 }
+# Shared memory of paged_prefill_wgmma besides tiles, at most: items, barriers.
+PREFILL_WGMMA_OTHER_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,7 @@ def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
     keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
     stages = 3 if head_size <= 128 else 2
     row_bytes = 128 * -(-head_size // 64)
-    shared_bytes = (
-        constants.PREFILL_WGMMA_ROWS + stages * 2 * keys
-    ) * row_bytes + constants.PREFILL_WGMMA_OTHER_BYTES
+    shared_bytes = (constants.PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_OTHER_BYTES
     defines = _defines(dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
     return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
 
