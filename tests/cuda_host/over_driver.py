@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import random
+import re
 import struct
 import threading
 import traceback
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import cupy
 import numpy as np
+import pytest
 import torch
 
 import cupaged
@@ -32,9 +34,9 @@ from cupaged.backends.cuda import compile as kernel_compiler
 from cupaged.backends.cuda import launcher, raw
 from cupaged.backends.cuda.arguments import OF_KERNEL, DecodeArguments
 from cupaged.backends.cuda.kernels import Kernels
-from cupaged.backends.cuda.specs import paged_decode_mma
+from cupaged.backends.cuda.specs import KernelSpec, paged_decode_mma
 
-from .build import load, runtime
+from .build import Module, load, runtime
 
 INDEX = 1  # of the device that the launches are on; current is another
 STREAM = 0x7FFF12345678
@@ -216,6 +218,24 @@ def threads_do_not_mix_their_arguments() -> None:
     assert all(len(set(launch)) == 1 for launch in seen)
 
 
+def emulate(launch: Seen, name: str, module: Module) -> None:
+    """Run an emulated kernel on what arrived."""
+    error = ctypes.create_string_buffer(2048)
+    runtime().cupaged_host_launch(
+        ctypes.c_void_p(module.kernel),
+        name.encode(),
+        ctypes.c_void_p(launch.params),
+        (ctypes.c_uint * 3)(*launch.shape[:3]),
+        (ctypes.c_uint * 3)(*launch.shape[3:6]),
+        ctypes.c_size_t(launch.shape[6]),
+        ctypes.c_uint64(7),
+        ctypes.c_double(60.0),
+        error,
+        ctypes.c_size_t(len(error)),
+    )
+    assert not error.value, error.value.decode()
+
+
 class EmulatedLauncher(launcher.CupyLauncher):
     """`CupyLauncher` for tensors on the CPU; the driver runs the emulated kernel that it loaded."""
 
@@ -245,20 +265,7 @@ class EmulatedLauncher(launcher.CupyLauncher):
     def _run(self, launch: Seen) -> None:
         spec, module = self._specs[launch.function]
         self.launched.append(spec.entry)
-        error = ctypes.create_string_buffer(2048)
-        runtime().cupaged_host_launch(
-            ctypes.c_void_p(module.kernel),
-            str(spec).encode(),
-            ctypes.c_void_p(launch.params),
-            (ctypes.c_uint * 3)(*launch.shape[:3]),
-            (ctypes.c_uint * 3)(*launch.shape[3:6]),
-            ctypes.c_size_t(launch.shape[6]),
-            ctypes.c_uint64(7),
-            ctypes.c_double(60.0),
-            error,
-            ctypes.c_size_t(len(error)),
-        )
-        assert not error.value, error.value.decode()
+        emulate(launch, str(spec), module)
 
 
 def kernels_run_on_what_arrives() -> None:
@@ -302,6 +309,58 @@ def large_shared_memory_is_asked_for() -> None:
     assert granted == spec.dynamic_shared_memory > 48 * 1024
 
 
+def the_documented_launch_is_right() -> None:
+    """`docs/kernels.md`: what it shows, on tensors of the CPU, over emulated kernels."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    documented: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], documented)
+    modules = {}
+
+    class Kernel(FakeRawKernel):
+        @property
+        def max_threads_per_block(self) -> int:
+            return modules[self.kernel.ptr].max_threads
+
+    def loaded(spec: KernelSpec, arch: str) -> Kernel:
+        assert (arch, spec) == ("90a", paged_decode_mma("bf16", "bf16", 64, "90a"))
+        kernel = Kernel(load_raw(spec, arch).kernel.ptr)
+        modules[kernel.kernel.ptr] = load(spec)
+        return kernel
+
+    def run(launch: Seen) -> None:
+        emulate(launch, "paged_decode_mma", modules[launch.function])
+
+    load_raw, raw.load = raw.load, loaded
+    cupy.cuda.Device = lambda: type("", (), {"compute_capability": "90"})
+    with torch.cuda.device(INDEX):
+        cupy.cuda.runtime.setDevice(INDEX)
+        on_launch(run)
+        generator = torch.Generator().manual_seed(3)
+        cache = torch.randn(40, 2, 2, 16, 64, generator=generator).bfloat16()
+        query = torch.randn(3, 8, 64, generator=generator).bfloat16()
+        tables = torch.stack([torch.randperm(40, generator=generator)[:36] for _ in range(3)]).int()
+        lengths = torch.tensor([550, 1, 33], dtype=torch.int32)
+        out = torch.full_like(query, float("nan"))
+        documented["decode"](query, cache, tables, lengths, out)
+    raw.load = load_raw
+    backends.for_device = lambda device_type: reference
+    expected = cupaged.paged_attention(query.float(), cache.float(), tables, lengths)
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def a_raw_kernel_of_no_kernel_is_refused() -> None:
+    for name, variant, message in (
+        ("paged_decod", {}, "there is no kernel 'paged_decod', only copy_blocks, "),
+        ("paged_decode_mma", {"dtype": torch.float16}, "missing: ['head_size'], unknown: []"),
+        ("copy_blocks", {"unit_bytes": 16, "dtype": "bf16"}, "missing: [], unknown: ['dtype']"),
+        ("merge_states", {"dtype": torch.int8}, "dtype must be one of fp32, fp16, bf16, got 'int8'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cupaged.raw_kernel(name, arch="80", **variant)
+    kernel = cupaged.raw_kernel("merge_states", arch="80", dtype=torch.float16)
+    assert (kernel.kernel.ptr > 0, kernel.max_dynamic_shared_size_bytes) == (True, 0)
+
+
 def a_kernel_is_loaded_that_cannot_be_kept() -> None:
     """From a file that is gone afterwards."""
     spec = paged_decode_mma("bf16", "bf16", 64, "90a")
@@ -324,6 +383,8 @@ CHECKS = (
     threads_do_not_mix_their_arguments,
     kernels_run_on_what_arrives,
     large_shared_memory_is_asked_for,
+    the_documented_launch_is_right,
+    a_raw_kernel_of_no_kernel_is_refused,
     a_kernel_is_loaded_that_cannot_be_kept,
 )
 

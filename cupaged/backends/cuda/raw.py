@@ -11,7 +11,7 @@ from typing import Any
 
 from . import compile as kernel_compiler
 from . import specs as kernel_specs
-from .kernel_choice import CACHE_DTYPE_NAMES
+from .kernel_choice import CACHE_DTYPE_NAMES, DTYPE_NAMES
 from .specs import KernelSpec
 
 KERNELS: dict[str, Callable[..., KernelSpec]] = {
@@ -61,9 +61,7 @@ def load(spec: KernelSpec, arch: str) -> Any:
     """Return the kernel as a `cupy.RawKernel` that is loaded on CuPy's current device."""
     with _file_of(kernel_compiler.cubin(spec, arch)) as path:
         kernel = kernel_compiler.import_cupy().RawModule(path=str(path)).get_function(spec.entry)
-        if spec.dynamic_shared_memory > kernel_specs.STATIC_SHARED_MEMORY:
-            kernel.max_dynamic_shared_size_bytes = spec.dynamic_shared_memory
-        kernel.kernel  # noqa: B018  # loads it, while there is a file
+        kernel.max_dynamic_shared_size_bytes = spec.dynamic_shared_memory  # loads it, while there is a file
     return kernel
 
 
@@ -96,9 +94,7 @@ def _spec(name: str, arch: str, variant: dict[str, Any]) -> KernelSpec:
             f"{name} is compiled for {', '.join(taken) or 'nothing'}; "
             f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
         )
-    for key in ("dtype", "cache_dtype"):
-        if key in values and values[key] not in CACHE_DTYPE_NAMES.values():
-            raise ValueError(
-                f"{key} must be one of {', '.join(CACHE_DTYPE_NAMES.values())}, got {values[key]!r}"
-            )
+    for key, names in (("dtype", DTYPE_NAMES), ("cache_dtype", CACHE_DTYPE_NAMES)):
+        if key in values and values[key] not in names.values():
+            raise ValueError(f"{key} must be one of {', '.join(names.values())}, got {values[key]!r}")
     return KERNELS[name](**values)
