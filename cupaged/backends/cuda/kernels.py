@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,8 @@ PLANS = 1024  # kept at most; the layers of a batch share theirs
 # `benchmarks/kernels.py --section memory` measures both.
 COPY_ENGINE_BYTES = 4 << 20
 # Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
-Launch = Callable[[Sequence[torch.Tensor | None]], None]
+Tensors = Sequence[torch.Tensor | None]
+Launch = Callable[[Tensors], None]
 
 
 class Launcher(Protocol):
@@ -51,22 +52,6 @@ class Launcher(Protocol):
 
     def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
-
-
-class AttentionTensors(NamedTuple):
-    """What the arguments of decode and prefill begin with."""
-
-    query: torch.Tensor
-    kv_cache: torch.Tensor
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    sinks: torch.Tensor | None
-    k_scale: torch.Tensor | None
-    v_scale: torch.Tensor | None
-    out: torch.Tensor
-    lse: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -152,48 +137,63 @@ class Kernels:
             plan = self._keep(
                 plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
             )
-        tensors = AttentionTensors(
+        # In the order of the arguments' pointers, which is what a launch takes.
+        lengths = seq_lens, query_start_loc
+        merged = params.sinks, out, lse
+        scales = params.k_scale, params.v_scale
+        tensors = (
             query,
             kv_cache,
             block_tables,
-            seq_lens,
-            query_start_loc,
+            *lengths,
             params.alibi_slopes,
             params.sinks,
-            params.k_scale,
-            params.v_scale,
+            *scales,
             out,
             lse,
         )
-        self._decode(plan, tensors)
+        self._decode(plan, tensors, block_tables, lengths, merged)
         if plan.prefill is not None:
-            self._prefill(plan.prefill, tensors)
+            self._prefill(plan.prefill, tensors, query.device, lengths, merged)
 
-    def _prefill(self, prepared: PreparedPrefill, tensors: AttentionTensors) -> None:
-        plan, device, empty = prepared.plan, tensors.query.device, self._launcher.empty
+    def _prefill(
+        self,
+        prepared: PreparedPrefill,
+        tensors: Tensors,
+        device: torch.device,
+        lengths: Tensors,
+        merged: Tensors,
+    ) -> None:
+        plan, empty = prepared.plan, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
-        prepared.schedule((tensors.seq_lens, tensors.query_start_loc, schedule))
+        prepared.schedule((*lengths, schedule))
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         prepared.prefill((*tensors, schedule, records))
         if prepared.merge is not None:  # the schedule begins with the size of pieces
-            _merge(prepared.merge, tensors, records, schedule)
+            prepared.merge((records, *lengths, schedule, *merged))
 
-    def _decode(self, prepared: PreparedAttention, tensors: AttentionTensors) -> None:
-        plan, device, empty = prepared.plan, tensors.query.device, self._launcher.empty
+    def _decode(
+        self,
+        prepared: PreparedAttention,
+        tensors: Tensors,
+        block_tables: torch.Tensor,
+        lengths: Tensors,
+        merged: Tensors,
+    ) -> None:
+        plan, device, empty = prepared.plan, block_tables.device, self._launcher.empty
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
         counts = tiles = None
         if prepared.search is not None and plan.tile_lists is not None:
             lists = empty(plan.tile_lists[:2], torch.int32, device)
             tile_lists = empty(plan.tile_lists, torch.int32, device)
-            shared = tensors.block_tables, tensors.seq_lens, tensors.query_start_loc
-            prepared.search((*shared, lists, tile_lists))
+            prepared.search((block_tables, *lengths, lists, tile_lists))
             counts, tiles = lists[0], tile_lists[0]
             if prepared.wide is not None:
                 prepared.wide((*tensors, records, split_size, lists[1], tile_lists[1]))
         prepared.decode((*tensors, records, split_size, counts, tiles))
         if prepared.merge is not None:
-            _merge(prepared.merge, tensors, records, split_size)
+            prepared.merge((records, *lengths, split_size, *merged))
 
     def _prepare(
         self,
@@ -248,26 +248,6 @@ class Kernels:
             self._plans.clear()
         self._plans[plan_key] = plan
         return plan
-
-
-def _merge(
-    launch: Launch,
-    tensors: AttentionTensors,
-    records: torch.Tensor | None,
-    split_size: torch.Tensor | None,
-) -> None:
-    """Merge the pieces that sequences were divided into."""
-    launch(
-        (
-            records,
-            tensors.seq_lens,
-            tensors.query_start_loc,
-            split_size,
-            tensors.sinks,
-            tensors.out,
-            tensors.lse,
-        )
-    )
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
