@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DONE = (
     "benchmarks",
     "cupaged/backends/cpu",
+    "cupaged/backends/cuda",
     "cupaged/backends/__init__.py",
     "cupaged/backends/reference.py",
     "cupaged/__init__.py",

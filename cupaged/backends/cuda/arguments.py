@@ -1,4 +1,4 @@
-"""The arguments of each kernel: a struct with the fields of its namesake in `cuda/`, passed by value.
+"""Declare the arguments of each kernel: a struct with the fields of its namesake in `cuda/`, passed by value.
 
 First come the pointers, which a launch fills in with the addresses of its tensors, in this order, then the
 numbers. What each is, is told at the head of the kernel. The tests compare every field with the kernel's.
@@ -25,7 +25,7 @@ def _fields(pointers: str, **numbers: str) -> tuple[Field, ...]:
 
 
 class KernelArguments(ctypes.Structure):
-    """Arguments with the numbers given, and null pointers.
+    """Hold the given numbers, and null pointers.
 
     Args:
         numbers: every field that is no pointer.
@@ -47,7 +47,7 @@ class KernelArguments(ctypes.Structure):
                 raise OverflowError(f"{type(self).__name__}.{name} has no room for {numbers[name]}")
 
     def copy(self) -> Self:
-        """Return arguments of their own memory."""
+        """Return a copy in memory of its own."""
         return type(self).from_buffer_copy(self)
 
     def point_to(self, addresses: Iterable[int]) -> Self:
@@ -72,13 +72,13 @@ class KernelArguments(ctypes.Structure):
 
 
 class CopyBlocksArguments(KernelArguments):
-    """Of copy_blocks."""
+    """The arguments of copy_blocks."""
 
     _fields_ = _fields("source target block_mapping", int64="source_stride target_stride block_units")
 
 
 class ReshapeAndCacheArguments(KernelArguments):
-    """Of reshape_and_cache."""
+    """The arguments of reshape_and_cache."""
 
     _fields_ = _fields(
         "key value kv_cache slot_mapping k_scale v_scale",
@@ -96,7 +96,7 @@ _FACTORS = "query_scale soft_cap_log2"
 
 
 class DecodeArguments(KernelArguments):
-    """Of paged_decode and paged_decode_mma."""
+    """The arguments of paged_decode and paged_decode_mma."""
 
     _fields_ = _fields(
         f"{_TENSORS} records split_size tile_counts tile_lists",
@@ -107,7 +107,7 @@ class DecodeArguments(KernelArguments):
 
 
 class PrefillArguments(KernelArguments):
-    """Of paged_prefill, paged_prefill_mma and paged_prefill_wgmma."""
+    """The arguments of paged_prefill, paged_prefill_mma and paged_prefill_wgmma."""
 
     _fields_ = _fields(
         f"{_TENSORS} workspace records",
@@ -118,7 +118,7 @@ class PrefillArguments(KernelArguments):
 
 
 class MergeSplitsArguments(KernelArguments):
-    """Of merge_splits."""
+    """The arguments of merge_splits."""
 
     _fields_ = _fields(
         "records seq_lens query_start_loc split_size sinks out lse",
@@ -128,13 +128,13 @@ class MergeSplitsArguments(KernelArguments):
 
 
 class MergeStatesArguments(KernelArguments):
-    """Of merge_states."""
+    """The arguments of merge_states."""
 
     _fields_ = _fields("outs lses out lse", int64="num_rows", int32="num_states head_size aligned")
 
 
 class PlanPrefillArguments(KernelArguments):
-    """Of plan_prefill."""
+    """The arguments of plan_prefill."""
 
     _fields_ = _fields(
         "seq_lens query_start_loc workspace",
@@ -143,7 +143,7 @@ class PlanPrefillArguments(KernelArguments):
 
 
 class FindSharedPiecesArguments(KernelArguments):
-    """Of find_shared_pieces."""
+    """The arguments of find_shared_pieces."""
 
     _fields_ = _fields(
         "block_tables seq_lens query_start_loc counts tiles",

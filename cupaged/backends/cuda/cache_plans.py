@@ -1,4 +1,4 @@
-"""What the functions on a KV cache launch, as `plans.py` says it of attention."""
+"""Plan the launches of the functions on a KV cache, as `plans.py` does those of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that kernels and what launches them must agree on: macros of every kernel, CUPAGED_ before them."""
+"""Define the numbers that kernels and their launches must agree on: macros of every kernel."""
 
 from __future__ import annotations
 

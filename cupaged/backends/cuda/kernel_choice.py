@@ -1,4 +1,4 @@
-"""Which attention kernel a call takes, and how it tiles the query rows of a KV head."""
+"""Choose the attention kernel of a call, and how it tiles the query rows of a KV head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DecodeKernel:
 
 @cache
 def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> DecodeKernel:
-    """The choice between the two decode kernels: tensor cores where they take 16 bits, else CUDA cores.
+    """Choose between the decode kernels: tensor cores where they take 16 bits, else CUDA cores.
 
     A single query row leaves 15 of 16 idle, which should not show, though no GPU has measured it yet: a tile
     of 16 keys of 128 elements takes 32 products of 8 cycles on one of four tensor cores, and 550 cycles to
@@ -67,7 +67,7 @@ class PrefillKernel:
 
 @cache
 def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
-    """The choice between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
+    """Choose between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
     need not unpack 8."""
     if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
         spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
@@ -86,5 +86,5 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
 
 
 def _prefill_tile_rows(row_bytes: int) -> int:
-    """Query rows of a tile of paged_prefill: as many as leave its shared memory below 48 KiB."""
+    """Return the query rows of a tile of paged_prefill: as many as fit into 48 KiB of shared memory."""
     return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, as far as it decides which kernel is launched and what it is told."""
+"""Check how tensors lie in memory, as far as it decides which kernel is launched with what arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call launches: which kernel in `cuda/`, on what grid, with which numbers.
+"""Plan the launches of a call: which kernel in `cuda/`, on what grid, with which arguments.
 
 All of it follows from the layouts of the tensors, the settings and the GPU; nothing here reads memory or
 launches, so that `kernels.py` can keep a plan for the calls that are alike.
@@ -53,7 +53,7 @@ MAX_DECODE_QUERY_LEN = 8
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What a decode launches, and the workspace that it needs."""
+    """The launches of a decode, and the workspace that they need."""
 
     decode: KernelCall
     balances: bool  # it divides sequences by the load, and writes how
@@ -66,7 +66,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """What a prefill launches, and the workspace that it needs."""
+    """The launches of a prefill, and the workspace that they need."""
 
     schedule: KernelCall  # orders the sequences
     prefill: KernelCall
@@ -76,7 +76,7 @@ class PrefillPlan:
 
 
 def all_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
-    """Whether all sequences are for the decode kernels, or only those of one query token."""
+    """Return whether the decode kernels take all sequences, or only those of one query token."""
     if query_start_loc is None:
         return True
     return params.max_query_len is not None and params.max_query_len <= MAX_DECODE_QUERY_LEN
@@ -92,7 +92,7 @@ def decode(
     arch: str,
     sm_count: int,
 ) -> DecodePlan:
-    """Of all sequences, or of those with one query token where the others are left to `prefill`."""
+    """Plan the decode of all sequences, or of those with one query token if `prefill` takes the others."""
     require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_seqs, table_width = block_tables.shape
@@ -179,7 +179,7 @@ def decode(
 def _merge(
     out: torch.Tensor, num_seqs: int, window: int, split_tokens: int, max_splits: int, subset: int
 ) -> tuple[KernelCall, tuple[int, int, int, int]]:
-    """The merging of pieces, and the shape of their records."""
+    """Plan the merge of KV splits; return the shape of their partials too."""
     num_tokens, num_heads, head_size = out.shape
     slots = num_seqs if subset == SINGLES else num_tokens
     spec = kernel_specs.merge_splits(DTYPE_NAMES[out.dtype])
@@ -212,7 +212,7 @@ def prefill(
     arch: str,
     sm_count: int,
 ) -> PrefillPlan:
-    """Of all sequences of several query tokens, and of the padding."""
+    """Plan the prefill of all sequences of several query tokens, and of the padding."""
     require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[2]

@@ -1,4 +1,4 @@
-"""The kernels as `cupy.RawKernel`s, for the launcher and for who launches them on arrays of their own."""
+"""Load kernels as `cupy.RawKernel`s, for the launcher and for users who launch them on their own arrays."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load(spec: KernelSpec, arch: str) -> Any:
 
 @contextmanager
 def _file_of(compiled: kernel_compiler.Compiled) -> Iterator[Path]:
-    """Where a cubin is: in the cache, or where that cannot be written, for now in a temporary file."""
+    """Return the path of a cubin: in the cache, or in a temporary file where that cannot be written."""
     if compiled.path is not None:
         yield compiled.path
         return

@@ -1,4 +1,4 @@
-"""Which kernels the public functions can launch: those of `specs.variants` and the rarer ones."""
+"""List the kernels that the public functions can launch: those of `specs.variants` and the rarer ones."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
 
 
 def _head_sizes(cache_dtype: str) -> range:
-    """Return those that `checks.layer_cache` lets pass."""
+    """Return the head sizes that `checks.layer_cache` accepts."""
     step = 16 if cache_dtype in kernel_specs.CACHE_DTYPES else 8
     return range(step, MAX_HEAD_SIZE + 1, step)
