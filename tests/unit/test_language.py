@@ -15,6 +15,8 @@ DONE = (
     "engine/memory",
     "engine/sampling",
     "engine/model",
+    "engine/server",
+    "engine/__init__.py",
     "engine/config.py",
     "engine/llm.py",
     "engine/output_processor.py",
