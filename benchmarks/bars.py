@@ -1,4 +1,4 @@
-"""What the kernels are held to on a GPU, as ratios within one run."""
+"""The bars that the kernels have to meet on a GPU, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .report import Result, Row
 
 
 def ratios(row: Row) -> dict[str, float]:
-    """Of a decode or prefill row: bandwidth over a copy's, and others' times over ours."""
+    """Return the ratios of a decode or prefill row: bandwidth over a copy's, and others' times over ours."""
     seconds = row["seconds"]
     if "cupaged" not in seconds:
         return {}
     ours = seconds["cupaged"]
-    # On Hopper the kernel of the generations before it is timed beside its own.
-    found = {"mma_tflop_per_s": row["flop"] / seconds.get("cupaged mma.sync", ours) / 1e12}
+    # On Hopper the kernel for earlier generations is timed as well.
+    by_name = {"mma_tflop_per_s": row["flop"] / seconds.get("cupaged mma.sync", ours) / 1e12}
     if row.get("copy_bytes_per_s"):
-        found["of_copy"] = row["bytes"] / ours / row["copy_bytes_per_s"]
+        by_name["of_copy"] = row["bytes"] / ours / row["copy_bytes_per_s"]
     for group in ("sdpa", "flashinfer"):
         times = [s for name, s in seconds.items() if name.startswith(group)]
         if times:
-            found[group] = min(times) / ours
-    return found
+            by_name[group] = min(times) / ours
+    return by_name
 
 
 @dataclass(frozen=True)
 class Bar:
-    """``measure`` gives the worst ratio of the rows the bar is about, None if there is none."""
+    """A bar: ``measure`` returns the worst ratio of the rows it applies to, None if there are none."""
 
     name: str
     target: float
@@ -59,7 +59,7 @@ def _group(row: Row) -> int:
 
 
 def _known(row: Row) -> bool:
-    """The shape that other kernels' rates are known of."""
+    """Return whether a row has the shape for which rates of other kernels are published."""
     shape = (row["num_seqs"], row["query_tokens"], row["context"], _group(row), row["head_size"])
     return shape == (32, 4096, 4096, 1, 128) and row["block_size"] == 16 and row["cache_dtype"] is None
 
@@ -69,7 +69,7 @@ def _large(row: Row) -> bool:
 
 
 def _page_sizes(section: str, results: dict[str, Result]) -> float | None:
-    """The slowest page size from 16 on over the fastest, of one shape."""
+    """Return the worst ratio, over shapes, of the rate at the slowest page size to that at the fastest."""
     by_shape: dict[tuple, list[float]] = {}
     names = ("dtype", "num_seqs", "query_tokens", "context", "num_heads", "num_kv_heads", "head_size")
     for row in results[section].rows if section in results else []:
@@ -80,20 +80,20 @@ def _page_sizes(section: str, results: dict[str, Result]) -> float | None:
 
 
 def _quantised(results: dict[str, Result]) -> float | None:
-    """The time over a bf16 cache by the time over an fp8 one, at long context."""
+    """Return the worst ratio of the time over a bf16 cache to that over an fp8 cache, at long context."""
     times: dict[tuple, dict[str | None, float]] = {}
     for row in results["decode"].rows if "decode" in results else []:
         plain = row["query_tokens"] == 1 and not row["shared_prefix"] and row["block_size"] == 16
         if plain and row["dtype"] == "bfloat16" and row["context"] >= 8192 and "cupaged" in row["seconds"]:
             shape = tuple(row[k] for k in ("num_seqs", "context", "num_heads", "num_kv_heads", "head_size"))
             times.setdefault(shape, {})[row["cache_dtype"]] = row["seconds"]["cupaged"]
-    found = [
-        both[None] / s
-        for both in times.values()
-        for name, s in both.items()
-        if None in both and name and name.startswith("float8")
+    speedups = [
+        by_dtype[None] / s
+        for by_dtype in times.values()
+        for name, s in by_dtype.items()
+        if None in by_dtype and name and name.startswith("float8")
     ]
-    return min(found, default=None)
+    return min(speedups, default=None)
 
 
 def _mixed(results: dict[str, Result]) -> float | None:

@@ -1,4 +1,4 @@
-"""Drawn attention problems with poison in everything unused, and the tolerance they are judged by."""
+"""Random attention problems with poison in all unused memory, and the tolerance for their results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cupaged.params import AttentionParams
 from cupaged.quantisation import LARGEST, dequantise, quantise
 
 TABLE_POISON = 2147480000
-# What no sequence covers: NaN, and for int8 the code that quantising never gives.
+# Fills slots that no sequence covers: codes of NaN, and for int8 the code that quantising never returns.
 CODE_POISON = {torch.float8_e4m3fn: (0x7F, 0xFF), torch.float8_e5m2: (0x7F, 0xFE), torch.int8: (0x80,)}
 
 
 @dataclass
 class Problem:
-    """One batch. Every slot of ``kv_cache`` that no sequence covers is NaN, or `CODE_POISON`."""
+    """A batch. Every slot of ``kv_cache`` that no sequence covers is NaN, or `CODE_POISON`."""
 
     query: torch.Tensor
     kv_cache: torch.Tensor
@@ -42,7 +42,7 @@ class Problem:
         return AttentionParams(**options)
 
     def expected(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference over the dequantised cache, with inputs and arithmetic in ``dtype``."""
+        """Return the reference's output and lse over the dequantised cache, computed in ``dtype``."""
         kv_cache, params = self.kv_cache, self.params()
         if params.k_scale is not None and params.v_scale is not None:
             kv_cache = torch.stack(
@@ -84,10 +84,12 @@ def draw(
     """Draw a batch.
 
     Args:
-        query_lens: query tokens of each sequence; None means decode.
-        block_stride_factor: the layer's view has every n-th chunk of a wider allocation.
-        features: of "window", "cap", "alibi", "sinks", "full" (not causal).
-        cache_dtype: of a quantised cache; the scales, one a head, are drawn around what just holds it.
+        query_lens: number of query tokens of each sequence; None means decode.
+        padding_rows: number of query rows after those of the last sequence.
+        block_stride_factor: ratio of the stride between blocks to a block's size.
+        features: any of "window", "cap", "alibi", "sinks", "full" (not causal).
+        cache_dtype: dtype of a quantised cache; the scales, one per KV head, are drawn around the smallest
+            at which nothing saturates.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -143,8 +145,10 @@ def draw(
 def quantise_cache(
     wide: torch.Tensor, dtype: torch.dtype, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of [num_blocks, n, 2, Hkv, B, D] where NaN becomes poison, and scales [2, Hkv]: with some of
-    them the largest values saturate, with others only a part of the codes is used."""
+    """Return the codes of a cache [num_blocks, n, 2, Hkv, B, D], and random scales [2, Hkv].
+
+    NaN becomes poison. With small scales the largest values saturate, with large ones some codes are unused.
+    """
     largest = wide.nan_to_num(nan=0.0).abs().amax(dim=(0, 1, 4, 5)).float()
     scales = largest.clamp(min=0.1) / LARGEST[dtype]
     scales *= torch.tensor([[rng.uniform(0.7, 3.0) for _ in row] for row in scales.tolist()])
@@ -156,7 +160,7 @@ def quantise_cache(
 
 
 def _poison_before_window(problem: Problem) -> None:
-    """Blocks that no query row can see may have been freed: their entries must not be read."""
+    """Poison the entries of blocks that no query row sees, which may have been freed."""
     block_size = problem.kv_cache.shape[3]
     for s, length in enumerate(problem.seq_lens.tolist()):
         starts = problem.query_start_loc
@@ -166,7 +170,13 @@ def _poison_before_window(problem: Problem) -> None:
 
 
 def check(actual: torch.Tensor, problem: Problem, lse: torch.Tensor | None = None) -> None:
-    """At most twice the error of plain torch at the same dtype, both against float64, plus 1e-5."""
+    """Check that errors are at most twice those of plain torch at the same dtype, plus 1e-5.
+
+    Both are against float64.
+
+    Raises:
+        AssertionError: the output, or ``lse`` if given, is wrong.
+    """
     exact, exact_lse = problem.expected(torch.float64)
     plain, plain_lse = problem.expected(problem.query.dtype)
     close(actual, plain, exact)
@@ -177,6 +187,7 @@ def check(actual: torch.Tensor, problem: Problem, lse: torch.Tensor | None = Non
 
 
 def close(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """Check that the error of ``actual`` is at most twice that of ``plain``, plus 1e-5."""
     if exact.numel() == 0:
         return
     actual = actual.cpu().double()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: where it ran, what it ran with, and the file it leaves."""
+"""The environment of a benchmark's run, and the file of its results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PACKAGES = ("torch", "transformers", "numba", "cupy-cuda13x", "cupy-cuda12x", "f
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, threads and commit of this run."""
+    """Return hardware, versions, number of threads and commit of this run."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -38,13 +38,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     if device.type == "cuda":
-        found |= _gpu(device)
-    return found
+        facts |= _gpu(device)
+    return facts
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cuda": torch.version.cuda,
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
@@ -52,21 +52,21 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        found["driver"] = done.stdout.strip().partition("\n")[0]
+        completed = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        facts["driver"] = completed.stdout.strip().partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired):
-        found["driver"] = "unknown"
+        facts["driver"] = "unknown"
     try:
         from cupaged.backends.cuda.compile import nvrtc_version
 
-        found["nvrtc"] = ".".join(map(str, nvrtc_version()))
+        facts["nvrtc"] = ".".join(map(str, nvrtc_version()))
     except ImportError:
-        found["nvrtc"] = "none"
-    return found
+        facts["nvrtc"] = "none"
+    return facts
 
 
 def result_name(benchmark: str, device: torch.device) -> str:
-    """Of the file: ``kernels-cpu``, ``kernels-nvidia-h200``."""
+    """Return the name of the results on a device: ``kernels-cpu``, ``kernels-nvidia-h200``."""
     name = "cpu"
     if device.type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
@@ -74,7 +74,7 @@ def result_name(benchmark: str, device: torch.device) -> str:
 
 
 def write(out: Path, name: str, environment: dict[str, Any], results: Any) -> Path:
-    """Write one run as JSON; gives the file."""
+    """Write the results of a run as JSON, and return the file's path."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
@@ -93,7 +93,7 @@ def _cpu_name() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        completed = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     except OSError:  # no git
         return ""
-    return done.stdout.strip()
+    return completed.stdout.strip()

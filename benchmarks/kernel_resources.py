@@ -1,14 +1,14 @@
-"""Registers, shared memory and spills of every kernel that a call can launch, by NVRTC. It needs no GPU.
+"""Measure registers, shared memory and spills of every kernel that a call can launch, with NVRTC and no GPU.
 
     python benchmarks/kernel_resources.py --jobs 4
 
-compiles whatever is not compiled yet (six thousand kernels, an hour of one core; a run that was stopped goes
-on where it was) and writes `results/kernel-resources.json`: a row for each architecture and set of macros but
-the head size, whose columns are by head size (null for a kernel that takes any).
+compiles all kernels that are not in the cache (six thousand, an hour of one core; a stopped run is resumed)
+and writes `results/kernel-resources.json`. A row is an architecture and a set of macros without head size;
+its columns are lists by head size (null for a kernel that takes any).
 
     python benchmarks/kernel_resources.py --compiled
 
-compiles nothing: the table is of what a stopped run has compiled, and names the kernels that it had not.
+compiles nothing: the table has the kernels in the cache, and names those that are not.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from cupaged.backends.cuda.specs import ARCHS, KernelSpec
 PATH = Path(__file__).parent / "results" / "kernel-resources.json"
 COLUMNS = ("registers", "spilled_bytes", "shared_memory", "blocks_per_multiprocessor")
 HEAD_SIZE = "head_size"
-# What identifies a kernel: its entry point and architecture, its macros, its head size.
+# Identifies a kernel: entry point, architecture, macros, head size.
 Name = tuple[str, str, frozenset[tuple[str, str]], int | None]
 
 
 def name_of(spec: KernelSpec, arch: str) -> Name:
-    """Return what tells a kernel from all others in the table."""
+    """Return the name that identifies a kernel in the table."""
     macros = {name.removeprefix("CUPAGED_").lower(): value for name, value in spec.defines}
     macros = {name: value.removeprefix("CUPAGED_").lower() for name, value in macros.items()}
     head_size = macros.pop(HEAD_SIZE, None)
@@ -49,19 +49,19 @@ def name_of(spec: KernelSpec, arch: str) -> Name:
 
 
 def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Return the rows of the table: one for all kernels that differ in their head size alone."""
+    """Return the rows of the table: one for all kernels that differ only in their head size."""
     families: dict[tuple[object, ...], dict[str, Any]] = {}
     for row in rows:
         entry, arch, macros, head_size = name_of(row.spec, row.arch)
         empty = {"kernel": entry, "arch": arch, "macros": dict(sorted(macros))}
         empty |= {column: [] for column in (HEAD_SIZE, *COLUMNS)}
         family = families.setdefault((entry, arch, macros), empty)
-        used = row.usage
+        usage = row.usage
         values = (
-            used.registers,
-            used.spill_stores + used.spill_loads,
-            used.shared_memory + row.spec.dynamic_shared_memory,
-            occupancy(row.spec, used, row.arch).blocks,
+            usage.registers,
+            usage.spill_stores + usage.spill_loads,
+            usage.shared_memory + row.spec.dynamic_shared_memory,
+            occupancy(row.spec, usage, row.arch).blocks,
         )
         for column, value in zip((HEAD_SIZE, *COLUMNS), (head_size, *values)):
             family[column].append(value)
@@ -69,7 +69,7 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def head_sizes(kernels: Iterable[tuple[KernelSpec, str]]) -> list[dict[str, Any]]:
-    """Return rows as those of the table, but without what the compiler says."""
+    """Return rows like those of the table, without the compiler's figures."""
     families: dict[tuple[object, ...], dict[str, Any]] = {}
     for kernel in kernels:
         entry, arch, macros, head_size = name_of(*kernel)
@@ -79,7 +79,7 @@ def head_sizes(kernels: Iterable[tuple[KernelSpec, str]]) -> list[dict[str, Any]
 
 
 def names(families: Iterable[dict[str, Any]]) -> list[Name]:
-    """Return the kernels that a table has rows of."""
+    """Return the names of a table's kernels."""
     return [
         (family["kernel"], family["arch"], frozenset(family["macros"].items()), head_size)
         for family in families
@@ -88,18 +88,18 @@ def names(families: Iterable[dict[str, Any]]) -> list[Name]:
 
 
 def by_name(families: Sequence[dict[str, Any]]) -> dict[Name, tuple[int, ...]]:
-    """Return what a table says of each kernel, in the order of `COLUMNS`."""
+    """Return a table's figures by kernel, in the order of `COLUMNS`."""
     values = (value for family in families for value in zip(*(family[column] for column in COLUMNS)))
     return dict(zip(names(families), values))
 
 
 def read(path: Path = PATH) -> dict[str, Any]:
-    """Return the results of the last run: the version of NVRTC, the table, what is not in it."""
+    """Return the results of the last run: version of NVRTC, table, and kernels that are not in it."""
     return json.loads(path.read_text())["results"]
 
 
 def write(rows: Iterable[Row], work: Iterable[tuple[KernelSpec, str]], path: Path = PATH) -> None:
-    """Write a table of kernels, a row on a line, and which of `work` it has no rows of."""
+    """Write the table, one row per line, and the kernels of `work` that are not in it."""
     rows, work = list(rows), list(work)
     compiled = {(row.spec, row.arch) for row in rows}
     environment = common.environment(torch.device("cpu"))
@@ -120,7 +120,7 @@ REMEDY = "python benchmarks/kernel_resources.py writes the table anew"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile every kernel, write the table, return 1 if a kernel is unfit to ship."""
+    """Compile every kernel, write the table, and return 1 if a kernel has a complaint, such as spills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
     parser.add_argument("--compiled", action="store_true", help="write what is compiled already")

@@ -1,12 +1,12 @@
-"""The paged kernels: right, and how fast, on whatever device there is.
+"""Check and time the paged kernels on the GPU, or on the CPU without one.
 
     python benchmarks/kernels.py                   decode and prefill beside dense attention
     python benchmarks/kernels.py --report DIR      every section; JSON, text and plots in DIR
     python benchmarks/kernels.py --section memory  one section (repeatable; --list names them)
 
-Every timed call is checked first, its error against float64 held to twice that of plain torch at the same
-dtype, plus 1e-5. One that is wrong prints no time, a wrong `check` lets no time be printed at all, and the
-exit status is 1. On a GPU the whole report takes less than 8 minutes: each section has a budget and says
+Every timed call is checked first: its error against float64 may be twice that of plain torch at the same
+dtype, plus 1e-5. No time is printed for a wrong result, and none at all if section `check` fails; the exit
+status is then 1. On a GPU the whole report takes less than 8 minutes: each section has a budget and lists
 what it left out.
 """
 
@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # as a script: what is imported is the checkout, not this folder
+if not __package__:  # run as a script: import from the checkout's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -28,12 +28,12 @@ from benchmarks import common, plots, tables
 from benchmarks.report import Context, Result, reason, run_section
 from benchmarks.sections import SECTIONS
 
-REPORT_S = 460.0  # on a GPU; the plots take the rest of the 8 minutes
+REPORT_S = 460.0  # budget of all sections on a GPU; the plots take the rest of the 8 minutes
 DEFAULT = ("decode", "prefill")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sections; returns 1 if something is wrong."""
+    """Run the sections; return 1 if a result is wrong."""
     options = _options(arguments)
     if options.list:
         for section in SECTIONS:
@@ -86,7 +86,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _compile_ahead(device: torch.device) -> None:
-    """Every kernel in parallel processes, which takes seconds; one after the other it would be minutes."""
+    """Compile every kernel in parallel, which takes seconds instead of minutes."""
     from cupaged.backends.cuda import compile as kernel_compiler
     from cupaged.backends.cuda import specs as kernel_specs
     from cupaged.backends.cuda.precompile import compile_all
@@ -98,7 +98,7 @@ def _compile_ahead(device: torch.device) -> None:
     work = [(spec, arch) for spec in kernel_specs.variants(arch)]
     try:
         count = len(list(compile_all(work, kernel_compiler.cache_dir())))
-    except RuntimeError as error:  # whatever needs that kernel will say so in its place
+    except RuntimeError as error:  # sections that need the kernel will report it
         print(f"not every kernel compiles: {reason(error)}", flush=True)
     else:
         print(f"{count} kernels for sm_{arch} in {time.perf_counter() - start:.1f} s", flush=True)

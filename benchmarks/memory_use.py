@@ -1,4 +1,4 @@
-"""What the KV cache's memory is used for, as in the paper's Figure 2 and its section 3.1. No torch."""
+"""Account for the use of the KV cache's memory, as in the paper's Figure 2 and section 3.1. No torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """The memory at one step, in slots; a slot holds one token's keys and values.
+    """The use of memory at one step, in slots; a slot holds one token's keys and values.
 
-    ``stored + reserved + internal + external + free`` is all there is.
+    ``stored + reserved + internal + external + free`` is the whole memory.
 
     Args:
-        stored: hold a token. Sequences that share a slot count once.
-        reserved: given to a sequence that will store a token there later.
-        internal: given to a sequence that will never store a token there.
-        external: in no sequence's blocks, and the allocator cannot give them away.
-        free: the others.
-        unshared: slots of the same sequences if each had blocks of its own.
+        stored: number of slots that hold a token; a shared slot counts once.
+        reserved: number of slots allocated to a sequence that will store a token there later.
+        internal: number of slots allocated to a sequence that will never store a token there (internal
+            fragmentation).
+        external: number of unallocated slots that the allocator cannot use (external fragmentation).
+        free: number of the remaining slots.
+        unshared: number of slots that the sequences would take without sharing.
     """
 
     stored: int
@@ -34,18 +35,18 @@ class MemoryUse:
 
     @property
     def allocated(self) -> int:
-        """Slots that are given to sequences."""
+        """Return the number of slots allocated to sequences."""
         return self.stored + self.reserved + self.internal
 
     @property
     def utilisation(self) -> float:
-        """Share of the memory in use, waste included, that holds tokens; 1 where none is in use."""
+        """Return the share of the memory in use, waste included, that holds tokens; 1 if none is in use."""
         in_use = self.allocated + self.external
         return self.stored / in_use if in_use else 1.0
 
     @property
     def saved_by_sharing(self) -> float:
-        """Share of the memory that the sequences would need without sharing and do not take (Figure 15)."""
+        """Return the share of the unshared memory that sharing saves (Figure 15)."""
         return 1 - self.allocated / self.unshared if self.unshared else 0.0
 
 
@@ -55,17 +56,17 @@ def memory_use(
     tokens_at_end: Callable[[SequenceGroup, Sequence], int],
     contiguous: bool = False,
 ) -> MemoryUse:
-    """Account for every slot of the GPU's blocks.
+    """Return the use of every slot of the GPU's blocks.
 
     Args:
-        groups: those that hold blocks. Blocks that only the prefix cache knows count as free.
-        tokens_at_end: how many tokens of a sequence will be stored when it ends: all but the last one. Nobody
-            knows it before then but who made the load.
-        contiguous: blocks are given away in contiguous runs; what is in none counts as external waste, which
-            it is while a request waits for memory. Single blocks are never lost to fragmentation.
+        groups: sequence groups that hold blocks. Blocks that only the prefix cache holds count as free.
+        tokens_at_end: returns the number of tokens that a sequence will have stored when it ends: all but the
+            last one. Only the author of a load knows it in advance.
+        contiguous: whether blocks are allocated as contiguous ranges. Unallocated blocks then count as
+            external fragmentation, which holds while a request waits for memory.
     """
     size = blocks.block_size
-    stored: dict[int, int] = {}  # by block
+    stored: dict[int, int] = {}  # tokens by block
     at_end: dict[int, int] = {}
     references = 0
     for group in groups:
@@ -80,15 +81,15 @@ def memory_use(
                 start = position * size
                 stored[block] = max(stored.get(block, 0), min(size, seq.num_computed - start))
                 at_end[block] = max(at_end.get(block, 0), min(size, end - start))
-    holding = sum(stored.values())
-    used = sum(max(stored[block], at_end[block]) for block in stored)
+    stored_now = sum(stored.values())
+    used_at_end = sum(max(stored[block], at_end[block]) for block in stored)
     allocated = size * len(stored)
-    other = size * blocks.gpu.num_blocks - allocated
+    unallocated = size * blocks.gpu.num_blocks - allocated
     return MemoryUse(
-        stored=holding,
-        reserved=used - holding,
-        internal=allocated - used,
-        external=other if contiguous else 0,
-        free=0 if contiguous else other,
+        stored=stored_now,
+        reserved=used_at_end - stored_now,
+        internal=allocated - used_at_end,
+        external=unallocated if contiguous else 0,
+        free=0 if contiguous else unallocated,
         unshared=size * references,
     )

@@ -1,17 +1,18 @@
-"""The comparison of the vLLM paper (SOSP 2023), simulated: the real scheduler and block manager, no model.
+"""Simulate the comparison of the vLLM paper (SOSP 2023): the real scheduler and block manager, no model.
 
     python benchmarks/paper.py [--requests 1500] [--out DIR]
 
-OPT-13B on one A100 as in the paper's Table 1: 15.7K slots of KV cache, at most 2048 tokens a sequence.
-Lengths are drawn from exponential distributions with the means of its loads. A step takes the time of a cost
-model: enough to read the weights and run the layers, and something for every token, chosen so that a paged
-cache runs about as many requests at once as the paper found. No figure here was measured on a GPU.
+OPT-13B on one A100 as in the paper's Table 1: 15.7K slots of KV cache, at most 2048 tokens per sequence.
+Lengths are drawn from exponential distributions with the means of the paper's loads. The time of a step comes
+from a cost model: a constant for reading the weights and running the layers, and a cost per token, chosen so
+that about as many requests run at once with a paged cache as in the paper. No figure was measured on a GPU.
 
-The first table is of a queue that never empties: what the memory holds (the paper's Figure 2) and how many
-requests end in a second of simulated time. "running" is the mean number of requests that run at once at the
-paper's request rate (its Figure 13). The second table is what the sequences of a request save by sharing
-(Figure 15): samples share the prompt, beams all up to where they part. Beams fork where the simulated model
-hesitates, at every second token; at every token they save up to 5 points more, at every tenth 3 to 14 less.
+The first table is for a queue that is never empty: use of the memory (the paper's Figure 2) and number of
+requests that finish per second of simulated time. "running" is the mean number of running requests at the
+paper's request rate (its Figure 13). The second table is the memory that the sequences of a request save by
+sharing (Figure 15): samples share the prompt, beams all tokens before they diverge. Beams fork where the
+simulated model hesitates, at every second token; if at every token, they save up to 5 points more; if at
+every tenth, 3 to 14 points less.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ NOTE = "A simulation: no model ran, and the times are those of a cost model. The
 
 @dataclass(frozen=True)
 class Load:
-    """Mean lengths in tokens, and at how many requests a second the paper counts running requests."""
+    """A load of the paper, and its results."""
 
-    prompt: float
-    output: float
-    rate: float
-    running: dict[str, float]  # the paper's, by policy
-    saved: dict[str, dict[int, float]]  # the paper's, by n or beam_width; of ShareGPT the first and the last
+    prompt: float  # mean length in tokens
+    output: float  # likewise
+    rate: float  # requests per second at which the paper counts running requests
+    running: dict[str, float]  # the paper's mean number of running requests, by policy
+    saved: dict[str, dict[int, float]]  # the paper's saved memory, by n or beam_width, where it is published
 
 
 LOADS = {
@@ -70,7 +71,7 @@ LOADS = {
         },
     ),
 }
-# What keeps the memory, and how batches are made. FasterTransformer is the first.
+# Memory policy and batching. The first is FasterTransformer.
 POLICIES = [
     ("orca-max", "static"),
     ("orca-max", "continuous"),
@@ -84,17 +85,17 @@ KINDS = ("stored", "reserved", "internal", "external")
 
 
 def requests(load: Load, count: int, rate: float | None = None, **width: int) -> list[Request]:
-    """Drawn; without a rate all are there from the start. ``width`` is the ``n`` or ``beam_width`` of all."""
+    """Draw requests, all with the ``n`` or ``beam_width`` in ``width``; without a rate all arrive at 0."""
     rng = random.Random(0)
-    found, time = [], 0.0
+    drawn, time = [], 0.0
     for _ in range(count):
         prompt, output = (
             max(1, min(MAX_MODEL_LEN // 2 - 1, round(rng.expovariate(1 / mean))))
             for mean in (load.prompt, load.output)
         )
         time += rng.expovariate(rate) if rate else 0.0
-        found.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, **width))
-    return found
+        drawn.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, **width))
+    return drawn
 
 
 def engine(policy: str, batching: str) -> SimulatedEngine:
@@ -106,26 +107,28 @@ def engine(policy: str, batching: str) -> SimulatedEngine:
         max_model_len=MAX_MODEL_LEN,
         enable_prefix_caching=False,
         memory_policy=policy,
-        static=batching == "static",
+        batching=batching,
     )
 
 
 def memory(load: Load, policy: str, batching: str, count: int, **width: int) -> dict[str, float]:
-    """Means over time while requests wait: shares of the memory in use by what it holds, what sharing saves;
-    and requests that end in a second."""
-    served = engine(policy, batching)
+    """Return means over time while requests wait: shares of the memory in use by kind, and saved by sharing.
+
+    Also returns the number of requests that finish per second.
+    """
+    simulated = engine(policy, batching)
     totals = dict.fromkeys((*KINDS, "saved", "seconds"), 0.0)
 
     def observe(trace: Trace, seconds: float) -> None:
-        if trace.num_steps % 10 or not served.scheduler.waiting:
+        if trace.num_steps % 10 or not simulated.scheduler.waiting:
             return
-        use = memory_use(served.blocks, served.scheduler.running, tokens_at_end, policy != "paged")
+        use = memory_use(simulated.blocks, simulated.scheduler.running, tokens_at_end, policy != "paged")
         for kind in KINDS:
             totals[kind] += seconds * getattr(use, kind) / (use.allocated + use.external)
         totals["saved"] += seconds * use.saved_by_sharing
         totals["seconds"] += seconds
 
-    trace = served.run(requests(load, count, **width), observe=observe)
+    trace = simulated.run(requests(load, count, **width), observe=observe)
     seconds = totals.pop("seconds")
     if not seconds:
         raise RuntimeError(f"{count} requests fit all at once: no queue, no figures; take more")
@@ -136,24 +139,23 @@ def memory(load: Load, policy: str, batching: str, count: int, **width: int) -> 
 
 
 def tokens_at_end(group: SequenceGroup, seq: Sequence) -> int:
-    return group.prompt_len + group.max_tokens - 1  # every output has the length it was drawn to have
+    return group.prompt_len + group.max_tokens - 1  # every output has its maximum length
 
 
 def running(load: Load, policy: str, batching: str, count: int) -> float:
-    """Requests that run at once at the load's rate, the mean over time while they arrive, without the first
-    fifth."""
-    served, arriving = engine(policy, batching), requests(load, count, load.rate)
+    """Return the mean number of running requests at the load's rate, from the first fifth of arrivals on."""
+    simulated, arriving = engine(policy, batching), requests(load, count, load.rate)
     begin, end = arriving[count // 5].time, arriving[-1].time
-    total = watched = 0.0
+    request_seconds = observed_seconds = 0.0
 
     def observe(trace: Trace, seconds: float) -> None:
-        nonlocal total, watched
+        nonlocal request_seconds, observed_seconds
         if begin <= trace.seconds <= end:
-            total += seconds * len(served.scheduler.running)
-            watched += seconds
+            request_seconds += seconds * len(simulated.scheduler.running)
+            observed_seconds += seconds
 
-    served.run(arriving, observe=observe)
-    return total / watched
+    simulated.run(arriving, observe=observe)
+    return request_seconds / observed_seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,11 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nmemory saved by sharing, %")
     print(f"{'load':<9} {'':<10} {'width':>5} {'saved':>6} {'(paper)':>8}")
     saved: dict[str, list[dict[str, Any]]] = {"n": [], "beam_width": []}
-    for decoding, found in saved.items():
+    for decoding, saved_rows in saved.items():
         for name, load in LOADS.items():
             for width in WIDTHS:
                 share = memory(load, "paged", "continuous", options.requests, **{decoding: width})["saved"]
-                found.append({"load": name, decoding: width, "saved": share})
+                saved_rows.append({"load": name, decoding: width, "saved": share})
                 published = load.saved[decoding].get(width)
                 of_paper = "" if published is None else f"{100 * published:.1f}"
                 print(f"{name:<9} {decoding:<10} {width:>5} {100 * share:>6.1f} {of_paper:>8}")

@@ -1,6 +1,6 @@
-"""What the kernels are compared with. Each gives one call for every set of a batch, [T, H, D] from it.
+"""The peers that the kernels are compared with, each as one call per set of a batch that returns [T, H, D].
 
-A peer that is not installed is left out; one that raises is a failure in its own row and nowhere else.
+A peer that is not installed is left out. An exception in a peer is a failure of that peer in that row only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PeerRun = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """``prepare`` does what a user would do once for a batch; what it returns is timed."""
+    """A peer: ``prepare`` does what a user would do once per batch; the calls that it returns are timed."""
 
     name: str
     prepare: Callable[[Batch], list[PeerRun]]
@@ -32,7 +32,8 @@ class Peer:
 
 
 def peers() -> tuple[Peer, ...]:
-    found = [
+    """Return the installed peers."""
+    installed = [
         Peer("sdpa", sdpa, lambda case, device: device.type == "cpu" and not case.cache_dtype),
         Peer("gather, sdpa", gather_sdpa, _gather_applies),
     ]
@@ -44,36 +45,36 @@ def peers() -> tuple[Peer, ...]:
     ):
         name = backend.name.removesuffix("_ATTENTION").lower()
         applies = partial(_sdpa_applies, backend)
-        found.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
-    found.append(Peer("flex", flex, _flex_applies))
-    found.append(Peer("cupaged unshared", partial(ours, shared_prefix=False), _unshared_applies))
-    found.append(Peer("cupaged by load", partial(ours, batch_invariant=False), _by_load_applies))
-    found.append(Peer("cupaged mma.sync", mma_sync, _mma_sync_applies))
+        installed.append(Peer(f"sdpa {name}", partial(sdpa, backend=backend), applies))
+    installed.append(Peer("flex", flex, _flex_applies))
+    installed.append(Peer("cupaged unshared", partial(ours, shared_prefix=False), _unshared_applies))
+    installed.append(Peer("cupaged by load", partial(ours, batch_invariant=False), _by_load_applies))
+    installed.append(Peer("cupaged mma.sync", mma_sync, _mma_sync_applies))
     if importlib.util.find_spec("flashinfer") is not None:
         for tensor_cores in (False, True):
             name = "flashinfer tc" if tensor_cores else "flashinfer"
             prepare = partial(flashinfer, tensor_cores=tensor_cores)
-            found.append(Peer(name, prepare, partial(_flashinfer_applies, tensor_cores)))
-        found.append(Peer("flashinfer cascade", flashinfer_cascade, _cascade_applies))
-    return tuple(found)
+            installed.append(Peer(name, prepare, partial(_flashinfer_applies, tensor_cores)))
+        installed.append(Peer("flashinfer cascade", flashinfer_cascade, _cascade_applies))
+    return tuple(installed)
 
 
 def sdpa(batch: Batch, backend: SDPBackend | None = None) -> list[PeerRun]:
-    """torch's attention over contiguous keys and values, in one of its implementations."""
+    """Return calls of torch's attention over contiguous keys and values, with a backend or torch's choice."""
     attend = _sdpa_of(batch)
 
     def run(s: int) -> torch.Tensor:
         return attend(s, batch.key[s], batch.value[s])
 
-    def chosen(s: int) -> torch.Tensor:
+    def run_on_backend(s: int) -> torch.Tensor:
         with sdpa_kernel(backend):
             return run(s)
 
-    return [partial(run if backend is None else chosen, s) for s in range(batch.num_sets)]
+    return [partial(run if backend is None else run_on_backend, s) for s in range(batch.num_sets)]
 
 
 def gather_sdpa(batch: Batch) -> list[PeerRun]:
-    """What a paged cache takes without a kernel for it: copy the blocks together, then torch's attention."""
+    """Return calls that gather the blocks of the paged cache and run torch's attention on the copy."""
     case, attend = batch.case, _sdpa_of(batch)
 
     def run(s: int) -> torch.Tensor:
@@ -85,7 +86,7 @@ def gather_sdpa(batch: Batch) -> list[PeerRun]:
 
 
 def _sdpa_of(batch: Batch) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Attention of a set's queries to dense keys and values [S, Hkv, context, D]."""
+    """Return a function for attention of a set's queries over dense keys and values [S, Hkv, context, D]."""
     case = batch.case
     mask = _visible(batch) if 1 < case.query_tokens < case.context else None
 
@@ -104,7 +105,7 @@ def _sdpa_of(batch: Batch) -> Callable[[int, torch.Tensor, torch.Tensor], torch.
 
 
 def flex(batch: Batch) -> list[PeerRun]:
-    """torch's FlexAttention, compiled for this shape."""
+    """Return calls of torch's FlexAttention, compiled for this shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     case = batch.case
@@ -125,7 +126,7 @@ def flex(batch: Batch) -> list[PeerRun]:
 
 
 def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
-    """FlashInfer on the same paged cache, planned beforehand."""
+    """Return calls of FlashInfer on the same paged cache, with plans made in advance."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
     case = batch.case
@@ -151,7 +152,7 @@ def flashinfer(batch: Batch, tensor_cores: bool) -> list[PeerRun]:
 
 
 def flashinfer_cascade(batch: Batch) -> list[PeerRun]:
-    """FlashInfer told of the shared prefix: one level for it, one for what each sequence has alone."""
+    """Return calls of FlashInfer's cascade: a level for the shared prefix, one for each sequence's rest."""
     from flashinfer import MultiLevelCascadeAttentionWrapper
 
     case = batch.case
@@ -185,12 +186,12 @@ def flashinfer_cascade(batch: Batch) -> list[PeerRun]:
 
 
 def ours(batch: Batch, **settings: bool) -> list[PeerRun]:
-    """Our own call with other settings."""
+    """Return our own calls with other settings."""
     return [partial(batch.paged, s, **settings) for s in range(batch.num_sets)]
 
 
 def mma_sync(batch: Batch) -> list[PeerRun]:
-    """Our own kernel for the generations before Hopper."""
+    """Return calls of our own kernel for the generations before Hopper."""
     from cupaged.backends.cuda import launcher
 
     case, kernels = batch.case, launcher.backend("90")
@@ -213,7 +214,7 @@ def _mma_sync_applies(case: Case, device: torch.device) -> bool:
 
 
 def _by_load_applies(case: Case, device: torch.device) -> bool:
-    """Where there may be fewer sequences than a GPU needs."""
+    """Return whether the sequences may be too few to occupy a GPU."""
     return device.type == "cuda" and case.num_seqs <= 4 and not case.shared_prefix
 
 
@@ -222,7 +223,7 @@ def _unshared_applies(case: Case, device: torch.device) -> bool:
 
 
 def _cascade_applies(case: Case, device: torch.device) -> bool:
-    """Its plan takes the shared prefix in whole blocks, and no scales."""
+    """Return whether the cascade supports the case: a prefix of whole blocks, and no scales."""
     whole = case.shared_prefix > 0 and case.shared_prefix % case.block_size == 0
     return device.type == "cuda" and whole and case.query_tokens == 1 and not case.cache_dtype
 
@@ -236,13 +237,13 @@ def _sdpa_applies(backend: SDPBackend, case: Case, device: torch.device) -> bool
         return False
     if backend != SDPBackend.MATH:
         return True
-    # It keeps every logit in memory, and a copy of the keys and values for every query head.
+    # It keeps all logits in memory, and a copy of the keys and values for every query head.
     repeated = case.kv_bytes * case.num_heads // case.num_kv_heads
     return case.query_tokens * case.context <= 1 << 20 and repeated <= 8 << 30
 
 
 def _flex_applies(case: Case, device: torch.device) -> bool:
-    """Where it compiles for long: on a GPU, for one shape of each head size and ratio."""
+    """Return whether to run FlexAttention, which takes long to compile: for a few shapes only."""
     shapes = {(32, 1, 4096), (1, 1, 65536), (1, 8192, 8192)}
     shape = (case.num_seqs, case.query_tokens, case.context)
     plain = case.block_size == 16 and not case.cache_dtype and not case.shared_prefix
@@ -256,12 +257,12 @@ def _flashinfer_applies(tensor_cores: bool, case: Case, device: torch.device) ->
 
 
 def _visible(batch: Batch) -> torch.Tensor:
-    """Boolean [query_tokens, context]: the queries are the last tokens."""
+    """Return a mask, bool [query_tokens, context], for queries that are the last tokens."""
     case = batch.case
     ones = torch.ones(case.query_tokens, case.context, dtype=torch.bool, device=batch.device)
     return ones.tril(case.context - case.query_tokens)
 
 
 def _rows(out: torch.Tensor) -> torch.Tensor:
-    """[S, H, query_tokens, D] as [T, H, D]."""
+    """Reshape [S, H, query_tokens, D] to [T, H, D]."""
     return out.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""PNG plots of a report, where matplotlib is there to draw them."""
+"""Draw PNG plots of a report, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {"cupaged": "C3", "flashinfer": "C0", "flashinfer tc": "C9", "flex": "
 
 
 def draw(folder: Path, environment: dict[str, Any], results: dict[str, Result]) -> list[Path]:
-    """Write what the results hold enough of; nothing without matplotlib."""
+    """Write the plots for which there are results, and return their files; none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib
@@ -21,7 +21,7 @@ def draw(folder: Path, environment: dict[str, Any], results: dict[str, Result]) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = []
+    files = []
     for name, plot in PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(9, 5))
         if plot(axes, results):
@@ -30,9 +30,9 @@ def draw(folder: Path, environment: dict[str, Any], results: dict[str, Result]) 
             axes.grid(axis="y", alpha=0.3)
             figure.tight_layout()
             figure.savefig(folder / f"{name}.png", dpi=110)
-            found.append(folder / f"{name}.png")
+            files.append(folder / f"{name}.png")
         pyplot.close(figure)
-    return found
+    return files
 
 
 def _rows(results: dict[str, Result], section: str) -> list[Row]:
@@ -40,7 +40,7 @@ def _rows(results: dict[str, Result], section: str) -> list[Row]:
 
 
 def _decode(axes, results: dict[str, Result]) -> bool:
-    """Bandwidth of every shape, a group of bars each."""
+    """Plot the bandwidth of every shape as a group of bars."""
     rows = [row for row in _rows(results, "decode") if _plain(row)]
     rows = [row for row in rows if "cupaged" in row["seconds"]][:12]
     axes.set_title("Decode: keys and values read")
@@ -60,15 +60,15 @@ def _prefill(axes, results: dict[str, Result]) -> bool:
 
 
 def _blocks(axes, results: dict[str, Result]) -> bool:
-    """copy_blocks and swap_blocks by the size of a block."""
+    """Plot the rates of copy_blocks and swap_blocks by block size."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in _rows(results, "memory"):
         if "block_bytes" in row and "seconds" in row:
             rate = row.get("of_pinned", row.get("of_copy", 0.0))
             series.setdefault(row["name"], []).append((row["block_bytes"], rate))
             for way, seconds in row.get("ways", {}).items():
-                part = (row["block_bytes"], rate * row["seconds"] / seconds)
-                series.setdefault(f"{row['name']}, {way}", []).append(part)
+                point = (row["block_bytes"], rate * row["seconds"] / seconds)
+                series.setdefault(f"{row['name']}, {way}", []).append(point)
     for name, points in series.items():
         axes.plot(*zip(*sorted(points)), marker="o", label=name)
     axes.set_xscale("log", base=2)

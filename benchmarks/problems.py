@@ -1,4 +1,4 @@
-"""The attention problems that are timed: their tensors, dense and paged, and the check of a result."""
+"""The attention problems that are timed: their tensors, dense and paged, and checks of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cupaged
 # Scales of quantised caches: powers of two, so that a 16-bit float holds code * scale exactly.
 SCALES = {torch.int8: 2.0**-4}
 FP8_SCALE = 2.0**-6
-SAMPLED_ROWS = 64  # query rows of a sequence that a check looks at
+SAMPLED_ROWS = 64  # maximum number of a sequence's query rows that a check computes
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -22,7 +22,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; every sequence has the same. ``query_tokens`` of 1 is decode."""
+    """The shape of a problem; all sequences are alike. ``query_tokens`` of 1 is decode."""
 
     dtype: str
     num_seqs: int
@@ -32,12 +32,12 @@ class Case:
     num_kv_heads: int
     head_size: int
     block_size: int = 16
-    cache_dtype: str | None = None  # of a quantised cache
-    shared_prefix: int = 0  # tokens that all sequences share, in the same blocks
+    cache_dtype: str | None = None  # dtype of a quantised cache
+    shared_prefix: int = 0  # number of tokens that all sequences share, in the same blocks
 
     def __str__(self) -> str:
         kind = f"prefill {self.query_tokens}"
-        if self.query_tokens <= 8:  # speculation: still decode
+        if self.query_tokens <= 8:  # speculative decoding
             kind = "decode" if self.query_tokens == 1 else f"decode of {self.query_tokens}"
         heads = f"{self.num_heads}/{self.num_kv_heads}x{self.head_size}"
         extra = "".join(
@@ -53,25 +53,26 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the keys and values that must be read, a shared prefix once."""
+        """Return the bytes of keys and values that must be read; a shared prefix counts once."""
         tokens = self.num_seqs * (self.context - self.shared_prefix) + self.shared_prefix
         itemsize = getattr(torch, self.cache_dtype or self.dtype).itemsize
         return 2 * tokens * self.num_kv_heads * self.head_size * itemsize
 
     @property
     def flop(self) -> int:
-        """Of the two products, causal."""
+        """Return the floating-point operations of the two matrix products, causal."""
         pairs = self.query_tokens * self.context - self.query_tokens * (self.query_tokens - 1) // 2
         return 4 * self.num_seqs * self.num_heads * self.head_size * pairs
 
 
 class Batch:
-    """The tensors of a case in ``num_sets`` sets: equal keys and values dense and in scattered blocks."""
+    """The tensors of a case in ``num_sets`` sets, with keys and values both dense and in scattered blocks.
+
+    Args:
+        min_bytes: minimum size of all sets' keys and values together, which determines their number.
+    """
 
     def __init__(self, case: Case, device: torch.device, min_bytes: int = 0, seed: int = 0) -> None:
-        """Args:
-        min_bytes: of all sets' keys and values together; one set at least.
-        """
         self.case, self.device = case, device
         self.dtype: torch.dtype = getattr(torch, case.dtype)
         self.num_sets = max(1, -(-min_bytes // case.kv_bytes))
@@ -91,7 +92,7 @@ class Batch:
         cache_dtype = getattr(torch, case.cache_dtype or case.dtype)
         self.kv_cache = torch.empty(cache_shape, dtype=cache_dtype, device=device)
         self.kv_cache.view(torch.uint8).fill_(0xFF)  # NaN in every floating type
-        self.scale: float | None = None  # of a quantised cache, for keys and values alike
+        self.scale: float | None = None  # of a quantised cache, for keys and values
         self._scales: dict[str, torch.Tensor] = {}
         if case.cache_dtype:
             self.scale = SCALES.get(cache_dtype, FP8_SCALE)
@@ -103,8 +104,10 @@ class Batch:
             self._fill(s)
 
     def paged(self, s: int, **settings: bool) -> torch.Tensor:
-        """The call that is measured, on set ``s``; [T, H, D]. Unless ``settings`` say otherwise it
-        looks for a shared prefix where there is one."""
+        """Make the call that is timed on set ``s``, and return its output [T, H, D].
+
+        Unless ``settings`` say otherwise, it detects shared prefixes if the case has one.
+        """
         settings = {"shared_prefix": self.case.shared_prefix > 0} | settings
         return cupaged.paged_attention(
             self.query[s],
@@ -119,11 +122,11 @@ class Batch:
         )
 
     def runs(self) -> list[Callable[[], torch.Tensor]]:
-        """The call on every set in turn."""
+        """Return the call for each set."""
         return [partial(self.paged, s) for s in range(self.num_sets)]
 
     def dense_query(self, s: int) -> torch.Tensor:
-        """[S, H, query_tokens, D] of set ``s``."""
+        """Return the query of set ``s`` as [S, H, query_tokens, D]."""
         case = self.case
         shape = (case.num_seqs, case.query_tokens, case.num_heads, case.head_size)
         return self.query[s].view(shape).transpose(1, 2)
@@ -131,21 +134,22 @@ class Batch:
     def complaint(
         self, run: Callable[[int], torch.Tensor], slack: float = 2.0, floor: float = 1e-5
     ) -> str | None:
-        """What is wrong with the result [T, H, D] of ``run`` on the first and on the last set, if anything.
+        """Return what is wrong with the results [T, H, D] of ``run`` on the first and last set, or None.
 
-        The error of sampled sequences, rows and heads may be ``slack`` times that of plain torch at the
-        same dtype, both against float64, plus ``floor``; everything must be finite.
+        Everything must be finite. The error of sampled sequences, rows and heads may be ``slack`` times that
+        of plain torch at the same dtype, both against float64, plus ``floor``.
         """
         for s in sorted({0, self.num_sets - 1}):
             self.out[s].fill_(float("nan"))
             out = run(s)
             if not bool(torch.isfinite(out).all()):
                 return "the result has NaN or inf"
-            if found := self._sampled(out, s, slack, floor):
-                return found
+            if complaint := self._sampled(out, s, slack, floor):
+                return complaint
         return None
 
     def _sampled(self, out: torch.Tensor, s: int, slack: float, floor: float) -> str | None:
+        """Return what is wrong with sampled sequences, rows and heads of set ``s``, or None."""
         case = self.case
         group = case.num_heads // case.num_kv_heads
         out = out.view(case.num_seqs, case.query_tokens, case.num_heads, case.head_size)
@@ -166,6 +170,7 @@ class Batch:
         return None
 
     def _tables(self, seed: int) -> torch.Tensor:
+        """Return block tables, int32 [num_sets, S, max_blocks], of blocks in random order."""
         case = self.case
         blocks = -(-case.context // case.block_size)
         shared = case.shared_prefix // case.block_size
@@ -181,7 +186,7 @@ class Batch:
         return torch.randn(shape, generator=self._generator, device=self.device, dtype=self.dtype)
 
     def _fill(self, s: int) -> None:
-        """Draw a set's keys and values and put them into its blocks, without the kernels."""
+        """Draw a set's keys and values and write them into its blocks, without the kernels."""
         case = self.case
         blocks = -(-case.context // case.block_size)
         ids = self.block_tables[s].flatten().long()
@@ -211,7 +216,7 @@ def attention(
     positions: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Plain attention in ``dtype``: query [n, G, D] at ``positions`` [n], key and value [L, D]."""
+    """Compute attention in ``dtype``: query [n, G, D] at ``positions`` [n], key and value [L, D]."""
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     logits = (query.transpose(0, 1) @ key.T) * query.shape[-1] ** -0.5  # [G, n, L]
     hidden = torch.arange(len(key), device=key.device) > positions[:, None]

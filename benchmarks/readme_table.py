@@ -1,100 +1,287 @@
-"""The README's tables of kernels, made from the committed results.
+"""The documentation's tables and charts, made from the committed results.
 
     python benchmarks/readme_table.py          rewrite them
     python benchmarks/readme_table.py --check  exit with 1 if they are not what the results say
 
-A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`.
+A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`;
+`<!-- measured -->` is the summary of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # as a script: what is imported is the checkout, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import charts, paper
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-REGION = re.compile(r"(<!-- ([\w-]+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = Path("benchmarks/results")
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
+KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-simulated"
+Run = dict[str, Any]
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
-    """``text`` with every region made anew."""
+def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
+    """Yield every file that is made from results, in whole or in part, and the text it must have."""
+    for name in DOCUMENTS:
+        yield root / name, filled(root, root / name)
+    yield root / "docs" / "memory-use.svg", charts.memory_use(_run(root, PAPER))
+    kernels = _run(root, KERNELS)
+    rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _compared_rows(kernels)]
+    yield root / "docs" / "speed.svg", charts.speed_up(rows, _hardware(kernels))
+
+
+def filled(root: Path, document: Path) -> str:
+    """Return a document's text with every region made anew."""
 
     def region(match: re.Match[str]) -> str:
-        run = json.loads((results / f"{match[2]}.json").read_text())
-        return match[1] + "\n".join(table(match[2], run)) + "\n" + match[3]
+        if match[2] == "measured":
+            lines = summary(root)
+        else:
+            link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
+            name = match[2].removesuffix(".json")
+            lines = TABLES[name.partition("-")[0]](_run(root, name), f"[{match[2]}]({link})")
+        return match[1] + "\n".join(lines) + "\n" + match[3]
 
-    return REGION.sub(region, text)
+    return REGION.sub(region, document.read_text())
 
 
-def table(name: str, run: dict[str, Any]) -> Iterator[str]:
-    """Where the run was made, and a line for every plain shape in `DTYPE`."""
-    where, sections = run["environment"], run["results"]["sections"]
-    rows = [row for part in ("decode", "prefill") for row in sections[part]["rows"] if _shown(row)]
+def _run(root: Path, name: str) -> Run:
+    return json.loads((root / RESULTS / f"{name}.json").read_text())
+
+
+def _hardware(run: Run) -> str:
+    """Name the device; of a CPU with its threads."""
+    where = run["environment"]
+    if "driver" in where:
+        return where["device"]
+    threads = where["threads"]
+    return f"{threads} thread{'s' * (threads != 1)} of an {where['device']}"
+
+
+def _table(*titles: str) -> Iterator[str]:
+    yield _line(*titles)
+    yield "|" + "---|" * len(titles)
+
+
+def _line(*cells: str) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+
+# -- README ------------------------------------------------------------------------------------------
+
+
+def summary(root: Path) -> Iterator[str]:
+    """Yield the README's line for each result."""
+    kernels = _run(root, KERNELS)
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    for row in _compared_rows(kernels):
+        speeds[row["query_tokens"] == 1].append(_speed_up(row))
+    decode, prefill = (f"{min(found):.1f} to {max(found):.1f}" for found in speeds.values())
+    yield (
+        f"- Kernels: decode is {decode} times as fast as dense attention (torch SDPA on contiguous tensors), "
+        f"prefill {prefill} times, in {DTYPE} on {_hardware(kernels)}."
+    )
+    run = _run(root, THROUGHPUT)
+    ours, *others = run["results"]["runs"]
+    rates = ", ".join(f"`{one['name'].split()[1]}` {one['tokens_per_s']:.0f}" for one in others)
+    yield (
+        f"- Engine: {ours['tokens_per_s']:.0f} tokens/s with {run['results']['model']}, "
+        f"{run['results']['requests']} requests on {_hardware(run)}; transformers' {rates}."
+    )
+    run = _run(root, SCHEDULER)
+    usual = next(row for row in run["results"]["rows"] if row["sequences"] == "forks")
+    yield (
+        f"- Scheduler and block manager: {usual['us_per_seq']:.1f} us for each of {run['results']['seqs']} "
+        "running sequences in a step."
+    )
+    stored = {
+        row["memory_policy"]: 100 * row["stored"]
+        for row in _run(root, PAPER)["results"]["policies"]
+        if row["load"] == "ShareGPT" and row["batching"] == "continuous"
+    }
+    paged = stored.pop("paged")
+    yield (
+        f"- Memory, simulated with ShareGPT's lengths: {paged:.1f}% of the slots in use hold tokens, "
+        f"{min(stored.values()):.1f} to {max(stored.values()):.1f}% with contiguous reservations."
+    )
+
+
+# -- kernels -----------------------------------------------------------------------------------------
+
+
+def kernels_table(run: Run, link: str) -> Iterator[str]:
+    """Yield where the run was made, and a line for every plain shape in `DTYPE`."""
+    where = run["environment"]
+    rows = _attention_rows(run)
     copy = next(row["copy_bytes_per_s"] for row in rows)
     versions = where["versions"]
-    parts = [where["device"]]
+    parts = [_hardware(run)]
     if "driver" in where:
         parts += [f"driver {where['driver']}", f"NVRTC {where['nvrtc']}"]
-    else:
-        parts.append(f"{where['threads']} threads")
     parts += [f"{package} {versions[package]}" for package in ("torch", "numba") if package in versions]
     yield (
         f"{', '.join(parts)}; a large copy reads and writes {copy / 1e9:,.0f} GB/s there together, "
-        "decode's GB/s are of keys and values read "
-        f"([benchmarks/results/{name}.json](benchmarks/results/{name}.json))."
+        f"decode's GB/s are of keys and values read ({link})."
     )
     yield ""
     peer = any(_best(row, "flashinfer") for row in rows)
     titles = ["", "sequences x context", "query/KV heads x size", "paged us", "", "dense us", "speed-up"]
-    titles += ["FlashInfer us"] if peer else []
-    yield "|" + "|".join(f" {title} " if title else " " for title in titles) + "|"
-    yield "|" + "---|" * len(titles)
+    yield from _table(*titles, *(["FlashInfer us"] if peer else []))
     for row in rows:
-        yield "| " + " | ".join(_cells(row, peer)) + " |"
+        yield _line(*_cells(row, peer))
 
 
-def _shown(row: dict[str, Any]) -> bool:
+def _attention_rows(run: Run) -> list[Run]:
+    sections = run["results"]["sections"]
+    return [row for part in ("decode", "prefill") for row in sections[part]["rows"] if _shown(row)]
+
+
+def _compared_rows(run: Run) -> list[Run]:
+    return [row for row in _attention_rows(run) if _best(row, "sdpa")]
+
+
+def _shown(row: Run) -> bool:
     plain = row.get("block_size", 16) == 16 and not row.get("cache_dtype") and not row.get("shared_prefix")
     return plain and row["dtype"] == DTYPE and "cupaged" in row["seconds"]
 
 
-def _cells(row: dict[str, Any], peer: bool) -> Iterator[str]:
+def _kind(row: Run) -> str:
+    return "decode" if row["query_tokens"] == 1 else f"prefill {row['query_tokens']}"
+
+
+def _heads(row: Run) -> str:
+    return f"{row['num_heads']}/{row['num_kv_heads']} x {row['head_size']}"
+
+
+def _label(row: Run) -> str:
+    return f"{_kind(row)}, {row['num_seqs']} x {row['context']}, {_heads(row)}"
+
+
+def _speed_up(row: Run) -> float:
+    """Divide dense attention's time by ours."""
+    return (_best(row, "sdpa") or 0.0) / row["seconds"]["cupaged"]
+
+
+def _cells(row: Run, peer: bool) -> Iterator[str]:
     ours, dense = row["seconds"]["cupaged"], _best(row, "sdpa")
-    decode = row["query_tokens"] == 1
-    yield "decode" if decode else f"prefill {row['query_tokens']}"
+    yield _kind(row)
     yield f"{row['num_seqs']} x {row['context']}"
-    yield f"{row['num_heads']}/{row['num_kv_heads']} x {row['head_size']}"
+    yield _heads(row)
     yield f"{ours * 1e6:,.0f}"
+    decode = row["query_tokens"] == 1
     yield f"{row['bytes'] / ours / 1e9:,.1f} GB/s" if decode else f"{row['flop'] / ours / 1e9:,.0f} GFLOP/s"
     yield f"{dense * 1e6:,.0f}" if dense else ""
-    yield f"{dense / ours:.1f}x" if dense else ""
+    yield f"{_speed_up(row):.1f}x" if dense else ""
     if peer:
         other = _best(row, "flashinfer")
         yield f"{other * 1e6:,.0f}" if other else ""
 
 
-def _best(row: dict[str, Any], group: str) -> float | None:
+def _best(row: Run, group: str) -> float | None:
     return min((s for name, s in row["seconds"].items() if name.startswith(group)), default=None)
 
 
-def main(arguments: list[str] | None = None, readme: Path = ROOT / "README.md") -> int:
+# -- the engine --------------------------------------------------------------------------------------
+
+
+def throughput_table(run: Run, link: str) -> Iterator[str]:
+    results = run["results"]
+    dtype = results["dtype"].removeprefix("torch.")
+    yield (
+        f"{results['model']} in {dtype}, {results['requests']} requests of {results['new_tokens']} new "
+        f"tokens, on {_hardware(run)} ({link})."
+    )
+    yield ""
+    yield from _table("", "tokens/s", "cupaged is")
+    ours = results["runs"][0]["tokens_per_s"]
+    for one in results["runs"]:
+        rate = one["tokens_per_s"]
+        yield _line(one["name"], f"{rate:.0f}", "" if rate == ours else f"{ours / rate:.1f}x")
+
+
+def scheduler_table(run: Run, link: str) -> Iterator[str]:
+    results = run["results"]
+    size = results["block_size"]
+    yield (
+        f"{results['seqs']} running sequences, blocks of {size} tokens, one thread of an "
+        f"{run['environment']['device']} ({link})."
+    )
+    yield ""
+    yield from _table(
+        "load", "sequences", "blocks", "prefix cache", "us a sequence", "us to gather its block table"
+    )
+    for row in results["rows"]:
+        yield _line(
+            row["load"],
+            row["sequences"],
+            f"{row['num_blocks']:,}",
+            "on" if row["caching"] else "off",
+            f"{row['us_per_seq']:.1f}",
+            f"{row['gather_us_per_seq']:.1f}",
+        )
+
+
+def paper_tables(run: Run, link: str) -> Iterator[str]:
+    results = run["results"]
+    yield (
+        f"{results['note']} {results['requests']:,} requests of each load, {results['slots']:,} slots, at "
+        f"most {results['max_model_len']:,} tokens a sequence ({link}); the paper's figures in brackets."
+    )
+    yield ""
+    kinds = [charts.SLOTS[kind] for kind in paper.KINDS]
+    yield from _table("load", "memory policy", "batching", *[f"{kind}, %" for kind in kinds], "running")
+    for row in results["policies"]:
+        policy, batching = row["memory_policy"], row["batching"]
+        load, compared = paper.LOADS[row["load"]], batching == "continuous"
+        used = {kind: f"{100 * row[kind]:.1f}" for kind in paper.KINDS}
+        if compared and row["load"] == "ShareGPT":
+            used["stored"] += f" ({100 * paper.PAPERS_USE[policy]:.1f})"
+        running = f"{row['running']:.1f}" + f" ({load.running[policy]:.1f})" * compared
+        yield _line(row["load"], f"`{policy}`", batching, *used.values(), running)
+    yield ""
+    yield from _table("load", "decoding", "outputs or beams", "memory saved by sharing, %")
+    for decoding, name in (("parallel_sampling", "n"), ("beam_search", "beam_width")):
+        for row in results[decoding]:
+            published = paper.LOADS[row["load"]].saved[name].get(row[name])
+            of_paper = "" if published is None else f" ({100 * published:.1f})"
+            saved = f"{100 * row['saved']:.1f}{of_paper}"
+            yield _line(row["load"], decoding.replace("_", " "), str(row[name]), saved)
+
+
+TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the first word of the file's name
+    "kernels": kernels_table,
+    "throughput": throughput_table,
+    "scheduler": scheduler_table,
+    "paper": paper_tables,
+}
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    text = readme.read_text()
-    new = filled(text)
-    if options.check:
-        if new != text:
-            print("README.md is not what benchmarks/results says: python benchmarks/readme_table.py")
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+    changed = 0
+    for path, text in documents(root):
+        if path.is_file() and path.read_text() == text:
+            continue
+        if options.check:
+            print(f"{path.name} is not what {RESULTS} says: python benchmarks/readme_table.py")
+            changed = 1
+        else:
+            path.write_text(text)
+    return changed
 
 
 if __name__ == "__main__":

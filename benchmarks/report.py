@@ -1,4 +1,4 @@
-"""What the sections of the report share: the device, the clock, the budget, and what they leave behind."""
+"""The context that the sections of the report share: device, timer and budget; and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Result:
-    """What a section found. Rows go into the JSON as they are."""
+    """The results of a section. Rows are written to the JSON as they are."""
 
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -30,13 +30,13 @@ class Result:
 
 @dataclass
 class Context:
-    """Handed to a section."""
+    """The context in which a section runs."""
 
     device: torch.device
     quick: bool  # only a few small shapes, for tests
     layouts: tuple[str, ...] = ("block", "layer")
     seed: int = 0
-    deadline: float = float("inf")  # of the section, by time.perf_counter()
+    deadline: float = float("inf")  # end of the section, by time.perf_counter()
     result: Result = field(default_factory=Result)
 
     @cached_property
@@ -49,17 +49,17 @@ class Context:
 
     @property
     def sample_s(self) -> float:
-        """How long to sample one timing."""
+        """Return the seconds to sample for a timing."""
         return 0.02 if self.quick else 0.1 if self.on_gpu else 0.5
 
     @cached_property
     def rotation_bytes(self) -> int:
-        """How much memory repeated calls must go round, so that the L2 cache does not serve them."""
+        """Return the minimum number of bytes that repeated calls must cycle through to miss the L2 cache."""
         return 3 * l2_bytes(self.device) + 1
 
     @cached_property
     def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of a large copy on the device."""
+        """Return the bandwidth of a large copy on the device, in bytes per second, read and written."""
         size = 1 << (22 if self.quick else 32 if self.on_gpu else 27)
         source = torch.ones(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -67,7 +67,7 @@ class Context:
         return 2 * size / timing.median_s
 
     def within_budget(self, cases: Sequence[T], name: Callable[[T], str] = str) -> Iterator[T]:
-        """The cases until the section's time is over; what is left is noted by name."""
+        """Yield the cases until the deadline; the names of the rest are added to ``left_out``."""
         for i, case in enumerate(cases):
             if time.perf_counter() > self.deadline:
                 self.result.left_out += [name(case) for case in cases[i:]]
@@ -76,7 +76,7 @@ class Context:
             self.release()
 
     def release(self) -> None:
-        """Give memory back, so that the next case finds it in one piece."""
+        """Release cached GPU memory, so that the next case does not find it fragmented."""
         if self.on_gpu:
             torch.cuda.empty_cache()
 
@@ -86,18 +86,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report."""
+    """A section of the report."""
 
     name: str
     title: str
     budget_s: float  # on a GPU
     run: Callable[[Context], None]
-    timed: bool = True  # whether it prints times, which wait for a correct `check`
+    timed: bool = True  # whether it prints times, for which `check` must have passed
     needs_gpu: bool = False
 
 
 def run_section(section: Section, context: Context, end: float) -> Result:
-    """Run a section within its budget and the report's; an exception in it is its result."""
+    """Run a section within its budget and the report's. An exception in it becomes part of its result."""
     start = time.perf_counter()
     context.result = Result()
     context.deadline = min(start + section.budget_s, end) if context.on_gpu else float("inf")
@@ -110,6 +110,6 @@ def run_section(section: Section, context: Context, end: float) -> Result:
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception as one line of text."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text[:200]}"

@@ -1,14 +1,14 @@
-"""CPU time of a scheduler's step: `schedule` and `update`, the block manager included, no model.
+"""Measure the CPU time of a scheduler's step: `schedule` and `update`, with block manager, without model.
 
     python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 
-Requests arrive as others end, so that as many sequences run all the time: half of the requests begin with one
-of a few shared prefixes, and every pool is full of cached blocks before anything is timed. With "forks" one
-request in four forks its prompt into four samples; with "beams" all are beam searches of width 4.
-"conversation" has the mean lengths of ShareGPT, "short" such that 256 sequences fit into a thousand blocks;
-there a sixteenth of all sequences ends and begins in every step. Every step is checked to have run all
-sequences; the books are checked at the end. "gather" is what the model runner adds: the block tables of the
-batch as one array.
+A request arrives whenever another finishes, so that the number of running sequences is constant. Half of the
+requests begin with one of a few shared prefixes, and the pool is filled with cached blocks before the timing.
+With "forks" one request in four samples four outputs of its prompt; with "beams" all are beam searches of
+width 4. "conversation" has the mean lengths of ShareGPT; with "short" 256 sequences fit into a thousand
+blocks, and in every step a sixteenth of the sequences finishes and is replaced. Every step is checked to have
+run all sequences; the block manager's integrity is checked at the end. "gather" is the model runner's part:
+the block tables of the batch as one array.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ else:
 import torch
 
 from benchmarks.simulation import EOS, SimulatedModel
-from cupaged.engine import SamplingParams
+from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.scheduling.preemption import Preemption
 from cupaged.engine.scheduling.request import SequenceGroup
 from cupaged.engine.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 16
-HESITATION = 0.5  # how often beams fork
+HESITATION = 0.5  # probability that beams fork at a token
 
 
 class Load:
-    """An endless load over one scheduler."""
+    """An endless load on a scheduler."""
 
     def __init__(
         self, num_seqs: int, num_blocks: int, prompt: int, output: int, sequences: str, caching: bool
@@ -50,13 +50,11 @@ class Load:
         self.num_seqs, self.prompt_len, self.output_len, self.sequences = num_seqs, prompt, output, sequences
         self.blocks = BlockManager(num_blocks, 0, BLOCK_SIZE)
         self.scheduler = Scheduler(
-            self.blocks,
-            num_seqs,
-            8192,
-            num_blocks * BLOCK_SIZE,
-            Preemption("recompute"),
-            frozenset([EOS]),
-            caching,
+            EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=8192, enable_prefix_caching=caching),
+            blocks=self.blocks,
+            preemption=Preemption("recompute"),
+            max_model_len=num_blocks * BLOCK_SIZE,
+            eos_token_ids=frozenset([EOS]),
         )
         self._random, self._model = random.Random(0), SimulatedModel(0, HESITATION)
         self._prefixes = [self._tokens(prompt // 2) for _ in range(4)]
@@ -66,7 +64,7 @@ class Load:
         return [self._random.randrange(EOS) for _ in range(count)]
 
     def add(self) -> None:
-        """A request; outputs end at drawn lengths, so that ends and arrivals spread over the steps."""
+        """Add a request whose output has a random length, so that requests finish in different steps."""
         shared = self._random.choice(self._prefixes) if self._arrivals % 2 else []
         prompt = shared + self._tokens(self.prompt_len - len(shared))
         beam_width = 4 if self.sequences == "beams" else None
@@ -78,41 +76,41 @@ class Load:
         self.scheduler.add(group, 0)
 
     def top_up(self) -> None:
-        """As many requests as there are seats, and one that waits for the next."""
+        """Add requests until one has to wait."""
         seats = sum(group.num_seats for group in (*self.scheduler.running, *self.scheduler.waiting))
         while seats <= self.num_seqs:
             self.add()
             seats += self.scheduler.waiting[-1].num_seats
 
     def steps(self, count: int) -> Iterator[tuple[float, float, int]]:
-        """CPU seconds of planning and bookkeeping, of gathering tables, and sequences, of each step."""
+        """Run steps. Yield of each the CPU seconds of the scheduler and of `tables`, and the sequences."""
         for _ in range(count):
             self.top_up()
             start = time.thread_time()
             plan = self.scheduler.schedule()
-            planned = time.thread_time() - start
+            scheduler_s = time.thread_time() - start
             samples, candidates = self._model.sample(plan)
             start = time.thread_time()
             self.blocks.tables([item.seq.seq_id for item in plan.scheduled])
-            gathered = time.thread_time() - start
+            gather_s = time.thread_time() - start
             start = time.thread_time()
             self.scheduler.update(plan, samples, candidates)
-            planned += time.thread_time() - start
-            yield planned, gathered, len(plan.scheduled)
+            scheduler_s += time.thread_time() - start
+            yield scheduler_s, gather_s, len(plan.scheduled)
 
 
 def fill(load: Load) -> None:
-    """Have every block of the pool used once, so that it is full of what can be found."""
-    seen = 0
-    while load.blocks.gpu.num_cached < 0.5 * load.blocks.gpu.num_free and seen < 50:
+    """Fill the pool with cached blocks."""
+    rounds = 0
+    while load.blocks.gpu.num_cached < 0.5 * load.blocks.gpu.num_free and rounds < 50:
         blocks = load.blocks
         count = min(blocks.gpu.num_free, 4096)
         for start in range(0, blocks.gpu.num_free - load.num_seqs, count):
-            keys = [(seen, start + i) for i in range(count)]
+            keys = [(rounds, start + i) for i in range(count)]
             blocks.append(-1, 0, count * BLOCK_SIZE, keys)  # type: ignore[arg-type]
             blocks.confirm()
             blocks.free(-1)
-        seen += 1
+        rounds += 1
 
 
 LENGTHS = {"conversation": (161, 338), "short": (32, 16)}
@@ -131,6 +129,11 @@ CASES = [
 def measure(
     options: argparse.Namespace, name: str, num_blocks: int, sequences: str, caching: bool
 ) -> dict[str, Any]:
+    """Return the times of a load per sequence and step, in us.
+
+    Raises:
+        RuntimeError: fewer than 90% of the steps ran 90% of ``options.seqs`` sequences.
+    """
     load = Load(options.seqs, num_blocks, *LENGTHS[name], sequences, caching)
     if caching:
         fill(load)
@@ -161,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="directory for the JSON")
     options = parser.parse_args(arguments)
     best: list[dict[str, Any]] = []
-    for _ in range(options.rounds):  # in turns, so that a slow spell of the machine meets them all
+    for _ in range(options.rounds):  # interleaved, so that a slow phase of the machine affects all cases
         for i, case in enumerate(CASES):
             gc.collect()
             row = measure(options, *case)

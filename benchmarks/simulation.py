@@ -1,4 +1,4 @@
-"""Long loads through the real scheduler in seconds: no weights, a cost for every token and block moved."""
+"""Simulate long loads with the real scheduler in seconds, with a cost model in place of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupaged.engine import SamplingParams
+from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.scheduling.beam_search import num_candidates
 from cupaged.engine.scheduling.preemption import Preemption, Rates
@@ -22,22 +22,22 @@ EOS = 1000
 
 @dataclass(frozen=True)
 class Request:
-    time: float  # of its arrival, in seconds
+    time: float  # of arrival, in seconds
     prompt: list[int]
-    num_tokens: int  # of each output
+    num_tokens: int  # length of each output
     n: int = 1
     priority: int = 0
     beam_width: int | None = None  # instead of n
 
     @property
     def width(self) -> int:
-        """Sequences that it has at once."""
+        """Return the number of sequences that the request has at once."""
         return self.beam_width or self.n
 
 
 @dataclass(frozen=True)
 class Costs:
-    """In seconds."""
+    """The cost model, in seconds."""
 
     step: float = 5e-3
     prompt_token: float = 1e-4
@@ -47,7 +47,7 @@ class Costs:
 
 @dataclass
 class Trace:
-    """What became of a load."""
+    """The record of a simulated load."""
 
     admitted: list[SequenceGroup] = field(default_factory=list)  # in the order of their first token
     waited: dict[SequenceGroup, float] = field(default_factory=dict)  # seconds from arrival to first token
@@ -55,20 +55,21 @@ class Trace:
     num_moved: int = 0
     num_steps: int = 0
     seconds: float = 0.0
-    most_preempted: int = 0  # times that one request was
+    most_preempted: int = 0  # maximum number of preemptions of a request
 
 
 class SimulatedModel:
-    """Draws tokens, and for beams what a model might think of its next tokens.
+    """Draws random tokens, and for beams the candidates for their next tokens.
 
-    A beam's candidates are drawn for it alone. Mostly the model is sure: its best token takes all of the
-    probability, the beam goes on and keeps its rank. Otherwise it hesitates between many tokens, whose
-    logits fall in exponential steps of mean 1; there beams fork, and the worst of the group are dropped. So
-    the beams of a group descend from one sequence some tokens back, the fewer the more often it hesitates.
+    The candidates of beams are independent. Usually the model is certain: one token has nearly all of the
+    probability, and the beam continues and keeps its rank. Otherwise it hesitates between many tokens, whose
+    logits decrease in exponential steps of mean 1; there beams fork, and the worst of the group are dropped.
+    So the beams of a group have a common ancestor some tokens back, the closer the more often it hesitates.
 
     Args:
-        hesitation: how often it does. With 0.5 two beams part 6 tokens back on average and six 30, with 1
-            half as far (with SmolLM2-135M, in a short trial, 6 and 17).
+        hesitation: probability of hesitating at a token. With 0.5 the common ancestor of two beams is on
+            average 6 tokens back, that of six beams 30; with 1, half as far. With SmolLM2-135M, in a short
+            trial, it was 6 and 17.
     """
 
     def __init__(self, seed: int, hesitation: float) -> None:
@@ -76,7 +77,7 @@ class SimulatedModel:
         self._hesitation = hesitation
 
     def sample(self, plan: Plan) -> tuple[list[list[int]], dict[int, Candidates]]:
-        """Samples and candidates, as `Scheduler.update` takes them; nothing ends a sequence."""
+        """Return samples and candidates as `Scheduler.update` takes them, without EOS."""
         samples: list[list[int]] = []
         beams = []
         for position, item in enumerate(plan.scheduled):
@@ -84,23 +85,24 @@ class SimulatedModel:
             samples.append([self._random.randrange(EOS) for _ in range(0 if is_beam else item.num_samples)])
             if is_beam and item.num_samples:
                 beams.append(position)
-        most = max((num_candidates(plan.scheduled[position].group) for position in beams), default=0)
-        logits = -np.cumsum(self._numpy.exponential(size=(len(beams), most)), axis=1)
+        width = max((num_candidates(plan.scheduled[position].group) for position in beams), default=0)
+        logits = -np.cumsum(self._numpy.exponential(size=(len(beams), width)), axis=1)
         logits[self._numpy.random(len(beams)) >= self._hesitation, 1:] -= 10
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        tokens = (self._numpy.integers(EOS, size=(len(beams), 1)) + np.arange(most)) % EOS
+        tokens = (self._numpy.integers(EOS, size=(len(beams), 1)) + np.arange(width)) % EOS
         rows = zip(beams, tokens.tolist(), logprobs.tolist())
         return samples, {position: Candidates(*row) for position, *row in rows}
 
 
 class SimulatedEngine:
-    """One scheduler with a clock.
+    """A scheduler with a simulated clock.
 
     Args:
-        num_blocks: of 16 tokens; the swap space has as many.
-        max_model_len: most tokens of a sequence; None: what the blocks hold.
-        hesitation: of `SimulatedModel`.
-        settings: of `Scheduler`.
+        num_blocks: number of blocks, of 16 tokens each; the swap space has as many.
+        budget: maximum number of tokens in a step.
+        max_model_len: maximum number of tokens in a sequence; None for as many as the blocks hold.
+        hesitation: argument of `SimulatedModel`.
+        settings: further ones of `EngineConfig`, which the scheduler reads.
     """
 
     def __init__(
@@ -118,11 +120,13 @@ class SimulatedEngine:
         self.hesitation = hesitation
         self.blocks = BlockManager(num_blocks, num_blocks, 16)
         self.rates = Rates(block_bytes=1)
-        self.rates.moved(1, self.costs.moved_block)  # an engine measures that at its start
-        preemption = Preemption(mode, self.rates)
-        length = max_model_len or num_blocks * 16
+        self.rates.moved(1, self.costs.moved_block)  # an engine measures this at its start
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs, budget, length, preemption, frozenset([EOS]), **settings
+            EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, **settings),
+            blocks=self.blocks,
+            preemption=Preemption(mode, self.rates),
+            max_model_len=max_model_len or num_blocks * 16,
+            eos_token_ids=frozenset([EOS]),
         )
 
     def run(
@@ -131,13 +135,13 @@ class SimulatedEngine:
         seed: int = 0,
         observe: Callable[[Trace, float], None] | None = None,
     ) -> Trace:
-        """Serve a load to its end.
+        """Run a load until all requests have finished.
 
         Args:
-            observe: called after every step with the trace so far and the seconds that the step took.
+            observe: called after every step with the trace so far and the duration of the step in seconds.
 
         Raises:
-            AssertionError: a step does nothing, or the scheduler goes round in circles.
+            AssertionError: a step does nothing, or the scheduler makes no progress.
         """
         model, trace, scheduler = SimulatedModel(seed, self.hesitation), Trace(), self.scheduler
         coming = sorted(requests, key=lambda r: r.time)
@@ -188,7 +192,7 @@ class SimulatedEngine:
         assert self.blocks.gpu.num_free == self.blocks.cpu.num_free == self.blocks.gpu.num_blocks
         for group in arrived:
             assert len(group.seqs) <= group.width, "dropped beams are kept"
-            if group.beams:  # what they give are hypotheses, one token longer than the last beams
+            if group.beams:  # the outputs are hypotheses, one token longer than the last beams
                 lengths = [len(hypothesis.token_ids) for hypothesis in group.beams.hypotheses]
             else:
                 lengths = [seq.num_output_tokens for seq in group.seqs]

@@ -1,4 +1,4 @@
-"""Results as text: a table a section, and the short summary that is printed last."""
+"""Format results as text: a table per section, and the summary that is printed last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def case_of(row: Row) -> Case:
 
 
 def lines_of(name: str, result: Result) -> Iterator[str]:
-    """A section's table, then its notes, what it left out and what was wrong."""
+    """Yield the lines of a section's table, then its notes, what it left out and what was wrong."""
     if result.rows:
         yield from FORMATS[name](result.rows)
     yield from result.notes
@@ -32,7 +32,7 @@ def lines_of(name: str, result: Result) -> Iterator[str]:
 
 
 def _checks(rows: list[Row]) -> Iterator[str]:
-    return iter(())  # the notes count them, and what is wrong is listed
+    return iter(())  # the notes have their number, and failures are listed
 
 
 def _ceilings(rows: list[Row]) -> Iterator[str]:
@@ -118,7 +118,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
 
 
 def summary(environment: dict, results: dict[str, Result]) -> Iterator[str]:
-    """The last lines: where, right or wrong, the ceilings, and every bar with its measured value."""
+    """Yield the last lines: environment, state of each section, ceilings, and each bar with its value."""
     versions = " ".join(f"{k} {v}" for k, v in environment["versions"].items())
     yield f"{environment['device']}, driver {environment.get('driver', 'none')}; {versions}"
     yield f"commit {environment['commit']}{' (modified)' if environment['modified'] else ''}"
@@ -128,10 +128,10 @@ def summary(environment: dict, results: dict[str, Result]) -> Iterator[str]:
         yield f"  {name:<9} {result.seconds:>6.1f} s  {len(result.rows):>4} rows, {state}{left}"
     if "ceilings" in results:
         yield from _ceilings(results["ceilings"].rows)
-    found = [(bar, bar.measure(results)) for bar in BARS if "driver" in environment]  # bars are for GPUs
-    if any(value is not None for _, value in found):
+    measured = [(bar, bar.measure(results)) for bar in BARS if "driver" in environment]  # bars are for GPUs
+    if any(value is not None for _, value in measured):
         yield f"{'bar':<64} {'at least':>8} {'measured':>8}"
-        for bar, value in found:
+        for bar, value in measured:
             if value is not None:
                 verdict = "met" if value >= bar.target else "MISSED"
                 yield f"{bar.name:<64} {bar.target:>8.2f} {value:>8.2f} {verdict}"

@@ -1,10 +1,10 @@
-"""Tokens per second of the engine and of transformers' own ways to generate, in one run.
+"""Measure tokens per second of the engine and of transformers' own generation, in one run.
 
     python benchmarks/throughput.py [--model M] [--threads 1] [--dtype bfloat16]
 
-Every contender answers the same prompts greedily with the same weights, dtype and number of threads. Its
-answers are then read by the dense model: a token that is not (nearly) the most likely one fails the run, and
-then no time is printed.
+All contenders answer the same prompts greedily with the same weights, dtype and number of threads. Their
+answers are checked with the dense model: if a token is not (nearly) the most likely one, the contender fails,
+and its time is not printed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Answers = list[list[int]]
 
 
 def prompts(tokenizer: tf.PreTrainedTokenizerBase, count: int) -> Answers:
-    """Questions of different lengths through the model's chat template, as token ids."""
-    found = []
+    """Return questions of different lengths in the model's chat template, as token IDs."""
+    token_ids = []
     for i in range(count):
         question = " ".join(
             ["Tell me a story about", *(TOPICS[(i + j) % len(TOPICS)] + "," for j in range(i % 7 + 1))]
@@ -43,8 +43,8 @@ def prompts(tokenizer: tf.PreTrainedTokenizerBase, count: int) -> Answers:
         if tokenizer.chat_template:
             message = [{"role": "user", "content": question}]
             text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        found.append(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
-    return found
+        token_ids.append(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+    return token_ids
 
 
 def ours(options: argparse.Namespace, ids: Answers) -> Callable[[], Answers]:
@@ -59,7 +59,7 @@ def ours(options: argparse.Namespace, ids: Answers) -> Callable[[], Answers]:
 
 
 def generate(model: tf.PreTrainedModel, options: argparse.Namespace, ids: Answers) -> Callable[[], Answers]:
-    """One static batch, padded on the left to the longest prompt."""
+    """Return a run of transformers on one static batch, padded on the left to the longest prompt."""
     longest = max(map(len, ids))
     batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=model.device)
@@ -76,15 +76,15 @@ def generate(model: tf.PreTrainedModel, options: argparse.Namespace, ids: Answer
 def generate_batch(
     model: tf.PreTrainedModel, options: argparse.Namespace, ids: Answers
 ) -> Callable[[], Answers]:
-    """transformers' continuous batching."""
+    """Return a run of transformers' continuous batching."""
     config = tf.GenerationConfig(
         max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
 
     def run() -> Answers:
         outputs = model.generate_batch(ids, generation_config=config, progress_bar=False)
-        found = {tuple(o.prompt_ids): o.generated_tokens for o in outputs.values()}
-        return [found[tuple(prompt)] for prompt in ids]
+        by_prompt = {tuple(o.prompt_ids): o.generated_tokens for o in outputs.values()}
+        return [by_prompt[tuple(prompt)] for prompt in ids]
 
     return run
 
@@ -93,10 +93,12 @@ def generate_batch(
 def complaint(
     model: tf.PreTrainedModel, ids: Answers, answers: Answers, tokens: int, slack: float
 ) -> str | None:
-    """What is wrong with the answers, by a dense forward over each of them; None if nothing is.
+    """Check the answers with a dense forward pass over each; return what is wrong, or None.
 
     Args:
-        slack: how far a token's logit may lie below the largest one; greedy paths part at rounding errors.
+        tokens: number of tokens that each answer must have.
+        slack: maximum difference between the largest logit and a token's: with other rounding errors, greedy
+            answers diverge.
     """
     if [len(answer) for answer in answers] != [tokens] * len(ids):
         return f"not every answer has {tokens} tokens"
@@ -110,7 +112,7 @@ def complaint(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all contenders; returns 1 if one of them gave wrong answers."""
+    """Run all contenders; return 1 if the answers of one are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="directory or hub id (default: the demo model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -136,23 +138,23 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = 0
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
-        if found := complaint(dense, ids, run(), options.tokens, slack):  # this run also warms up
-            print(f"{name}: WRONG, {found}", file=sys.stderr)
+        if problem := complaint(dense, ids, run(), options.tokens, slack):  # this run also warms up
+            print(f"{name}: WRONG, {problem}", file=sys.stderr)
             wrong = 1
             del rates[name]
-    for _ in range(options.rounds):  # in turns, so that a slow spell of the machine meets them all
+    for _ in range(options.rounds):  # interleaved, so that a slow phase of the machine affects all of them
         for name in rates:
             gc.collect()
             start = time.perf_counter()
             runs[name]()
             _synchronize(options.device)
             rates[name].append(options.requests * options.tokens / (time.perf_counter() - start))
-    mine = statistics.median(rates.get("cupaged", [float("nan")]))
+    our_rate = statistics.median(rates.get("cupaged", [float("nan")]))
     print(f"{'':<30} {'tokens/s':>9} {'cupaged is':>11}")
     results = []
     for name, values in rates.items():
         median = statistics.median(values)
-        print(f"{name:<30} {median:>9.1f} {mine / median:>10.2f}x")
+        print(f"{name:<30} {median:>9.1f} {our_rate / median:>10.2f}x")
         results.append({"name": name, "tokens_per_s": median, "all": values})
     if options.out:
         setting = {"model": options.model or "SmolLM2-135M-Instruct", "dtype": str(dense.dtype)}

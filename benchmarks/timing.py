@@ -1,4 +1,4 @@
-"""Median times of calls: on a GPU by events around replays of a CUDA graph, on a CPU by the clock."""
+"""Measure median times of calls: on a GPU with events around replays of a CUDA graph, on a CPU by clock."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 Run = Callable[[], object]
 
-REPLAY_S = 2e-3  # a graph holds calls for about this long, so that the gap between replays does not count
-MAX_CALLS = 512  # in one graph
-SAMPLES = (5, 50)  # fewest and most, whatever the budget
+REPLAY_S = 2e-3  # approximate duration of a graph, so that the gap between replays is negligible
+MAX_CALLS = 512  # maximum number of calls in a graph, unless there are more sets
+SAMPLES = (5, 50)  # minimum and maximum number of samples, whatever the budget
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one call."""
+    """The time of a call."""
 
     median_s: float
     spread: float  # interquartile range over the median
@@ -34,13 +34,13 @@ class Timer:
         self.device = device
 
     def __call__(self, runs: Sequence[Run], budget_s: float, *, graph: bool = True) -> Timing:
-        """The time of one of ``runs``, which are called in turn.
+        """Return the time of one of ``runs``, which are called in turn.
 
         Args:
-            runs: the same work on different memory, together several times the L2 cache.
-            budget_s: how long to sample, within `SAMPLES`.
-            graph: whether the work may be captured in a CUDA graph; with False, or where capturing fails,
-                what the host takes between launches counts as well.
+            runs: calls that do the same work on different memory, together several times the L2 cache.
+            budget_s: seconds to sample, within `SAMPLES`.
+            graph: whether to capture the calls in a CUDA graph; if not, or if capturing fails, the time
+                includes the host's time between launches.
         """
         for run in runs:  # compiles, loads, and fills the allocator's pools
             run()
@@ -61,10 +61,10 @@ class Timer:
         return _timing(list(self._sample(lambda: _evented(runs), budget_s)), "events")
 
     def _sample(self, measure: Callable[[], float], budget_s: float) -> Iterator[float]:
-        fewest, most = SAMPLES
+        min_samples, max_samples = SAMPLES
         end = time.perf_counter() + budget_s
-        for i in range(most):
-            if i >= fewest and time.perf_counter() > end:
+        for i in range(max_samples):
+            if i >= min_samples and time.perf_counter() > end:
                 return
             yield measure()
 
@@ -92,7 +92,7 @@ def _evented(runs: Sequence[Run]) -> float:
 
 
 def _capture(runs: Sequence[Run]) -> torch.cuda.CUDAGraph | None:
-    """A graph of the calls, None if one of them cannot be captured."""
+    """Capture the calls in a graph; return None if one cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -106,7 +106,7 @@ def _capture(runs: Sequence[Run]) -> torch.cuda.CUDAGraph | None:
 
 @contextmanager
 def host_clock(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Seconds on the host since the block began, with the device idle at its beginning and its end."""
+    """Yield a function for the seconds since the block began; the device is idle at its beginning and end."""
     synchronize(device)
     start = time.perf_counter()
     yield lambda: time.perf_counter() - start
@@ -119,5 +119,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Size of the GPU's L2 cache; 0 on a CPU, where working sets are not rotated."""
+    """Return the size of the GPU's L2 cache; 0 on a CPU, where calls do not rotate over sets."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0

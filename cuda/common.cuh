@@ -1,12 +1,12 @@
-// What every kernel needs: the scalar type, conversions, dynamic shared memory.
+// The scalar type, conversions and dynamic shared memory, for all kernels.
 //
-// The sources compile in two ways. NVRTC compiles them for a GPU. Under CUPAGED_HOST a C++ compiler
-// compiles the same text for the CPU, with a header included first that defines the CUDA keywords
-// and built-in variables; only this file and ptx.cuh tell the two apart.
+// NVRTC compiles the sources for a GPU. With CUPAGED_HOST a C++ compiler compiles the same sources
+// for the CPU, after a header that defines the CUDA keywords and built-in variables; only this file
+// and ptx.cuh distinguish the two.
 //
 // Macros passed with -D: CUPAGED_DTYPE, one of the three names below, is the type of queries and
-// outputs, and of the cache unless CUPAGED_CACHE_DTYPE (quant.cuh) says otherwise. The others are
-// named at the head of the kernel that takes them.
+// outputs, and of the cache unless CUPAGED_CACHE_DTYPE (quant.cuh) is given. The other macros are
+// documented at the head of their kernel.
 #pragma once
 
 #define CUPAGED_FP32 0

@@ -1,15 +1,15 @@
-// Tiles of 16 query rows against keys and values in shared memory, on tensor cores.
+// Attention of tiles of 16 query rows over keys and values in shared memory, on tensor cores.
 //
-// Rows lie in shared memory an odd number of 16-byte chunks apart, so that the 8 rows of a matrix
-// of ldmatrix lie in different banks. The logits come out of the first product as the rows of P
-// that the second one takes, in registers.
+// The stride between rows in shared memory is an odd number of 16-byte chunks, so that the 8 rows
+// of an ldmatrix matrix are in different banks. The first product leaves the logits in the
+// registers in which the second takes the rows of P.
 //
-// A quantised cache stays in its codes up to the registers, and becomes fp16 there: the tensor
-// cores multiply fp16, with the scales as factors of logits and outputs. A matrix of 8 rows of 16
-// bytes is then 8x16 codes. Of each 4 codes that a lane gets of a key, the product takes the first
-// two from one half of the 16 and the others from the other half: the order of a dot product is
-// free, and the query is stored to match. Of the values it gets 2 keys at 2 neighbouring elements:
-// the even ones and the odd ones are two matrices.
+// The codes of a quantised cache are converted to fp16 in registers: the tensor cores multiply
+// fp16, and the scales are factors of logits and outputs. A matrix of 8 rows of 16 bytes is then
+// 8x16 codes. Of each 4 codes of a key in a lane, the product takes the first two as elements of
+// the first half of the 16 and the others as elements of the second half: the order within a dot
+// product is free, and the query is stored in the same order. Of the values a lane has 2 keys at 2
+// neighbouring elements: the even and the odd elements form two matrices.
 //
 // Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_CACHE_DTYPE (quant.cuh), CUPAGED_HEAD_SIZE (D, a
 // multiple of 8, or of 16 with a quantised cache, at most 256).

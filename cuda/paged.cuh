@@ -1,4 +1,4 @@
-// The only place that turns (block, head, offset) into an address.
+// Compute the address of (block, head, offset) in the cache; no other file does.
 #pragma once
 
 #include "common.cuh"

@@ -1,15 +1,15 @@
-// How the query tokens of a batch are divided into tiles, and how a block finds its own.
+// The division of a batch's query tokens into tiles, and the schedule by which blocks take them.
 //
-// An item is one tile of query tokens for one tile of query heads. plan_prefill.cu orders the
-// sequences before: longest first, so that no block is left with a long tile at the end. In a
-// sequence as many KV heads as the L2 cache has room for come before the others. Of these, the last
-// tokens, which see the most keys, come first. So the blocks of a moment read the same keys and
-// values, and end at about the same time. They take items in this order from a counter until there
-// are none left. Lengths are read on the device only, so a CUDA graph may replay with others.
+// A work item is a tile of query tokens for a tile of query heads. plan_prefill.cu has sorted the
+// sequences, longest first, so that no block starts a long tile at the end. Within a sequence, as
+// many KV heads as fit the L2 cache are processed before the others, and among these the last
+// tokens, which see the most keys, come first. So blocks that run at the same time read the same
+// keys and values, and finish at about the same time. Blocks take work items in this order from a
+// counter. Lengths are read on the device only, so a CUDA graph may be replayed with other lengths.
 //
-// A few short chunks over long prefixes are fewer items than a GPU has blocks for. Where the launch
-// allows more than one piece, a tile's keys are divided into pieces as decode's are (work.cuh), an
-// item each, whose records merge_splits merges.
+// A few short chunks over long prefixes are fewer work items than a GPU runs blocks. If the launch
+// allows KV splits (pieces, see work.cuh), each split of a tile is a work item, and merge_splits
+// merges their partials (records).
 #pragma once
 
 #include "common.cuh"

@@ -1,8 +1,8 @@
-// Every PTX instruction the kernels use, one thin function each.
+// The PTX instructions that the kernels use, one thin function each.
 //
-// Asynchronous copies exist from sm_80 on. Before that they are plain 16-byte copies that are
-// complete when the function returns; the commits and waits around them are then empty, and the
-// same kernels are correct on both.
+// Asynchronous copies exist from sm_80 on. On earlier architectures they are plain 16-byte copies
+// that are complete when the function returns; commits and waits are then empty, and the same
+// kernels are correct on both.
 #pragma once
 
 #include "common.cuh"

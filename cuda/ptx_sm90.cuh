@@ -1,9 +1,9 @@
-// The PTX instructions of Hopper (sm_90a), one thin function each: barriers in shared memory, the
-// products of a warpgroup, and what keeps the two in order.
+// The PTX instructions of Hopper (sm_90a), one thin function each: barriers in shared memory,
+// matrix products of a warpgroup, and the fences that order the two.
 //
-// Products read shared memory through the async proxy. What threads write there, by stores or by
-// cp.async, is of the generic proxy: the writer waits for its copies, then calls
-// fence_proxy_async(), then tells the reader through a barrier.
+// The products read shared memory through the async proxy. Stores and cp.async of threads go
+// through the generic proxy: a writer waits for its copies, calls fence_proxy_async(), and then
+// signals the reader through a barrier.
 #pragma once
 
 #include "common.cuh"

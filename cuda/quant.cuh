@@ -1,10 +1,10 @@
-// The type of the cache, and the 8-bit codes of a quantised one: to halves, to floats, and back.
+// The type of the cache, and conversions of 8-bit codes to halves, to floats, and back.
 //
 // Macro CUPAGED_CACHE_DTYPE, one of the three names below. Without it the cache holds scalar_t.
 //
-// A stored code stands for code * scale, with one scale a KV head. Unpacking leaves out the scale
-// and, where that saves instructions, a power of two as well: code = unpacked * kUnpackedScale.
-// A kernel multiplies logits and outputs by both, so nothing is multiplied for each element.
+// A stored code represents code * scale, with one scale per KV head. Unpacking omits the scale and,
+// where that saves instructions, a power of two as well: code = unpacked * kUnpackedScale. A kernel
+// multiplies logits and outputs by both, instead of every element.
 #pragma once
 
 #include "common.cuh"
@@ -172,7 +172,7 @@ namespace cupaged {
 
 // What the unpacked keys or values of one KV head are to be multiplied by.
 __device__ __forceinline__ float unpacked_factor(const float* scale, int kv_head) {
-    return scale == nullptr ? 1.0f : scale[kv_head] * kUnpackedScale<cache_t>;
+    return scale == nullptr ? 1.0f : __ldg(scale + kv_head) * kUnpackedScale<cache_t>;
 }
 
 }  // namespace cupaged

@@ -1,7 +1,7 @@
-// Online softmax: the running state of exp2(logit) sums over keys seen piece by piece.
+// Online softmax: the running maximum and sum of exp2(logit) over keys that come tile by tile.
 //
-// Logits are in units of log2(e): exp2 is one instruction, exp is two. A state that has seen
-// nothing has max = -inf and sum = 0, and everything below keeps it free of NaN.
+// Logits are multiplied by log2(e), because exp2 is one instruction and exp is two. The state
+// before any visible key has max = -inf and sum = 0; no function below makes a NaN of it.
 #pragma once
 
 #include "common.cuh"

@@ -1,12 +1,13 @@
 """PagedAttention for torch: CUDA kernels over a paged KV cache, compiled at run time.
 
-Importing this package loads neither CuPy nor numba; a backend is loaded at its first use.
+Importing this package loads neither CuPy nor numba: a backend is loaded at its first use.
 """
 
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .backends.cuda.raw import raw_kernel
     from .ops import (
         copy_blocks,
         merge_attention_states,
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# In a checkout `engine/` stands beside this package, not inside it: make `cupaged.engine` importable
-# without an install (and after a plain install, when Python is started in the checkout's root).
+# In a checkout `engine/` is beside this package, not inside it: make `cupaged.engine` importable without an
+# install, and after a plain install if Python is started in the checkout's root.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "engine").exists():
     __path__.append(str(_root))
@@ -28,18 +29,21 @@ __all__ = [
     "copy_blocks",
     "merge_attention_states",
     "paged_attention",
+    "raw_kernel",
     "reshape_and_cache",
     "swap_blocks",
 ]
 
 
-def __getattr__(name: str):  # torch is imported at the first use of an operator
-    if name in __all__:
-        from . import ops
-
-        globals()[name] = found = getattr(ops, name)  # to come here at every call would take 2 us
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str):  # imports torch at the first use of a function
+    if name == "raw_kernel":
+        from .backends.cuda import raw as module
+    elif name in __all__:
+        from . import ops as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
+    return function
 
 
 def __dir__() -> list[str]:

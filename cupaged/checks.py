@@ -1,7 +1,7 @@
-"""Checks of the public functions' arguments. Each raises a ValueError that names the argument.
+"""Check the public functions' arguments. Each check raises a ValueError that names the argument.
 
-Shapes are written with the field's letters (T tokens, S sequences, H query heads, Hkv KV heads,
-D head size, B block size); a letter binds to the first size seen and must agree afterwards.
+Letters in shapes: T tokens, S sequences, H query heads, Hkv KV heads, D head size, B block size. A letter is
+bound to the first size it occurs with; later sizes must agree.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from .quantisation import LARGEST
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-CASTS = {torch.int32: "int", torch.int64: "long"}  # methods, from one integer to another
+CASTS = {torch.int32: "int", torch.int64: "long"}  # tensor methods that cast to an integer dtype
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
-SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU takes what is below 2**-126 to be 0, the reciprocal as well
-LAYOUTS = 1024  # that are remembered to have passed a check
+SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU flushes smaller numbers to 0; so for the reciprocal
+LAYOUTS = 1024  # maximum number of layouts remembered per check
 
 
 @cache
 def device_checks_enabled() -> bool:
-    """Whether ``CUPAGED_CHECK=1`` asks for ids and scales to be checked on the GPU, which synchronises."""
+    """Return whether ``CUPAGED_CHECK=1`` asks to check ids and scales on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
 
 
 class Layout:
-    """Shapes, strides, dtypes and devices of the tensors of a call: one object for each combination."""
+    """Stand for the shapes, strides, dtypes and devices of a call's tensors: one object per combination."""
 
-    passed = False  # the check
+    passed = False  # True once the check has passed
 
 
 def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:
-    """Make a check of shapes, strides, dtypes and devices once for each layout of its tensors.
+    """Return a version of ``check`` that runs once per layout of its tensors and returns that `Layout`.
 
-    What it gives is that `Layout`, a key to whatever the layout decides. For tensors with memory only: fake
-    ones have symbols for sizes.
+    The layout serves as a cache key for whatever shapes, strides, dtypes and devices determine. Not for fake
+    tensors, whose sizes may be symbols.
     """
 
     @lru_cache(LAYOUTS)
@@ -71,11 +71,11 @@ def tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Check one tensor: rank, the named sizes, dtype and device.
+    """Check a tensor's rank, sizes, dtype and device.
 
     Args:
-        dims: the dimensions' names, separated by spaces: ``"T H D"``; a number must be met exactly.
-        sizes: the sizes bound so far; grows by the names that are new.
+        dims: names of the dimensions, separated by spaces: ``"T H D"``; a number is an exact size.
+        sizes: sizes bound so far; new names are added.
     """
     names = dims.split()
     shape = value.shape
@@ -99,6 +99,7 @@ def tensor(
 
 
 def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
+    """Check that the last dimension has stride 1."""
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got strides {list(value.stride())}; "
@@ -107,18 +108,20 @@ def last_dim_contiguous(name: str, value: torch.Tensor) -> None:
 
 
 def rows_apart(name: str, value: torch.Tensor) -> None:
-    """No two elements of a tensor [T, H, D], contiguous in D, share memory."""
-    (tokens, heads, size), (token, head, _) = value.shape, value.stride()
-    # The usual cases, of which the first says nothing about T: it may be a symbol.
-    if (head >= size or heads <= 1) and (token >= (heads - 1) * head + size or tokens <= 1):
+    """Check that no two elements of a tensor [T, H, D], contiguous in D, share memory."""
+    (tokens, heads, size), (token_stride, head_stride, _) = value.shape, value.stride()
+    # The usual cases. The first does not depend on T, which may be a symbol.
+    if (head_stride >= size or heads <= 1) and (
+        token_stride >= (heads - 1) * head_stride + size or tokens <= 1
+    ):
         return
-    if token >= size and head >= (tokens - 1) * token + size:
+    if token_stride >= size and head_stride >= (tokens - 1) * token_stride + size:
         return
-    # Other strides may interleave the rows: for each head the token nearest to it, before and after.
+    # Other strides may interleave the rows: compare each head's offset with the nearest tokens' offsets.
     for h in range(heads if tokens else 0):
-        before = min(h * head // token if token else 0, tokens - 1)
+        before = min(h * head_stride // token_stride if token_stride else 0, tokens - 1)
         for t in (before, min(before + 1, tokens - 1)):
-            if (t or h) and abs(t * token - h * head) < size:
+            if (t or h) and abs(t * token_stride - h * head_stride) < size:
                 raise ValueError(
                     f"the rows of {name} overlap: shape {list(value.shape)} with strides "
                     f"{list(value.stride())}; pass one with memory for each of its elements"
@@ -126,7 +129,7 @@ def rows_apart(name: str, value: torch.Tensor) -> None:
 
 
 def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
-    """A layer's cache view [num_blocks, 2, Hkv, B, D]; only the block stride is free."""
+    """Check a layer's cache [num_blocks, 2, Hkv, B, D], in which only the stride between blocks is free."""
     tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES + QUANTISED)
     blocks_contiguous(name, value)
     if sizes["B"] not in BLOCK_SIZES:
@@ -144,7 +147,7 @@ def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
 
 
 def blocks_contiguous(name: str, value: torch.Tensor) -> None:
-    """Every block is one contiguous chunk; the stride between blocks is free."""
+    """Check that each block is contiguous and that blocks do not overlap."""
     expected = 1
     for dim in range(value.dim() - 1, 0, -1):
         if value.shape[dim] > 1 and value.stride(dim) != expected:
@@ -158,14 +161,14 @@ def blocks_contiguous(name: str, value: torch.Tensor) -> None:
 
 
 def model_dtypes(kv_cache: torch.Tensor) -> tuple[torch.dtype, ...]:
-    """What queries, keys and values may be: the cache's own dtype, or any over a quantised cache."""
+    """Return the dtypes that queries, keys and values may have: with a quantised cache, any of `DTYPES`."""
     return DTYPES if kv_cache.dtype in QUANTISED else (kv_cache.dtype,)
 
 
 def scales(
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, kv_cache: torch.Tensor, sizes: dict[str, int]
 ) -> None:
-    """Both with a quantised cache, neither with another."""
+    """Check that a quantised cache has both scales, and any other cache none."""
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if kv_cache.dtype not in QUANTISED:
             if value is not None:
@@ -189,7 +192,7 @@ def cache_write(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Everything about the tensors of a `reshape_and_cache` that their layout decides."""
+    """Check shapes, strides, dtypes and devices of the tensors of `reshape_and_cache`."""
     sizes: dict[str, int] = {}
     layer_cache("kv_cache", kv_cache, sizes)
     tensor("key", key, "T Hkv D", sizes, dtype=model_dtypes(kv_cache), device=kv_cache.device)
@@ -216,7 +219,7 @@ def attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Everything about the tensors of a `paged_attention` that their layout decides."""
+    """Check shapes, strides, dtypes and devices of the tensors of `paged_attention`."""
     sizes: dict[str, int] = {}
     layer_cache("kv_cache", kv_cache, sizes)
     device = kv_cache.device
@@ -265,7 +268,7 @@ def attention_settings(
     batch_invariant: bool,
     shared_prefix: bool,
 ) -> None:
-    """The arguments of `paged_attention` that are no tensors."""
+    """Check the arguments of `paged_attention` that are not tensors."""
     if scale is not None and not _is_finite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if not isinstance(causal, bool):
@@ -287,16 +290,16 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    if type(value) is float:  # the others take a while
+    if type(value) is float:  # isinstance of an abstract class is slow
         return -math.inf < value < math.inf
-    known = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    return known and -math.inf < value < math.inf  # type: ignore[operator]
+    is_number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def states(name: str, value: Array | Sequence[Array]) -> torch.Tensor:
-    """One tensor [N, ...] of what was given as one or as a sequence of N."""
+    """Return a tensor [N, ...] from such a tensor or from a sequence of N tensors."""
     if not isinstance(value, (list, tuple)):
-        return as_tensor(name, value)  # type: ignore[arg-type]  # not a sequence
+        return as_tensor(name, value)  # type: ignore[arg-type]
     if not value:
         raise ValueError(f"{name} holds no state to merge; pass at least one")
     tensors = [as_tensor(f"{name}[{index}]", state) for index, state in enumerate(value)]
@@ -311,22 +314,23 @@ def states(name: str, value: Array | Sequence[Array]) -> torch.Tensor:
 
 
 def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> None:
+    """Check that a block mapping is a contiguous int64 tensor [N, 2] on the device."""
     tensor(name, mapping, "N 2", {}, dtype=torch.int64, device=device)
     if not mapping.is_contiguous():
         raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
 
 
 def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
-    """Reads the data: every slot is -1 or inside the cache."""
+    """Check that every slot is -1 or inside the cache. Reads the data."""
     limit = kv_cache.shape[0] * kv_cache.shape[3]
     _in_range("slot_mapping", slot_mapping, -1, limit)
 
 
 def scale_values(name: str, scale: torch.Tensor | None) -> None:
-    """Reads the data: every scale, and its reciprocal, is a number of float32."""
+    """Check that each scale is positive and in `SCALE_RANGE`. Reads the data."""
     if scale is None or scale.numel() == 0:
         return
-    smallest, largest = (float(x) for x in torch.aminmax(scale))  # both NaN, if one is
+    smallest, largest = (float(x) for x in torch.aminmax(scale))  # NaN if any scale is
     if not SCALE_RANGE[0] <= smallest <= largest <= SCALE_RANGE[1]:
         raise ValueError(
             f"{name} must be positive and finite, and 1 / {name} too (from {SCALE_RANGE[0]:.1e} to "
@@ -336,7 +340,7 @@ def scale_values(name: str, scale: torch.Tensor | None) -> None:
 
 
 def mapping_ids(mapping: torch.Tensor, num_src: int, num_dst: int) -> None:
-    """Reads the data: every block id is inside its cache."""
+    """Check that every block ID is inside its cache. Reads the data."""
     _in_range("block_mapping[:, 0] (source)", mapping[:, 0], 0, num_src)
     _in_range("block_mapping[:, 1] (destination)", mapping[:, 1], 0, num_dst)
 
@@ -349,7 +353,7 @@ def attention_ids(
     query_start_loc: torch.Tensor | None,
     sliding_window: int | None,
 ) -> None:
-    """Reads the data: lengths fit the block tables, and the entries that will be used are blocks."""
+    """Check that lengths fit the block tables, whose used entries are in the cache. Reads the data."""
     if seq_lens.numel() == 0:
         return
     block_size = kv_cache.shape[3]

@@ -1,8 +1,8 @@
-"""Compile the CUDA kernels ahead of time, with no GPU.
+"""Compile the CUDA kernels ahead of time. Needs no GPU.
 
     python -m cupaged.compile --arch 90a --out DIR
 
-With ``CUPAGED_CACHE_DIR=DIR`` none of them is compiled again.
+A process with ``CUPAGED_CACHE_DIR=DIR`` loads them from there.
 """
 
 from __future__ import annotations

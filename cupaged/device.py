@@ -1,9 +1,9 @@
-"""Which device to run on, and why: the NVIDIA driver, torch and CuPy have to agree.
+"""Choose the device to run on: the NVIDIA driver, torch and CuPy have to agree.
 
     python -m cupaged.device
 
-prints the name of the extra that fits the driver; nothing without one. `make` asks before anything is
-installed, so that part needs the standard library alone.
+prints the extra of this package that fits the NVIDIA driver, or an empty line. `make` runs it before anything
+is installed, so this part needs only the standard library.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-OLDEST_CUDA, NEWEST_CUDA = 12, 13  # that there are extras for
+OLDEST_CUDA, NEWEST_CUDA = 12, 13  # with an extra of this package
 _OR_CPU = "or ask for the CPU: device='cpu' (--device cpu)"
 
 
 def driver_cuda_version() -> int | None:
-    """The newest CUDA that the NVIDIA driver runs, as a major version; None without a driver or a GPU."""
+    """Return the major version of the newest CUDA that the NVIDIA driver supports; None without a GPU."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
-    done = subprocess.run([tool], capture_output=True, text=True)
+    completed = subprocess.run([tool], capture_output=True, text=True)
     # "CUDA Version: 12.8", and "CUDA UMD Version: 13.3" from driver 610 on.
-    match = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)", done.stdout)
-    return int(match[1]) if done.returncode == 0 and match else None
+    match = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)", completed.stdout)
+    return int(match[1]) if completed.returncode == 0 and match else None
 
 
 def extra(driver: int | None) -> str:
-    """The extra of this package for a driver's CUDA version. Drivers run what was built for older ones."""
+    """Return the extra of this package for a driver's CUDA version. Drivers support older versions too."""
     return "" if driver is None or driver < OLDEST_CUDA else f"cuda{min(driver, NEWEST_CUDA)}"
 
 
 def choose_device(wanted: str | None) -> tuple[torch.device, str]:
-    """The device to run on, and in words why.
+    """Return the device to run on, and a text for the user that says why.
 
     Args:
-        wanted: "cpu", "cuda", "cuda:1", or None: a GPU if there is one.
+        wanted: "cpu", "cuda", "cuda:1", or None for a GPU if there is one.
 
     Raises:
-        ValueError: ``wanted`` is no device that is there.
-            Or ``CUPAGED_BACKEND`` names no backend.
-        RuntimeError: there is a GPU that cannot be used as things are installed; the message names what to
-            install. It is never the CPU instead, unless asked for.
+        ValueError: ``wanted`` does not exist, or ``CUPAGED_BACKEND`` names no backend.
+        RuntimeError: there is a GPU, but the installed packages cannot use it; the message names what to
+            install. The CPU is used in its place only if ``wanted`` says so.
     """
     import torch
 
@@ -82,7 +81,7 @@ def choose_device(wanted: str | None) -> tuple[torch.device, str]:
 
 
 def _why_unusable(driver: int) -> str:
-    """What is wrong with torch, for a GPU that it does not see."""
+    """Return why torch does not see the GPU, and the remedy."""
     import torch
 
     built_for = torch.version.cuda

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as arguments, through DLPack: CuPy, NumPy, JAX."""
+"""Accept arrays of other libraries (CuPy, NumPy, JAX) as arguments, through DLPack."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 
 
 class SupportsDLPack(Protocol):
-    """What the array API standard asks of an array that other libraries may look into."""
+    """Describe an array with the array API standard's interface for exchange between libraries."""
 
     def __dlpack__(self) -> Any: ...
 
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
-# What the public functions take. A tensor is the fast one: it is passed on as it is.
+# The type of the public functions' array arguments. Tensors are fastest: they are passed on unchanged.
 Array = torch.Tensor | SupportsDLPack
 
 
 def as_tensor(name: str, value: Array, *, written: bool = False) -> torch.Tensor:
-    """A tensor over the array's own memory, never a copy.
+    """Return a tensor that shares the array's memory; never a copy.
 
     Args:
-        name: of the argument, for the message.
-        written: the argument is one that the function writes into.
+        name: name of the argument, for the error message.
+        written: whether the function writes into the argument.
 
     Raises:
-        ValueError: it is no array, or DLPack cannot pass it, or it is read-only and `written`.
+        ValueError: the value is not an array, DLPack cannot pass it, or it is read-only and `written`.
     """
     if isinstance(value, torch.Tensor):
         return value
@@ -35,13 +35,13 @@ def as_tensor(name: str, value: Array, *, written: bool = False) -> torch.Tensor
         raise ValueError(
             f"{name} must be a torch.Tensor or an array with __dlpack__, got {type(value).__name__}"
         )
-    if any(stride < 0 for stride in getattr(value, "strides", None) or ()):  # torch would end the process
+    if any(stride < 0 for stride in getattr(value, "strides", None) or ()):  # torch would abort the process
         raise ValueError(f"{name} must not have negative strides; pass a copy")
     if written and not getattr(getattr(value, "flags", None), "writeable", True):
         raise ValueError(f"{name} is written, but the {type(value).__name__} is read-only; pass a copy")
     try:
         return torch.from_dlpack(value)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         raise ValueError(
             f"{name} is a {type(value).__name__} that torch cannot take through DLPack: {error}"
         ) from error

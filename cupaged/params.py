@@ -1,4 +1,4 @@
-"""The arguments of an attention call that are not tensors of the batch."""
+"""The parameters of an attention call that are not tensors of the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class AttentionParams(NamedTuple):
-    """How the logits of one attention layer are formed; made by `ops`, read by every backend.
+    """Hold the parameters of an attention layer and the hints for its kernels.
 
     The logit of query position i and key position j is ``s = scale * q.k``, then
     ``cap * tanh(s / cap)``, then ``+ alibi_slope[h] * (j - i)``.
@@ -18,17 +18,17 @@ class AttentionParams(NamedTuple):
     causal: bool = True
     sliding_window: int | None = None  # visible when j > i - sliding_window
     logits_soft_cap: float | None = None
-    # Which kernel and how it divides the work; the result is right whatever they say.
-    max_query_len: int | None = None  # query tokens of the longest query, None if not known
+    # These three choose a kernel and its splits; they do not change the result but for rounding.
+    max_query_len: int | None = None  # maximum number of query tokens in a sequence; None: unknown
     batch_invariant: bool = True
-    shared_prefix: bool = False  # look for blocks that neighbouring sequences share
-    # The tensors come last: `settings` is what is before them.
+    shared_prefix: bool = False  # detect leading blocks that neighbouring sequences share
+    # The tensors come last: `settings` is everything before them.
     alibi_slopes: torch.Tensor | None = None  # float32 [H]
-    sinks: torch.Tensor | None = None  # float32 [H]: one more logit a head, with no value
-    k_scale: torch.Tensor | None = None  # float32 [Hkv]; with a quantised cache, and only then
-    v_scale: torch.Tensor | None = None  # the same
+    sinks: torch.Tensor | None = None  # float32 [H], an additional logit per head, without a value
+    k_scale: torch.Tensor | None = None  # float32 [Hkv], set if and only if the cache is quantised
+    v_scale: torch.Tensor | None = None  # likewise
 
     @property
     def settings(self) -> tuple[float | int | None, ...]:
-        """All that are no tensors, which a launch is planned from."""
+        """Return the parameters that are not tensors; they determine the plan of a launch."""
         return self[:-4]

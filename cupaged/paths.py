@@ -1,4 +1,4 @@
-"""Directories of the user."""
+"""The directories of the user."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """Return the directory of what is made once: ``CUPAGED_CACHE_DIR``, or `cupaged` in the user's cache."""
+    """Return the directory for cached files: ``CUPAGED_CACHE_DIR``, or `cupaged` in the user's cache."""
     if chosen := os.environ.get("CUPAGED_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cupaged"

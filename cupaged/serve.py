@@ -1,6 +1,6 @@
-"""`python -m cupaged.serve`: the command line of the OpenAI-compatible server.
+"""The command line of the OpenAI-compatible server: `python -m cupaged.serve`.
 
-The one module of the library that imports the engine.
+The only module of the library that imports the engine.
 """
 
 from __future__ import annotations
@@ -40,52 +40,52 @@ _CHOICES = {
 }
 _HIDDEN = ("check_integrity",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_OTHER_DESCRIPTORS = 256  # for files, libraries and what refuses connections
+_OTHER_DESCRIPTORS = 256  # file descriptors besides connections
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options: those of the server, then one for each setting of `Limits` and of `EngineConfig`."""
-    found = argparse.ArgumentParser(
+    """Return a parser of the server's options, with one for each setting of `Limits` and `EngineConfig`."""
+    cli = argparse.ArgumentParser(
         prog="python -m cupaged.serve",
         description="Serve a model over an OpenAI-compatible API.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    found.add_argument(
+    cli.add_argument(
         "--model", help="Hugging Face directory, hub id or GGUF file; SmolLM2-135M-Instruct if not given"
     )
-    found.add_argument("--served-model-name", help="what requests call the model; --model if not given")
-    found.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    found.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
-    found.add_argument(
+    cli.add_argument("--served-model-name", help="what requests call the model; --model if not given")
+    cli.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    cli.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
+    cli.add_argument(
         "--shutdown-timeout",
         type=seconds,
         default=25.0,
         help="seconds that running requests have to finish after SIGTERM or Ctrl-C, while new ones get 503; "
         "Kubernetes kills after 30; a second signal ends at once",
     )
-    found.add_argument(
+    cli.add_argument(
         "--step-timeout",
         type=seconds,
         default=300.0,
         help="seconds after which a step of the engine is taken to hang, and /health says 503 until it ends; "
         "to compile a kernel at its first use takes a minute where a machine is busy; 0: never",
     )
-    found.add_argument(
+    cli.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="what the log, on standard error, begins at"
     )
-    found.add_argument(
+    cli.add_argument(
         "--log-requests",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="log a line for each request that has ended",
     )
-    found.add_argument(
+    cli.add_argument(
         "--log-stats",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="log a line about load and cache every ten seconds while there is load",
     )
-    found.add_argument(
+    cli.add_argument(
         "--allowed-hosts",
         nargs="+",
         default=[],
@@ -93,13 +93,13 @@ def parser() -> argparse.ArgumentParser:
         help="names besides localhost that requests may give as their host, * for any; without this option "
         "any, unless --host is a loopback address",
     )
-    _add_settings(found.add_argument_group("limits"), Limits)
-    _add_settings(found.add_argument_group("engine"), EngineConfig)
-    return found
+    _add_settings(cli.add_argument_group("limits"), Limits)
+    _add_settings(cli.add_argument_group("engine"), EngineConfig)
+    return cli
 
 
 def _add_settings(group: argparse._ArgumentGroup, settings: type) -> None:
-    """An option for each field of a dataclass, with what its docstring says of it."""
+    """Add an option for each field of a dataclass, with the field's text in the docstring as its help."""
     hints, texts = get_type_hints(settings), _setting_texts(settings)
     for field in dataclasses.fields(settings):
         if field.name in _HIDDEN:
@@ -133,47 +133,48 @@ def port_number(text: str) -> int:
 
 
 def _setting_texts(settings: type) -> dict[str, str]:
-    """Return what the docstring of a dataclass says of each setting."""
+    """Return the text of each field in the ``Args:`` of a dataclass's docstring."""
     arguments = (settings.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+    texts = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in texts}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that a port in use is noticed before a model is loaded.
+    """Return a listening socket. Called before the model is loaded, to notice a port in use early.
 
-    With SO_REUSEADDR, which a restart needs, Linux gives one address to two sockets until one of them
-    listens: being bound would not keep another server away. Who connects while the model is loaded waits.
+    With SO_REUSEADDR, which a restart needs, Linux lets two sockets bind an address until one of them
+    listens: binding alone would not keep another server away. Clients that connect while the model is loaded
+    wait.
 
     Raises:
-        RuntimeError: the address cannot be had; the message names the option that is to blame.
+        RuntimeError: the address is not available; the message names the option to change.
     """
     try:
-        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RuntimeError(
             f"cannot listen on {host}:{port}: no address is known for the --host ({why}); give one of this "
             "machine's, or 0.0.0.0 for all"
         ) from error
-    # IPv4 where a name has both.
-    family, _, _, _, address = min(known, key=lambda one: one[0] != socket.AF_INET)
+    # Prefer IPv4.
+    family, _, _, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
     try:
-        found = socket.socket(family)
+        listener = socket.socket(family)
     except OSError as error:
         raise RuntimeError(_refusal(host, port, error)) from error
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind(address)
-        found.listen()
+        listener.bind(address)
+        listener.listen()
     except OSError as error:
-        found.close()
+        listener.close()
         raise RuntimeError(_refusal(host, port, error)) from error
-    return found
+    return listener
 
 
 def _refusal(host: str, port: int, error: OSError) -> str:
-    """Return what to do about an address that the system does not give."""
+    """Return the error message for an address that the system refuses, with the remedy."""
     another_port = "choose another --port (make serve PORT=...)"
     remedies = {
         errno.EADDRINUSE: another_port,
@@ -188,7 +189,7 @@ def _refusal(host: str, port: int, error: OSError) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until Ctrl-C, or the death of the engine. Returns the exit status."""
+    """Serve until Ctrl-C or a failure of the engine, and return the exit status."""
     options = parser().parse_args(arguments)
     try:
         return _serve(options)
@@ -201,36 +202,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     settings = _settings(options, EngineConfig)
-    EngineConfig(**settings)  # a wrong setting is said at once
+    EngineConfig(**settings)  # report a wrong setting before anything slow
     _set_up_logs(options)
     limits = Limits(**_settings(options, Limits))
     _allow_descriptors(limits.max_connections)
-    with listen(options.host, options.port) as found:
-        # Before torch and transformers are imported. The hub may take half a minute to say what it lacks.
+    with listen(options.host, options.port) as listener:
+        # Before torch and transformers are imported, and because the hub may take half a minute to fail.
         if check_files(options.model, options.max_model_len) is None and options.model is not None:
             print(f"cupaged: no {options.model!r} is here; it is looked for on the hub", flush=True)
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(found, options, EngineConfig(**{**settings, "device": str(device)}), limits)
+        _run(listener, options, EngineConfig(**{**settings, "device": str(device)}), limits)
     return 0
 
 
 def _set_up_logs(options: argparse.Namespace) -> None:
-    """Ours from the level on that is asked for, those of libraries from warnings on, on standard error."""
+    """Log to standard error: this package from ``--log-level`` on, libraries from warnings on."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("cupaged").setLevel(options.log_level.upper())
     logging.getLogger("cupaged.requests").disabled = not options.log_requests
 
 
 def _settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return what is given for the fields of a dataclass."""
+    """Return the options that are fields of a dataclass."""
     names = (field.name for field in dataclasses.fields(settings) if field.name not in _HIDDEN)
     return {name: getattr(options, name) for name in names}
 
 
 def _allow_descriptors(connections: int) -> None:
-    """Raise the process's limit of file descriptors, as far as it may be, so that there are enough."""
+    """Raise the process's limit of file descriptors as far as needed and allowed."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -278,7 +279,7 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
 
 
 def _address(host: str, port: int) -> str:
-    """Where to find a server on this machine that listens there."""
+    """Return the URL at which this machine reaches a server that listens there."""
     if host in ("127.0.0.1", "0.0.0.0", "::"):
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -9,8 +9,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .config import EngineConfig
-from .llm_engine import LLMEngine, Prompt
+from .llm_engine import LLMEngine
 from .outputs import RequestOutput
+from .prompts import Prompt
 from .sampling_params import SamplingParams
 
 

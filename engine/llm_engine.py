@@ -1,39 +1,37 @@
-"""The engine: requests in, one step at a time, outputs out."""
+"""The engine: add requests, run one step at a time, get their outputs."""
 
 from __future__ import annotations
 
-import logging
 import random
-import time
-from collections.abc import Iterable, Sized
-from numbers import Integral
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cupaged.device import choose_device
 
 from .config import EngineConfig
 from .memory.block_manager import BlockManager
-from .model import cache_size, demo_model
+from .model import demo_model
 from .model.attention import ATTENTION_NAME, register_attention
+from .model.cache_size import CacheSize, choose_cache_size
 from .model.cpu_linear import pack_linears
 from .model.dry_run import dry_run
 from .model.generation_config import ending_token_ids, generation_config, sampling_defaults
-from .model.kv_cache import KVCache
+from .model.kv_cache import KVCache, KVShape
 from .model.kv_scales import calibrate
 from .model.loader import load_model, model_length
 from .model.model_files import check_generation_config, check_length
 from .model.model_runner import ModelRunner
 from .model.progress import without_bars
+from .model.step_timer import StepTimer
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
+from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
-from .scheduling.contiguous_memory import longest
 from .scheduling.failed_step import FailedStep
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
@@ -41,13 +39,33 @@ from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
 from .validation import is_integer
 
-_log = logging.getLogger("cupaged.engine")
 
-Prompt = str | dict[str, Any]
+@dataclass(frozen=True)
+class Vocabulary:
+    """The number of tokens of a model, as input and as output; its tokenizer may have more."""
+
+    size: int
+    num_samplable: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Vocabulary:
+        """Return the vocabulary of a model by the shapes of its embeddings."""
+        size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        return cls(size, int(getattr(model.get_output_embeddings(), "out_features", size)))
+
+
+@dataclass
+class Totals:
+    """Counts since the engine was made."""
+
+    arrivals: int = 0  # of requests and prefixes
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    failed_steps: int = 0
 
 
 class LLMEngine:
-    """Runs requests over one model. Not thread-safe: one thread adds, steps and aborts.
+    """Run requests over one model. Not thread-safe: one thread adds, steps and aborts.
 
     Args:
         model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
@@ -61,83 +79,72 @@ class LLMEngine:
 
     def __init__(self, model: str | PathLike[str] | None = None, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
-        model = None if model is None else fspath(model)
         check_generation_config(config.generation_config)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
+        loaded, self.tokenizer = self._load(None if model is None else fspath(model))
+        self.model_name = demo_model.NAME if model is None else fspath(model)
+        self._runner = ModelRunner(loaded)
+        self._vocabulary = Vocabulary.of(loaded)
+        shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
+        model_len = check_length(config.max_model_len, model_length(loaded.config))
+        size = choose_cache_size(config, self._runner, shape, model_len)
+        self.max_model_len = size.max_model_len
+        self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
+        self._blocks = BlockManager(size.num_gpu_blocks, size.num_cpu_blocks, config.block_size)
+        self._cache = self._allocate_cache(shape, size)
+        self._rates = Rates(shape.block_bytes)
+        self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")
+        self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
+        generation = generation_config(loaded, config.generation_config)
+        self.sampling_defaults = sampling_defaults(generation, config.generation_config)
+        self._schedule_and_sample(
+            ending_token_ids(loaded.config, generation, self.tokenizer, self._vocabulary.num_samplable)
+        )
+        self._groups: dict[str, SequenceGroup] = {}
+        self._seeds = random.Random(config.seed)
+        self._totals = Totals()
+        self.failed_requests: tuple[str, ...] | None = None  # see `step`
+        self._failed_step = FailedStep()
+
+    def _load(self, model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         register_attention()
         with without_bars(model is None):  # the demo model is small, and its download has a bar
-            loaded, self.tokenizer = load_model(
+            loaded, tokenizer = load_model(
                 model,
-                dtype=config.dtype,
+                dtype=self.config.dtype,
                 device=str(self.device),
                 attn_implementation=ATTENTION_NAME,
-                max_model_len=config.max_model_len,
-                trust_remote_code=config.trust_remote_code,
+                max_model_len=self.config.max_model_len,
+                trust_remote_code=self.config.trust_remote_code,
             )
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
             torch.zeros(1).exp_()
             pack_linears(loaded)
-        self._runner = ModelRunner(loaded)
-        shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
-        wanted = check_length(config.max_model_len, model_length(loaded.config))
-        num_blocks = cache_size.num_gpu_blocks(config, self._runner, shape, wanted)
-        held = longest(config.memory_policy, num_blocks) * config.block_size
-        if config.max_model_len is not None and held < wanted:
-            run = "" if config.memory_policy == "paged" else " in one run of blocks"
-            raise ValueError(
-                f"max_model_len is {wanted}, and the KV cache holds {held} tokens{run}: lower it, or give "
-                "the cache more memory"
-            )
-        self.max_model_len: int = min(wanted, held)
-        if held < wanted:
-            _log.warning("sequences end at %d tokens, which the KV cache holds, not at %d", held, wanted)
-        cpu_blocks = cache_size.num_cpu_blocks(config, shape, num_blocks)
-        self.model_name = model or demo_model.NAME
-        # Longer texts have too many tokens. To count those of a text of megabytes takes seconds.
-        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # characters
-        self.max_characters = self.max_model_len * self._longest_token
-        self._vocab_size = int(loaded.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-        output = loaded.get_output_embeddings()
-        # The input may have tokens that are no output, and the tokenizer more than either.
-        self._num_samplable = int(getattr(output, "out_features", self._vocab_size))
-        self._blocks = BlockManager(num_blocks, cpu_blocks, config.block_size)
-        self._rates = Rates(shape.block_bytes)
-        self._runner.settle_frequencies(self.max_model_len)
-        scales = calibrate(
-            self._runner, shape, self._vocab_size, min(self.max_model_len, config.max_num_batched_tokens)
-        )
-        self._cache = KVCache(shape, num_blocks, cpu_blocks, self.device, scales)
-        generation = generation_config(loaded, config.generation_config)
-        self.sampling_defaults = sampling_defaults(generation, config.generation_config)
-        eos_token_ids = ending_token_ids(loaded.config, generation, self.tokenizer, self._num_samplable)
+        return loaded, tokenizer
+
+    def _allocate_cache(self, shape: KVShape, size: CacheSize) -> KVCache:
+        self._runner.settle_frequencies(size.max_model_len)
+        longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
+        scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
+        return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+
+    def _schedule_and_sample(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
-            self._blocks,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            self.max_model_len,
-            Preemption(config.preemption_mode, self._rates),
-            eos_token_ids,
-            config.enable_prefix_caching,
-            config.scheduling_policy == "priority",
-            config.memory_policy,
-            config.batching == "static",
-            self._runner.window,
+            self.config,
+            blocks=self._blocks,
+            preemption=Preemption(self.config.preemption_mode, self._rates),
+            max_model_len=self.max_model_len,
+            eos_token_ids=eos_token_ids,
+            window=self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
-        if config.preemption_mode == "auto" and cpu_blocks:
-            self._measure_link(min(16, num_blocks, cpu_blocks))
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
-        self._groups: dict[str, SequenceGroup] = {}
-        self._seeds = random.Random(config.seed)
-        self._arrivals = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self.failed_requests: tuple[str, ...] | None = None  # see `step`
-        self._failed_step = FailedStep()
-        self._num_failed_steps = 0
-        self._unmeasured = 0  # tokens of the steps since the last measurement
-        self._measured_from = 0.0
+
+    @property
+    def max_characters(self) -> int:
+        """Return the maximum number of characters of a prompt; longer ones have too many tokens."""
+        return self._prompts.max_characters
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
@@ -145,7 +152,7 @@ class LLMEngine:
         """Queue a request.
 
         Args:
-            request_id: a name no unfinished request has.
+            request_id: an ID that no unfinished request has.
             prompt: text, or ``{"prompt_token_ids": [...]}``, or ``{"prompt": text}``. With a ``"cache_salt"``
                 beside it the request shares blocks with those of the same salt only, so that nobody else can
                 tell from its speed what was asked before.
@@ -167,16 +174,12 @@ class LLMEngine:
                 f"priority is {priority}, and requests run in the order of their arrival: leave it out, or "
                 "set scheduling_policy='priority'"
             )
-        params.check_vocabulary(self._num_samplable)
-        self._sampler.check(params, self._num_samplable)
-        given = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if isinstance(given, Sized) and len(given) > self.max_model_len:  # millions take seconds to look at
-            raise ValueError(
-                f"the prompt has {len(given)} tokens, and a sequence may have {self.max_model_len} "
-                "(max_model_len): shorten the prompt"
-            )
-        text, token_ids = self._tokenize(prompt)
-        if params.needs_whole_prompt and (beyond := max(token_ids)) >= self._num_samplable:
+        num_samplable = self._vocabulary.num_samplable
+        params.check_vocabulary(num_samplable)
+        self._sampler.check(params, num_samplable)
+        self._prompts.check_length(prompt)
+        text, token_ids = self._prompts.read(prompt)
+        if params.needs_whole_prompt and (beyond := max(token_ids)) >= num_samplable:
             raise ValueError(
                 f"prompt_logprobs is asked for, and the model gives token {beyond} of the prompt no "
                 "probability: leave it out"
@@ -185,9 +188,10 @@ class LLMEngine:
         max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
         if params.only_prompt:
             max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
+        longest_word = max_tokens * self._prompts.longest_token
         words = bad_words.tokenize(
             self.tokenizer,
-            [word for word in params.bad_words if len(word.lstrip()) <= max_tokens * self._longest_token],
+            [word for word in params.bad_words if len(word.lstrip()) <= longest_word],
             max_tokens,
         )
         group = SequenceGroup(
@@ -196,18 +200,18 @@ class LLMEngine:
             token_ids,
             params,
             max_tokens,
-            self._arrivals,
+            self._totals.arrivals,
             priority=priority,
-            cache_salt=_cache_salt(prompt),
+            cache_salt=cache_salt(prompt),
             skip_reading_prefix_cache=params.needs_whole_prompt,
             # One with a token that the model cannot sample is never complete.
-            bad_words=tuple(word for word in words if max(word) < self._num_samplable),
+            bad_words=tuple(word for word in words if max(word) < num_samplable),
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
         self._groups[request_id] = group
-        self._arrivals += 1
-        self._prompt_tokens += len(token_ids)
+        self._totals.arrivals += 1
+        self._totals.prompt_tokens += len(token_ids)
 
     def default_sampling_params(self) -> SamplingParams:
         """Return the settings of a request that brings none: those of the model's generation config."""
@@ -227,7 +231,7 @@ class LLMEngine:
         blocks. Only full blocks are kept.
 
         Args:
-            prefix_id: a name no other prefix has.
+            prefix_id: an ID that no other prefix has.
             prompt: as of a request; its ``"cache_salt"`` has to be that of the requests.
 
         Raises:
@@ -240,7 +244,7 @@ class LLMEngine:
             )
         if prefix_id in self._scheduler.pinned.groups:
             raise ValueError(f"prefix_id {prefix_id!r} is taken: remove that prefix, or choose another id")
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids = self._prompts.read(prompt)
         size = self.config.block_size
         kept = token_ids[: len(token_ids) // size * size]
         if not kept:
@@ -248,10 +252,10 @@ class LLMEngine:
                 f"the prefix has {len(token_ids)} tokens, and only full blocks of {size} tokens are kept"
             )
         group = SequenceGroup(
-            prefix_id, text, kept, SamplingParams(), 1, self._arrivals, cache_salt=_cache_salt(prompt)
+            prefix_id, text, kept, SamplingParams(), 1, self._totals.arrivals, cache_salt=cache_salt(prompt)
         )
         self._scheduler.add_prefix(group)
-        self._arrivals += 1
+        self._totals.arrivals += 1
 
     def remove_prefix(self, prefix_id: str) -> None:
         """Let go of a prefix: its blocks are found until their memory is needed.
@@ -265,11 +269,11 @@ class LLMEngine:
 
     @property
     def request_ids(self) -> list[str]:
-        """Of the requests that have not finished."""
+        """Return the IDs of unfinished requests."""
         return list(self._groups)
 
     def has_unfinished(self) -> bool:
-        """Whether there is something to run: requests, or prefixes to be computed."""
+        """Return whether there is something to run: requests, or prefixes to be computed."""
         return self._scheduler.has_unfinished()
 
     def step(self) -> list[RequestOutput]:
@@ -291,10 +295,9 @@ class LLMEngine:
             if self.has_unfinished():
                 raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
             return []
-        if not self._unmeasured:
-            self._measured_from = time.perf_counter()
+        self._timer.start_step()
         try:
-            self._move_blocks(plan)
+            self._timer.move_blocks(plan)
         except BaseException:
             self._step_failed(plan)
             self._scheduler.moves_failed()
@@ -306,9 +309,9 @@ class LLMEngine:
             self._step_failed(plan)
             self._failed_step.add(self._scheduler.hold(plan.scheduled))
             raise
-        self._measure(plan)
+        self._timer.end_step(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
-        self._generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
+        self._totals.generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
         outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
             if output.finished:
@@ -318,14 +321,16 @@ class LLMEngine:
         return outputs
 
     def _step_failed(self, plan: Plan) -> None:
-        self._unmeasured = 0
-        self._num_failed_steps += 1
+        self._timer.step_failed()
+        self._totals.failed_steps += 1
         groups = dict.fromkeys(item.group for item in plan.scheduled)
         self.failed_requests = tuple(group.request_id for group in groups)
 
     def probe(self) -> None:
-        """Compute and sample a token in a cache of its own, beside whatever requests there are. An error
-        means that the engine itself does not work."""
+        """Compute and sample a token in a cache of its own, beside any requests.
+
+        An error means that the engine itself does not work.
+        """
         shape = self._runner.kv_shape(self.config.block_size)
         dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
 
@@ -342,15 +347,15 @@ class LLMEngine:
                 copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
             )
         )
-        scheduler = self._scheduler
-        totals = self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries
+        totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)
         while self.has_unfinished():
             self.step()
-        self._prompt_tokens, self._generation_tokens, scheduler.num_prefix_queries = totals
+        self._totals, self._scheduler.num_prefix_queries = totals, queries
 
     def stats(self) -> EngineStats:
+        """Return the load and the counts so far."""
         scheduler, gpu, cpu = self._scheduler, self._blocks.gpu, self._blocks.cpu
         swapped = sum(group.status is Status.SWAPPED for group in scheduler.preempted)
         return EngineStats(
@@ -360,16 +365,15 @@ class LLMEngine:
             gpu_cache_usage=1 - gpu.num_free / gpu.num_blocks,
             cpu_cache_usage=1 - cpu.num_free / cpu.num_blocks if cpu.num_blocks else 0.0,
             num_preemptions=scheduler.num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self._totals.prompt_tokens,
+            generation_tokens=self._totals.generation_tokens,
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
-            num_failed_steps=self._num_failed_steps,
+            num_failed_steps=self._totals.failed_steps,
         )
 
     def check_integrity(self) -> None:
-        """Verify the block manager's books, and that without requests every block is free but those of
-        pinned prefixes.
+        """Verify the reference counts, and that without requests only pinned prefixes hold blocks.
 
         Raises:
             RuntimeError: they are wrong.
@@ -383,90 +387,6 @@ class LLMEngine:
         if cpu.num_free != cpu.num_blocks:
             raise RuntimeError("no request is left, and blocks of the swap space are not free")
 
-    def _move_blocks(self, plan: Plan) -> None:
-        if self.config.preemption_mode != "auto" or not (plan.swap_out or plan.swap_in):
-            self._cache.move_blocks(plan)
-            return
-        self._synchronize()
-        start = time.perf_counter()
-        self._cache.move_blocks(plan)
-        self._synchronize()
-        self._rates.moved(len(plan.swap_out) + len(plan.swap_in), time.perf_counter() - start)
-
-    def _measure_link(self, num_blocks: int) -> None:
-        """Before the first request: the blocks hold nothing yet."""
-        pairs = tuple((block, block) for block in range(num_blocks))
-        for _ in range(3):  # the first may compile
-            self._move_blocks(Plan(swap_out=pairs))
-            self._move_blocks(Plan(swap_in=pairs))
-
-    def _measure(self, plan: Plan) -> None:
-        """How fast prompts are computed: over whole steps, from one that was waited for to the next."""
-        if self.config.preemption_mode != "auto":
-            return
-        self._unmeasured += sum(item.num_tokens for item in plan.scheduled)
-        if any(item.num_samples for item in plan.scheduled):  # somebody has read the step's tokens
-            if self._unmeasured > 2 * len(plan.scheduled):  # mostly prompts
-                self._rates.computed(self._unmeasured, time.perf_counter() - self._measured_from)
-            self._unmeasured = 0
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _forget(self, group: SequenceGroup) -> None:
         self._sampler.release(group)
         self._processor.forget(group)
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: str | None
-        given: Iterable[Any]
-        if isinstance(prompt, str):
-            text, given = prompt, tokenize(self.tokenizer, prompt, self.max_model_len, self.max_characters)
-        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt_token_ids"), Iterable):
-            text, given = prompt.get("prompt"), prompt["prompt_token_ids"]
-        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
-            return self._tokenize(prompt["prompt"])
-        else:
-            raise ValueError(f"prompt must be a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        token_ids = []
-        for token in given:
-            if not isinstance(token, Integral) or not 0 <= int(token) < self._vocab_size:
-                made = ", which the tokenizer makes of the text" if isinstance(prompt, str) else ""
-                raise ValueError(
-                    f"prompt_token_ids must be integers from 0 to {self._vocab_size - 1}, got {token!r}{made}"
-                )
-            token_ids.append(int(token))
-        if not token_ids:
-            raise ValueError("prompt must have at least one token, got none")
-        return text, token_ids
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, max_model_len: int, max_characters: int
-) -> list[int]:
-    """Return the tokens of a prompt.
-
-    Args:
-        max_model_len: the engine's, for the message.
-        max_characters: longer texts have more tokens than that; it takes seconds to count those of megabytes.
-
-    Raises:
-        ValueError: the text is too long, or the tokenizer refuses it.
-    """
-    if len(prompt) > max_characters:
-        raise ValueError(
-            f"the prompt has {len(prompt)} characters, and {max_model_len} tokens (max_model_len) have at "
-            f"most {max_characters}: shorten the prompt"
-        )
-    try:
-        return tokenizer(prompt)["input_ids"]
-    except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry
-        raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
-
-
-def _cache_salt(prompt: Prompt) -> str | None:
-    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise ValueError(f"cache_salt must be a string that is not empty, got {salt!r}")
-    return salt

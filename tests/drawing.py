@@ -37,6 +37,14 @@ def pytest_configure(config):
         slow = [HealthCheck.too_slow]
         settings.register_profile("cupaged", database=None, deadline=None, suppress_health_check=slow)
         settings.load_profile("cupaged")
+        _forget_constants()
+
+
+def _forget_constants() -> None:
+    """Keep Hypothesis from trying constants of modules: what it draws would follow from what is loaded."""
+    from hypothesis.internal.conjecture import providers
+
+    providers.is_local_module_file = lambda path: False
 
 
 def pytest_generate_tests(metafunc):

@@ -1,4 +1,4 @@
-"""The sections of the report, in their order."""
+"""The sections of the report, in order."""
 
 from ..report import Section
 from . import attention, ceilings, check, host, memory, mixed

@@ -1,4 +1,4 @@
-"""Decode and prefill: every shape checked, then timed beside the peers."""
+"""The sections decode and prefill: check every shape, then time it and the peers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..peers import Peer, peers
 from ..problems import Batch, Case, name_of
 from ..report import Context, Row, reason
 
-# Seconds that a peer may take in one run of the report to get ready; one that compiles longer is left out.
+# Maximum time to prepare a peer in one run of the report, in seconds; one that takes longer is left out.
 SETUP_S = 75.0
-MAX_KV_BYTES = 12 << 30  # of a case; the dense copy is as large again
+MAX_KV_BYTES = 12 << 30  # maximum size of a case's cache; there is a dense copy of the same size
 
 LLAMA_8B, LLAMA_70B, MHA = (32, 8, 128), (64, 8, 128), (32, 32, 128)
 
 
 def decode_cases(context: Context) -> list[Case]:
-    """The most telling first: what does not fit the time is left out at the end."""
+    """Return the cases in order of importance, because the last ones may not fit the budget."""
     if context.quick:
         return [
             Case("float32", 2, 1, 96, 4, 2, 64),
@@ -29,29 +29,28 @@ def decode_cases(context: Context) -> list[Case]:
         ]
     if not context.on_gpu:
         long = Case("bfloat16", 8, 1, 8192, *LLAMA_8B)
-        found = _cpu_cases([(32, 1, 160), (32, 1, 512), (8, 1, 2048), (1, 1, 8192)])
         return [
-            *found,
+            *_cpu_cases([(32, 1, 160), (32, 1, 512), (8, 1, 2048), (1, 1, 8192)]),
             *(replace(long, cache_dtype=name) for name in (None, *map(name_of, checks.QUANTISED))),
         ]
     base = Case("bfloat16", 32, 1, 4096, *LLAMA_8B)
-    found = [
+    cases = [
         Case("bfloat16", seqs, 1, length, *heads)
         for heads in (LLAMA_8B, LLAMA_70B, MHA)
         for seqs, length in ((32, 4096), (64, 8192), (1, 65536))
     ]
-    found += [replace(base, block_size=size) for size in (32, 64, 128)]
+    cases += [replace(base, block_size=size) for size in (32, 64, 128)]
     for dtype in checks.QUANTISED:
-        found += [
+        cases += [
             replace(base, num_seqs=seqs, context=length, cache_dtype=name_of(dtype))
             for seqs, length in ((64, 8192), (1, 65536))
         ]
-    found += [replace(base, query_tokens=tokens) for tokens in (2, 4, 8)]
-    found += [
+    cases += [replace(base, query_tokens=tokens) for tokens in (2, 4, 8)]
+    cases += [
         Case("bfloat16", 64, 1, 8192, *heads, shared_prefix=7168) for heads in (LLAMA_8B, LLAMA_70B, MHA)
     ]
-    found += [replace(base, head_size=size) for size in (64, 256)]
-    found.append(replace(base, dtype="float16"))
+    cases += [replace(base, head_size=size) for size in (64, 256)]
+    cases.append(replace(base, dtype="float16"))
     shapes = [(1, 512), (1, 4096), (8, 512), (8, 16384), (32, 512), (32, 16384)]
     shapes += [(128, 512), (128, 4096), (256, 512), (256, 4096), (8, 65536), (128, 16384)]
     grid = [
@@ -59,7 +58,7 @@ def decode_cases(context: Context) -> list[Case]:
         for seqs, length in shapes
         for heads in (LLAMA_8B, LLAMA_70B, MHA)
     ]
-    return found + [case for case in grid if case.kv_bytes <= MAX_KV_BYTES]
+    return cases + [case for case in grid if case.kv_bytes <= MAX_KV_BYTES]
 
 
 def prefill_cases(context: Context) -> list[Case]:
@@ -68,25 +67,25 @@ def prefill_cases(context: Context) -> list[Case]:
     if not context.on_gpu:
         return _cpu_cases([(1, 512, 512), (1, 2048, 2048), (1, 512, 4608)])
     base = Case("bfloat16", 8, 2048, 2048, *LLAMA_8B)
-    found = [
+    cases = [
         Case("bfloat16", seqs, query, length, *heads)
         for heads in (MHA, LLAMA_8B, LLAMA_70B)
         for seqs, query, length in ((32, 4096, 4096), (1, 8192, 8192), (4, 512, 8192))
     ]
-    found += [replace(base, block_size=size) for size in (16, 32, 64, 128, 256)]
-    found += [replace(base, head_size=size) for size in (64, 256)]
-    found += [replace(base, cache_dtype=name_of(dtype)) for dtype in checks.QUANTISED]
-    found += [
+    cases += [replace(base, block_size=size) for size in (16, 32, 64, 128, 256)]
+    cases += [replace(base, head_size=size) for size in (64, 256)]
+    cases += [replace(base, cache_dtype=name_of(dtype)) for dtype in checks.QUANTISED]
+    cases += [
         replace(base, num_seqs=1, query_tokens=chunk, context=prefix + chunk)
         for prefix in (32768, 4096, 0)
         for chunk in (64, 512, 2048, 8192)
     ]
-    found += [replace(base, num_seqs=1, query_tokens=n, context=n) for n in (128, 1024, 32768, 65536)]
-    return list(dict.fromkeys(found))
+    cases += [replace(base, num_seqs=1, query_tokens=n, context=n) for n in (128, 1024, 32768, 65536)]
+    return list(dict.fromkeys(cases))
 
 
 def _cpu_cases(shapes: Sequence[tuple[int, int, int]]) -> list[Case]:
-    """A layer of the demo model and one of Llama 3 8B."""
+    """Return cases with the heads of the demo model and of Llama 3 8B."""
     return [
         Case(dtype, seqs, query, length, *heads)
         for dtype in ("float32", "bfloat16")
@@ -112,7 +111,7 @@ def _measure(context: Context, cases: list[Case]) -> None:
 
 
 class Contenders:
-    """The peers of one run, less those that have taken too long to get ready."""
+    """The peers of a run, without those that took too long to prepare."""
 
     def __init__(self, known: Sequence[Peer], context: Context) -> None:
         self._known = known
@@ -132,7 +131,7 @@ class Contenders:
 
 
 def measure(context: Context, case: Case, contenders: Contenders) -> Row:
-    """One row. Without a right result it has no time, of ours or of a peer."""
+    """Return the row of a case. It has no times if our own result is wrong, and no time of a wrong peer."""
     row: Row = {**asdict(case), "bytes": case.kv_bytes, "flop": case.flop, "seconds": {}, "spread": {}}
     row |= {"method": {}, "failed": {}, "copy_bytes_per_s": context.copy_bandwidth}
     try:
@@ -150,7 +149,7 @@ def measure(context: Context, case: Case, contenders: Contenders) -> Row:
         start = time.perf_counter()
         try:
             runs = peer.prepare(batch)
-            # Peers may hold probabilities in 16 bits, so theirs is the wider tolerance.
+            # The tolerance of peers is larger, because they may keep probabilities in 16 bits.
             wrong = batch.complaint(lambda s, runs=runs: runs[s](), slack=4.0, floor=1e-3)
             contenders.took(peer, time.perf_counter() - start)
             if wrong:

@@ -1,4 +1,4 @@
-"""What the machine can do at best: a large copy, a large matrix product, pinned copies over the bus."""
+"""Measure the machine's ceilings: a large copy, a large matrix product, pinned copies over the bus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(context: Context) -> None:
 
 
 def pinned_bandwidth(context: Context, size: int) -> dict[str, float]:
-    """Bytes a second of one plain copy of ``size`` bytes, out of the GPU and in."""
+    """Return bytes per second of a single copy of ``size`` bytes to and from pinned memory."""
     near = torch.ones(size, dtype=torch.uint8, device=context.device)
     far = torch.ones(size, dtype=torch.uint8).pin_memory()
     copies = {

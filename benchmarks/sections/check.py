@@ -1,7 +1,7 @@
-"""Right or wrong on this device: drawn problems against float64, with poison in everything unused.
+"""Check the kernels on this device: random problems against float64, with poison in all unused memory.
 
-The tests' own problems and tolerance (`benchmarks/cases.py`), without pytest: a bare GPU machine has
-enough to run them.
+Problems and tolerance are those of the tests (`benchmarks/cases.py`), without pytest, so that a bare GPU
+machine can run them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 FEATURES = ((), ("window",), ("cap",), ("alibi",), ("sinks",), ("full",), ("window", "cap", "alibi", "sinks"))
-MODES = ("decode", "few", "prefill")  # few: 2 to 8 query tokens a sequence
+MODES = ("decode", "few", "prefill")  # few: at most 8 query tokens per sequence
 
 Check = Callable[[torch.device, int], None]
 
 
 def run(context: Context) -> None:
-    """Every check with a seed of its own; what fails is printed with it."""
+    """Run every check with a seed of its own, which is reported if the check fails."""
     if not __debug__:
         raise RuntimeError("the checks are assertions: run Python without -O")
     failed = 0
@@ -99,13 +99,13 @@ def draw(
     longest: int = 700,
     cache_dtype: torch.dtype | None = None,
 ) -> cases.Problem:
-    """A problem; what is not given is drawn."""
+    """Draw a problem, with random values for the arguments that are None."""
     rng = random.Random(seed)
     lengths = [0, 1, *(rng.randrange(1, longest) for _ in range(4))]
-    most = {"decode": 1, "few": 8, "prefill": 90}[mode]
+    max_query_len = {"decode": 1, "few": 8, "prefill": 90}[mode]
     queries = None
     if mode != "decode":
-        queries = [rng.randrange(min(n, 1), min(n, most) + 1) for n in lengths]
+        queries = [rng.randrange(min(n, 1), min(n, max_query_len) + 1) for n in lengths]
     problem = cases.draw(
         seed,
         dtype=dtype,
@@ -120,8 +120,8 @@ def draw(
         features=rng.choice(FEATURES) if features is None else features,
         cache_dtype=cache_dtype,
     )
-    if mode == "few":  # said so, they are decoded
-        problem.options["max_query_len"] = most
+    if mode == "few":  # the hint selects the decode kernel
+        problem.options["max_query_len"] = max_query_len
     return problem
 
 
@@ -138,14 +138,14 @@ def _call(p: cases.Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _filled(problem: cases.Problem, out: torch.Tensor) -> torch.Tensor:
-    """Every row was written, padding too."""
+    """Return ``out`` after checking that every row was written, padding included."""
     if bool(torch.isnan(out).any()):
         raise AssertionError("rows of out were not written, or are NaN")
     return out
 
 
 def invariance(device: torch.device, seed: int, mode: str) -> None:
-    """A sequence's bits do not depend on its batch."""
+    """Check that the result of a sequence is bitwise independent of its batch."""
     p = draw(seed, mode, features=(), longest=3000).to(str(device))
     together, _ = _call(p)
     starts = list(range(len(p.seq_lens) + 1)) if p.query_start_loc is None else p.query_start_loc.tolist()
@@ -162,7 +162,7 @@ def invariance(device: torch.device, seed: int, mode: str) -> None:
 
 
 def sharing(device: torch.device, seed: int, mode: str, group: int) -> None:
-    """Sequences with the same first blocks: right, and the same bits as without looking for them."""
+    """Check sequences that share leading blocks, also for the same bits as without ``shared_prefix``."""
     rng = random.Random(seed)
     prefix, count = 1024, 40 if device.type == "cuda" else 4
     lengths = [prefix + rng.randrange(8, 600) for _ in range(count)]
@@ -177,10 +177,10 @@ def sharing(device: torch.device, seed: int, mode: str, group: int) -> None:
         query_lens=None if mode == "decode" else [rng.randrange(1, 9) for _ in lengths],
         features=rng.choice([(), ("alibi", "sinks"), ("cap",)]),
     )
-    loner = rng.randrange(count)
+    unshared = rng.randrange(count)
     blocks = prefix // problem.kv_cache.shape[3]
     for s in range(1, count):
-        if s != loner:
+        if s != unshared:
             problem.block_tables[s, :blocks] = problem.block_tables[0, :blocks]
     problem.options["max_query_len"] = 8
     p = problem.to(str(device))
@@ -205,7 +205,7 @@ def merge(device: torch.device, seed: int) -> None:
 
 
 def write(device: torch.device, seed: int, dtype: torch.dtype, head_size: int) -> None:
-    """Bit for bit what the reference writes; nothing else changes."""
+    """Check that the cache is bitwise as the reference writes it."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     heads, block_size, tokens = rng.choice([1, 2, 5]), rng.choice(BLOCK_SIZES), rng.randrange(1, 200)
     cache = torch.empty(tokens, 2, heads, block_size, head_size, dtype=dtype)
@@ -216,7 +216,7 @@ def write(device: torch.device, seed: int, dtype: torch.dtype, head_size: int) -
     scales: list[torch.Tensor | None] = [None, None]
     if dtype not in checks.DTYPES:
         scales = [0.01 + torch.rand(heads, generator=generator) / 50 for _ in range(2)]
-    padding = rng.choice([0, 1])  # rows that do not start at multiples of 16 bytes
+    padding = rng.choice([0, 1])  # with 1, rows are not aligned to 16 bytes
     pair = torch.randn(tokens, 2 * heads, head_size + padding, generator=generator).to(model_dtype)
     actual = cache.clone().to(device)
     moved = pair.to(device)
@@ -262,10 +262,10 @@ def swap(device: torch.device, seed: int, shape: tuple[int, ...], out: bool) -> 
 
 
 def graph(device: torch.device, seed: int, mode: str) -> None:
-    """A captured call, replayed with other queries and other lengths."""
+    """Check a captured call that is replayed with other queries and other lengths."""
     rng = random.Random(seed)
     problem = draw(seed, mode, dtype=torch.bfloat16, features=(), longest=3000)
-    problem.options["shared_prefix"] = True  # the search is captured as well
+    problem.options["shared_prefix"] = True  # its detection is captured as well
     p = problem.to(str(device))
     _call(p)  # compiles and loads
     torch.cuda.synchronize()
@@ -289,7 +289,7 @@ def graph(device: torch.device, seed: int, mode: str) -> None:
 
 
 def _same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bits, NaN included."""
+    """Check that two tensors are bitwise equal, NaN included."""
     raw = [t.cpu().contiguous().view(torch.uint8) for t in (actual, expected)]
     if not torch.equal(*raw):
         raise AssertionError(f"{int((raw[0] != raw[1]).sum())} bytes differ")

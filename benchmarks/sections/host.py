@@ -1,8 +1,7 @@
-"""What a call costs on the host: from Python call to return, with the GPU doing next to nothing.
+"""Measure the host time of a call, from the Python call to its return, with hardly any work on the GPU.
 
-Four depths of the same call: the public function where it goes through torch's dispatcher (with autograd on),
-where it does not (in `torch.inference_mode`), the backend below the operator (no checks), and the launches
-alone with everything worked out.
+Each call is timed at four depths: the public function through torch's dispatcher (with autograd on) and past
+it (in `torch.inference_mode`), the backend's function (without checks), and the prepared launches alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..problems import Batch, Case
 from ..report import Context
 from ..timing import host_clock
 
-CALLS = 200  # in a burst: the GPU's queue takes about a thousand launches before it makes the host wait
+CALLS = 200  # per burst: the host has to wait once the GPU's queue has about a thousand launches
 BURSTS = 15
 
 
@@ -34,7 +33,7 @@ def launcher() -> Launcher:
 
 
 class Recorder:
-    """A launcher that keeps what it was asked to launch, with the tensors."""
+    """A launcher that records the launches and their tensors instead of launching."""
 
     def __init__(self, real: Launcher) -> None:
         self.launches: list[tuple[Launch, Sequence[torch.Tensor | None]]] = []
@@ -66,7 +65,7 @@ def run(context: Context) -> None:
 
 
 def host_seconds(context: Context, call: Callable[[], object]) -> float:
-    """Median over bursts of the host's seconds for one call."""
+    """Return the host time of a call in seconds, the median over bursts."""
     call()
     calls, bursts = (3, 3) if context.quick else (CALLS, BURSTS)
     samples = []
@@ -87,23 +86,23 @@ Call = tuple[str, Callable[[], object], Callable[[Kernels], object]]
 
 
 def _calls(context: Context) -> list[Call]:
-    """Name, public call, and the same call of a backend; small, and one of decode that is split."""
-    found: list[Call] = []
+    """Return small calls, one of them a decode with KV splits, each with its name and at two depths."""
+    calls: list[Call] = []
     for name, queries, length in (("decode", 1, 64), ("decode, split", 1, 2048), ("prefill", 16, 64)):
         batch = Batch(Case("bfloat16", 2, queries, length, 32, 8, 128), context.device)
         inputs = (batch.query[0], batch.kv_cache, batch.block_tables[0], batch.seq_lens)
         params = AttentionParams(scale=128**-0.5)
-        tail = (batch.query_start_loc, batch.out[0], None, params, name)  # a name stands for the layout
-        found.append((name, batch.runs()[0], lambda kernels, a=(*inputs, *tail): kernels.paged_attention(*a)))
+        tail = (batch.query_start_loc, batch.out[0], None, params, name)  # the name serves as the layout
+        calls.append((name, batch.runs()[0], lambda kernels, a=(*inputs, *tail): kernels.paged_attention(*a)))
     key, value = torch.randn(2, 16, 8, 128, device=context.device, dtype=torch.bfloat16)
     cache = torch.zeros(8, 2, 8, 16, 128, device=context.device, dtype=torch.bfloat16)
     slots = torch.arange(16, device=context.device)
     args = (key, value, cache, slots)
-    found.append(
+    calls.append(
         (
             "reshape_and_cache",
             partial(cupaged.reshape_and_cache, *args),
             lambda kernels: kernels.reshape_and_cache(*args, None, None, "layout"),
         )
     )
-    return found
+    return calls

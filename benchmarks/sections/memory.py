@@ -1,6 +1,6 @@
-"""The kernels that only move memory, and what the cache's allocation costs attention.
+"""Time the kernels that only move memory, and attention over caches of different allocation.
 
-Every timed call was checked first: bit for bit against the blocks or rows it should have moved.
+Every timed call was checked first: the moved blocks or rows must be bitwise equal to their sources.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..report import Context, Row
 from .ceilings import pinned_bandwidth
 
 BLOCK_BYTES = tuple(1 << power for power in (13, 15, 17, 19, 21))  # 8 KB to 2 MB
-SWAP_BYTES = (*BLOCK_BYTES, 4 << 20, 16 << 20)  # on both sides of where the better way changes
+SWAP_BYTES = (*BLOCK_BYTES, 4 << 20, 16 << 20)  # beyond `kernels.COPY_ENGINE_BYTES` as well
 Swap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -54,7 +54,7 @@ def _token_counts(context: Context) -> tuple[int, ...]:
 
 
 def _write(context: Context, tokens: int) -> Row:
-    """reshape_and_cache of a Llama 3 8B layer's keys and values, as they come out of a fused projection."""
+    """Time reshape_and_cache of keys and values of a Llama 3 8B layer, views of a fused projection."""
     heads, size, block_size = 8, 128, 16
     row_bytes = 2 * heads * size * 2
     moved = 2 * tokens * row_bytes
@@ -88,7 +88,7 @@ def _write(context: Context, tokens: int) -> Row:
 
 
 def _copy(context: Context, block_bytes: int) -> Row:
-    """copy_blocks of scattered blocks, half of a cache into the other half."""
+    """Time copy_blocks of scattered blocks from one half of a cache to the other."""
     total = (1 << 20) if context.quick else (512 << 20) if context.on_gpu else (64 << 20)
     count = total // block_bytes
     cache = torch.randn(2 * count, block_bytes // 4, device=context.device)
@@ -102,8 +102,11 @@ def _copy(context: Context, block_bytes: int) -> Row:
 
 
 def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dict[str, float]) -> Row:
-    """swap_blocks of scattered blocks, as it chooses and by either way alone, which says whether it chooses
-    well (`kernels.COPY_ENGINE_BYTES`). The ceiling is one plain pinned copy of as many bytes."""
+    """Time swap_blocks of scattered blocks, and both of the ways between which it chooses.
+
+    The two show whether `kernels.COPY_ENGINE_BYTES` is right. The ceiling is a single pinned copy of the same
+    size.
+    """
     count = total // block_bytes
     near = torch.randn(count, block_bytes // 4, device=context.device)
     far = torch.randn(count, block_bytes // 4).pin_memory()
@@ -112,7 +115,7 @@ def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dic
     direction = "out" if out else "in"
     row: Row = {"name": f"swap_blocks {direction}", "block_bytes": block_bytes, "bytes": total}
     expected = src.to(context.device)[mapping[:, 0]]
-    found: dict[str, float] = {}
+    seconds_by_way: dict[str, float] = {}
     for way, swap in (("chosen", cupaged.swap_blocks), *swap_ways().items()):
         dst.zero_()
         swap(src, dst, mapping)
@@ -120,14 +123,15 @@ def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dic
         if not torch.equal(dst.to(context.device)[mapping[:, 1]], expected):
             return row | {"wrong": f"blocks differ from their sources ({way})"}
         timing = context.timer([partial(swap, src, dst, mapping)], context.sample_s, graph=False)
-        found[way] = timing.median_s
-    seconds = found.pop("chosen")
-    return row | {"seconds": seconds, "of_pinned": total / seconds / pinned[direction], "ways": found}
+        seconds_by_way[way] = timing.median_s
+    seconds = seconds_by_way.pop("chosen")
+    rate = total / seconds
+    return row | {"seconds": seconds, "of_pinned": rate / pinned[direction], "ways": seconds_by_way}
 
 
 def swap_ways() -> dict[str, Swap]:
-    """swap_blocks by the copy engine alone, one copy a block, and by the kernel alone."""
-    from cupaged.backends.cuda.launcher import CupyLauncher  # there is a GPU, and so CuPy
+    """Return swap_blocks with the copy engine only (one copy per block), and with the kernel only."""
+    from cupaged.backends.cuda.launcher import CupyLauncher  # needs CuPy
 
     launcher = CupyLauncher()
     return {
@@ -145,10 +149,11 @@ def _layout_cases(context: Context) -> list[Case]:
 
 
 def _layout(context: Context, case: Case, layout: str) -> Row:
-    """Decode on every layer of a cache in turn.
+    """Time decode over all layers of a cache in turn.
 
-    ``block``: one allocation [num_blocks, layers, 2, Hkv, B, D], a layer is a view with a wide block
-    stride. ``layer``: one tensor [num_blocks, 2, Hkv, B, D] a layer.
+    Args:
+        layout: "block" for one allocation [num_blocks, layers, 2, Hkv, B, D], of which a layer is a view with
+            a large stride between blocks; "layer" for a tensor [num_blocks, 2, Hkv, B, D] per layer.
     """
     layers = 16 if context.on_gpu else 4
     blocks = -(-case.context // case.block_size)
@@ -187,7 +192,7 @@ def _layout(context: Context, case: Case, layout: str) -> Row:
 
 
 def _mapping(context: Context, count: int) -> torch.Tensor:
-    """int64 [count, 2]: scattered sources to scattered destinations."""
+    """Return a random block mapping, int64 [count, 2]."""
     generator = torch.Generator().manual_seed(context.seed)
     return torch.stack([torch.randperm(count, generator=generator) for _ in range(2)], dim=1)
 

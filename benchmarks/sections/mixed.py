@@ -1,4 +1,4 @@
-"""A batch of prefill chunks and decodes in one call, against its parts in calls of their own."""
+"""Time a batch of prefill chunks and decodes in one call, and its parts in calls of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..report import Context, Row, reason
 
 @dataclass(frozen=True)
 class Mixed:
-    """``decodes`` sequences of ``context`` tokens, and ``chunks`` that end prompts of ``prefix + chunk``."""
+    """A batch of ``decodes`` over ``context`` tokens, and ``chunks`` of ``chunk`` tokens after ``prefix``."""
 
     decodes: int
     context: int
@@ -58,14 +58,14 @@ def run(context: Context) -> None:
 
 
 def measure(context: Context, case: Mixed) -> Row:
-    """Times of the whole and of its parts; none if a row is wrong."""
+    """Return the times of the whole and of its parts; none if the result is wrong."""
     device, dtype = context.device, torch.bfloat16
     generator = torch.Generator(device).manual_seed(context.seed)
     draw = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     lengths = [case.context] * case.decodes + [case.prefix + case.chunk] * case.chunks
     queries = [1] * case.decodes + [case.chunk] * case.chunks
     blocks = [-(-n // case.block_size) for n in lengths]
-    # So many copies of the batch, over other blocks, that the L2 cache serves none of them.
+    # Enough copies of the batch, in other blocks, to miss the L2 cache.
     kv_bytes = 4 * case.block_size * sum(blocks) * case.num_kv_heads * case.head_size
     sets = max(1, -(-context.rotation_bytes // kv_bytes))
     cache = draw(sets * sum(blocks), 2, case.num_kv_heads, case.block_size, case.head_size)
@@ -92,18 +92,18 @@ def measure(context: Context, case: Mixed) -> Row:
         ]
         for name, (rows, seqs, begin) in parts.items()
     }
-    found: Row = {"name": str(case), **asdict(case), "seconds": {}}
+    result: Row = {"name": str(case), **asdict(case), "seconds": {}}
     out = calls["mixed"][-1]()
     if wrong := _complaint(case, out, query, cache, tables[-1], lengths, starts.tolist()):
-        return found | {"wrong": wrong}
+        return result | {"wrong": wrong}
     alone = torch.cat([calls["decodes"][-1](), calls["chunks"][-1]()])
     if context.on_gpu and not torch.equal(out, alone):
-        return found | {"wrong": "rows have other bits than alone"}
+        return result | {"wrong": "rows have other bits than alone"}
     for name, runs in calls.items():
-        found["seconds"][name] = context.timer(runs, context.sample_s).median_s
-    seconds = found["seconds"]
-    found["of_parts"] = (seconds["decodes"] + seconds["chunks"]) / seconds["mixed"]
-    return found
+        result["seconds"][name] = context.timer(runs, context.sample_s).median_s
+    seconds = result["seconds"]
+    result["of_parts"] = (seconds["decodes"] + seconds["chunks"]) / seconds["mixed"]
+    return result
 
 
 def _complaint(
@@ -115,14 +115,14 @@ def _complaint(
     lengths: list[int],
     starts: list[int],
 ) -> str | None:
-    """The last row of some sequences against float64."""
+    """Return what is wrong with the last row of some sequences, against float64, or None."""
     if not bool(torch.isfinite(out).all()):
         return "the result has NaN or inf"
     group = case.num_heads // case.num_kv_heads
     for s in sorted({0, case.decodes - 1, case.decodes, len(lengths) - 1}):
         length, row = lengths[s], starts[s + 1] - 1
-        kept = cache[table[s, : -(-length // case.block_size)].long(), :, -1].transpose(0, 1).flatten(1, 2)
-        inputs = (query[row : row + 1, -group:], kept[0, :length], kept[1, :length])
+        pair = cache[table[s, : -(-length // case.block_size)].long(), :, -1].transpose(0, 1).flatten(1, 2)
+        inputs = (query[row : row + 1, -group:], pair[0, :length], pair[1, :length])
         position = torch.tensor([length - 1], device=query.device)
         exact = attention(*inputs, position, torch.float64)
         plain = attention(*inputs, position, query.dtype).double()

@@ -1,6 +1,6 @@
-"""The implementations of the kernels: `reference` in plain torch, `cpu` in numba, `cuda` in CUDA.
+"""The backends: `reference` in plain torch, `cpu` in numba, `cuda` in CUDA C++.
 
-`reference` is the definition of right. Each is loaded when a tensor on its device is first met.
+`reference` defines the right results. A backend is loaded at the first call with a tensor on its device.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAMES = ("reference", "cpu", "cuda")
 
 
 class Backend(Protocol):
-    """What a backend provides. Arguments are checked and outputs allocated by `cupaged.ops`.
+    """Describe the functions of a backend. They get checked arguments and allocated outputs.
 
-    A ``layout`` stands for the shapes, strides, dtypes and devices of a call's tensors: it is a key to what a
-    backend works out from them.
+    A ``layout`` stands for the shapes, strides, dtypes and devices of a call's tensors: it is the key under
+    which a backend caches whatever these determine.
     """
 
     def reshape_and_cache(
@@ -60,7 +60,7 @@ class Backend(Protocol):
 
 @cache
 def for_device(device_type: str) -> Backend:
-    """The backend for tensors on ``device_type``; ``CUPAGED_BACKEND`` overrides the choice.
+    """Return the backend for tensors on ``device_type``; ``CUPAGED_BACKEND`` overrides the choice.
 
     Raises:
         ValueError: no backend runs on that device, or ``CUPAGED_BACKEND`` names none.
@@ -76,11 +76,11 @@ def for_device(device_type: str) -> Backend:
 
 
 def load(name: str) -> Backend:
-    """Return the backend of this name.
+    """Import and return the backend called ``name``.
 
     Raises:
-        ImportError: a package that it needs is missing; the message names it.
+        ImportError: a package that the backend needs is missing; the message names it.
     """
-    places = {"reference": ".reference", "cpu": ".cpu.backend", "cuda": ".cuda.launcher"}
-    module = importlib.import_module(places[name], __name__)
+    modules = {"reference": ".reference", "cpu": ".cpu.backend", "cuda": ".cuda.launcher"}
+    module = importlib.import_module(modules[name], __name__)
     return cast(Backend, module.backend() if name == "cuda" else module)

@@ -1,4 +1,4 @@
-"""Plain torch on any device: slow, short, and the definition of right for the other backends."""
+"""The reference backend, in plain torch on any device: slow and short. It defines the right results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..params import AttentionParams
 from ..quantisation import LARGEST, dequantise, quantise
 
 
-@torch.no_grad()  # or the cache would become part of autograd's graph; no other backend's does
+@torch.no_grad()  # otherwise the cache would become part of autograd's graph
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -26,7 +26,7 @@ def reshape_and_cache(
     block, offset = slots // block_size, slots % block_size
     for i, (rows, scale) in enumerate(((key[keep], k_scale), (value[keep], v_scale))):
         if scale is not None:
-            # Not every version of torch can write float8 by index.
+            # Not every version of torch can write float8 through an index.
             kv_cache.view(torch.uint8)[block, i, :, offset] = quantise(rows, scale, kv_cache.dtype).view(
                 torch.uint8
             )
@@ -65,7 +65,7 @@ def attend(
     *,
     compute_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention one sequence at a time, every product and sum in ``compute_dtype``.
+    """Compute attention one sequence at a time, with every product and sum in ``compute_dtype``.
 
     Returns:
         The output [T, H, D] and the logarithm of the softmax's denominator [T, H], in ``compute_dtype``.
@@ -80,27 +80,32 @@ def attend(
         num_rows = rows.stop - rows.start
         if length == 0 or num_rows == 0:
             continue
-        first = _first_visible(length - num_rows, params.sliding_window)
-        keys, values, start = _gather(kv_cache, block_tables[s], first, length, params, compute_dtype)
-        out[rows], lse[rows] = _attend_one(query[rows].to(compute_dtype), keys, values, start, length, params)
+        first_key = _first_visible_key(length - num_rows, params.sliding_window)
+        keys, values, start = _gather(kv_cache, block_tables[s], first_key, length, params, compute_dtype)
+        out[rows], lse[rows] = _attend_sequence(
+            query[rows].to(compute_dtype), keys, values, start, length, params
+        )
     return out, lse
 
 
-def _first_visible(first_position: int, window: int | None) -> int:
-    return 0 if window is None else max(0, first_position - window + 1)
+def _first_visible_key(query_position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, query_position - window + 1)
 
 
 def _gather(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
-    first: int,
+    first_key: int,
     length: int,
     params: AttentionParams,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Keys and values [Hkv, length - start, D] from the block that holds ``first``, and ``start``."""
+    """Return keys and values [Hkv, length - start, D] in ``dtype``, and the position ``start`` of the first.
+
+    It is that of the block that holds ``first_key``.
+    """
     block_size = kv_cache.shape[3]
-    start_block = min(first // block_size, (length - 1) // block_size)
+    start_block = min(first_key // block_size, (length - 1) // block_size)
     blocks = block_table[start_block : (length + block_size - 1) // block_size].long()
     start = start_block * block_size
     if params.k_scale is not None and params.v_scale is not None:
@@ -112,7 +117,7 @@ def _gather(
     return keys, values, start
 
 
-def _attend_one(
+def _attend_sequence(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -120,6 +125,7 @@ def _attend_one(
     length: int,
     params: AttentionParams,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention of a sequence's query rows [rows, H, D] over keys from position ``start`` on."""
     num_rows, num_heads, _ = query.shape
     group = num_heads // keys.shape[0]
     keys = keys.repeat_interleave(group, dim=0)
@@ -143,7 +149,7 @@ def _attend_one(
         lse = torch.logaddexp(lse, params.sinks.to(query.dtype)[:, None])
     empty = ~visible.any(dim=1)
     weights = torch.exp(logits - lse[..., None]).masked_fill(empty[None, :, None], 0.0)
-    # A masked key has weight zero, but zero times the NaN of an unwritten slot would still be NaN.
+    # A masked key has weight 0, but 0 times the NaN of an unwritten slot would be NaN.
     values = values.masked_fill(~visible.any(dim=0)[None, :, None], 0.0)
     lse = lse.masked_fill(empty, float("-inf"))
     return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
@@ -155,9 +161,9 @@ def merge_attention_states(
     total = lses.logsumexp(dim=0)
     weights = torch.exp(lses - total).nan_to_num(nan=0.0)
     lse.copy_(total)
-    # An empty state's output is not read: it may be anything.
-    filled = outs.to(lses.dtype).masked_fill(torch.isneginf(lses)[..., None], 0.0)
-    out.copy_((weights[..., None] * filled).sum(dim=0))
+    # The output of an empty state may be anything, NaN included.
+    non_empty = outs.to(lses.dtype).masked_fill(torch.isneginf(lses)[..., None], 0.0)
+    out.copy_((weights[..., None] * non_empty).sum(dim=0))
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:

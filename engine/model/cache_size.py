@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import psutil
 import torch
 
 from ..config import EngineConfig
 from ..sampling_params import SamplingParams
+from ..scheduling.contiguous_memory import longest
 from . import cgroup
 from .dry_run import dry_run
 from .kv_cache import KVShape
@@ -14,6 +18,39 @@ from .model_runner import ModelRunner
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 4 * GIB
+
+_log = logging.getLogger("cupaged.engine")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The number of blocks, and the length of the sequences that they can hold."""
+
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    max_model_len: int
+
+
+def choose_cache_size(config: EngineConfig, runner: ModelRunner, shape: KVShape, model_len: int) -> CacheSize:
+    """Return how many blocks fit, and the maximum length of sequences.
+
+    Args:
+        model_len: maximum number of tokens of a sequence, as far as the model and the config are concerned.
+
+    Raises:
+        ValueError: not one block fits, or less than the ``max_model_len`` that the config asks for.
+    """
+    num_blocks = num_gpu_blocks(config, runner, shape, model_len)
+    held = longest(config.memory_policy, num_blocks) * config.block_size
+    if config.max_model_len is not None and held < model_len:
+        run = "" if config.memory_policy == "paged" else " in one run of blocks"
+        raise ValueError(
+            f"max_model_len is {model_len}, and the KV cache holds {held} tokens{run}: lower it, or give "
+            "the cache more memory"
+        )
+    if held < model_len:
+        _log.warning("sequences end at %d tokens, which the KV cache holds, not at %d", held, model_len)
+    return CacheSize(num_blocks, num_cpu_blocks(config, shape, num_blocks), min(model_len, held))
 
 
 def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, max_model_len: int) -> int:

@@ -1,4 +1,4 @@
-"""Whether a request could ever run, and a prefix be kept beside those there are. No torch."""
+"""Answer "does it fit?": ever, beside the groups that run, and in the free blocks. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections.abc import Iterable, Sequence
 from ..memory.block_manager import BlockManager
 from .group_memory import GroupMemory
 from .pinned_prefixes import PinnedPrefixes
+from .request import Sequence as TokenSequence
 from .request import SequenceGroup
 
+Turn = list[tuple[TokenSequence, int]]  # sequences and the number of tokens that each computes in a step
 
-class Capacity:
-    """Refuses what would wait for ever.
+
+class AdmissionCheck:
+    """Compare what groups need with what there is.
 
     Args:
+        blocks: the block manager.
+        memory: the blocks of groups.
         pinned: the prefixes that keep their blocks.
-        max_num_seqs: most sequences that run at once.
-        max_model_len: most tokens of a sequence.
+        max_num_seqs: maximum number of sequences in a step.
+        max_model_len: maximum number of tokens of a sequence.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class Capacity:
         self._max_model_len = max_model_len
 
     def check(self, group: SequenceGroup) -> None:
-        """Raise ValueError where a request does not fit even alone, beside the pinned prefixes."""
+        """Raise ValueError for a request that does not fit even alone beside the pinned prefixes."""
         params = group.params
         if group.prompt_len + (not params.only_prompt) > self._max_model_len:
             sampled = "" if params.only_prompt else ", at least one of them sampled"
@@ -61,8 +66,11 @@ class Capacity:
             )
 
     def check_prefix(self, group: SequenceGroup, others: Iterable[SequenceGroup]) -> None:
-        """Raise ValueError where a prefix does not fit beside the other ones and any of the requests, or is
-        longer than a prompt can be."""
+        """Raise ValueError for a prefix that no prompt can have, or that leaves too little for a request.
+
+        Args:
+            others: the unfinished groups.
+        """
         keys = self._memory.keys(group, group.seqs[0], group.prompt_len)
         taken, total = self._pinned.num_blocks_with(keys), self._blocks.gpu.num_blocks
         most = max((self._most(other, keys) for other in others if not other.is_prefix), default=0)
@@ -78,8 +86,45 @@ class Capacity:
                 f"{self._max_model_len} (max_model_len): shorten the prefix"
             )
 
+    def fits(self, group: SequenceGroup, staying: list[SequenceGroup], num_freed: int = 0) -> bool:
+        """Return whether a group can run beside others.
+
+        Args:
+            group: a group without GPU blocks.
+            staying: the groups that run beside it.
+            num_freed: number of blocks to count as free besides those that are.
+        """
+        if group.num_seats > self.num_seats_left(staying):
+            return False
+        needed = self.num_promised(staying) + self._memory.needs(group)[1] + self.num_reserved(staying)
+        return needed <= self._blocks.gpu.num_free + num_freed
+
+    def fits_now(self, turn: Turn) -> bool:
+        """Return whether there are free blocks for the tokens of running sequences."""
+        num_free = self._blocks.gpu.num_free
+        if sum(num_tokens for _, num_tokens in turn) <= num_free:
+            return True  # a token takes one block at most
+        new = self._blocks.num_new_blocks([(seq.seq_id, seq.num_computed, n) for seq, n in turn])
+        return new <= num_free
+
+    def num_seats_left(self, running: list[SequenceGroup]) -> int:
+        """Return the number of sequences that can run beside these groups."""
+        return self._max_num_seqs - sum(group.num_seats for group in running)
+
+    def num_promised(self, running: list[SequenceGroup]) -> int:
+        """Return the number of blocks that these groups have yet to take for the tokens they have."""
+        return sum(self._memory.missing(group) for group in running if group.prefilling)
+
+    def num_reserved(self, running: list[SequenceGroup]) -> int:
+        """Return the number of blocks that stay free beside these groups."""
+        return self._memory.headroom() if running else 0
+
     def _most(self, group: SequenceGroup, pinned: Sequence[bytes] = ()) -> int:
-        """The group's blocks at its largest, without those of pinned prefixes, ``pinned`` among them."""
+        """Return the number of blocks of a group at its largest, without those of pinned prefixes.
+
+        Args:
+            pinned: keys of blocks to count as pinned besides those that are.
+        """
         covered = 0
         if (self._pinned or pinned) and self._memory.reads_cache(group):
             covered = self._pinned.num_covered(self._memory.prompt_keys(group), pinned)

@@ -1,4 +1,4 @@
-"""Beam search as transformers defines it: which beams go on, which hypotheses are done, when to stop.
+"""Advance beam searches, as transformers defines them.
 
 A group's beams are its live sequences. In every step a surviving parent goes on as its first child; further
 children are forked from it, and beams without children are dropped. No torch.
@@ -15,7 +15,7 @@ Candidate = tuple[float, Sequence, int]  # a beam, a token after it, and their l
 
 
 def num_candidates(group: SequenceGroup) -> int:
-    """So many of a beam's best tokens leave ``beam_width`` of the group that do not end a sequence."""
+    """Return how many candidates a beam needs so that ``beam_width`` of all do not end a sequence."""
     return max(2, 1 + len(group.stop_ids)) * group.width
 
 
@@ -28,7 +28,7 @@ def advance(
     """Take one step when all beams of the group have their candidates.
 
     Returns:
-        Whether the search has ended; the beams are then as they were.
+        True if the search has ended; the beams are as they were then.
     """
     count, width = num_candidates(group), group.width
     found: list[Candidate] = []
@@ -64,7 +64,12 @@ def _hypothesis(group: SequenceGroup, parent: Sequence, token: int, total: float
 
 
 def _is_done(group: SequenceGroup, beams: Beams, length: int, best: float) -> bool:
-    """Whether no running beam, whose best has this log probability, is taken to become one of the best."""
+    """Return whether no running beam can become one of the best hypotheses.
+
+    Args:
+        length: number of output tokens of the running beams.
+        best: log probability of the best of them.
+    """
     params = group.params
     if len(beams.hypotheses) < group.width:
         return False

@@ -1,9 +1,9 @@
-"""Memory without paging, as in the systems that the paper compares with (section 6.1): every output gets one
-contiguous run of blocks for its largest length before it starts. No torch.
+"""Allocate memory without paging, as the systems that the paper compares with (section 6.1). No torch.
 
-The block ids of a run follow each other, so that what would be one tensor there is one stretch of the cache
-here, and the same kernels read it. Nothing is shared, nothing grows and nothing is preempted. The outputs of
-a request for several compute its prompt each on their own, as so many requests would.
+Every output gets a contiguous range of blocks for its maximum length before it starts: their IDs follow each
+other, so that what would be one tensor there is one part of the cache here, and the same kernels read it.
+Nothing is shared, nothing grows and nothing is preempted. Each of several outputs of a request computes the
+prompt on its own, as separate requests would.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .request import Sequence, SequenceGroup
 
 
 class BuddyAllocator:
-    """Contiguous runs of blocks, of a power of two each.
+    """Allocate contiguous ranges of blocks, whose sizes are powers of two.
 
-    A run that is taken from a larger one is half of it, or half of a half; when both halves are free again,
-    they are one. The lowest blocks are taken first.
+    A range is halved until it has the size that is asked for; when both halves are free again, they become
+    one. The lowest blocks are taken first.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -33,12 +33,12 @@ class BuddyAllocator:
                 start += 1 << order
 
     def num_available(self, count: int) -> int:
-        """How many runs of ``count`` blocks can be taken, one after the other."""
+        """Return how many ranges of ``count`` blocks can be allocated one after the other."""
         least = _order(count)
         return sum(len(self._free[order]) << (order - least) for order in range(least, len(self._free)))
 
     def allocate(self, count: int) -> int:
-        """Take a run of at least ``count`` blocks, of which there is one; gives the first."""
+        """Take a range of at least ``count`` blocks, which must be there, and return its first block."""
         wanted = _order(count)
         order = next(order for order in range(wanted, len(self._free)) if self._free[order])
         start = min(self._free[order])
@@ -50,9 +50,9 @@ class BuddyAllocator:
         return start
 
     def free(self, start: int) -> None:
-        """Give back the run that begins there."""
+        """Free the range that begins at this block."""
         order = self._orders.pop(start)
-        # The buddy of a run that reaches past the end is never free.
+        # The buddy of a range that reaches past the end is never free.
         while order + 1 < len(self._free) and start ^ (1 << order) in self._free[order]:
             self._free[order].remove(start ^ (1 << order))
             start &= ~(1 << order)
@@ -60,16 +60,16 @@ class BuddyAllocator:
         self._free[order].add(start)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if a block is in no run, or in two."""
-        runs = [(start, order) for order, starts in enumerate(self._free) for start in starts]
+        """Raise RuntimeError if a block is in no range, or in two."""
+        ranges = [(start, order) for order, starts in enumerate(self._free) for start in starts]
         covered = [
             block
-            for start, order in [*runs, *self._orders.items()]
+            for start, order in [*ranges, *self._orders.items()]
             for block in range(start, start + (1 << order))
         ]
         if sorted(covered) != list(range(self._num_blocks)):
-            raise RuntimeError("a block is in no run of the buddy allocator, or in two")
-        for start, order in runs:
+            raise RuntimeError("a block is in no range of the buddy allocator, or in two")
+        for start, order in ranges:
             if start ^ (1 << order) in self._free[order]:
                 raise RuntimeError("two free buddies have not become one")
 
@@ -79,11 +79,11 @@ def _order(count: int) -> int:
 
 
 class ReservedMemory(GroupMemory):
-    """Reserves for whole groups.
+    """Reserve contiguous ranges for all outputs of a group at once.
 
     Args:
-        policy: how much an output gets: "orca-max" ``max_model_len`` tokens, "orca-pow2" its prompt and the
-            next power of two of its ``max_tokens``, "orca-oracle" its prompt and ``max_tokens``.
+        policy: number of tokens that an output gets: "orca-max" ``max_model_len``, "orca-pow2" its prompt and
+            the next power of two of its ``max_tokens``, "orca-oracle" its prompt and ``max_tokens``.
     """
 
     preempts = False
@@ -95,7 +95,7 @@ class ReservedMemory(GroupMemory):
         self._buddy = BuddyAllocator(blocks.gpu.num_blocks)
 
     def most(self, group: SequenceGroup) -> int:
-        # All runs of a group have the same size, so that many fit into empty memory just if their sum does.
+        # All ranges of a group have the same size, so they fit into empty memory exactly if their sum does.
         return group.width << _order(self._blocks_of_output(group))
 
     def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
@@ -111,7 +111,7 @@ class ReservedMemory(GroupMemory):
         return 0
 
     def start(self, group: SequenceGroup, found: list[int]) -> None:
-        # Until the prompt is computed, the first sequence keeps the runs of the others behind its own.
+        # Until the prompt is computed, the first sequence keeps the ranges of the others behind its own.
         count = self._blocks_of_output(group)
         for seq in group.live:
             starts = [self._buddy.allocate(count) for _ in range(1 if group.forked else group.width)]
@@ -141,9 +141,9 @@ class ReservedMemory(GroupMemory):
 def group_memory(
     policy: str, blocks: BlockManager, enable_prefix_caching: bool, max_model_len: int, window: int | None
 ) -> GroupMemory:
-    """What serves groups under one of `MEMORY_POLICIES`.
+    """Return the memory of groups under a memory policy.
 
-    All but "paged" go without the prefix cache, and free nothing before the end.
+    All but "paged" go without the prefix cache, and free nothing before a sequence ends.
     """
     if policy == "paged":
         return GroupMemory(blocks, enable_prefix_caching, window)
@@ -151,5 +151,5 @@ def group_memory(
 
 
 def longest(policy: str, num_blocks: int) -> int:
-    """Most blocks that a sequence can have."""
+    """Return the maximum number of blocks of a sequence."""
     return num_blocks if policy == "paged" else 1 << (num_blocks.bit_length() - 1)

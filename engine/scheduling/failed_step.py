@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from .request import Status
+from ..memory.block_manager import BlockManager
+from .request import SequenceGroup, Status
 from .step_plan import ScheduledSequence
 
 Part = tuple[ScheduledSequence, ...]
 
 
 class FailedStep:
-    """Divides what failed by halves, down to single requests.
+    """Divide what failed into halves, down to single requests.
 
     A request that always fails is alone after at most ``ceil(log2(n))`` divisions of a step of ``n``; all
     others are computed on the way, each once.
@@ -22,7 +23,7 @@ class FailedStep:
         self._parts: deque[Part] = deque()
 
     def add(self, failed: Sequence[ScheduledSequence]) -> None:
-        """Put back a part that failed: its halves come next, or, if it is one request, that one again."""
+        """Put back a part that failed: its halves come next, or the same part if it is one request."""
         groups = list(dict.fromkeys(item.group for item in failed))
         first = set(groups[: (len(groups) + 1) // 2])
         halves = (
@@ -32,9 +33,25 @@ class FailedStep:
         self._parts.extendleft(half for half in reversed(halves) if half)
 
     def next(self) -> Part:
-        """Take the next part, without requests that were aborted meanwhile; empty when nothing is left."""
+        """Return the next part, without requests that were aborted meanwhile; empty when none is left."""
         while self._parts:
             part = tuple(item for item in self._parts.popleft() if item.group.status is Status.RUNNING)
             if part:
                 return part
         return ()
+
+
+def readers_of_others(scheduled: Sequence[ScheduledSequence], blocks: BlockManager) -> set[SequenceGroup]:
+    """Return the groups of a step that read blocks which other groups write in the same step."""
+    size = blocks.block_size
+    writers: dict[int, SequenceGroup] = {}
+    for item in scheduled:
+        first, end = (item.start + item.num_stored) // size, item.start + item.num_tokens
+        written = blocks.table(item.seq.seq_id)[first : blocks.blocks_for(end)]
+        writers.update(dict.fromkeys(written, item.group))
+    return {
+        item.group
+        for item in scheduled
+        for block in blocks.table(item.seq.seq_id)
+        if writers.get(block, item.group) is not item.group
+    }

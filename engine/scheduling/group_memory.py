@@ -1,5 +1,4 @@
-"""What sequence groups mean in blocks: how many they need, which they find and give back, and whether there
-is room for them. No torch."""
+"""Translate what sequence groups need into calls of the block manager. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from .request import Sequence, SequenceGroup, Status
 
 
 class GroupMemory:
-    """Asks the block manager on behalf of groups.
+    """Find, count, take and free the blocks of groups.
 
     Args:
         enable_prefix_caching: find full blocks by their tokens, and let them be found.
@@ -26,32 +25,37 @@ class GroupMemory:
         self._window = window
 
     def reads_cache(self, group: SequenceGroup) -> bool:
+        """Return whether the group may use blocks that the prefix cache holds."""
         return self._caching and not group.skip_reading_prefix_cache
 
     def keys(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> list[bytes]:
-        """Of the sequence's full blocks, of those within so many tokens at least; none without a cache."""
+        """Return the keys of a sequence's full blocks, at least of those in its first ``num_tokens`` tokens.
+
+        Empty without a prefix cache.
+        """
         size = self._blocks.block_size
         if self._caching and num_tokens >= (len(seq.keys) + 1) * size:
             extend_keys(seq.keys, group.root_key, seq.token_ids, num_tokens, size)
         return seq.keys
 
     def prompt_keys(self, group: SequenceGroup) -> list[bytes]:
+        """Return the keys of the prompt's full blocks."""
         keys = self.keys(group, group.seqs[0], group.prompt_len)
         return keys[: group.prompt_len // self._blocks.block_size]
 
     def release(self, group: SequenceGroup, seq: Sequence) -> None:
-        """Free the sequence's blocks; the full ones among what it has computed can be found."""
+        """Free the sequence's blocks; the prefix cache keeps the full ones that it has computed."""
         self._blocks.free(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
 
     def free_unseen(self, group: SequenceGroup, seq: Sequence) -> None:
-        """Give back the blocks that the window of the sequence's next token has left behind."""
+        """Free the blocks before the window of the sequence's next token."""
         if self._window is not None and not group.is_prefix:
             first_seen = seq.num_computed - self._window + 1
             if first_seen >= self._blocks.block_size:
                 self._blocks.free_before(seq.seq_id, first_seen, self.keys(group, seq, seq.num_computed))
 
     def drop(self, group: SequenceGroup, keep: bool = True) -> None:
-        """Let the group start again; with ``keep`` what it has computed can be found."""
+        """Free all blocks of the group, to be computed again; with ``keep`` the prefix cache keeps them."""
         for seq in group.live:
             if not keep:
                 seq.num_computed = 0
@@ -61,15 +65,18 @@ class GroupMemory:
         group.prefilling = True
 
     def most(self, group: SequenceGroup) -> int:
-        """Blocks of the group at its largest."""
+        """Return the maximum number of blocks that the group can come to have."""
         # The last token of an output is never an input, so its keys and values are never stored.
         most = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1)
         shared = group.prompt_len // self._blocks.block_size
         return shared + group.width * (most - shared)
 
     def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
-        """Of a group without GPU blocks: those of its first blocks that are there already, and how many free
-        blocks it takes to hold all its known tokens."""
+        """Return what a group without GPU blocks needs to hold all tokens that it has.
+
+        Returns:
+            Its first blocks that the prefix cache holds, and the number of free blocks to take.
+        """
         if group.status is Status.SWAPPED:
             swapped = self._blocks.num_swapped_blocks([seq.seq_id for seq in group.live])
             return [], swapped + self.missing(group)
@@ -81,7 +88,7 @@ class GroupMemory:
         return found, self.missing(group) - len(found) + unused
 
     def missing(self, group: SequenceGroup) -> int:
-        """Blocks to take beside those it has until the group holds all its known tokens."""
+        """Return the number of blocks to take until the group holds all tokens that it has."""
         shared = group.prompt_len // self._blocks.block_size
         held = []
         missing = 0
@@ -93,24 +100,26 @@ class GroupMemory:
         return missing + (self._blocks.num_new_blocks(held) if held else 0)
 
     def headroom(self) -> int:
-        """Blocks that stay free for the running to grow into, or they would evict the newcomer."""
+        """Return the number of blocks to leave to running groups, which would preempt a new one otherwise."""
         return max(1, self._blocks.gpu.num_blocks // 100)
 
     def start(self, group: SequenceGroup, found: list[int]) -> None:
-        """Give blocks to a group that has none, those that `needs` found, before tokens are appended."""
+        """Take the blocks that `needs` found in the prefix cache for a group that has none."""
         if found:
             first = group.live[0]
             self._blocks.take_prefix(first.seq_id, first.keys, found)
 
     def fork(self, group: SequenceGroup, parent: Sequence, child: Sequence) -> None:
-        """Give a new sequence of the group what the parent has computed."""
+        """Share what the parent has computed with a new sequence of the group."""
         child.keys = list(parent.keys)
         child.num_computed = parent.num_computed
         self._blocks.fork(parent.seq_id, child.seq_id, parent.num_computed)
 
     def fork_waiting(self, group: SequenceGroup) -> None:
-        """After recomputing: give the prompt to the sequences that lost it with the first one, or as much of
-        their own tokens as can be found."""
+        """Share the recomputed prompt with the sequences that lost it with the first one.
+
+        Or as many of their own tokens as the prefix cache holds, where that is more.
+        """
         first, size = group.live[0], self._blocks.block_size
         if first.num_computed < group.prompt_len:
             return
@@ -130,31 +139,3 @@ class GroupMemory:
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
                 seq.num_computed = group.prompt_len
-
-
-class Room:
-    """Whether a group can be admitted beside others."""
-
-    def __init__(self, blocks: BlockManager, memory: GroupMemory, max_num_seqs: int) -> None:
-        self._blocks = blocks
-        self._memory = memory
-        self._max_num_seqs = max_num_seqs
-
-    def fits(self, group: SequenceGroup, staying: list[SequenceGroup], freed: int = 0) -> bool:
-        """Whether there is room for a group beside these, were so many more blocks free."""
-        if group.num_seats > self.seats(staying):
-            return False
-        needed = self.promised(staying) + self._memory.needs(group)[1] + self.reserve(staying)
-        return needed <= self._blocks.gpu.num_free + freed
-
-    def seats(self, running: list[SequenceGroup]) -> int:
-        """Sequences that can run beside these."""
-        return self._max_num_seqs - sum(group.num_seats for group in running)
-
-    def promised(self, running: list[SequenceGroup]) -> int:
-        """Blocks that these have yet to take to hold what they are computing."""
-        return sum(self._memory.missing(group) for group in running if group.prefilling)
-
-    def reserve(self, running: list[SequenceGroup]) -> int:
-        """Blocks that stay free beside these."""
-        return self._memory.headroom() if running else 0

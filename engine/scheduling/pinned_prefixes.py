@@ -1,4 +1,4 @@
-"""Prefixes whose blocks stay in memory, used or not (paper, section 4.4, "Shared prefix"). No torch."""
+"""Keep track of prefixes whose blocks stay in memory (paper, section 4.4, "Shared prefix"). No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .request import SequenceGroup
 
 
 class PinnedPrefixes:
-    """The prefixes that were added and not removed, computed or still to be."""
+    """Hold the prefixes that were added and not removed, computed or not yet."""
 
     def __init__(self) -> None:
         self.groups: dict[str, SequenceGroup] = {}
@@ -20,11 +20,11 @@ class PinnedPrefixes:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks they hold together when all are computed; what they share is one block."""
+        """Return the number of distinct blocks of all prefixes when they are computed."""
         return len(self._keys)
 
     def num_covered(self, keys: Iterable[bytes], more: Sequence[bytes] = ()) -> int:
-        """How many of the first blocks with these keys are pinned, or would be with ``more``."""
+        """Return how many of the first blocks with these keys are pinned, or would be with ``more`` keys."""
         covered = 0
         for key in keys:
             if key not in self._keys and key not in more:
@@ -33,14 +33,20 @@ class PinnedPrefixes:
         return covered
 
     def num_blocks_with(self, keys: Iterable[bytes]) -> int:
-        """`num_blocks` if a prefix of blocks with these keys were added."""
+        """Return what `num_blocks` would be with a further prefix of blocks with these keys."""
         return len(self._keys.keys() | set(keys))
 
     def add(self, group: SequenceGroup) -> None:
+        """Add a prefix under the ID of its group."""
         self.groups[group.request_id] = group
         self._keys.update(group.seqs[0].keys)
 
     def remove(self, prefix_id: str) -> SequenceGroup:
+        """Remove a prefix and return its group.
+
+        Raises:
+            KeyError: there is none of this ID.
+        """
         group = self.groups.pop(prefix_id)
         self._keys -= Counter(group.seqs[0].keys)
         return group

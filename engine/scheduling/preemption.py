@@ -1,4 +1,4 @@
-"""What becomes of a group that loses its blocks: they are dropped, or moved to the swap space. No torch."""
+"""Choose between recomputing and swapping out the blocks of preempted groups. No torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import median
 from ..memory.block_manager import BlockManager
 from .request import SequenceGroup
 
-_MEASUREMENTS = 15  # the median of so many: one step that compiles a kernel does not count
+_MEASUREMENTS = 15  # the median of these: a step that compiles a kernel does not count
 
 
 class Rates:
-    """How fast this machine moves blocks and computes prompts, as measured while it does.
+    """Hold the measured rates at which this machine moves blocks and computes prompts.
 
     Args:
-        block_bytes: of a block.
+        block_bytes: size of a block in bytes.
     """
 
     def __init__(self, block_bytes: int) -> None:
@@ -26,26 +26,29 @@ class Rates:
 
     @property
     def link_bytes_per_s(self) -> float | None:
-        """Between the GPU and the swap space, in one direction; None before it was measured."""
+        """Return bytes a second between GPU and swap space, in one direction; None if not measured yet."""
         return median(self._link) if self._link else None
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
+        """Return prompt tokens a second; None if not measured yet."""
         return median(self._prefill) if self._prefill else None
 
     def moved(self, num_blocks: int, seconds: float) -> None:
-        """Take note of a swap."""
+        """Note the duration of a swap."""
         if num_blocks and seconds > 0:
             self._link.append(num_blocks * self.block_bytes / seconds)
 
     def computed(self, num_tokens: int, seconds: float) -> None:
-        """Take note of a step that computed prompts."""
+        """Note the duration of a step that computed prompts."""
         if num_tokens and seconds > 0:
             self._prefill.append(num_tokens / seconds)
 
     def swapping_is_faster(self, num_blocks: int, num_tokens: int) -> bool:
-        """Whether moving so many blocks out and in again takes less time than computing so many tokens. As
-        long as one of the rates is not known, swapping is taken to be."""
+        """Return whether moving blocks out and in again takes less time than computing tokens again.
+
+        True as long as one of the rates has not been measured.
+        """
         link, prefill = self.link_bytes_per_s, self.prefill_tokens_per_s
         if link is None or prefill is None:
             return True
@@ -53,11 +56,11 @@ class Rates:
 
 
 class Preemption:
-    """Chooses by the mode.
+    """Decide for each preempted group by the preemption mode.
 
     Args:
         mode: "recompute", "swap", or "auto", which takes the one that costs less time.
-        rates: for "auto".
+        rates: the measured rates, for "auto".
     """
 
     def __init__(self, mode: str, rates: Rates | None = None) -> None:
@@ -67,7 +70,7 @@ class Preemption:
         self._rates = rates
 
     def swaps(self, group: SequenceGroup, blocks: BlockManager) -> bool:
-        """Whether the group's blocks are to be moved; they fit then."""
+        """Return whether the group's blocks are to be swapped out; they fit into the swap space then."""
         seq_ids = [seq.seq_id for seq in group.live]
         if self._mode == "recompute" or not blocks.can_swap_out(seq_ids):
             return False
@@ -78,7 +81,7 @@ class Preemption:
 
 
 def _num_to_recompute(group: SequenceGroup) -> int:
-    """Tokens; the prompt is computed once for all."""
+    """Return the number of tokens to compute again; the prompt is computed once for all sequences."""
     return sum(_computed(group)) + min(group.prompt_len, group.live[0].num_computed)
 
 

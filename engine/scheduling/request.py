@@ -1,4 +1,4 @@
-"""A request while the engine works on it: a sequence group of one or more sequences. No torch."""
+"""Hold the state of requests: sequence groups of one or more sequences. No torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Sequence:
     num_computed: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were needed
+    keys: list[bytes] = field(
+        default_factory=list
+    )  # prefix hashes of its first full blocks, as far as they were needed
 
     @property
     def finished(self) -> bool:
@@ -41,7 +43,7 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens whose keys and values are still to be computed."""
+        """Return the number of tokens whose keys and values are still to be computed."""
         return len(self.token_ids) - self.num_computed
 
     @property
@@ -55,7 +57,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best next tokens of one beam, the best first."""
+    """The most likely next tokens of a beam, in descending order."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -63,7 +65,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished beam; ``score`` is its log probability over its length to the power of `length_penalty`."""
+    """A finished beam; its score is its log probability divided by its length to the ``length_penalty``."""
 
     token_ids: list[int]
     cumulative_logprob: float
@@ -74,11 +76,13 @@ class Hypothesis:
 
 @dataclass
 class Beams:
-    """State of one group's search."""
+    """The state of a group's beam search."""
 
-    scores: dict[int, float] = field(default_factory=dict)  # log probabilities of the beams, by sequence id
+    scores: dict[int, float] = field(default_factory=dict)  # log probabilities of the beams, by sequence ID
     candidates: dict[int, Candidates] = field(default_factory=dict)  # of the beams that are computed
-    hypotheses: list[Hypothesis] = field(default_factory=list)  # at most beam_width, the best first
+    hypotheses: list[Hypothesis] = field(
+        default_factory=list
+    )  # at most beam_width, in descending order of score
 
 
 @dataclass(eq=False, slots=True)
@@ -99,19 +103,19 @@ class SequenceGroup:
     priority: int = 0  # lower comes first, where the engine schedules by priority
     cache_salt: str | None = None  # requests share blocks with those of the same salt only
     skip_reading_prefix_cache: bool = False  # every token of the prompt has to be computed
-    bad_words: tuple[tuple[int, ...], ...] = ()  # those of params, as tokens
-    is_prefix: bool = False  # no request, but a prefix to be pinned: nothing is sampled
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the bad words of `params`, as tokens
+    is_prefix: bool = False  # a prefix to be pinned, from which nothing is sampled
 
-    # The scheduler's own.
-    live: list[Sequence] = field(default_factory=list)  # those of `seqs` that are not finished
-    rank: tuple[int, int] = (0, 0)  # who ranks lower comes first
-    root_key: bytes = b""  # what the keys of its blocks begin with
+    # Set by the scheduler.
+    live: list[Sequence] = field(default_factory=list)  # the unfinished ones of `seqs`
+    rank: tuple[int, int] = (0, 0)  # lower ranks come first
+    root_key: bytes = b""  # the prefix hash before its first block
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
     beams: Beams | None = None  # the state of its beam search
-    width: int = field(init=False)  # most sequences of the group that run at once
-    num_seats: int = field(init=False)  # sequences that run, or will when the prompt is computed
+    width: int = field(init=False)  # maximum number of sequences of the group in a step
+    num_seats: int = field(init=False)  # number of sequences that run, or will when the prompt is computed
 
     def __post_init__(self) -> None:
         self.width = self.num_seats = self.params.num_sequences

@@ -1,4 +1,4 @@
-"""What the scheduler decides for one step. No torch."""
+"""Define the plan of a step, which the scheduler makes. No torch."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ BlockPairs = tuple[tuple[int, int], ...]
 
 @dataclass(eq=False, slots=True)  # not frozen: making one would take four times as long
 class ScheduledSequence:
-    """Tokens ``start`` to ``start + num_tokens - 1`` of a sequence, to be computed in this step. Nobody
-    changes it."""
+    """Tokens ``start`` to ``start + num_tokens - 1`` of a sequence, to be computed in a step."""
 
     group: SequenceGroup
     seq: Sequence
     start: int
     num_tokens: int
     num_samples: int  # tokens to sample after the last one; 0 while a prompt is not complete
-    # The keys and values of the first so many are in the cache and shared: they are computed for what comes
-    # after them and not written.
+    # Number of the first of these tokens whose keys and values are in shared blocks: they are computed for
+    # the tokens after them, and not written.
     num_stored: int = 0
 
     @property
     def num_prompt_logits(self) -> int:
-        """Of how many tokens, from the first one on, the logits are wanted for what comes after them in the
-        prompt; those after the last token that are sampled from do not count."""
+        """Return the number of first tokens whose logits are wanted for the prompt's own log probabilities.
+
+        The logits after the last token, which are sampled from, do not count.
+        """
         if not self.group.params.needs_whole_prompt:
             return 0
         return max(0, min(self.num_tokens, self.group.prompt_len - 1 - self.start))
 
     @property
     def receivers(self) -> list[Sequence]:
-        """The sequences that the samples belong to, in order; after the plan's `Scheduler.update`."""
+        """Return the sequences of the samples, in order; to be called after the plan's `Scheduler.update`."""
         return [self.seq] if self.num_samples == 1 else self.group.seqs[: self.num_samples]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. The moves of blocks run first, in this order, then the tokens.
+    """A step. The moves of blocks run first, in the order of the fields, then the tokens.
 
     Args:
         swap_out: (GPU block, CPU block). swap_in: (CPU block, GPU block). copies: (source, destination).
@@ -53,7 +54,7 @@ class Plan:
 
 @dataclass
 class Draft:
-    """A plan in the making."""
+    """Collect a plan while it is made."""
 
     budget: int  # tokens left
     scheduled: list[ScheduledSequence] = field(default_factory=list)
@@ -62,4 +63,5 @@ class Draft:
     copies: list[tuple[int, int]] = field(default_factory=list)
 
     def freeze(self) -> Plan:
+        """Return the plan."""
         return Plan(tuple(self.scheduled), tuple(self.swap_out), tuple(self.swap_in), tuple(self.copies))

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from ..llm_engine import Prompt, tokenize
+from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
 from .bodies import Bodies, BodyTooLargeError, json_body

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..llm_engine import LLMEngine, Prompt
+from ..llm_engine import LLMEngine
 from ..outputs import EngineStats, RequestOutput
+from ..prompts import Prompt
 from ..sampling_params import SamplingParams
 from .failure_policy import Action, FailurePolicy
 from .request_log import RequestLog

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..llm_engine import Prompt
+from ..prompts import Prompt
 from .protocol import ChatCompletionRequest
 from .time_limit import run_within
 

@@ -16,8 +16,8 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from ..llm_engine import Prompt
 from ..outputs import RequestOutput
+from ..prompts import Prompt
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style

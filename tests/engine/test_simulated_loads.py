@@ -106,11 +106,11 @@ def test_the_urgent_pass_and_the_others_are_served_too(seed):
         for i, r in enumerate(chats(rng, 400, rate=40))
     ]
     waited = {}
-    for by_priority in (False, True):
-        trace = SimulatedEngine(1200, by_priority=by_priority).run(requests, seed)
+    for policy in ("fcfs", "priority"):
+        trace = SimulatedEngine(1200, scheduling_policy=policy).run(requests, seed)
         urgent = [seconds for group, seconds in trace.waited.items() if group.priority == 0]
-        waited[by_priority] = sum(urgent) / len(urgent)
-    assert waited[True] < 0.2 * waited[False]
+        waited[policy] = sum(urgent) / len(urgent)
+    assert waited["priority"] < 0.2 * waited["fcfs"]
 
 
 @pytest.mark.parametrize(("moved_block", "faster"), [(1e-5, "swap"), (1e-1, "recompute")])

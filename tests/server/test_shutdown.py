@@ -25,7 +25,7 @@ from .test_metrics_and_life import read
 SLOWLY = """
 import sys, time
 from cupaged import serve
-from cupaged.engine.model_runner import ModelRunner
+from cupaged.engine.model.model_runner import ModelRunner
 
 def slowly(*arguments, run=ModelRunner.run):
     time.sleep(0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from cupaged.engine import SamplingParams
+from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.model.kv_cache import in_turn
 from cupaged.engine.scheduling.beam_search import num_candidates
@@ -42,22 +42,25 @@ class Simulation:
     ) -> None:
         self.blocks = BlockManager(num_blocks, num_cpu_blocks, block_size)
         self.memory = PagedMemory(self.blocks, SALTS)
+        max_num_seqs = min(max_num_seqs, budget)  # as an engine's settings have to be
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.max_model_len = max_model_len or num_blocks * block_size
         self.rates = Rates(block_bytes=block_size)
         self.by_priority = by_priority
         self.scheduler = Scheduler(
-            self.blocks,
-            max_num_seqs,
-            budget,
-            self.max_model_len,
-            Preemption(mode, self.rates),
-            frozenset([EOS]),
-            caching,
-            by_priority,
-            memory_policy,
-            static,
-            window,
+            EngineConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                enable_prefix_caching=caching,
+                scheduling_policy="priority" if by_priority else "fcfs",
+                memory_policy=memory_policy,
+                batching="static" if static else "continuous",
+            ),
+            blocks=self.blocks,
+            preemption=Preemption(mode, self.rates),
+            max_model_len=self.max_model_len,
+            eos_token_ids=frozenset([EOS]),
+            window=window,
         )
         self.window = window
         self.random = random.Random(seed)

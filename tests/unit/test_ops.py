@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupaged
-from cupaged import backends, checks, ops
+from cupaged import backends, checks, registration
 from cupaged.backends import reference
 from cupaged.quantisation import quantise
 
@@ -422,8 +422,8 @@ def direct(monkeypatch):
     def spy(name, implementation, fake):
         return lambda *arguments: calls.append(name) or implementation(*arguments), fake
 
-    spied = {name: spy(name, *functions) for name, functions in ops._IMPLEMENTATIONS.items()}
-    monkeypatch.setattr(ops, "_IMPLEMENTATIONS", spied)
+    spied = {name: spy(name, *functions) for name, functions in registration._IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(registration, "_IMPLEMENTATIONS", spied)
     return calls
 
 

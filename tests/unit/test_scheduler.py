@@ -10,9 +10,52 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from cupaged.engine import EngineConfig, SamplingParams
+from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.model.kv_cache import in_turn
+from cupaged.engine.scheduling.preemption import Preemption
 from cupaged.engine.scheduling.request import SequenceGroup, Status
+from cupaged.engine.scheduling.scheduler import Scheduler
 from tests.unit.simulation import EOS, SALTS, Simulation
+
+
+def test_three_requests_over_two_steps():
+    """The scheduler in plain values: 6 blocks of 4 tokens, 8 tokens and 3 sequences in a step."""
+    blocks = BlockManager(num_gpu_blocks=6, num_cpu_blocks=0, block_size=4)
+    scheduler = Scheduler(
+        EngineConfig(max_num_seqs=3, max_num_batched_tokens=8),
+        blocks=blocks,
+        preemption=Preemption("recompute"),
+        max_model_len=24,
+        eos_token_ids=frozenset([EOS]),
+    )
+    prompts = {"a": [1, 2, 3, 4, 5], "b": [1, 2, 3, 4, 6, 7], "c": [8, 9]}
+    for arrival, (name, prompt) in enumerate(prompts.items()):
+        params = SamplingParams(max_tokens=2)
+        scheduler.add(SequenceGroup(name, None, prompt, params, max_tokens=2, arrival=arrival), seed=0)
+
+    # All of "a" is computed; "b" begins with the same block, which is computed once; "c" gets what is left.
+    step = scheduler.schedule()
+    assert [(item.group.request_id, item.start, item.num_tokens) for item in step.scheduled] == [
+        ("a", 0, 5),
+        ("b", 4, 2),
+        ("c", 0, 1),
+    ]
+    assert [item.num_samples for item in step.scheduled] == [1, 1, 0]  # "c" has a token of its prompt to come
+    assert [list(blocks.table(item.seq.seq_id)) for item in step.scheduled] == [[0, 1], [0, 2], [3]]
+    scheduler.update(step, [[10], [EOS], []])  # the model ends "b"
+    assert [group.request_id for group in scheduler.running] == ["a", "c"]
+
+    # "a" decodes its token, and the prompt of "c" is completed.
+    step = scheduler.schedule()
+    assert [(item.group.request_id, item.start, item.num_tokens) for item in step.scheduled] == [
+        ("a", 5, 1),
+        ("c", 1, 1),
+    ]
+    scheduler.update(step, [[11], [12]])  # the second token of "a" is its last
+    assert [group.request_id for group in scheduler.running] == ["c"]
+    assert blocks.gpu.num_free == 5
+
 
 REQUEST = st.fixed_dictionaries(
     {
@@ -102,13 +145,14 @@ class Machine(RuleBasedStateMachine):
     def replace(self, data):
         """One sequence goes on twice, another not at all."""
         scheduler = self.simulation.scheduler
+        sequences = scheduler._sequences
         groups = [g for g in scheduler.running if not (g.prefilling or g.beams) and len(g.live) > 1]
         if groups:
             group = data.draw(st.sampled_from(groups))
             parent, dropped = data.draw(st.permutations(group.live))[:2]
-            child = scheduler.fork(group, parent, dropped.index)
+            child = sequences.fork(group, parent, dropped.index)
             child.token_ids[-1] = self.simulation.random.randrange(EOS)
-            scheduler.drop(group, dropped)
+            sequences.drop(group, dropped)
             assert dropped not in group.seqs
 
     @rule(

@@ -27,7 +27,7 @@ def test_seed(seed, size):
     log("seed", size, seed)
     assert seed % 2 == 0 or "FAIL" not in os.environ
 
-@settings(max_examples=5)
+@settings(max_examples=int(os.getenv("EXAMPLES", "5")))
 @given(st.integers(0, 10**9))
 def test_property(number):
     log("property", number)
@@ -63,6 +63,15 @@ def test_seeds_are_the_tests_own(run):
     assert len(first) == 2 + 5 + 1
     assert len({line.split()[2] for line in first if line.startswith("seed")}) == 2, "each test has another"
     assert run("-n", "2", CI="true")[0] == first
+
+
+def test_properties_do_not_draw_from_the_modules_that_are_loaded(run, tmp_path):
+    """Hypothesis would try their constants, and other tests load other modules."""
+    first, _ = run("-k", "property", EXAMPLES="200")
+    (tmp_path / "constants.py").write_text(f"NUMBERS = {list(range(10**6, 10**6 + 50))}")
+    assert (
+        run("-k", "property", "-p", "constants", EXAMPLES="200", PYTHONPATH=f"{ROOT}:{tmp_path}")[0] == first
+    )
 
 
 def test_fresh_seeds_are_new_and_only_what_draws_runs(run):

@@ -1,7 +1,7 @@
-"""The CPU backend: numba, caches of every dtype, read in place.
+"""The functions of the CPU backend, over numba kernels that read caches of every dtype in place.
 
-Kernels are compiled at their first use and cached on disk by numba (beside this file, in NUMBA_CACHE_DIR
-or in the user's cache directory; `disk_cache.py`). They run on numba's threads, as many as torch uses.
+A kernel is compiled at its first use and cached on disk by numba: beside this file, in NUMBA_CACHE_DIR or in
+the user's cache directory (`disk_cache.py`). Kernels run on numba's threads, as many as torch uses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = {
     torch.float8_e5m2: formats.FLOAT8_E5M2,
     torch.int8: formats.INT8,
 }
-# numba's fallback thread pool aborts when two threads enter it, and two callers would only share the cores.
+# numba's fallback thread pool aborts if two threads enter it. Two callers would share the cores anyway.
 _LOCK = threading.Lock()
 _SOURCES = (
     ir,
@@ -58,12 +58,12 @@ def _kernel(build: Any) -> Any:
 
 
 def _run(build: Any, *args: Any) -> None:
-    wanted = torch.get_num_threads()
-    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    torch_threads = torch.get_num_threads()
+    threads = min(torch_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     with _LOCK:
         numba.set_num_threads(threads)
-        if torch.get_num_threads() != wanted:  # numba started its pool, on the OpenMP that torch counts with
-            torch.set_num_threads(wanted)
+        if torch.get_num_threads() != torch_threads:  # numba's pool has started on the OpenMP of torch
+            torch.set_num_threads(torch_threads)
         _kernel(build)(*args, threads)
 
 
@@ -116,7 +116,7 @@ def paged_attention(
         causal=int(params.causal),
         window=params.sliding_window or 0,
     )
-    # In base 2, and with a soft cap the logits come as s / cap.
+    # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
     q_scale, cap = params.scale * math.log2(math.e), 0.0
     if params.logits_soft_cap is not None:
         q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)

@@ -1,8 +1,8 @@
-"""The CPU attention where rows are few (decode): vectors lie along D.
+"""The CPU attention for few rows (decode): vectors run along D.
 
-A logit is a dot product; K and V stream from the cache through registers once for up to four rows. While
-the logits of a step are computed its values are fetched into the cache, and while the values are summed, the
-next step's keys: the blocks are scattered, which the CPU's own prefetcher does not foresee.
+A logit is a dot product; K and V are streamed from the cache through registers once for up to four rows.
+While the logits of a tile of keys are computed, its values are prefetched; while the values are summed, the
+next tile's keys. The CPU's own prefetcher cannot predict the addresses of scattered blocks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .work import (
     aligned,
     finish_row,
     key_addresses,
-    row_addresses,
+    row_address,
     row_limits,
     unit_of,
 )
@@ -60,21 +60,24 @@ WEIGHTS_STRIDE = 4 * KEYS
 
 @inner
 def _scores(kv_dtype, batch, rows, query, stride, keys, count, sums):
-    """QUAD sums a key for all rows, MAX_ROWS of them at a time at most and as evenly as can be."""
+    """Compute QUAD sums per key for all rows, in passes over the keys of about equally many rows.
+
+    A pass is of at most MAX_ROWS rows; their number must be a constant at compile time.
+    """
     passes = (rows + MAX_ROWS - 1) // MAX_ROWS
     r = 0
-    for left in range(passes, 0, -1):
-        now = (rows - r + left - 1) // left
+    for passes_left in range(passes, 0, -1):
+        pass_rows = (rows - r + passes_left - 1) // passes_left
         q, target = query + r * stride, sums + r * SUMS_STRIDE
-        if now == 4:
+        if pass_rows == 4:
             scores_rows(
                 kv_dtype, 4, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
             )
-        elif now == 3:
+        elif pass_rows == 3:
             scores_rows(
                 kv_dtype, 3, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
             )
-        elif now == 2:
+        elif pass_rows == 2:
             scores_rows(
                 kv_dtype, 2, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
             )
@@ -82,26 +85,27 @@ def _scores(kv_dtype, batch, rows, query, stride, keys, count, sums):
             scores_rows(
                 kv_dtype, 1, q, stride, keys, count, batch.row_bytes, batch.value_offset, target, SUMS_STRIDE
             )
-        r += now
+        r += pass_rows
 
 
 @inner
 def _values(kv_dtype, batch, rows, weights, keys, count, ahead, out, stride, alpha):
+    """Rescale the output of all rows and add the weighted values, in passes like those of `_scores`."""
     passes = (rows + MAX_ROWS - 1) // MAX_ROWS
     r = 0
     offset, row_bytes = batch.value_offset, batch.row_bytes
-    for left in range(passes, 0, -1):
-        now = (rows - r + left - 1) // left
+    for passes_left in range(passes, 0, -1):
+        pass_rows = (rows - r + passes_left - 1) // passes_left
         w, target, a = weights + r * WEIGHTS_STRIDE, out + r * stride, alpha + 4 * r
-        if now == 4:
+        if pass_rows == 4:
             values_rows(
                 kv_dtype, 4, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
             )
-        elif now == 3:
+        elif pass_rows == 3:
             values_rows(
                 kv_dtype, 3, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
             )
-        elif now == 2:
+        elif pass_rows == 2:
             values_rows(
                 kv_dtype, 2, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
             )
@@ -109,12 +113,12 @@ def _values(kv_dtype, batch, rows, weights, keys, count, ahead, out, stride, alp
             values_rows(
                 kv_dtype, 1, w, WEIGHTS_STRIDE, keys, offset, count, row_bytes, ahead, target, stride, a
             )
-        r += now
+        r += pass_rows
 
 
 @inner
 def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state):
-    """Turn sums into weights; advance the running maximum, sum (LANES parts a row) and rescaling factor."""
+    """Turn sums into weights; update running maximum, denominator (LANES sums a row), rescaling factor."""
     lower, upper, position, slope, top, total, alpha, shift = state
     minus_infinity = splat(-INFINITY, LANES)
     for r in range(rows):
@@ -135,7 +139,7 @@ def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state
             largest = maximum(s, largest)
             store(F32, weights + r * WEIGHTS_STRIDE + 4 * k, s)
         store_float(shift + 4 * r, max_lanes(largest))
-    # A row that has seen nothing has no maximum: subtract 0 from its -inf.
+    # The maximum of a row that has seen no key is -inf: shift its logits by 0 instead.
     largest = load(F32, shift, LANES)
     zero = splat(np.float32(0.0), LANES)
     safe = where_between(largest, minus_infinity, splat(INFINITY, LANES), largest, zero)
@@ -143,18 +147,20 @@ def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state
     store(F32, alpha, exp2(sub(load(F32, top, LANES), safe)))
     store(F32, top, largest)
     for r in range(rows):
-        sub_from = splat(load_scalar(F32, shift + 4 * r), LANES)
-        part = mul(load(F32, total + 4 * LANES * r, LANES), splat(load_scalar(F32, alpha + 4 * r), LANES))
+        row_shift = splat(load_scalar(F32, shift + 4 * r), LANES)
+        row_total = load(F32, total + 4 * LANES * r, LANES)
+        row_total = mul(row_total, splat(load_scalar(F32, alpha + 4 * r), LANES))
         for k in range(0, count, LANES):
             at = weights + r * WEIGHTS_STRIDE + 4 * k
-            p = exp2(sub(load(F32, at, LANES), sub_from))
-            part = add(part, p)
+            p = exp2(sub(load(F32, at, LANES), row_shift))
+            row_total = add(row_total, p)
             store(F32, at, p)
-        store(F32, total + 4 * LANES * r, part)
+        store(F32, total + 4 * LANES * r, row_total)
 
 
 @inner
 def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+    """Run a work item of at most FEW_ROWS rows for one KV head."""
     size = batch.head_size
     padded = padded_size(kv_dtype, size)
     scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
@@ -180,19 +186,19 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
     )
     zero = splat(np.float32(0.0), LANES)
     for r in range(item.rows):
-        source = row_addresses(
+        source = row_address(
             batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
         )
         for d in range(0, padded, LANES):
             store(F32, out + r * stride + 4 * d, zero)
-            part = zero
+            elements = zero
             if d < size:
-                part = load_head(dtype, source + batch.itemsize * d, size - d)
-            store(F32, query + r * stride + 4 * d, part)
+                elements = load_head(dtype, source + batch.itemsize * d, size - d)
+            store(F32, query + r * stride + 4 * d, elements)
         reorder_query(kv_dtype, query + r * stride, padded)
         store(F32, total + 4 * LANES * r, zero)
     row_limits(batch, item, head, rows[0], rows[1], rows[2], rows[3])
-    # Keys from `full_low` to `full_high` are seen by every row.
+    # Every row sees the keys from `full_low` to `full_high`.
     full_low = item.low
     if batch.window:
         full_low = np.int64(rows[0, item.rows - 1]) + 1
@@ -216,6 +222,8 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
     for r in range(item.rows):
         unit = unit_of(kv_dtype, batch.v_scale, head)
         reorder_output(kv_dtype, out + r * stride, padded)
-        top, below = rows[4, r], sum_lanes(load(F32, total + 4 * LANES * r, LANES))
-        finish_row(dtype, batch, item, r, head, out + r * stride, unit, top, below, partials, partial_lse)
-    return memory.size + keys.size + rows.size  # keeps the scratch alive until here
+        top, denominator = rows[4, r], sum_lanes(load(F32, total + 4 * LANES * r, LANES))
+        finish_row(
+            dtype, batch, item, r, head, out + r * stride, unit, top, denominator, partials, partial_lse
+        )
+    return memory.size + keys.size + rows.size  # keeps the scratch memory alive until here

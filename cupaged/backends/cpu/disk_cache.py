@@ -1,7 +1,7 @@
-"""numba's cache on disk, made optional: what cannot be read or written is compiled, and said once.
+"""Make numba's disk cache optional: a kernel that cannot be read or written is compiled, with one warning.
 
-numba itself fails where a file of its cache is damaged or the disk is full. Here every file begins with a
-checksum of the rest, as damaged machine code would run.
+numba itself fails if a file of its cache is damaged or the disk is full. Here each file begins with a
+checksum of the rest, because damaged machine code would be executed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _DIGEST_BYTES = _DIGEST().digest_size
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile a function at its first use, on all threads, or load what an earlier process has compiled."""
+    """Return a parallel version of a function that is compiled, or loaded from disk, at its first use."""
     dispatcher = numba.njit(parallel=True, nogil=True, error_model="numpy")(function)
     try:
         dispatcher._cache = _OptionalCache(function)  # type: ignore[attr-defined]  # as its enable_caching does
-    except RuntimeError:  # numba's, where no directory can be written
+    except RuntimeError:  # raised by numba if no directory is writable
         _warn_not_kept("no directory for them can be written")
     return dispatcher
 
@@ -37,8 +37,8 @@ def jit(function: Callable[..., Any]) -> Any:
 class _OptionalCache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        given = self._cache_file
-        self._cache_file = _CheckedFiles(self.cache_path, self._impl.filename_base, given._source_stamp)
+        stamp = self._cache_file._source_stamp
+        self._cache_file = _CheckedFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -56,7 +56,7 @@ class _OptionalCache(FunctionCache):
 
 
 class _CheckedFiles(IndexDataCacheFile):
-    """numba's index and data files, each behind its checksum. What is damaged counts as missing."""
+    """Write and read numba's index and data files with a checksum. A damaged file counts as missing."""
 
     @contextmanager
     def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
@@ -71,7 +71,7 @@ class _CheckedFiles(IndexDataCacheFile):
             return {}
         stream = io.BytesIO(content)
         if pickle.load(stream) != self._version:
-            return {}  # the rest may not be readable by this version
+            return {}  # this version may not be able to read the rest
         stamp, overloads = pickle.load(stream)
         return overloads if stamp == self._source_stamp else {}
 
@@ -82,10 +82,10 @@ class _CheckedFiles(IndexDataCacheFile):
     @staticmethod
     def _read(path: str) -> bytes | None:
         try:
-            found = Path(path).read_bytes()
+            file_bytes = Path(path).read_bytes()
         except FileNotFoundError:
             return None
-        digest, content = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
+        digest, content = file_bytes[:_DIGEST_BYTES], file_bytes[_DIGEST_BYTES:]
         if _DIGEST(content).digest() == digest:
             return content
         _warn_damaged(path)

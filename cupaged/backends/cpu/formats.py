@@ -1,8 +1,8 @@
-"""The formats of numbers in memory: to float32 vectors and back.
+"""Convert elements of every dtype to float32 vectors and back.
 
-numba knows neither bfloat16 nor 8-bit floats: each goes by the name of a numpy type of its size that no
-tensor here has otherwise. 8-bit codes come without their scale, and e4m3 without a factor of 256 as well
-(`code_unit`), which saves an instruction an element; the code of its NaN reads as a number.
+numba supports neither bfloat16 nor 8-bit floats: each is represented by a numpy dtype of its size that is not
+used otherwise. Codes of quantised caches are converted without their scale, and those of e4m3 without a
+factor of 256 as well (`code_unit`), which saves an instruction per element; NaN in e4m3 is read as a number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def kind_of(dtype: types.DType) -> np.dtype:
 
 
 def code_unit(kind: np.dtype) -> float:
-    """What the floats of `load` and `widen` are to be multiplied by, besides the scale."""
+    """Return the factor between a code's value and the float that `load` and `widen` make of it."""
     return 256.0 if kind == FLOAT8_E4M3 else 1.0
 
 
@@ -35,9 +35,9 @@ def _integers(element: ir.IntType, lanes: int, number: int) -> ir.Constant:
 
 
 def _e4m3_halves(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
-    """Codes in the upper bytes of 16-bit words, with anything below them, as fp16 (smaller by 256).
+    """Convert e4m3 codes in the upper bytes of 16-bit words to fp16, divided by 256. Ignores the lower bytes.
 
-    Moved right by one bit, exponent and mantissa are those of an fp16, subnormals too.
+    Shifted right by one bit, exponent and mantissa are those of an fp16, also for subnormals.
     """
     lanes = words.type.count
     shifted = builder.ashr(words, _integers(I16, lanes, 1))
@@ -45,7 +45,7 @@ def _e4m3_halves(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
 
 
 def load(builder: ir.IRBuilder, dtype: types.DType, address: ir.Value, lanes: int) -> ir.Value:
-    """`lanes` consecutive elements as float32, exactly."""
+    """Load `lanes` consecutive elements as float32, exactly."""
     kind, floats = kind_of(dtype), low.vector(F32, lanes)
 
     def elements(element: ir.Type) -> ir.Value:
@@ -67,12 +67,12 @@ def load(builder: ir.IRBuilder, dtype: types.DType, address: ir.Value, lanes: in
 
 
 def widths(kind: np.dtype) -> int:
-    """Vectors of NATIVE floats that one machine register of elements widens to."""
+    """Return the number of vectors of NATIVE floats to which a machine register of elements is widened."""
     return 4 // kind.itemsize
 
 
 def order(kind: np.dtype) -> list[int]:
-    """Which element of a register stands at each place after `widen`."""
+    """Return for each position after `widen` the index of its element in the register."""
     count = NATIVE * widths(kind)
     if kind == INT8:
         return [*range(0, count, 4), *range(1, count, 4), *range(2, count, 4), *range(3, count, 4)]
@@ -82,9 +82,9 @@ def order(kind: np.dtype) -> list[int]:
 
 
 def widen(builder: ir.IRBuilder, dtype: types.DType, register: ir.Value) -> list[ir.Value]:
-    """A register of elements, given as 32-bit words, as float32 vectors in the order of `order`.
+    """Convert a register of elements, given as 32-bit words, to float32 vectors in the order of `order`.
 
-    That order is what shifts and masks give; the elements' own would take shuffles.
+    Shifts and masks result in that order; keeping the elements' own would take shuffles.
     """
     kind, floats = kind_of(dtype), low.vector(F32, NATIVE)
     if kind == np.float32:
@@ -92,29 +92,29 @@ def widen(builder: ir.IRBuilder, dtype: types.DType, register: ir.Value) -> list
     if kind == BFLOAT16:
         even = builder.shl(register, _integers(I32, NATIVE, 16))
         odd = builder.and_(register, _integers(I32, NATIVE, 0xFFFF0000))
-        return [builder.bitcast(part, floats) for part in (even, odd)]
+        return [builder.bitcast(words, floats) for words in (even, odd)]
     if kind == INT8:
         tops = [builder.shl(register, _integers(I32, NATIVE, 24 - 8 * i)) for i in range(4)]
         return [builder.sitofp(builder.ashr(top, _integers(I32, NATIVE, 24)), floats) for top in tops]
     words = builder.bitcast(register, low.vector(I16, 2 * NATIVE))
     if kind == np.float16:
-        parts = [words]
+        half_registers = [words]
     else:
         even = builder.shl(words, _integers(I16, 2 * NATIVE, 8))
         if kind == FLOAT8_E4M3:
-            parts = [_e4m3_halves(builder, even), _e4m3_halves(builder, words)]
+            half_registers = [_e4m3_halves(builder, even), _e4m3_halves(builder, words)]
         else:
-            parts = [even, builder.and_(words, _integers(I16, 2 * NATIVE, 0xFF00))]
+            half_registers = [even, builder.and_(words, _integers(I16, 2 * NATIVE, 0xFF00))]
     result = []
-    for part in parts:
-        halves = builder.bitcast(part, low.vector(ir.HalfType(), 2 * NATIVE))
+    for half_register in half_registers:
+        halves = builder.bitcast(half_register, low.vector(ir.HalfType(), 2 * NATIVE))
         for start in (0, NATIVE):
             mask = ir.Constant(low.vector(I32, NATIVE), list(range(start, start + NATIVE)))
             result.append(builder.fpext(builder.shuffle_vector(halves, halves, mask), floats))
     return result
 
 
-def _narrow_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def _nearest_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Round to nearest, ties to even; NaN stays NaN."""
     lanes = value.type.count
     bits = builder.bitcast(value, low.vector(I32, lanes))
@@ -128,57 +128,58 @@ def _narrow_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.select(is_nan, lanes_of(0x7FC0), rounded), low.vector(I16, lanes))
 
 
-def _smaller(builder: ir.IRBuilder, value: ir.Value, limit: float) -> ir.Value:
-    most = low.constant(limit, value)
-    return builder.select(builder.fcmp_ordered("<", value, most), value, most)
+def _at_most(builder: ir.IRBuilder, value: ir.Value, limit: float) -> ir.Value:
+    limits = low.constant(limit, value)
+    return builder.select(builder.fcmp_ordered("<", value, limits), value, limits)
 
 
 def _nearest_float8(
     builder: ir.IRBuilder, value: ir.Value, mantissa: int, bias: int, largest: float
 ) -> ir.Value:
-    """Codes of an 8-bit float: nearest, ties to even, saturating; NaN is NAN_CODE."""
+    """Round to the nearest codes of an 8-bit float, ties to even, saturating; NaN becomes NAN_CODE."""
     lanes = value.type.count
     words = low.vector(I32, lanes)
 
     def number(n: int) -> ir.Constant:
         return _integers(I32, lanes, n)
 
-    dropped = 23 - mantissa
+    dropped_bits = 23 - mantissa
     smallest_normal = (127 + 1 - bias) << 23
-    units = (127 + 1 - bias - mantissa + 23) << 23  # a float that counts in units of the smallest subnormal
+    # A float whose last place is the format's smallest subnormal: adding it rounds to a multiple of that.
+    units = (127 + 1 - bias - mantissa + 23) << 23
     bits = builder.bitcast(value, words)
     sign = builder.and_(bits, number(0x80000000))
     magnitude = builder.xor(bits, sign)
     is_nan = builder.icmp_signed(">", magnitude, number(0x7F800000))
-    limited = _smaller(builder, builder.bitcast(magnitude, value.type), largest)
-    bits = builder.bitcast(limited, words)
-    odd = builder.and_(builder.lshr(bits, number(dropped)), number(1))
-    rounded = builder.add(builder.add(bits, number((1 << (dropped - 1)) - 1)), odd)
-    normal = builder.sub(builder.lshr(rounded, number(dropped)), number((127 - bias) << mantissa))
-    counted = builder.fadd(limited, builder.bitcast(number(units), value.type))
-    subnormal = builder.sub(builder.bitcast(counted, words), number(units))
+    saturated = _at_most(builder, builder.bitcast(magnitude, value.type), largest)
+    bits = builder.bitcast(saturated, words)
+    odd = builder.and_(builder.lshr(bits, number(dropped_bits)), number(1))
+    rounded = builder.add(builder.add(bits, number((1 << (dropped_bits - 1)) - 1)), odd)
+    normal = builder.sub(builder.lshr(rounded, number(dropped_bits)), number((127 - bias) << mantissa))
+    in_units = builder.fadd(saturated, builder.bitcast(number(units), value.type))
+    subnormal = builder.sub(builder.bitcast(in_units, words), number(units))
     code = builder.select(builder.icmp_signed("<", bits, number(smallest_normal)), subnormal, normal)
     code = builder.or_(code, builder.lshr(sign, number(24)))
     return builder.trunc(builder.select(is_nan, number(NAN_CODE), code), low.vector(I8, lanes))
 
 
 def _nearest_int8(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """The nearest integer from -127 to 127, ties to even; NaN is 0."""
+    """Round to the nearest integer from -127 to 127, ties to even; NaN becomes 0."""
     lanes = value.type.count
-    zero, least = low.constant(0.0, value), low.constant(-127.0, value)
+    zero, smallest = low.constant(0.0, value), low.constant(-127.0, value)
     value = builder.select(builder.fcmp_ordered("ord", value, value), value, zero)
-    value = builder.select(builder.fcmp_ordered(">", value, least), value, least)
-    nearest = low.call(builder, "rint", _smaller(builder, value, 127.0))
+    value = builder.select(builder.fcmp_ordered(">", value, smallest), value, smallest)
+    nearest = low.call(builder, "rint", _at_most(builder, value, 127.0))
     return builder.trunc(builder.fptosi(nearest, low.vector(I32, lanes)), low.vector(I8, lanes))
 
 
 def store(builder: ir.IRBuilder, dtype: types.DType, address: ir.Value, value: ir.Value) -> None:
-    """Write float32 lanes as elements, rounded to the nearest, ties to even. Codes: of the number itself."""
+    """Store float32 lanes as elements, rounded to nearest, ties to even; 8-bit codes without a scale."""
     kind, lanes = kind_of(dtype), value.type.count
     if kind == np.float16:
         value = builder.fptrunc(value, low.vector(ir.HalfType(), lanes))
     elif kind == BFLOAT16:
-        value = _narrow_bfloat16(builder, value)
+        value = _nearest_bfloat16(builder, value)
     elif kind == FLOAT8_E4M3:
         value = _nearest_float8(builder, value, 3, 7, 448.0)
     elif kind == FLOAT8_E5M2:

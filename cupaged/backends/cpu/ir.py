@@ -1,7 +1,7 @@
-"""The pieces of LLVM that the CPU kernels' intrinsics are made of.
+"""Build the LLVM instructions of which the CPU kernels' intrinsics are composed.
 
-A vector of any number of lanes is an LLVM vector: 16 lanes are one AVX-512 register, two AVX2 registers or
-four NEON registers; LLVM splits it. Memory is addressed by integers (bytes).
+An LLVM vector may have any number of lanes: LLVM maps 16 float32 lanes to one AVX-512 register, two AVX2
+registers or four NEON registers. Memory is addressed by integers, in bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntTy
 
 
 def _has(feature: str) -> bool:
-    """Whether numba compiles for a CPU with this feature."""
-    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    if chosen is not None:
-        return f"+{feature}" in chosen.split(",")
+    """Return whether numba compiles for a CPU with this feature."""
+    configured = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if configured is not None:
+        return f"+{feature}" in configured.split(",")
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
@@ -30,8 +30,9 @@ def vector(element: ir.Type, lanes: int) -> ir.VectorType:
 
 
 def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
-    one = builder.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(vector(I32, lanes), [0] * lanes))
+    """Return a vector with ``scalar`` in every lane."""
+    first = builder.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(first, first, ir.Constant(vector(I32, lanes), [0] * lanes))
 
 
 def constant(value: float, like: ir.Value) -> ir.Constant:
@@ -39,7 +40,7 @@ def constant(value: float, like: ir.Value) -> ir.Constant:
 
 
 def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    """An LLVM intrinsic overloaded on the type of its first argument."""
+    """Call the LLVM intrinsic ``name``, which is overloaded on the type of its first argument."""
     kind = args[0].type
     suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
     function = cgutils.get_or_insert_function(
@@ -49,7 +50,7 @@ def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 
 
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return call(builder, "fmuladd", a, b, c)  # fused where the CPU can, never a library call
+    return call(builder, "fmuladd", a, b, c)  # fused only if the CPU can: "fma" may call a library function
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:

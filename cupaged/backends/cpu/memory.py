@@ -1,4 +1,4 @@
-"""The numba kernels that move cache contents, and the merge of attention states."""
+"""The numba kernels that write and copy cache contents and merge attention states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK = 1 << 18  # bytes of a block that one thread copies at a time
 
 
 class Tokens(NamedTuple):
-    """A call of reshape_and_cache, in int64: addresses and strides in bytes."""
+    """Hold the arguments of a call of reshape_and_cache as int64: addresses, and strides in bytes."""
 
     key: int
     key_token_stride: int
@@ -47,7 +47,7 @@ def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
 
 @inner
 def _quantise_token(dtype, kv_dtype, tokens, token):
-    target, key, value = _places(tokens, token)
+    target, key, value = _addresses(tokens, token)
     for head in range(tokens.num_kv_heads if target != 0 else 0):
         _quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
         _quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
@@ -57,8 +57,8 @@ def _quantise_token(dtype, kv_dtype, tokens, token):
 
 
 @inner
-def _places(tokens, token):
-    """Addresses of the token's first row in the cache, 0 when it has none, in `key` and in `value`."""
+def _addresses(tokens, token):
+    """Return the addresses of a token's first row in the cache (0: skip it), in `key` and in `value`."""
     slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
     key = tokens.key + token * tokens.key_token_stride
     value = tokens.value + token * tokens.value_token_stride
@@ -71,7 +71,7 @@ def _places(tokens, token):
 
 @inner
 def _write_token(tokens, token):
-    target, key, value = _places(tokens, token)
+    target, key, value = _addresses(tokens, token)
     for _ in range(tokens.num_kv_heads if target != 0 else 0):
         copy_bytes(target, key, tokens.row_bytes)
         copy_bytes(target + tokens.value_offset, value, tokens.row_bytes)
@@ -83,7 +83,7 @@ def _write_token(tokens, token):
 def build_reshape_and_cache(version: str, jit):
     @jit
     def reshape_and_cache(tokens, num_threads):
-        version  # noqa: B018  holds it in the closure, see cpu.py
+        version  # noqa: B018  puts it into the closure, see attention.py
         if tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes < CHUNK:
             for token in range(tokens.num_tokens):
                 _write_token(tokens, token)
@@ -111,7 +111,7 @@ def build_quantise(version: str, jit):
 def build_move_blocks(version: str, jit):
     @jit
     def move_blocks(target, target_stride, source, source_stride, block_bytes, pairs, count, num_threads):
-        """Copy `count` blocks named by the int64 pairs (source, target) at address `pairs`."""
+        """Copy `count` blocks; address `pairs` has their int64 pairs of IDs (source, target)."""
         version  # noqa: B018
         chunks = (block_bytes + CHUNK - 1) // CHUNK
         for task in prange(count * chunks):
@@ -128,6 +128,7 @@ def build_move_blocks(version: str, jit):
 
 @inner
 def _merge(dtype, itemsize, outs, lses, num_states, rows, size, row, out, lse):
+    """Merge the states of one row of all `rows` rows of `size` elements."""
     largest = np.float32(-np.inf)
     for n in range(num_states):
         largest = max(largest, load_scalar(F32, lses + 4 * (n * rows + row)))
@@ -141,9 +142,9 @@ def _merge(dtype, itemsize, outs, lses, num_states, rows, size, row, out, lse):
     for d in range(0, size, HALF):
         accumulated = splat(np.float32(0.0), HALF)
         for n in range(num_states):
-            state = load_scalar(F32, lses + 4 * (n * rows + row))
-            if state > -np.inf:  # an empty state's output is not read
-                weight = np.float32(np.exp(np.float64(state) - np.float64(total)))
+            state_lse = load_scalar(F32, lses + 4 * (n * rows + row))
+            if state_lse > -np.inf:  # the output of an empty state may be NaN
+                weight = np.float32(np.exp(np.float64(state_lse) - np.float64(total)))
                 address = outs + itemsize * ((n * rows + row) * size + d)
                 accumulated = fma(load(dtype, address, HALF), splat(weight, HALF), accumulated)
         store(dtype, out + itemsize * (row * size + d), accumulated)

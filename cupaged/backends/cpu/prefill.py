@@ -1,6 +1,6 @@
-"""The CPU attention where rows are many (prefill): a vector holds one number of many rows.
+"""The CPU attention for many rows (prefill): vectors run along the rows.
 
-Q is transposed once, logits and output stay transposed, keys and values enter one scalar at a time, and the
+Q is transposed once, logits and output are transposed too, keys and values are broadcast scalars, and the
 softmax needs no sums across lanes.
 """
 
@@ -35,7 +35,7 @@ from .work import (
     aligned,
     finish_row,
     key_addresses,
-    row_addresses,
+    row_address,
     row_limits,
     unit_of,
 )
@@ -43,7 +43,7 @@ from .work import (
 
 @inner
 def _logits_tile(query, keys, count, size, logits, column, like):
-    """logits[k, rows] = sum over d of keys[k, d] * query[d, rows]."""
+    """Compute logits[k, rows] = sum over d of keys[k, d] * query[d, rows], in vectors like `like`."""
     for k in range(0, count, 4):
         k0, k1, k2, k3 = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
         q = query + 4 * column
@@ -65,7 +65,7 @@ def _logits_tile(query, keys, count, size, logits, column, like):
 
 @inner
 def _values_tile(weights, values, count, size, out, column, alpha, like):
-    """out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows]."""
+    """Compute out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows]."""
     scale = load(F32, alpha + 4 * column, like)
     for d in range(0, size, 4):
         at = out + 4 * (d * ROWS + column)
@@ -90,7 +90,7 @@ def _values_tile(weights, values, count, size, out, column, alpha, like):
 
 @inner
 def _widen(dtype, itemsize, size, addresses, count, padded, target):
-    """Copy rows as float32 to `target` and let `addresses` name the copies. float32 rows stay in place."""
+    """Copy rows as float32 to `target` and set `addresses` to the copies. float32 rows are not copied."""
     if itemsize == 4:
         return
     for k in range(count):
@@ -105,7 +105,7 @@ def _widen(dtype, itemsize, size, addresses, count, padded, target):
 
 @inner
 def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
-    """Turn logits [k, rows] into weights, and advance the running maximum, sum and rescaling factor."""
+    """Turn logits [k, rows] into weights, and update running maximum, denominator and rescaling factor."""
     lower, upper, position, slope, top, total, alpha = state
     zero = splat(np.float32(0.0), LANES)
     minus_infinity = splat(-INFINITY, LANES)
@@ -129,22 +129,23 @@ def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
                 s = where_between(j, low, high, s, minus_infinity)
             store(F32, at, s)
             largest = maximum(s, largest)
-        # A row that has seen nothing has no maximum: subtract 0 from its -inf.
+        # The maximum of a row that has seen no key is -inf: shift its logits by 0 instead.
         shift = where_between(largest, minus_infinity, infinity, largest, zero)
-        part = zero
+        tile_total = zero
         for k in range(count):
             at = logits + 4 * (k * ROWS + column)
             p = exp2(sub(load(F32, at, LANES), shift))
-            part = add(part, p)
+            tile_total = add(tile_total, p)
             store(F32, at, p)
         factor = exp2(sub(old_top, shift))
         store(F32, alpha + 4 * column, factor)
-        store(F32, total + 4 * column, fma(load(F32, total + 4 * column, LANES), factor, part))
+        store(F32, total + 4 * column, fma(load(F32, total + 4 * column, LANES), factor, tile_total))
         store(F32, top + 4 * column, largest)
 
 
 @inner
 def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+    """Run a work item of up to ROWS rows for one KV head."""
     size = batch.head_size
     itemsize = batch.row_bytes // size
     scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
@@ -179,14 +180,14 @@ def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partia
             store(F32, out + 4 * (d * ROWS + column), zero)
             store(F32, query + 4 * (d * ROWS + column), zero)
     for r in range(item.rows):
-        source = row_addresses(
+        source = row_address(
             batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
         )
         for d in range(size):
             value = load_scalar(dtype, source + batch.itemsize * d)
             store_float(query + 4 * (d * ROWS + r), np.float32(value * scale))
 
-    # Keys from `full_low` to `full_high` are seen by every row of the tile.
+    # Every row of the tile sees the keys from `full_low` to `full_high`.
     full_low = item.low
     if batch.window:
         full_low = np.int64(rows[0, item.rows - 1]) + 1
@@ -220,4 +221,4 @@ def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partia
         finish_row(
             dtype, batch, item, r, head, row_buffer, unit, rows[4, r], rows[5, r], partials, partial_lse
         )
-    return memory.size
+    return memory.size  # keeps the scratch memory alive until here

@@ -1,11 +1,11 @@
-"""Explicit SIMD for numba: a vector type and the few operations the CPU kernels need.
+"""Explicit SIMD for numba: a vector type and the operations that the CPU kernels need.
 
-LLVM's loop vectoriser does not keep a tile of accumulators in registers, so the kernels name their
-vectors. Memory is addressed by integers (bytes), as the kernels read blocks at computed places; nothing here
-checks bounds.
+LLVM's loop vectoriser does not keep a tile of accumulators in registers, so the kernels use explicit vectors.
+Memory is addressed by integers, in bytes, because the kernels read blocks at computed addresses. Bounds are
+not checked.
 
-``dtype`` arguments are `numpy.dtype`s and select code at compile time; see cpu_formats for the names of
-those that numba does not know.
+``dtype`` arguments are `numpy.dtype`s that select code at compile time; `formats` has those that represent
+dtypes that numba does not support.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ LANES = 16
 HALF = LANES // 2  # head sizes are multiples of this
 
 
-# Four rows of WIDE lanes must fit the register file as accumulators, with a few registers to spare.
+# Four vectors of WIDE lanes must fit the register file as accumulators, with a few registers to spare.
 WIDE = 64 if low.NATIVE == LANES else 16
 
-# What only other kernels call: without the wrappers that Python and C would need, which take as long to
-# compile as the function itself.
+# For functions that only kernels call: omits the wrappers for Python and C, which take as long to compile as
+# the function itself.
 inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class Vector(types.Type):
-    """``lanes`` float32 values in registers."""
+    """The type of ``lanes`` float32 values in registers."""
 
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
@@ -49,7 +49,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _lane_count(lanes: types.Type) -> int | None:
-    """Lanes are given as a constant or by a vector of that many."""
+    """Return the number of lanes that a constant, or a vector of as many lanes, stands for."""
     if isinstance(lanes, Vector):
         return lanes.lanes
     return lanes.literal_value if isinstance(lanes, types.IntegerLiteral) else None
@@ -57,7 +57,7 @@ def _lane_count(lanes: types.Type) -> int | None:
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, dtype, address, lanes):
-    """`lanes` consecutive elements at `address`, as float32."""
+    """Load `lanes` consecutive elements at `address` as float32."""
     count = _lane_count(lanes)
     if count is None:
         return None
@@ -70,7 +70,7 @@ def load(typingctx, dtype, address, lanes):
 
 @intrinsic
 def load_head(typingctx, dtype, address, count):
-    """The first `count` (8 or 16) elements at `address` in LANES lanes, zero behind them."""
+    """Load the first `count` elements (8, or at least LANES) at `address` into LANES lanes, padded with 0."""
 
     def codegen(context, builder, signature, args):
         whole = builder.icmp_signed(">=", args[2], I64(LANES))
@@ -94,7 +94,7 @@ def load_head(typingctx, dtype, address, count):
 
 @intrinsic
 def store(typingctx, dtype, address, value):
-    """Write `value` at `address` as elements of `dtype`, rounding to nearest even."""
+    """Store `value` at `address` as elements of `dtype`, rounded to nearest, ties to even."""
 
     def codegen(context, builder, signature, args):
         formats.store(builder, dtype, args[1], args[2])
@@ -105,7 +105,7 @@ def store(typingctx, dtype, address, value):
 
 @intrinsic
 def store_head(typingctx, dtype, address, value, count):
-    """Write the first `count` (8 or 16) lanes of `value`."""
+    """Store the first `count` lanes (8, or all if at least LANES) of `value`."""
 
     def codegen(context, builder, signature, args):
         whole = builder.icmp_signed(">=", args[3], I64(LANES))
@@ -122,7 +122,7 @@ def store_head(typingctx, dtype, address, value, count):
 
 @intrinsic
 def load_scalar(typingctx, dtype, address):
-    """One element at `address`: an integer of 32 or 64 bits, or any other as float32."""
+    """Load one element at `address`: an int32 or int64 as it is, any other dtype as float32."""
     kind = dtype.dtype
     result = kind if kind in (types.int32, types.int64) else types.float32
 
@@ -136,7 +136,7 @@ def load_scalar(typingctx, dtype, address):
 
 @intrinsic
 def store_float(typingctx, address, value):
-    """Write one float32."""
+    """Store one float32."""
 
     def codegen(context, builder, signature, args):
         builder.store(args[1], low.pointer(builder, args[0], F32), align=4)
@@ -147,7 +147,7 @@ def store_float(typingctx, address, value):
 
 @intrinsic
 def store_ramp(typingctx, address, start, step):
-    """Write the int64 start, start + step, ..., HALF of them."""
+    """Store HALF int64: start, start + step, ..."""
 
     def codegen(context, builder, signature, args):
         address, start, step = args
@@ -163,7 +163,7 @@ def store_ramp(typingctx, address, start, step):
 
 @intrinsic(prefer_literal=True)
 def splat(typingctx, value, lanes):
-    """`value` in every lane."""
+    """Return a vector with `value` in every lane."""
     count = _lane_count(lanes)
     if count is None:
         return None
@@ -191,13 +191,13 @@ def mul(typingctx, a, b):
 
 @intrinsic
 def fma(typingctx, a, b, c):
-    """a * b + c."""
+    """Return a * b + c, fused if the CPU can."""
     return a(a, b, c), lambda context, builder, signature, args: low.fma(builder, *args)
 
 
 @intrinsic
 def maximum(typingctx, a, b):
-    """The larger of each lane; `b` where either is NaN."""
+    """Return the larger value of each lane; `b` where either is NaN."""
 
     def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered(">", *args), *args)
@@ -207,7 +207,7 @@ def maximum(typingctx, a, b):
 
 @intrinsic
 def where_between(typingctx, x, low, high, then, otherwise):
-    """Each lane of `then` where low < x <= high, else of `otherwise`."""
+    """Select each lane from `then` where low < x <= high, else from `otherwise`."""
 
     def codegen(context, builder, signature, args):
         inside = builder.and_(
@@ -220,7 +220,7 @@ def where_between(typingctx, x, low, high, then, otherwise):
 
 @intrinsic
 def iota(typingctx, start):
-    """start, start + 1, ... in LANES lanes."""
+    """Return LANES lanes: start, start + 1, ..."""
 
     def codegen(context, builder, signature, args):
         ramp = ir.Constant(low.vector(F32, LANES), [F32(float(i)) for i in range(LANES)])
@@ -243,10 +243,10 @@ def sum_lanes(typingctx, a):
 
 @intrinsic
 def max_lanes(typingctx, vector):
-    """The largest lane. NaN lanes may be passed over."""
+    """Return the largest lane. NaN lanes may be ignored."""
 
     def codegen(context, builder, signature, args):
-        # llvm.vector.reduce.fmax would go through the lanes one after the other, minding NaN.
+        # llvm.vector.reduce.fmax compares the lanes one after the other, because of NaN.
         (value,) = args
         while (half := value.type.count // 2) > 0:
             masks = [ir.Constant(low.vector(I32, half), list(range(i, i + half))) for i in (0, half)]
@@ -258,7 +258,7 @@ def max_lanes(typingctx, vector):
 
 
 def _exp2_parts(builder: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """2**n and 2**f - 1 with x = n + f, |f| <= 1/2; 2**n is 0 below x = -126.5.
+    """Return 2**n and 2**f - 1 with x = n + f, |f| <= 1/2; 2**n is 0 below x = -126.5.
 
     The Taylor series of 2**f - 1 to degree 7 has a relative error below 3e-8 on that interval, less than
     half a unit in the last place; the factor f keeps it exact near zero.
@@ -279,7 +279,7 @@ def _exp2_parts(builder: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]
 
 @intrinsic
 def exp2(typingctx, x):
-    """2**x, within 2 units in the last place; 0 below -126.5 and for -inf. Needs x < 127.5."""
+    """Return 2**x within 2 units in the last place; 0 below -126.5 and for -inf. Needs x < 127.5."""
 
     def codegen(context, builder, signature, args):
         scale, rest = _exp2_parts(builder, args[0])
@@ -290,7 +290,7 @@ def exp2(typingctx, x):
 
 @intrinsic
 def tanh(typingctx, x):
-    """tanh(x) = e / (e + 2) with e = exp(2x) - 1, exact to a few units in the last place near 0 too."""
+    """Return tanh(x) = e / (e + 2), e = exp(2x) - 1, within a few units in the last place, also near 0."""
 
     def codegen(context, builder, signature, args):
         (value,) = args
@@ -307,7 +307,7 @@ def tanh(typingctx, x):
 
 @intrinsic
 def fetch_add(typingctx, address):
-    """Add one to the int64 at `address`, atomically; gives the value before."""
+    """Add one to the int64 at `address` atomically; return the value before."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", low.pointer(builder, args[0], I64), I64(1), "monotonic")
@@ -317,7 +317,7 @@ def fetch_add(typingctx, address):
 
 @intrinsic
 def copy_bytes(typingctx, target, source, count):
-    """memcpy."""
+    """Copy `count` bytes (memcpy)."""
 
     def codegen(context, builder, signature, args):
         cgutils.raw_memcpy(

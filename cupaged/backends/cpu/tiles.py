@@ -1,11 +1,11 @@
-"""The inner loops of the CPU attention where rows are few: tiles of accumulators that stay in registers.
+"""The inner loops of the CPU attention for few rows: tiles of accumulators that stay in registers.
 
-A row of K or V is read one machine register at a time and widened in registers, in an order that is cheap
-(see cpu_formats.order); the query is put in that order once, and the output put back at the end.
+A row of K or V is loaded one machine register at a time and widened in registers, which changes the order of
+its elements (`formats.order`). The query is reordered likewise once; the output is ordered back at the end.
 
-Tried on an Emerald Rapids: bfloat16 products two at a time (vdpbf16ps) take as long as two FMAs, and decode
-of four rows took 1.5 times as long. Without prefetching large caches took 1.1 to 2 times as long; prefetched
-into the first-level cache instead of the second, up to 1.7 times.
+Measured on an Emerald Rapids: vdpbf16ps, which adds two bfloat16 products, takes as long as two FMAs, and
+decode of four rows took 1.5 times as long with it. Without prefetching, large caches took 1.1 to 2 times as
+long; with prefetching into the first-level cache instead of the second, up to 1.7 times.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .ir import F32, I8, I32, I64, NATIVE
 from .simd import LANES, Vector
 
 REGISTER = 4 * NATIVE  # bytes
-QUAD = 4  # partial sums a key that `scores_tile` leaves to `sum_quads`
-TILE_KEYS = NATIVE // QUAD  # keys of a tile of logits: four rows of them are accumulators
-TILE_VECTORS = TILE_KEYS  # vectors along D of a tile of outputs, times four rows as well
+QUAD = 4  # sums per key that `scores_rows` leaves to `sum_quads`
+TILE_KEYS = NATIVE // QUAD  # keys of a tile of logits, with an accumulator for each of up to MAX_ROWS rows
+TILE_VECTORS = TILE_KEYS  # vectors along D of a tile of outputs, likewise
 MAX_ROWS = 4
 
 
 def _load_register(builder: ir.IRBuilder, address: ir.Value, bytes_left: ir.Value | None) -> ir.Value:
-    """One register from `address`; with `bytes_left` only so many (a multiple of 4), zero behind them."""
+    """Load a register from `address`, or only its first `bytes_left` (a multiple of 4), padded with 0."""
     kind = low.vector(I32, NATIVE)
     pointer = low.pointer(builder, address, kind)
     if bytes_left is None:
@@ -45,7 +45,7 @@ def _load_register(builder: ir.IRBuilder, address: ir.Value, bytes_left: ir.Valu
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Into the second-level cache: straight into the first there are too few lines in flight."""
+    """Prefetch into the second-level cache; the first allows too few lines in flight."""
     pointer = low.pointer(builder, address, I8)
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0"
@@ -63,14 +63,14 @@ def _load_i64(builder: ir.IRBuilder, array: ir.Value, index: ir.Value | int) -> 
 
 
 def _merge(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, group: int) -> ir.Value:
-    """Halve every group of lanes by adding its halves: the groups of `a`, then those of `b`."""
+    """Add the two halves of every group of lanes: of the groups of `a`, then of those of `b`."""
     lanes, half = a.type.count, group // 2
-    firsts = [g + i for g in range(0, 2 * lanes, group) for i in range(half)]
-    parts = [
-        builder.shuffle_vector(a, b, ir.Constant(low.vector(I32, lanes), [i + shift for i in firsts]))
+    first_half = [g + i for g in range(0, 2 * lanes, group) for i in range(half)]
+    halves = [
+        builder.shuffle_vector(a, b, ir.Constant(low.vector(I32, lanes), [i + shift for i in first_half]))
         for shift in (0, half)
     ]
-    return builder.fadd(*parts)
+    return builder.fadd(*halves)
 
 
 def _merge_all(builder: ir.IRBuilder, vectors: list[ir.Value], group: int) -> ir.Value:
@@ -82,14 +82,14 @@ def _merge_all(builder: ir.IRBuilder, vectors: list[ir.Value], group: int) -> ir
 
 @intrinsic
 def code_unit(typingctx, kv_dtype):
-    """What keys and values as the tiles see them are to be multiplied by, besides the cache's scales."""
+    """Return the factor of `formats.code_unit` for keys or values of this dtype."""
     unit = formats.code_unit(formats.kind_of(kv_dtype))
     return types.float32(kv_dtype), lambda context, builder, signature, args: F32(unit)
 
 
 @intrinsic
 def padded_size(typingctx, kv_dtype, size):
-    """Elements that a row of `size` takes in the query and the output: whole tiles."""
+    """Return `size` rounded up to whole tiles: the elements of a row of the query and the output."""
     tile = NATIVE * max(TILE_VECTORS, formats.widths(formats.kind_of(kv_dtype)))
 
     def codegen(context, builder, signature, args):
@@ -111,7 +111,7 @@ def _reorder(builder: ir.IRBuilder, places: list[int], address: ir.Value, size: 
 
 @intrinsic
 def reorder_query(typingctx, kv_dtype, address, size):
-    """Put `size` (of `padded_size`) float32 in the order in which elements of the cache are widened."""
+    """Reorder `size` (a `padded_size`) float32 like the widened elements of the cache."""
 
     def codegen(context, builder, signature, args):
         _reorder(builder, formats.order(formats.kind_of(kv_dtype)), args[1], args[2])
@@ -136,16 +136,16 @@ def reorder_output(typingctx, kv_dtype, address, size):
 def scores_rows(
     typingctx, kv_dtype, rows, query, query_stride, keys, count, row_bytes, ahead, out, out_stride
 ):
-    """Products of `rows` query rows with `count` keys: for each row and key, QUAD sums that add up to q.k.
+    """Compute for each of `rows` query rows and `count` keys QUAD sums that add up to q.k.
 
-    The same bytes at `ahead` from each key are fetched into the cache on the way.
+    Also prefetches, for each key, as many bytes at a distance of `ahead` bytes.
 
     Args:
-        kv_dtype: of the keys.
-        rows: 1 to MAX_ROWS.
+        kv_dtype: dtype of the keys.
+        rows: number of query rows, a constant from 1 to MAX_ROWS.
         query, query_stride: address and byte stride of float32 rows from `reorder_query`.
-        keys: address of an int64 array with the address of each key, valid up to a multiple of TILE_KEYS.
-        out, out_stride: address and byte stride of rows of QUAD float32 a key.
+        keys: address of an int64 array with the address of each key, padded to a multiple of TILE_KEYS.
+        out, out_stride: address and byte stride of rows of QUAD float32 per key.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
@@ -184,8 +184,8 @@ def scores_rows(
             for r in range(num_rows):
                 sums = [builder.load(cell) for cell in cells[r * TILE_KEYS : (r + 1) * TILE_KEYS]]
                 target = builder.add(place, builder.mul(out_stride, I64(r)))
-                part = _merge_all(builder, sums, NATIVE)
-                builder.store(part, low.pointer(builder, target, part.type), align=4)
+                quads = _merge_all(builder, sums, NATIVE)
+                builder.store(quads, low.pointer(builder, target, quads.type), align=4)
         return context.get_dummy_value()
 
     return types.void(kv_dtype, rows, *[types.int64] * 8), codegen
@@ -193,7 +193,7 @@ def scores_rows(
 
 @intrinsic
 def sum_quads(typingctx, address):
-    """The sums of each QUAD consecutive float32 at `address`, LANES of them."""
+    """Return LANES sums, each of QUAD consecutive float32 from `address` on."""
 
     def codegen(context, builder, signature, args):
         kind = low.vector(F32, LANES)
@@ -222,15 +222,15 @@ def values_rows(
     out_stride,
     alpha,
 ):
-    """out[r, :] = alpha[r] * out[r, :] + sum over k < count of weights[r, k] * values[k, :], for `rows` rows.
+    """Compute out[r, :] = alpha[r] * out[r, :] + sum over k < count of weights[r, k] * values[k, :].
 
-    The same bytes of the rows that `ahead` names are fetched into the cache on the way.
+    Also prefetches the rows at the addresses in `ahead`.
 
     Args:
-        kv_dtype: of the values.
-        rows: 1 to MAX_ROWS.
+        kv_dtype: dtype of the values.
+        rows: number of rows r, a constant from 1 to MAX_ROWS.
         weights, weights_stride: address and byte stride of float32 rows.
-        values, offset: address of an int64 array of addresses; value k is `offset` bytes behind.
+        values, offset: address of an int64 array of addresses; value k is at `offset` bytes from the k-th.
         ahead: address of an int64 array of `count` addresses.
         out, out_stride: address and byte stride of float32 rows, for `reorder_output`.
         alpha: address of `rows` float32.

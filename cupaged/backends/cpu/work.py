@@ -1,4 +1,4 @@
-"""How the CPU attention is cut into items of work, and what both forms of it need."""
+"""Plan the work items of the CPU attention; the functions that both of its forms use."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .simd import (
 )
 from .tiles import code_unit
 
-KEYS = 64  # keys of one softmax step
-ROWS = 64  # rows of one tile
-FEW_ROWS = 8  # up to here a tile runs in the decode form
-PART = 512  # keys of one part of a split sequence
+KEYS = 64  # keys of a tile
+ROWS = 64  # maximum number of query rows in a tile
+FEW_ROWS = 8  # maximum number of rows in the decode form
+SPLIT_KEYS = 512  # maximum number of keys in a KV split
 
 F32, I32, I64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 LOG2E = math.log2(math.e)
@@ -34,7 +34,7 @@ INFINITY = np.float32(np.inf)
 
 
 class Batch(NamedTuple):
-    """The call, in int64: addresses and strides in bytes, 0 for what is absent."""
+    """Hold the arguments of a call as int64: addresses, and strides in bytes; 0 for an absent tensor."""
 
     query: int
     query_token_stride: int
@@ -68,21 +68,21 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Rows `row` to `row + rows` of sequence `seq` over the keys `low` to `high`."""
+    """A work item: rows `row` to `row + rows` of sequence `seq` over the keys `low` to `high`."""
 
     seq: int
-    token: int  # of row 0 of the sequence, in the batch
-    position: int  # of row 0 of the sequence
+    token: int  # index in the batch of the sequence's first query token
+    position: int  # position in the sequence of that token
     row: int
     rows: int
     low: int
     high: int
-    partial: int  # index of the partial result, -1 when this is the whole
+    partial: int  # index of the KV split's partial; -1 without splits
 
 
 @inner
 def plan(batch, items):
-    """Fill `items` (or only count, when it is empty): (number of items, number of partial results)."""
+    """Fill `items`, unless it is empty, and return the number of work items and of partials."""
     group = batch.num_heads // batch.num_kv_heads
     count = 0
     partials = 0
@@ -105,9 +105,9 @@ def plan(batch, items):
             if batch.window:
                 low = max(0, position + row // group - batch.window + 1)
             step = max(high - low, 1)
-            split = total <= ROWS and step > PART
+            split = total <= ROWS and step > SPLIT_KEYS
             if split:
-                step = PART
+                step = SPLIT_KEYS
             for start in range(low, high, step):
                 if count < len(items):
                     items[count, 0] = s
@@ -126,21 +126,21 @@ def plan(batch, items):
 
 @inner
 def aligned(size):
-    """Scratch memory of at least `size` bytes: the array that owns it, and an address divisible by 64."""
+    """Allocate `size` bytes. Return the array that owns them and their address, a multiple of 64."""
     memory = np.empty(size + 64, np.uint8)
-    return memory, (np.int64(memory.ctypes.data) + 63) // 64 * 64  # a mixed sum of signs would be float64
+    return memory, (np.int64(memory.ctypes.data) + 63) // 64 * 64  # int64 + uint64 would be float64
 
 
 @inner
 def row_limits(batch, item, head, lower, upper, position, slope):
-    """What each row sees (lower < j <= upper), where it stands, and its ALiBi slope in base 2."""
+    """Set each row's visible keys j (lower < j <= upper), its position, and its ALiBi slope in base 2."""
     group = batch.num_heads // batch.num_kv_heads
     for r in range(item.rows):
         token = (item.row + r) // group
-        at = item.position + token
-        position[r] = at
-        lower[r] = at - batch.window if batch.window else -INFINITY
-        upper[r] = min(at, item.high - 1) if batch.causal else item.high - 1
+        row_position = item.position + token
+        position[r] = row_position
+        lower[r] = row_position - batch.window if batch.window else -INFINITY
+        upper[r] = min(row_position, item.high - 1) if batch.causal else item.high - 1
         slope[r] = 0.0
         if batch.alibi_slopes != 0:
             h = head * group + (item.row + r) % group
@@ -148,7 +148,8 @@ def row_limits(batch, item, head, lower, upper, position, slope):
 
 
 @inner
-def row_addresses(batch, item, r, head, base, token_stride, head_stride):
+def row_address(batch, item, r, head, base, token_stride, head_stride):
+    """Return the address of row `r` of a work item in a tensor [T, H, D] at `base`."""
     group = batch.num_heads // batch.num_kv_heads
     token = item.token + (item.row + r) // group
     return base + token * token_stride + (head * group + (item.row + r) % group) * head_stride
@@ -156,10 +157,10 @@ def row_addresses(batch, item, r, head, base, token_stride, head_stride):
 
 @inner
 def key_addresses(batch, item, head, start, count, padded, keys):
-    """Write the addresses of the rows of K at positions start to start + count, the last up to `padded`.
+    """Store the addresses of the `count` keys from position `start` on, padded with the last to `padded`.
 
     Args:
-        keys: address of an int64 array of `padded` + HALF.
+        keys: address of an int64 array of `padded` + HALF elements.
     """
     table = batch.block_tables + item.seq * batch.table_stride
     block = start // batch.block_size
@@ -170,7 +171,7 @@ def key_addresses(batch, item, head, start, count, padded, keys):
         address = batch.cache + number * batch.block_stride + head * batch.kv_head_stride
         address += offset * batch.row_bytes
         rows = min(batch.block_size - offset, count - k)
-        for i in range(0, rows, HALF):  # what goes too far is written over
+        for i in range(0, rows, HALF):  # addresses past `rows` are overwritten below
             store_ramp(keys + 8 * (k + i), address + i * batch.row_bytes, batch.row_bytes)
         k += rows
         offset = 0
@@ -182,7 +183,7 @@ def key_addresses(batch, item, head, start, count, padded, keys):
 
 @inner
 def unit_of(kv_dtype, scales, head):
-    """What the keys or values of one KV head are to be multiplied by once they are floats."""
+    """Return the factor between the floats read for a KV head's keys or values and their values."""
     if scales == 0:
         return np.float32(1.0)
     return load_scalar(F32, scales + 4 * head) * code_unit(kv_dtype)
@@ -190,7 +191,13 @@ def unit_of(kv_dtype, scales, head):
 
 @inner
 def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, partials, partial_lse):
-    """Write one row: float32 sums in `unit` at `accumulated`, running maximum (base 2) and denominator."""
+    """Write a row of the output, or of a partial if the work item has one.
+
+    Args:
+        accumulated: address of the float32 sums of weighted values, to be multiplied by `unit`.
+        top: maximum logit, in base 2.
+        total: denominator of the softmax.
+    """
     group = batch.num_heads // batch.num_kv_heads
     h = head * group + (item.row + r) % group
     size = batch.head_size
@@ -219,7 +226,7 @@ def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, parti
             largest = larger
         else:
             inverse = np.float32(unit / denominator)
-    target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
+    target = row_address(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
     for d in range(0, size, LANES):
         scaled = mul(load(F32, accumulated + 4 * d, LANES), splat(inverse, LANES))
         store_head(dtype, target + batch.itemsize * d, scaled, size - d)
@@ -232,15 +239,15 @@ def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, parti
 
 
 @inner
-def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
-    """Merge the `parts` partial results of one row that begin with item's; their lse become weights."""
+def merge_row(dtype, batch, item, r, head, num_splits, partials, partial_lse):
+    """Merge a row's partials, which begin with `item`'s; overwrites their lse with weights."""
     group = batch.num_heads // batch.num_kv_heads
     stride = batch.num_kv_heads * ROWS
     index = (item.partial * batch.num_kv_heads + head) * ROWS + r
     h = head * group + (item.row + r) % group
     size = batch.head_size
     largest = -INFINITY
-    for p in range(parts):
+    for p in range(num_splits):
         largest = max(largest, partial_lse[index + p * stride])
     empty = largest == -INFINITY
     if empty:
@@ -248,18 +255,18 @@ def merge_row(dtype, batch, item, r, head, parts, partials, partial_lse):
     elif batch.sinks != 0:
         largest = max(largest, np.float32(load_scalar(F32, batch.sinks + 4 * h) * LOG2E))
     denominator = 0.0
-    for p in range(parts):
+    for p in range(num_splits):
         denominator += 2.0 ** float(partial_lse[index + p * stride] - largest)
     if not empty and batch.sinks != 0:
         denominator += 2.0 ** (float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E - float(largest))
     inverse = 0.0 if empty else 1.0 / denominator
-    for p in range(parts):
+    for p in range(num_splits):
         at = index + p * stride
         partial_lse[at] = 2.0 ** float(partial_lse[at] - largest) * inverse
-    target = row_addresses(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
+    target = row_address(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
     for d in range(0, size, LANES):
         total = splat(np.float32(0.0), LANES)
-        for p in range(parts):
+        for p in range(num_splits):
             at = index + p * stride
             weight = splat(partial_lse[at], LANES)
             total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), weight, total)
