@@ -68,7 +68,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _unescape(field: str) -> str:
-    """Replace the octal escapes of mountinfo, as for spaces."""
+    """Replace the octal escapes of mountinfo, such as those of spaces."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 

@@ -41,8 +41,8 @@ def sampling_defaults(config: GenerationConfig, source: str) -> dict[str, Any]:
     """
     if source == "vllm":
         return {}
-    given = {ours: getattr(config, theirs, None) for theirs, ours in _SETTINGS.items()}
-    settings = {name: value for name, value in given.items() if value is not None}
+    values = {ours: getattr(config, theirs, None) for theirs, ours in _SETTINGS.items()}
+    settings = {name: value for name, value in values.items() if value is not None}
     try:
         SamplingParams(**settings)
     except ValueError as error:

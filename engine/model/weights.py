@@ -36,7 +36,7 @@ def load_weights(place: str | Path, **options: Any) -> PreTrainedModel:
                 place, **options, ignore_mismatched_sizes=True, output_loading_info=True
             )
         except RuntimeError as error:
-            # Weights, as of experts, that transformers merges from several tensors of the checkpoint.
+            # Weights that transformers merges from several tensors of the checkpoint, such as experts'.
             names = sorted({name for report in reports for name in _UNCONVERTED.findall(report)})
             if not names:
                 raise

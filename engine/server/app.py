@@ -1,4 +1,4 @@
-"""The HTTP application: routes, errors in OpenAI's shape, the life of the engine's thread."""
+"""Create the HTTP application: routes, errors in OpenAI's format, and the lifespan of the engine's thread."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, Err
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
-# What the OpenAPI document says of answers: errors have one shape, also those of any other status.
+# Responses in the OpenAPI document; all errors have one schema, whatever their status.
 _Responses = dict[int | str, dict[str, Any]]
-_OTHERS: _Responses = {"default": {"model": ErrorResponse, "description": "Another error"}}
-_ANSWERS: _Responses = {
+_OTHER_ERRORS: _Responses = {"default": {"model": ErrorResponse, "description": "Another error"}}
+_RESPONSES: _Responses = {
     200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
     400: {"model": ErrorResponse, "description": "The request is refused"},
     404: {"model": ErrorResponse, "description": "This server has another model"},
@@ -45,10 +45,10 @@ _ANSWERS: _Responses = {
     429: {"model": ErrorResponse, "description": "Too many requests wait"},
     500: {"model": ErrorResponse, "description": "The engine cannot run the request"},
     503: {"model": ErrorResponse, "description": "The engine has failed, or the server stops"},
-    **_OTHERS,
+    **_OTHER_ERRORS,
 }
 
-_LAST_STEP_SECONDS = 5.0  # that the engine's last step has when the server stops; one that hangs never ends
+_LAST_STEP_SECONDS = 5.0  # time limit of the engine's last step when the server stops; it may hang
 
 
 def create_app(
@@ -57,12 +57,12 @@ def create_app(
     limits: Limits | None = None,
     healthy: Callable[[], bool] | None = None,
 ) -> FastAPI:
-    """The application around an engine, which runs as long as the application does.
+    """Create the application around an engine, whose thread runs during the application's lifespan.
 
     Args:
-        served_model_name: what requests must call the model.
-        limits: what requests may ask for; those of connections are the server's.
-        healthy: what ``/health`` says; by default whether the engine takes requests.
+        served_model_name: name of the model in requests.
+        limits: limits of requests; limits of connections do not apply here.
+        healthy: returns whether ``/health`` answers 200; by default whether the engine accepts requests.
     """
     limits = limits or Limits()
 
@@ -111,7 +111,7 @@ def create_app(
     ) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
         body = bodies.parse(content, CompletionRequest)
         check_model(body.model)
-        # 16 is the API's own, and not the model's to say, as in vLLM.
+        # The API's default of 16 takes precedence over the model's generation config, as in vLLM.
         params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
         prompts = body.prompts()
         limits.check_choices(len(prompts), params.num_sequences)
@@ -123,16 +123,16 @@ def create_app(
         token_ids = tokenize(tokenizer, prompt, engine.engine.max_model_len, engine.engine.max_characters)
         return {"prompt": prompt, "prompt_token_ids": token_ids}
 
-    @app.post(CHAT_PATH, responses=_ANSWERS, openapi_extra=json_body(CHAT_PATH, ChatCompletionRequest))
+    @app.post(CHAT_PATH, responses=_RESPONSES, openapi_extra=json_body(CHAT_PATH, ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
         completions.check_room(1)
         body, params = await bodies.read(request, read_chat)
-        # In another thread: a template may take seconds.
+        # In another thread, as a template may take seconds.
         text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
         prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
         return await completions.respond(request, CHAT, [prompt], params, body)
 
-    @app.post(TEXT_PATH, responses=_ANSWERS, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
+    @app.post(TEXT_PATH, responses=_RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:
         completions.check_room(1)
         body, prompts, params = await bodies.read(request, read_text)
@@ -152,8 +152,8 @@ def create_app(
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    # Hub ids and directories have slashes.
-    @app.get("/v1/models/{name:path}", responses={404: _ANSWERS[404], **_OTHERS})
+    # Hub IDs and directories contain slashes.
+    @app.get("/v1/models/{name:path}", responses={404: _RESPONSES[404], **_OTHER_ERRORS})
     async def model(name: str) -> dict[str, Any]:
         check_model(name)
         return card
@@ -178,7 +178,7 @@ def create_app(
 
 
 class _HeadAsGet:
-    """Middleware that answers HEAD as GET is; the server, which has read the request, sends no body."""
+    """Answer HEAD requests like GET; the server, which knows the method, does not send the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -225,7 +225,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(BodyTooLargeError)
     async def too_large(request: Request, error: BodyTooLargeError) -> JSONResponse:
-        return respond(413, str(error), {"Connection": "close"})  # what is left of it is not received
+        return respond(413, str(error), {"Connection": "close"})  # the rest of the body is not received
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> JSONResponse:
@@ -233,7 +233,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client does not read it
 
     @app.exception_handler(_UnknownModelError)
     async def unknown_model(request: Request, error: _UnknownModelError) -> JSONResponse:
@@ -257,7 +257,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             return respond(404, f"{request.scope['path']} does not exist")
         if error.status_code == 405:
-            # Nothing is allowed to pages from elsewhere, so a preflight gets the same as any other OPTIONS.
+            # No origin is allowed by CORS, so a preflight gets the same answer as any other OPTIONS.
             methods = {*headers["Allow"].split(", "), "OPTIONS"}
             if "GET" in methods:
                 methods.add("HEAD")
@@ -272,9 +272,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _parameter_of(message: str, request: Request) -> str | None:
-    """Return the field that a message is about: the first that it names, in the engine's words."""
+    """Return the first field of the request that an error message names, or None."""
     kind = ChatCompletionRequest if request.scope["path"] == CHAT_PATH else CompletionRequest
-    text = "messages" if kind is ChatCompletionRequest else "prompt"
-    api = {"prompt": text, "prompt_token_ids": text, "beam_width": "n"}
-    words = (api.get(word, word) for word in re.findall(r"\w+", shortened(message)))
+    prompt_field = "messages" if kind is ChatCompletionRequest else "prompt"
+    # The engine's name -> the API's.
+    fields = {"prompt": prompt_field, "prompt_token_ids": prompt_field, "beam_width": "n"}
+    words = (fields.get(word, word) for word in re.findall(r"\w+", shortened(message)))
     return next((word for word in words if word in kind.model_fields or word in UNSUPPORTED), None)

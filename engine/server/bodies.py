@@ -1,4 +1,4 @@
-"""Bodies of requests: received up to a size, and read without keeping the others waiting."""
+"""Receive the bodies of requests and parse them without blocking other requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .protocol import ChatCompletionRequest, CompletionRequest
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", ChatCompletionRequest, CompletionRequest)
 
-_SMALL = 16 * 1024  # bytes that take a few milliseconds to read, whatever is in them
+_SMALL = 16 * 1024  # maximum size in bytes of a body that is processed at once, within milliseconds
 
 _TOO_LARGE_TOGETHER = (
     "the bodies of all requests are too large together (max_bodies_size): send the request again later"
@@ -30,35 +30,37 @@ _TOO_LARGE_TOGETHER = (
 
 
 class BodyTooLargeError(Exception):
-    """A body has more bytes than the server takes."""
+    """Report that a body has more bytes than the server accepts."""
 
 
 @dataclass(eq=False)
 class _Reception:
-    """A body that is received, or received and not read yet."""
+    """Hold the state of a body that is being received, or that waits to be processed."""
 
     task: asyncio.Task[Any]
-    size: int = 0  # bytes so far
+    size: int = 0  # bytes received so far
     complete: bool = False
     dropped: bool = False
 
 
 class Bodies:
-    """Receives bodies and has them read: small ones at once, larger ones in a thread, one after the other.
+    """Receive and process bodies: small ones at once, large ones one after the other in a thread.
 
-    So what is large waits for what is large, and for nothing else; and for as long as a text is tokenized
-    others go on.
+    So large bodies only delay each other.
 
     Args:
-        tokenizer: the engine's; it is copied, as fast tokenizers are not for two threads at once.
+        tokenizer: the engine's tokenizer; it is copied, as fast tokenizers are not thread-safe.
+
+    Attributes:
+        tokenizer: a copy for the server's thread.
     """
 
     def __init__(self, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> None:
         self._limits = limits
-        self.tokenizer = copy.deepcopy(tokenizer)  # of the thread of the server
-        self._tokenizer_of_large = copy.deepcopy(tokenizer)
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self._thread_tokenizer = copy.deepcopy(tokenizer)
         self._receptions: dict[_Reception, None] = {}  # the oldest first
-        self._size = 0  # bytes of all of them
+        self._size = 0  # bytes of all receptions
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cupaged-bodies")
 
     def close(self) -> None:
@@ -67,12 +69,13 @@ class Bodies:
     async def read(
         self, request: Request, read: Callable[[bytes, PreTrainedTokenizerBase], _Result]
     ) -> _Result:
-        """Return what ``read`` makes of the body, with a tokenizer for it alone.
+        """Receive the body and return the result of ``read``, which gets it with a tokenizer of its thread.
 
         Raises:
+            ValueError: the body is not sent as JSON.
             BodyTooLargeError: it is larger than ``max_body_size``; the rest of it is not received.
             BusyError: all bodies together are larger than ``max_bodies_size``.
-            starlette.requests.ClientDisconnect: the client has gone.
+            starlette.requests.ClientDisconnect: the client has disconnected.
         """
         if not _is_json(request.headers.get("content-type", "")):
             raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
@@ -88,34 +91,34 @@ class Bodies:
             self._size -= reception.size
 
     async def work(self, size: int, work: Callable[[PreTrainedTokenizerBase], _Result]) -> _Result:
-        """Return the result of work on so many bytes, or characters: at once, or of many in the thread."""
+        """Return the result of work on ``size`` bytes or characters, done at once if that is small."""
         return work(self.tokenizer) if size <= _SMALL else await self.in_thread(work)
 
     async def in_thread(self, work: Callable[[PreTrainedTokenizerBase], _Result]) -> _Result:
-        """Return the result of what takes long, with a tokenizer for it alone."""
+        """Return the result of slow work, done in the thread with its tokenizer."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, work, self._tokenizer_of_large)
+        return await loop.run_in_executor(self._thread, work, self._thread_tokenizer)
 
     def parse(self, body: bytes, model: type[_Model]) -> _Model:
-        """Return the request that a body is.
+        """Return a body as a request.
 
         Raises:
-            ValueError: it is not JSON, or beyond a limit.
-            pydantic.ValidationError: a field of it is wrong.
+            ValueError: the body is not a JSON object, or exceeds a limit.
+            pydantic.ValidationError: a field has a wrong value.
         """
         self._limits.check_json(body)
         try:
-            found = json.loads(body)
+            data = json.loads(body)
         except json.JSONDecodeError as error:
             raise ValueError(f"the body is not JSON: {error.msg} (at character {error.pos})") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"the body is not JSON: {error}") from None
-        except (RecursionError, ValueError) as error:  # or an integer of thousands of digits
+        except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
             raise ValueError(f"the body cannot be read: {error}") from None
-        if not isinstance(found, dict):
+        if not isinstance(data, dict):
             raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
-        self._limits.check_body(found)
-        return model.model_validate(found)
+        self._limits.check_body(data)
+        return model.model_validate(data)
 
     async def _receive(self, request: Request, reception: _Reception) -> bytes:
         limit = self._limits.max_body_size
@@ -144,7 +147,11 @@ class Bodies:
         return b"".join(parts)
 
     def _drop_oldest(self, caller: _Reception) -> None:
-        """End the reception that is the slowest; raises BusyError where that is the caller's."""
+        """Cancel the oldest incomplete reception.
+
+        Raises:
+            BusyError: that is the caller's.
+        """
         oldest = next(each for each in self._receptions if not (each.complete or each.dropped))
         if oldest is caller:
             raise BusyError(_TOO_LARGE_TOGETHER)
@@ -162,7 +169,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def json_body(path: str, model: type[_Model]) -> dict[str, Any]:
-    """Return what OpenAPI says of a POST to ``path`` whose body is this model."""
+    """Return the OpenAPI description of a POST request to ``path`` whose body is a model."""
     place = f"paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
     schema = model.model_json_schema(ref_template=f"#/{place}/$defs/{{model}}")
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,4 +1,4 @@
-"""Conversations to prompts, by the template that the model's tokenizer brings."""
+"""Render conversations to prompts by the chat template of the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from ..prompts import Prompt
 from .protocol import ChatCompletionRequest
 from .time_limit import run_within
 
-# A template takes milliseconds. It may loop over what the client sends, and loops in loops take for ever.
+# Time limit of a template, which usually takes milliseconds. Nested loops over a client's input may not end.
 _SECONDS = 10.0
 
 
 def render(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, max_characters: int) -> str:
-    """Return a conversation as text, with the opening of the assistant's answer.
+    """Return a conversation as text, with the beginning of the assistant's message.
 
     Args:
-        max_characters: more have too many tokens; nobody is answered while they are counted.
+        max_characters: maximum number of characters; longer texts have too many tokens for a sequence and
+            are not tokenized, as that would delay other requests.
 
     Raises:
         ValueError: the model has no chat template, or the template refuses the messages or their settings.
@@ -39,7 +40,7 @@ def render(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, m
 
     try:
         text = run_within(_SECONDS, render)
-    except TemplateError as error:  # in the template's own words, as a rule
+    except TemplateError as error:  # its message usually comes from the template
         raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
     except Exception as error:
         raise ValueError(
@@ -55,13 +56,13 @@ def render(tokenizer: PreTrainedTokenizerBase, request: ChatCompletionRequest, m
 
 
 def rendered_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the tokens of what `render` has made.
+    """Tokenize the result of `render`.
 
     Raises:
         ValueError: the tokenizer refuses it.
     """
     try:
-        # The template has written the special tokens already.
+        # The text already contains the special tokens.
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except (TypeError, UnicodeError) as error:
         raise ValueError(f"messages: the tokenizer refuses their text: {error}") from error
@@ -69,8 +70,13 @@ def rendered_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
 
 def _check_settings(names: Iterable[str]) -> None:
-    """Settings are variables of the template. Another template, above all, would be a program of the client's
-    that runs here for as long as it likes, and nobody else is answered meanwhile."""
+    """Check that settings are variables of the template, not arguments of ``apply_chat_template``.
+
+    A client's own template, above all, would be a program that could run here without end.
+
+    Raises:
+        ValueError: a name is such an argument.
+    """
     arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     for name in names:
         if name in arguments and name not in ("tools", "documents"):

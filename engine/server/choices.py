@@ -1,4 +1,4 @@
-"""One choice of an answer, whole or in pieces, in the shape of either endpoint."""
+"""Write one choice of a response, whole or as chunks of a stream, in the format of either endpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Style:
-    """How one of the endpoints writes its answers."""
+    """Describe the response format of an endpoint.
+
+    Args:
+        choice: wraps the text of a choice.
+        delta: wraps the new text of a chunk.
+        opening: first chunk of every choice of a stream, if there is one.
+    """
 
     id_prefix: str
     object: str
     chunk_object: str
-    choice: Callable[[str], Json]  # what a text is in
+    choice: Callable[[str], Json]
     delta: Callable[[str], Json]
-    opening: Json | None = None  # a first chunk of every choice
+    opening: Json | None = None
 
 
 TEXT = Style("cmpl-", "text_completion", "text_completion", lambda t: {"text": t}, lambda t: {"text": t})
@@ -40,7 +46,7 @@ CHAT = Style(
 
 
 class Choice:
-    """Writes one output of a request, and remembers what of it is sent."""
+    """Write one output of a request, keeping track of the part that was sent."""
 
     def __init__(
         self,
@@ -55,45 +61,50 @@ class Choice:
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
         self._wanted = wanted
-        self._characters = 0  # sent, as are the tokens below with their log probabilities
-        self._tokens = 0
+        self._num_characters = 0  # sent so far
+        self._num_tokens = 0  # whose log probabilities were sent so far
         self._started = self._ended = False
         self._logprobs: ChatLogprobs | TextLogprobs | None = None
 
     def opening(self) -> Json | None:
-        """The first chunk of a stream, if the endpoint has one."""
-        return self._written(self._style.opening, None, None) if self._style.opening is not None else None
+        """Return the first chunk of a stream, if the endpoint has one."""
+        return self._json(self._style.opening, None, None) if self._style.opening is not None else None
 
-    def next(self, output: RequestOutput, one: CompletionOutput) -> Json | None:
-        """What is new, as a chunk of a stream; None if there is nothing to show."""
-        text = one.text[self._characters :]
+    def next(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+        """Return what is new as a chunk of a stream; None if there is nothing to send."""
+        text = completion.text[self._num_characters :]
         first = not self._started and self._wanted.echo
-        if self._ended or not (text or one.finish_reason or first):
+        if self._ended or not (text or completion.finish_reason or first):
             return None
-        return self._piece(self._style.delta, output, one)
+        return self._new_part(self._style.delta, output, completion)
 
-    def whole(self, output: RequestOutput, one: CompletionOutput) -> Json:
-        choice = self._piece(self._style.choice, output, one)
+    def whole(self, output: RequestOutput, completion: CompletionOutput) -> Json:
+        """Return the choice of a response that is not streamed."""
+        choice = self._new_part(self._style.choice, output, completion)
         if self._wanted.prompt_logprobs is not None and self._style is not CHAT:
             choice["prompt_logprobs"] = for_prompt(output.prompt_logprobs or [], self._wanted.prompt_logprobs)
         return choice
 
-    def _piece(self, write: Callable[[str], Json], output: RequestOutput, one: CompletionOutput) -> Json:
+    def _new_part(
+        self, wrap: Callable[[str], Json], output: RequestOutput, completion: CompletionOutput
+    ) -> Json:
+        """Return the part of the choice that was not sent yet, and mark it as sent."""
         text, logprobs = "", None
         if self._wanted.logprobs is not None and self._logprobs is None:
-            self._logprobs = self._writer(output, self._wanted.logprobs)
+            self._logprobs = self._create_logprobs(output, self._wanted.logprobs)
         if self._wanted.echo and not self._started:
             text = self._prompt(output)
             if isinstance(self._logprobs, TextLogprobs):
                 positions = output.prompt_logprobs or ()
                 logprobs = self._logprobs.of_prompt(text, output.prompt_token_ids, positions)
-        text += one.text[self._characters :]
+        text += completion.text[self._num_characters :]
         if self._logprobs is not None:
-            new = self._logprobs.of(one.token_ids[self._tokens :], (one.logprobs or ())[self._tokens :])
+            token_ids = completion.token_ids[self._num_tokens :]
+            new = self._logprobs.of(token_ids, (completion.logprobs or ())[self._num_tokens :])
             logprobs = new if logprobs is None else {name: logprobs[name] + new[name] for name in logprobs}
-        self._characters, self._tokens = len(one.text), len(one.token_ids)
-        self._started, self._ended = True, one.finish_reason is not None
-        return self._written(write(text), logprobs, one.finish_reason)
+        self._num_characters, self._num_tokens = len(completion.text), len(completion.token_ids)
+        self._started, self._ended = True, completion.finish_reason is not None
+        return self._json(wrap(text), logprobs, completion.finish_reason)
 
     def _prompt(self, output: RequestOutput) -> str:
         if output.prompt is not None:
@@ -104,9 +115,9 @@ class Choice:
             clean_up_tokenization_spaces=False,
         )
 
-    def _writer(self, output: RequestOutput, count: int) -> ChatLogprobs | TextLogprobs:
+    def _create_logprobs(self, output: RequestOutput, count: int) -> ChatLogprobs | TextLogprobs:
         kind = ChatLogprobs if self._style is CHAT else TextLogprobs
         return kind(self._tokenizer, count, output.prompt_token_ids, self._skip_special_tokens)
 
-    def _written(self, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+    def _json(self, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": finish_reason}

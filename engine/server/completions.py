@@ -1,4 +1,4 @@
-"""From requests of the two completion endpoints to their responses, whole or streamed."""
+"""Answer the requests of the two completion endpoints, whole or as streams."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .metrics import Metrics
 from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
 
 Json = dict[str, Any]
-# Clients that split lines as `str.splitlines` does take these for ends; JSON escapes the others of its kind.
+# Line ends for clients that split events by `str.splitlines`; JSON escapes the other ones itself.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-_Positioned = tuple[int, RequestOutput]  # which prompt's output it is
+_Positioned = tuple[int, RequestOutput]  # position of a prompt in the request, and its output
 
 
 class Completions:
-    """Answers completion requests with an engine.
+    """Answer completion requests with an engine.
 
     Args:
-        tokenizer: the engine's, or a copy for the thread of the server.
-        model_name: what answers say the model is.
+        tokenizer: a tokenizer for the server's thread.
+        model_name: name of the model in responses.
         max_waiting_requests: maximum number of prompts that wait for their first output.
-        in_thread: runs what takes long beside the server, with a tokenizer of its own.
+        in_thread: runs slow work in another thread, with a tokenizer of its own.
     """
 
     def __init__(
@@ -60,7 +60,11 @@ class Completions:
         self._in_thread = in_thread
 
     def check_room(self, num_prompts: int) -> None:
-        """Raise BusyError where so many further prompts would be too many that wait."""
+        """Check that ``num_prompts`` more prompts may wait.
+
+        Raises:
+            BusyError: more than ``max_waiting_requests`` would wait.
+        """
         if self._num_waiting + num_prompts > self._max_waiting:
             raise BusyError(
                 f"{self._num_waiting} requests wait, and the server lets {self._max_waiting} wait "
@@ -75,13 +79,13 @@ class Completions:
         params: SamplingParams,
         body: ChatCompletionRequest | CompletionRequest,
     ) -> Response:
-        """Run one request of several prompts, each with ``params.n`` choices.
+        """Run a request of one or more prompts, each with ``params.n`` choices.
 
         Raises:
             ValueError: a prompt is malformed or can never run.
-            BusyError: with them too many would wait.
-            StepFailedError: the engine cannot run one of them.
-            EngineDeadError: the engine has failed or stops.
+            BusyError: too many prompts would wait.
+            StepFailedError: a prompt makes steps fail.
+            EngineDeadError: the engine has failed or is being stopped.
         """
         wanted = body.wanted()
         if body.cache_salt is not None:
@@ -106,11 +110,11 @@ class Completions:
             def write(tokenizer: PreTrainedTokenizerBase) -> bytes:
                 return _whole(head, style, choices(tokenizer), latest, params, wanted)
 
-            # Log probabilities can be megabytes.
+            # Log probabilities can take megabytes.
             large = wanted.logprobs is not None or wanted.prompt_logprobs is not None
-            written = await self._in_thread(write) if large else write(self._tokenizer)
-            return Response(written, media_type="application/json")
-        # A refusal comes with the first output, while the status can still say so.
+            content = await self._in_thread(write) if large else write(self._tokenizer)
+            return Response(content, media_type="application/json")
+        # Errors of the request come with its first output, before the status is sent.
         first = await _unless_disconnected(request, anext(outputs))
         if first is None:
             return Response(status_code=499)
@@ -122,22 +126,22 @@ class Completions:
     async def _run(
         self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams, priority: int
     ) -> AsyncGenerator[_Positioned, None]:
-        """The outputs of all prompts as they come, each with its prompt's position.
+        """Yield the outputs of all prompts as they come, each with its prompt's position.
 
-        Of outputs that come faster than they are taken only the newest is kept: it has all tokens of those
-        before it, and a client that does not read would pile them up.
+        Only the newest output of a prompt is kept until it is taken: it includes all earlier ones, which
+        would pile up if the client does not read.
         """
         self.check_room(len(prompts))
         waiting = set(range(len(prompts)))  # positions without an output
         self._num_waiting += len(prompts)
 
-        def waits_no_more(position: int, task: object = None) -> None:
+        def stop_waiting(position: int, task: object = None) -> None:
             if position in waiting:
                 waiting.remove(position)
                 self._num_waiting -= 1
 
         newest: dict[int, RequestOutput] = {}  # by position
-        arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions with a newest output
+        arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions in `newest`, and errors
 
         async def run_one(position: int, prompt: Prompt) -> None:
             timer = self._metrics.request(params.n)
@@ -145,13 +149,13 @@ class Completions:
                 stream = self._engine.generate(f"{request_id}-{position}", prompt, params, priority)
                 async with contextlib.aclosing(stream):
                     async for output in stream:
-                        waits_no_more(position)
+                        stop_waiting(position)
                         timer.observe(output)
                         if position not in newest:
                             arrived.put_nowait(position)
                         newest[position] = output
             except Exception as error:
-                if not isinstance(error, ValueError):  # a refusal, of what never was a request
+                if not isinstance(error, ValueError):  # the engine refused the request
                     timer.end("error")
                 arrived.put_nowait(error)
             except asyncio.CancelledError:
@@ -159,8 +163,8 @@ class Completions:
                 raise
 
         tasks = [asyncio.create_task(run_one(i, prompt)) for i, prompt in enumerate(prompts)]
-        for position, task in enumerate(tasks):  # also of one that is cancelled before it runs
-            task.add_done_callback(functools.partial(waits_no_more, position))
+        for position, task in enumerate(tasks):  # by a callback, as a task may be cancelled before it runs
+            task.add_done_callback(functools.partial(stop_waiting, position))
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -170,7 +174,7 @@ class Completions:
                 output = newest.pop(item)
                 unfinished -= output.finished
                 yield item, output
-        finally:  # one that fails, or a client that leaves, ends them all
+        finally:  # after an error, or if the client disconnects
             for task in tasks:
                 task.cancel()
 
@@ -185,7 +189,7 @@ async def _collect(outputs: AsyncGenerator[_Positioned, None]) -> dict[int, Requ
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:
-    """The result of ``work``, or None after cancelling it because the client has gone."""
+    """Return the result of ``work``; if the client disconnects before, cancel it and return None."""
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -209,15 +213,15 @@ def _whole(
     wanted: Wanted,
 ) -> bytes:
     ordered = [latest[position] for position in sorted(latest)]
-    found = [  # one by one, as no other thread runs while JSON is written
-        _json(choices[position * params.n + one.index].whole(output, one))
+    written = [  # separately, as `json.dumps` lets no other thread run
+        _json(choices[position * params.n + completion.index].whole(output, completion))
         for position, output in enumerate(ordered)
-        for one in output.outputs
+        for completion in output.outputs
     ]
     more: Json = {"usage": _usage(ordered)}
     if wanted.prompt_logprobs is not None and style is CHAT:
         more["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
-    return f'{_json(head)[:-1]},"choices":[{",".join(found)}],{_json(more)[1:]}'.encode()
+    return f'{_json(head)[:-1]},"choices":[{",".join(written)}],{_json(more)[1:]}'.encode()
 
 
 def _json(value: Json) -> str:
@@ -232,16 +236,16 @@ async def _events(
     params: SamplingParams,
     wanted: Wanted,
 ) -> AsyncIterator[str]:
-    """The lines of a stream of server-sent events."""
+    """Yield the server-sent events of a stream."""
     position, output = first
-    latest = {position: replace(output, outputs=[])}  # as far as they are sent
+    latest = {position: replace(output, outputs=[])}  # the outputs sent so far
 
     def event(choices: list[Json]) -> str:
         chunk = {**head, "choices": choices}
         if wanted.continuous_usage or not choices:
             chunk["usage"] = _usage(latest.values())
         elif wanted.include_usage:
-            chunk["usage"] = None  # of all chunks but the last one, as OpenAI's clients expect
+            chunk["usage"] = None  # in all chunks but the last one, as OpenAI's clients expect
         return _event(chunk)
 
     async with contextlib.aclosing(rest):
@@ -251,12 +255,12 @@ async def _events(
                     yield event([opening])
             async for position, output in _chain(first, rest):
                 latest[position] = output
-                for one in output.outputs:
-                    if piece := choices[position * params.n + one.index].next(output, one):
-                        yield event([piece])
+                for completion in output.outputs:
+                    if chunk := choices[position * params.n + completion.index].next(output, completion):
+                        yield event([chunk])
             if wanted.include_usage:
                 yield event([])
-        except Exception as error:  # the status is sent: all that is left is to say it in the stream
+        except Exception as error:  # the status is sent already, so report the error in the stream
             yield _event(error_body(str(error), "server_error"))
     yield "data: [DONE]\n\n"
 
@@ -274,5 +278,5 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
 def _usage(outputs: Iterable[RequestOutput]) -> Json:
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    sampled = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    sampled = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}

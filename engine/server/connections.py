@@ -1,7 +1,7 @@
-"""The connections of the server: how many there are, and how long each may take.
+"""Limit the number of the server's connections and the time that each may take.
 
-uvicorn closes connections that are kept alive without a request, and nothing else: it waits for ever for a
-head, a body, or a client to read. So its protocol is extended here.
+uvicorn only closes idle keep-alive connections: it waits without limit for the head or the body of a request,
+or for a client to read. So its protocol is extended here.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from .protocol import error_body
 
 _log = logging.getLogger("cupaged.server")
 
-_READ_SIZE = 8192  # bytes that are parsed at once: in chunks of one byte, 256 kB take more than a second
-_LINGER = 5.0  # seconds in which a client may notice that no more is received from it
-_OTHER_FILES = 64  # descriptors for other things than connections
-_QUIET = 60.0  # seconds between log lines about the same trouble
+_READ_SIZE = 8192  # bytes to parse at once: 256 kB in chunks of one byte take more than a second
+_LINGER = 5.0  # seconds for a client to read the answer after the server has stopped receiving
+_OTHER_FILES = 64  # number of file descriptors for other purposes than connections
+_LOG_INTERVAL = 60.0  # minimum seconds between log lines about connections that cannot be accepted
 
 
 class Connections:
-    """Keeps the number of a server's connections within its limit.
+    """Keep the number of a server's connections within its limit.
 
     Args:
-        limits: how many they may be, and their timeouts.
+        limits: maximum number of connections, and their timeouts.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._most = limits.max_connections
-        self._busy: set[Connection] = set()  # with a whole request that is being answered
-        self._idle: dict[Connection, None] = {}  # without, since the first of them the longest
-        self._new: dict[Connection, None] = {}  # that have never had one, the oldest first
-        self._logged = -_QUIET
+        self._max_connections = limits.max_connections
+        self._busy: set[Connection] = set()  # a complete request is being answered
+        self._idle: dict[Connection, None] = {}  # between requests, the longest idle first
+        self._new: dict[Connection, None] = {}  # no complete request so far, the oldest first
+        self._last_log = -_LOG_INTERVAL
 
     def start(self) -> None:
-        """Take the place there is: to be called when everything else is open."""
-        self._most = min(self.limits.max_connections, max(_free_descriptors() - _OTHER_FILES, 8))
-        if self._most < self.limits.max_connections:
+        """Lower the limit to the free file descriptors; call it when all other files are open."""
+        self._max_connections = min(self.limits.max_connections, max(_free_descriptors() - _OTHER_FILES, 8))
+        if self._max_connections < self.limits.max_connections:
             _log.warning(
                 "the limit of file descriptors leaves room for %d connections, not for %d (ulimit -n)",
-                self._most,
+                self._max_connections,
                 self.limits.max_connections,
             )
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
 
     def add(self, connection: Connection) -> None:
-        """Count a new connection, and close another one if they are too many."""
-        if len(self._busy) + len(self._idle) + len(self._new) >= self._most:
+        """Add a new connection, and close another one if there are too many."""
+        if len(self._busy) + len(self._idle) + len(self._new) >= self._max_connections:
             self._evict()
         self._new[connection] = None
 
     def remove(self, connection: Connection) -> None:
-        """Count a connection no more."""
+        """Remove a closed connection."""
         self._busy.discard(connection)
         self._idle.pop(connection, None)
         self._new.pop(connection, None)
 
     def set_busy(self, connection: Connection, busy: bool) -> None:
-        """Note whether a whole request has come that is being answered."""
+        """Set whether a complete request of the connection is being answered."""
         if busy:
             self.remove(connection)
             self._busy.add(connection)
@@ -76,17 +76,17 @@ class Connections:
 
     @property
     def full(self) -> bool:
-        """Return whether so many are busy that the others are needed to refuse what comes."""
-        return len(self._busy) > self._most - self._spare
+        """Return whether the connections that are not busy are needed to refuse further requests."""
+        return len(self._busy) > self._max_connections - self._num_reserved
 
     @property
-    def _spare(self) -> int:
-        return max(self._most // 8, 1)
+    def _num_reserved(self) -> int:
+        return max(self._max_connections // 8, 1)
 
     def _evict(self) -> None:
-        """Close one that asks for nothing: a new one, if there are enough of them for the next requests."""
-        among = self._new if len(self._new) >= self._spare or not self._idle else self._idle
-        oldest = next(iter(among), None)
+        """Close the oldest connection without a request: a new one if many are new, else an idle one."""
+        candidates = self._new if len(self._new) >= self._num_reserved or not self._idle else self._idle
+        oldest = next(iter(candidates), None)
         if oldest is not None:
             self.remove(oldest)
             oldest.abort()
@@ -96,22 +96,22 @@ class Connections:
             loop.default_exception_handler(context)
             return
         self._evict()
-        if time.monotonic() - self._logged > _QUIET:
-            self._logged = time.monotonic()
+        if time.monotonic() - self._last_log > _LOG_INTERVAL:
+            self._last_log = time.monotonic()
             _log.error("a connection cannot be accepted, and will be tried again: %s", context["exception"])
 
 
 class Connection(H11Protocol):
-    """Extends uvicorn's protocol by timeouts, and an end at which the client gets to read the answer."""
+    """Extend uvicorn's protocol by timeouts, and by closing such that the client can read the answer."""
 
     def __init__(self, connections: Connections, **settings: Any) -> None:
         super().__init__(**settings)
         self._table = connections
         self._limits = connections.limits
-        self._waits_for: tuple[str, Any] | None = None  # what of which request
+        self._waits_for: tuple[str, Any] | None = None  # "head" or "body", and the request's cycle
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
-        self._head_refused = False  # before it was whole
+        self._head_refused = False  # an incomplete head was refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if hasattr(transport, "max_size"):  # asyncio's own
@@ -126,13 +126,13 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.IDLE:
             self._wait_for("head")
         super().data_received(data)
-        self._follow()
+        self._update_state()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:  # nobody wants the rest of it
+        if self.conn.their_state is h11.SEND_BODY:  # the rest of the body is not needed
             self.transport.close()
-        self._follow()
+        self._update_state()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_for(None)
@@ -160,7 +160,7 @@ class Connection(H11Protocol):
             super().shutdown()
 
     def abort(self) -> None:
-        """Close without anything that is left to send."""
+        """Close at once, without sending what is buffered."""
         self.transport.abort()
 
     @property
@@ -169,28 +169,28 @@ class Connection(H11Protocol):
 
     @property
     def receiving(self) -> bool:
-        """Return whether more of a request may come, or something that is none."""
+        """Return whether the client may still be sending, be it a request or anything else."""
         return self._head_refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:
         error = "the request is not HTTP, or its head is too large"
         self._refuse(400, error)
 
-    def _follow(self) -> None:
-        """Note how far the client has come with its request."""
+    def _update_state(self) -> None:
+        """Update the deadline, and whether the connection is busy, by the state of the client's request."""
         state = self.conn.their_state
         answering = self.cycle is not None and not self.cycle.response_complete
         busy = answering and state is not h11.SEND_BODY
         self._table.set_busy(self, busy)
         if busy and self._table.full and not self.cycle.response_started:
-            self._refuse_if_work()
+            self._refuse_unless_get()
         if state is h11.SEND_BODY:
             self._wait_for("body")
         elif state is not h11.IDLE or not (self._waits_for and self._waits_for[0] == "head"):
             self._wait_for(None)
 
-    def _refuse_if_work(self) -> None:
-        """GET asks for none, and who watches the server asks for /health."""
+    def _refuse_unless_get(self) -> None:
+        """Refuse a request unless it is a GET, which is cheap; monitors use that for /health."""
         if self.scope["method"] != "GET":
             message = "the server has too many connections (max_connections): send the request again later"
             self._refuse(429, message, (b"retry-after", b"1"))
@@ -211,7 +211,7 @@ class Connection(H11Protocol):
         self._refuse(408, f"the {what} of the request did not come in time")
 
     def _refuse(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
-        """Answer instead of the application and close."""
+        """Send an error in place of the application's answer and close."""
         self._head_refused = self.conn.their_state is h11.IDLE
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
@@ -232,9 +232,9 @@ class Connection(H11Protocol):
 
 
 class _Transport:
-    """Closes a transport for certain, and so that the client gets to read the answer.
+    """Close a transport within a time limit and such that the client can read the answer.
 
-    Where the client still sends, closing would reset the connection, and what has been sent could be lost.
+    If the client is still sending, closing at once would reset the connection, and the answer could be lost.
     """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
@@ -255,21 +255,22 @@ class _Transport:
         loop, linger = self._connection.loop, self._connection.receiving
         if linger and self._transport.can_write_eof():
             self._transport.write_eof()
-            self._transport.resume_reading()  # to throw it away, until the client closes
+            self._transport.resume_reading()  # and discard, until the client closes
             loop.call_later(_LINGER, self._transport.abort)
         else:
-            self._transport.close()  # when all is sent
+            self._transport.close()  # asyncio sends what is buffered before
             loop.call_later(self._connection.send_timeout, self._transport.abort)
 
 
 def _free_descriptors() -> int:
+    """Return the number of file descriptors that the process can still open."""
     try:
         import resource
     except ImportError:  # Windows
         return 2**31
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        taken = len(os.listdir("/proc/self/fd"))
+        num_open = len(os.listdir("/proc/self/fd"))
     except OSError:
-        taken = _OTHER_FILES
-    return (most if most != resource.RLIM_INFINITY else 2**31) - taken
+        num_open = _OTHER_FILES
+    return (limit if limit != resource.RLIM_INFINITY else 2**31) - num_open

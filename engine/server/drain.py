@@ -1,4 +1,4 @@
-"""The end of a server: what runs may finish, what is new is refused."""
+"""Drain a server that stops: let running requests finish and refuse new ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 
 
 class _Refused(BaseException):
-    """Goes through all of the application, up to `Drain`."""
+    """Unwind the application up to `Drain`; a BaseException, so that no handler catches it."""
 
 
 class Drain:
-    """An ASGI application around another one, which counts the POST requests that are being answered.
+    """Wrap an ASGI application, count its active POST requests and refuse new ones while draining.
 
-    Once it has begun to drain, new ones get 503 with ``Retry-After``, and so do those whose body is not
-    whole. Everything else, as metrics, is answered to the end.
+    While draining, new POST requests and those with an incomplete body get 503 with ``Retry-After``. Other
+    requests, such as those for metrics, are answered until the server stops.
+
+    Attributes:
+        num_active: number of POST requests that are being received or answered.
     """
 
     def __init__(self, app: Application) -> None:
@@ -35,10 +38,11 @@ class Drain:
 
     @property
     def begun(self) -> bool:
+        """Return whether draining has begun."""
         return self._begun.is_set()
 
     async def run(self, timeout: float) -> None:
-        """Refuse what is new from now on, and wait for what runs, for so many seconds at most."""
+        """Refuse new requests from now on, and wait at most ``timeout`` seconds for active ones."""
         clock = asyncio.get_running_loop().time
         self._deadline = clock() + timeout
         self._begun.set()
@@ -49,31 +53,31 @@ class Drain:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        whole = started = False
+        body_complete = answer_started = False
 
-        async def receive_in_time() -> Message:
-            nonlocal whole
-            if whole:  # all that can come is that the client leaves
+        async def receive_unless_draining() -> Message:
+            nonlocal body_complete
+            if body_complete:  # only a disconnect can follow
                 return await receive()
             message = await self._unless_begun(receive)
-            whole = not message.get("more_body", False)
+            body_complete = not message.get("more_body", False)
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
+        async def tracked_send(message: Message) -> None:
+            nonlocal answer_started
+            answer_started = True
             await send(message)
 
         self.num_active += 1
         try:
             if self.begun:
                 raise _Refused
-            await self._app(scope, receive_in_time, noted)
+            await self._app(scope, receive_unless_draining, tracked_send)
         except _Refused:
-            if not started:
+            if not answer_started:
                 await self._refuse(send)
         except asyncio.CancelledError:
-            # uvicorn cancels at last those whose client does not read; a traceback for each helps nobody.
+            # In the end uvicorn cancels requests whose clients do not read; suppress their tracebacks.
             if not self.begun:
                 raise
         finally:
@@ -93,12 +97,12 @@ class Drain:
             begun.cancel()
 
     async def _refuse(self, send: Send) -> None:
-        left = self._deadline - asyncio.get_running_loop().time()
+        seconds_left = self._deadline - asyncio.get_running_loop().time()
         body = json.dumps(error_body("the server is shutting down", "server_error")).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
-            "retry-after": str(max(1, math.ceil(left))),  # this server is gone then, another may be there
+            "retry-after": str(max(1, math.ceil(seconds_left))),  # by then another server may have started
             "connection": "close",
         }
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]

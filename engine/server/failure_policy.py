@@ -1,13 +1,13 @@
-"""What becomes of requests whose step failed.
+"""Decide what to do with requests whose step failed.
 
-The engine itself says what is tried next: the halves of what failed, or a single request once more
-(`LLMEngine.step`). So a request that always fails is soon alone, and failures that pass cost nobody anything.
+The engine chooses what to retry next: halves of the failed batch, or a single request once more
+(`LLMEngine.step`). So a request that always fails is soon isolated, and transient failures end no request.
 
-| what has failed                                    | what is done                                       |
+| failure                                            | action                                             |
 |----------------------------------------------------|----------------------------------------------------|
-| several requests, or one for the first time        | try again                                          |
-| the same requests, or request, twice in a row      | they end                                           |
-| `MAX_FAILURES` steps in a row, whoever was in them | probe the engine, which is dead if that fails too  |
+| a step with other requests than the last failure   | try again                                          |
+| two steps in a row with the same requests          | end these requests                                 |
+| `MAX_FAILURES` steps in a row, with any requests   | probe the engine, which is dead if that fails too  |
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ MAX_FAILURES = 6
 
 
 class Action(Enum):
+    """Name the actions after a failed step."""
+
     TRY_AGAIN = "try again"
     END = "end the requests"
     PROBE = "probe the engine"
 
 
 class FailurePolicy:
-    """Decides after every step that failed; remembers the one before."""
+    """Decide what to do after every failed step."""
 
     def __init__(self) -> None:
-        self._last: tuple[str, ...] = ()  # who failed in the last step; nobody if it did not fail
-        self._in_a_row = 0  # steps that failed, since one did not or the engine was probed
+        self._last_failed: tuple[str, ...] = ()  # request IDs of the last step; empty if it succeeded
+        self._num_failures = 0  # number of failed steps since a successful one or a probe
 
     @property
     def failing(self) -> bool:
         """Return whether the last step has failed."""
-        return bool(self._last)
+        return bool(self._last_failed)
 
     def succeeded(self) -> None:
-        self._last, self._in_a_row = (), 0
+        """Record that a step has succeeded."""
+        self._last_failed, self._num_failures = (), 0
 
     def failed(self, request_ids: Sequence[str]) -> Action:
-        """Return what to do after a step with these requests has failed."""
-        twice = tuple(request_ids) == self._last
-        self._last = tuple(request_ids)
-        self._in_a_row += 1
-        if self._in_a_row == MAX_FAILURES:
-            self._in_a_row = 0
+        """Record that a step with these requests has failed, and return what to do."""
+        twice = tuple(request_ids) == self._last_failed
+        self._last_failed = tuple(request_ids)
+        self._num_failures += 1
+        if self._num_failures == MAX_FAILURES:
+            self._num_failures = 0
             return Action.PROBE
         return Action.END if twice else Action.TRY_AGAIN

@@ -1,4 +1,4 @@
-"""Types of a request's fields, and what is said about a value that is none of theirs."""
+"""Define types for the fields of requests, and format values for error messages."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pydantic import (
 
 
 def sendable(text: str) -> str:
-    """With an escape for half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    """Return a text with escapes in place of lone surrogates, which JSON can contain and UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shown(value: Any) -> str:
-    """A value of a request as JSON, cut short, for a message about it."""
+    """Return a value of a request as JSON of at most 80 characters, for an error message."""
     text = ""
     for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
         text += sendable(part[:81])
-        if len(text) > 80:  # of a long value no more is written
+        if len(text) > 80:  # do not encode the rest of a long value
             break
     return shortened(text, 80)
 
 
 def shortened(text: str, length: int = 1000) -> str:
-    """Return a text without its end if it is longer than ``length``: an error is no place for megabytes."""
+    """Return a text cut to at most ``length`` characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def must_be(description: str) -> WrapValidator:
-    """One message for a field of several types, instead of one for each of them."""
+    """Return a validator that reports one error for a field of several types, not one for each type."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -53,30 +53,30 @@ def _without_fraction(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# JSON has one type of number, and some writers give all of them a fraction: 2.0 is the integer 2.
+# JSON has one type of number, and some clients write all numbers with a fraction: accept 2.0 as 2.
 Integer = Annotated[int, BeforeValidator(_without_fraction)]
 
-# Lists that are validated up to their first wrong entry: an error of each of them takes a kilobyte.
+# Lists are validated up to the first wrong entry, as each error takes a kilobyte.
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
 IntegerLists = Annotated[list[Integers], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """JSON's own types: true is no number, and neither is "1". Null is a field left out."""
+    """Accept only JSON's own types: neither true nor "1" is a number. Null is the same as no field."""
 
     model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """Clients that write all their fields send null for those that are not set."""
+        """Remove nulls, which some clients send for fields that are not set."""
         if isinstance(data, dict):
             return {name: value for name, value in data.items() if value is not None}
         return data
 
 
 class Closed(Strict):
-    """Every member is used, so an unknown one is refused."""
+    """Refuse unknown members."""
 
     model_config = ConfigDict(extra="forbid")

@@ -1,5 +1,8 @@
-"""Which names of the server requests may use: a page anywhere can have its own name point to this machine
-(DNS rebinding), and browsers then let it talk to a server here as to its own."""
+"""Check the Host header of requests, against DNS rebinding.
+
+Any web page can make its own host name resolve to this machine, and browsers then let it send requests to a
+server here as if it were its own.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from .protocol import error_body, shown
 
 
 def allowed_hosts(bound_to: str, host: str, more: Collection[str]) -> frozenset[str] | None:
-    """Return the names that the Host header may have; None is any.
+    """Return the names that the Host header may have; None: any.
 
     Args:
-        bound_to: the address that the server listens on.
-        host: how that was named.
-        more: names that the user allows; "*" is any.
+        bound_to: address that the server listens on.
+        host: name of that address on the command line.
+        more: further names that the user allows; "*": any.
     """
     if "*" in more or not (more or _is_loopback(bound_to)):
         return None
@@ -28,7 +31,11 @@ def allowed_hosts(bound_to: str, host: str, more: Collection[str]) -> frozenset[
 
 
 class HostCheck:
-    """Refuses requests for other hosts. Loopback addresses are always allowed: they are not names."""
+    """Refuse requests for other hosts than the allowed ones and loopback addresses.
+
+    Args:
+        allowed: names in lower case; None: any.
+    """
 
     def __init__(self, app: ASGIApp, allowed: frozenset[str] | None) -> None:
         self._app = app
@@ -36,7 +43,7 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
-        if host is None or self._allowed is None or self._is_allowed(host):  # browsers always name one
+        if host is None or self._allowed is None or self._is_allowed(host):  # browsers always send the header
             await self._app(scope, receive, send)
             return
         message = (

@@ -1,4 +1,4 @@
-"""uvicorn around the application: how it ends, and what it looks after while it runs."""
+"""Run the application with uvicorn: graceful shutdown, watchdog, load log."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from .load_log import LoadLog
 from .watchdog import Watchdog
 
 _log = logging.getLogger("cupaged.server")
-_BACKLOG = 2048  # connections that the system keeps until they are accepted
-_LAST_SECONDS = 5  # in which those are told who did not finish in time; then uvicorn cancels them
+_BACKLOG = 2048  # maximum number of connections that wait to be accepted
+_LAST_SECONDS = 5  # time to answer requests that did not finish before the shutdown timeout
 
 
 class Server(uvicorn.Server):
-    """Serves an engine over HTTP.
+    """Serve an engine over HTTP.
 
-    The first SIGTERM or SIGINT lets running requests finish and refuses new ones; a second one ends the
-    process at once, with exit status 128 + its number, as a shell says of who was ended by a signal. (The
-    signal's own default action would not do: the first process of a container has none.)
+    At the first SIGTERM or SIGINT running requests may finish and new ones are refused. A second signal ends
+    the process at once with exit status 128 + signal number, as shells report it. (The default action of the
+    signal would not do: it does not apply to the first process of a container.)
 
     Args:
-        model_name: what requests must call the model.
-        grace: seconds after the death of the engine in which everybody is told before the server stops.
-        on_start: called when the server takes requests.
-        limits: what one client may ask for.
-        allowed_hosts: names that the Host header of a request may have; None is any.
-        shutdown_timeout: maximum number of seconds that running requests have to finish when the server
-            stops. Then the engine stops, and those left are told so.
-        step_timeout: seconds after which a step is taken to hang, and ``/health`` says 503; 0: never.
-        log_stats: say every ten seconds how much load there is, while there is some.
+        model_name: name of the model in requests.
+        grace: seconds between the failure of the engine and the end of the server, for sending errors.
+        on_start: called when the server accepts requests.
+        limits: limits of requests and connections.
+        allowed_hosts: names that the Host header of a request may have; None: any.
+        shutdown_timeout: maximum number of seconds for running requests to finish when the server stops.
+            Then the engine stops, and the remaining requests get an error.
+        step_timeout: seconds after which a step is reported as hanging and ``/health`` answers 503; 0: never.
+        log_stats: log the load every ten seconds, while there is any.
 
     Attributes:
-        failure: the death of the engine, if that is why the server stops.
+        failure: the error of the engine, if that is why the server stops.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Server(uvicorn.Server):
                 HostCheck(self._drain, allowed_hosts),
                 http=functools.partial(Connection, self._connections),  # type: ignore[arg-type]
                 ws="none",
-                loop="asyncio",  # how it reads and accepts is part of the limits
+                loop="asyncio",  # `Connections` depends on how it reads and accepts
                 log_config=None,
                 access_log=False,
-                # So many are accepted in a row, and asyncio goes on where descriptors have run out: one by
-                # one, it waits a second then.
+                # asyncio tries to accept this many connections in a row, even while descriptors have run out;
+                # with 1 it waits a second between attempts. `startup` sets the real backlog.
                 backlog=1,
                 timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=_LAST_SECONDS,

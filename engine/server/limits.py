@@ -1,4 +1,4 @@
-"""What one client may ask of the server, so that the others notice nothing. No FastAPI."""
+"""Define and check limits of requests, so that no client disturbs the others. FastAPI is not imported."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 
 class BusyError(Exception):
-    """The server has too much to do already; later it may have less."""
+    """Report that the server has too many requests, so that the client should try again later."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds what clients can ask for; what is beyond a limit is refused before there is work for it.
+    """Hold the limits of requests and connections; what exceeds one is refused before it is processed.
 
     Args:
         max_body_size: maximum size of a request's body in bytes; TGI's default.
-        max_bodies_size: maximum size of all bodies together that are received and not read yet; beyond it the
-            request that has been coming for the longest time gets 429.
-        max_json_depth: maximum depth of lists and objects in each other in a body.
-        max_json_lists: maximum number of lists and objects in a body; nothing else runs while they are made.
-        max_choices: maximum number of choices of a request: its prompts times n, or best_of where that is
+        max_bodies_size: maximum size in bytes of all bodies together that are not processed yet; beyond it
+            the oldest incomplete request gets 429.
+        max_json_depth: maximum nesting depth of lists and objects in a body.
+        max_json_lists: maximum number of lists and objects in a body; parsing them blocks the server.
+        max_choices: maximum number of choices of a request: its prompts times n, or best_of if that is
             larger.
         max_messages: maximum number of messages of a chat; OpenAI's.
-        max_stop_strings: maximum number of stop strings of a request; they are looked for at every token.
+        max_stop_strings: maximum number of stop strings of a request; each is searched for at every token.
         max_bad_words: maximum number of bad_words of a request.
         max_string_length: maximum number of characters of a stop string, and of a bad word.
         max_token_ids: maximum number of entries of logit_bias, and of allowed_token_ids and stop_token_ids.
         max_waiting_requests: maximum number of prompts, of all clients, that wait for their first token; with
             more, requests get 429.
-        max_connections: maximum number of connections. With all of them open, a new one takes the place of
-            one without a request; while seven eighths of them have requests, further ones get 429.
-        header_timeout: seconds in which the head of a request has to arrive; nginx's default.
-        body_timeout: seconds in which the body of a request has to arrive.
-        send_timeout: seconds in which a client has to make room for what is to be sent; nginx's default.
+        max_connections: maximum number of connections. If all are open, a new one replaces one without a
+            request; while seven eighths of them have requests, further requests get 429.
+        header_timeout: seconds within which the head of a request must arrive; nginx's default.
+        body_timeout: seconds within which the body of a request must arrive.
+        send_timeout: seconds within which a client must read what is buffered for it; nginx's default.
         keep_alive_timeout: seconds that a connection without a request stays open; vLLM's default.
 
     Raises:
@@ -66,7 +66,7 @@ class Limits:
                 raise ValueError(f"{field.name} must be positive, got {value}")
 
     def check_json(self, body: bytes) -> None:
-        """Check the number of lists and objects before they are made.
+        """Check the number of lists and objects in a body before it is parsed.
 
         Raises:
             ValueError: there are too many.
@@ -77,10 +77,10 @@ class Limits:
             )
 
     def check_body(self, body: Any) -> None:
-        """Check the sizes in a parsed body. To validate millions of entries takes minutes.
+        """Check the sizes in a parsed body before it is validated: millions of entries would take minutes.
 
         Raises:
-            ValueError: it is nested too deep, or a list in it is too long.
+            ValueError: the body is nested too deep, or a list or string in it is too long.
         """
         if _is_deeper(body, self.max_json_depth):
             raise ValueError(
@@ -92,7 +92,9 @@ class Limits:
         for name, setting in _ENTRIES.items():
             _check_number(name, body.get(name), getattr(self, setting), setting)
         prompt = body.get("prompt")
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):  # it is not one of tokens
+        if (
+            isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+        ):  # a list of prompts, not of tokens
             _check_number("prompt", prompt, self.max_choices, "max_choices")
         for name in ("stop", "bad_words"):
             value = body.get(name)
@@ -104,7 +106,14 @@ class Limits:
                     )
 
     def check_choices(self, num_prompts: int, num_sequences: int) -> None:
-        """Raise ValueError where prompts with so many sequences each are too many choices."""
+        """Check the number of choices of a request.
+
+        Args:
+            num_sequences: number of sequences of each prompt.
+
+        Raises:
+            ValueError: there are too many.
+        """
         if num_prompts * num_sequences > self.max_choices:
             raise ValueError(
                 f"n, or best_of, is {num_sequences} for each of {num_prompts} prompts, and the server takes "
@@ -112,7 +121,7 @@ class Limits:
             )
 
 
-# One without an end goes to the end of the body: it is tried from one quotation mark alone.
+# A string without an end extends to the end of the body, so the search stays linear.
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 _ENTRIES = {
@@ -137,8 +146,10 @@ def _check_number(name: str, value: Any, limit: int, setting: str) -> None:
 
 
 def _is_deeper(body: Any, limit: int) -> bool:
-    """Whether there are more than ``limit`` lists and objects in each other. Level by level: JSON may be
-    deeper than Python's stack."""
+    """Return whether lists and objects are nested more than ``limit`` deep.
+
+    It goes level by level, as JSON may be nested deeper than Python's stack.
+    """
     level = [body] if isinstance(body, (dict, list)) else []
     for _ in range(limit):
         level = [

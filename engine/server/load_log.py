@@ -1,4 +1,4 @@
-"""A line about load and cache every few seconds, while there is load."""
+"""Log load and cache usage every few seconds, while there is load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _log = logging.getLogger("cupaged.load")
 
 
 class LoadLog:
-    """Compares the engine's totals with those of the line before.
+    """Log the engine's load since the last log line.
 
     Args:
-        stats: the engine's state now.
-        interval: seconds from line to line.
-        clock: gives seconds.
+        stats: returns the engine's current statistics.
+        interval: seconds between log lines.
+        clock: returns a time in seconds.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class LoadLog:
         self._time, self._before = clock(), stats()
 
     def tick(self) -> None:
-        """Write a line if it is time to; to be called often. Idle intervals have none."""
+        """Write a log line if the interval has passed and was not idle; call this often."""
         now = self._clock()
         seconds = now - self._time
         if seconds < self._interval:

@@ -1,4 +1,4 @@
-"""Log probabilities in the shapes that OpenAI's clients know."""
+"""Write log probabilities in the formats of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -15,33 +15,41 @@ from ..sampling.detokenizer import Detokenizer, token_text
 
 Json = dict[str, Any]
 _REPLACEMENT = "\ufffd".encode()
-_FAR = 64  # bytes of a prompt that a tokenizer may change in one place
-_LEAST = -9999.0  # JSON has no infinity, and no NaN
+_MAX_CHANGED = 64  # maximum number of consecutive bytes of a prompt that its tokenizer may have changed
+_MIN_LOGPROB = -9999.0  # stands for -inf and NaN, which JSON lacks
 
 
 def top(position: PositionLogprobs, count: int) -> PositionLogprobs:
-    """The ``count`` most likely tokens of a position, the best first."""
+    """Return the ``count`` most likely tokens at a position, the best first."""
     ranked = sorted(position.items(), key=lambda item: item[1].rank)
     return dict(ranked[:count])
 
 
 def for_prompt(positions: Sequence[PositionLogprobs | None], count: int) -> list[Json | None]:
-    """vLLM's shape: by token id, as text since JSON has no other keys; None for the first token."""
+    """Return a prompt's log probabilities in vLLM's format, by token ID; None for the first token.
+
+    Args:
+        count: number of most likely tokens at each position, beside the token itself.
+    """
     return [
         None
         if position is None
         else {
-            str(token): {"logprob": _finite(one), "rank": one.rank, "decoded_token": one.decoded_token}
-            for token, one in _with_first(position, count).items()
+            str(token): {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
+            for token, entry in _with_first(position, count).items()
         }
         for position in positions
     ]
 
 
 class ChatLogprobs:
-    """Of the answers in a conversation: ``{"content": [...]}``, a token each.
+    """Write the log probabilities of a chat completion: ``{"content": [...]}`` with an entry for each token.
 
-    The bytes of all tokens are the text, but for special tokens that it leaves out.
+    The bytes of all tokens make up the text, except for special tokens that the text leaves out.
+
+    Args:
+        count: number of most likely tokens at each position.
+        before: tokens of the prompt.
     """
 
     def __init__(
@@ -56,36 +64,38 @@ class ChatLogprobs:
         self._output = _Output(tokenizer, before, skip_special_tokens)
 
     def of(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Json:
+        """Return the log probabilities of the next tokens of the answer."""
         content = []
         for token, position in zip(token_ids, positions):
-            assert position is not None  # prompts have their own shape
+            assert position is not None  # prompts have a format of their own
             most_likely = top(position, self._count).items()
             content.append(
                 {
                     **self._entry(token, position[token]),
-                    "top_logprobs": [self._entry(other, one) for other, one in most_likely],
+                    "top_logprobs": [self._entry(other, logprob) for other, logprob in most_likely],
                 }
             )
             self._output.append(token, position[token].decoded_token)
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, one: Logprob) -> Json:
-        text = self._output.text_of(token, one.decoded_token)
+    def _entry(self, token: int, logprob: Logprob) -> Json:
+        text = self._output.text_of(token, logprob.decoded_token)
         data = token_bytes(self._tokenizer, token, text)
-        return {"token": text, "logprob": _finite(one), "bytes": list(data)}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
 
 class TextLogprobs:
-    """Of one text: four lists, a token each, with its place in the text.
+    """Write the log probabilities of a text completion: four lists with an entry for each token.
 
-    A token is what it is in the text, ``text[offset : offset + len(token)]``. A part of a character is
-    written as OpenAI does, ``bytes:\\xf0\\x9f``, and has the place of its character. Special tokens that the
-    text leaves out, and what ended it, have their names all the same. In ``top_logprobs``, whose keys are
-    texts, a token with the text of one before it has ``token_id:`` and its id for a key, as vLLM writes
-    tokens that are asked for as ids.
+    A token's string is its text in the answer, ``text[offset : offset + len(token)]``. A part of a character
+    is written like OpenAI does, ``bytes:\\xf0\\x9f``, and has the offset of its character. Special tokens and
+    stop tokens that the text leaves out are written by their names. In ``top_logprobs``, whose keys are
+    texts, a token with the same text as an earlier one has the key ``token_id:`` and its ID, which is vLLM's
+    notation of token IDs.
 
     Args:
-        before: tokens that the text, or what is in it after the prompt, goes on from.
+        count: number of most likely tokens at each position.
+        before: tokens of the prompt, which precede the output.
     """
 
     def __init__(
@@ -103,48 +113,47 @@ class TextLogprobs:
     def of_prompt(
         self, prompt: str, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
     ) -> Json:
-        """Of a prompt with this text; what `of` gives then comes after it."""
-        found, place = _lists(), _Place(prompt)
-        own = True  # special tokens before all others may be the tokenizer's own
+        """Return the log probabilities of a prompt; the offsets of later tokens then count from its start."""
+        lists, cursor = _lists(), _Cursor(prompt)
+        all_special = True  # leading special tokens may be the tokenizer's own, absent from the text
         for token, position in zip(token_ids, positions):
             text = self._within(token)
             data = token_bytes(self._tokenizer, token, text)
-            if _byte(self._tokenizer, token) is not None and not place.has(data):
-                text = "\ufffd"  # whatever it was, the decoder made that of it
-            far = 0 if "\ufffd" in text else _FAR
-            text_of = _as_it_is
-            own = own and self._is_special(token)
-            if place.take(data) or own:
+            if _byte(self._tokenizer, token) is not None and not cursor.starts_with(data):
+                text = "\ufffd"  # the decoder replaced an invalid byte
+            max_skipped = 0 if "\ufffd" in text else _MAX_CHANGED
+            text_of = _unchanged
+            all_special = all_special and self._is_special(token)
+            if cursor.take(data) or all_special:
                 pass
-            elif text.startswith(" ") and place.take(data[1:]):
+            elif text.startswith(" ") and cursor.take(data[1:]):
                 text_of = _without_space
             else:
-                place.search(data, far)
-            self._add(
-                found, token, text_of(token, text), place.offset, position, self._likely(position, text_of)
-            )
+                cursor.search(data, max_skipped)
+            likely = self._likely(position, text_of)
+            self._add(lists, token, text_of(token, text), cursor.offset, position, likely)
         self._output.offset = len(prompt)
-        return found
+        return lists
 
     def of(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Json:
-        """Of the next tokens of the text; a position that is None has no log probability."""
-        found = _lists()
+        """Return the log probabilities of the next tokens of the text; None for positions that have none."""
+        lists = _lists()
         for token, position in zip(token_ids, positions):
             likely = self._likely(position, self._output.text_of)
             offset, text = self._output.append(token, self._within(token))
-            self._add(found, token, text, offset, position, likely)
-        return found
+            self._add(lists, token, text, offset, position, likely)
+        return lists
 
     def _likely(
         self, position: PositionLogprobs | None, text_of: Callable[[int, str], str]
     ) -> list[tuple[int, str, float]]:
-        """Return the most likely tokens, what they would be in the text, and their log probabilities."""
-        found = {} if position is None else top(position, self._count)
-        return [(token, text_of(token, one.decoded_token), _finite(one)) for token, one in found.items()]
+        """Return the most likely tokens, their texts at this position, and their log probabilities."""
+        tokens = {} if position is None else top(position, self._count)
+        return [(token, text_of(token, one.decoded_token), _finite(one)) for token, one in tokens.items()]
 
     def _add(
         self,
-        found: Json,
+        lists: Json,
         token: int,
         text: str,
         offset: int,
@@ -152,18 +161,19 @@ class TextLogprobs:
         likely: list[tuple[int, str, float]],
     ) -> None:
         name = self._name(token, text)
-        found["tokens"].append(name)
-        found["text_offset"].append(offset)
+        lists["tokens"].append(name)
+        lists["text_offset"].append(offset)
         logprob = None if position is None else _finite(position[token])
-        found["token_logprobs"].append(logprob)
-        names: Json = {name: logprob}
-        for other, its_text, its_logprob in likely:
+        lists["token_logprobs"].append(logprob)
+        top_logprobs: Json = {name: logprob}
+        for other, other_text, other_logprob in likely:
             if other != token:
-                key = self._name(other, its_text)
-                names[f"token_id:{other}" if key in names else key] = its_logprob
-        found["top_logprobs"].append(None if position is None else names)
+                key = self._name(other, other_text)
+                top_logprobs[f"token_id:{other}" if key in top_logprobs else key] = other_logprob
+        lists["top_logprobs"].append(None if position is None else top_logprobs)
 
     def _within(self, token: int) -> str:
+        """Return the text of a token within a text."""
         if token not in self._texts:
             self._texts[token] = token_text(self._tokenizer, token)
         return self._texts[token]
@@ -178,89 +188,98 @@ class TextLogprobs:
 
 
 class _Output:
-    """Tokens one after the other, as the texts that they are in an output and at their places in it."""
+    """Find the texts and offsets of an output's tokens, one after the other."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int], skip_special_tokens: bool
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, before, skip_special_tokens)
-        self.offset = 0  # of the text that is held back, or comes next
-        self._character = 0  # place of the last one that is not whole
+        self.offset = 0  # offset of the text that is held back, or else of the next text
+        self._character = 0  # offset of the last incomplete character
 
     def text_of(self, token: int, text: str) -> str:
-        """Return the text that a token has if it is the next one; ``text`` is what it has within a text."""
+        """Return the text that a token would have as the next one; ``text`` is its text within a text."""
         if self._detokenizer.at_start and text and not self._detokenizer.is_silent(token):
             return self._detokenizer.peek(token)
         return text
 
     def append(self, token: int, text: str) -> tuple[int, str]:
-        """Take the next token; return its place and its text."""
+        """Append the next token and return its offset and its text."""
         text, held = self.text_of(token, text), self._detokenizer.held
         data = token_bytes(self._tokenizer, token, text)
-        start, hidden = self.offset, self._detokenizer.is_silent(token)
-        out = self._detokenizer.append([token])
-        known = out + self._detokenizer.held
-        self.offset += len(out)
-        if "\ufffd" not in text and not hidden and not known.endswith(text):
-            text = "\ufffd"  # a byte among wrong ones, which the decoder replaces all
-        goes_on = bool(held) and _goes_on(data)
-        if goes_on or hidden:
-            place = self._character if held else start
+        start, silent = self.offset, self._detokenizer.is_silent(token)
+        new = self._detokenizer.append([token])
+        pending = new + self._detokenizer.held
+        self.offset += len(new)
+        if "\ufffd" not in text and not silent and not pending.endswith(text):
+            text = "\ufffd"  # the decoder replaces a valid byte among invalid ones too
+        continues = bool(held) and _is_continuation(data)
+        if continues or silent:
+            offset = self._character if held else start
         else:
-            place = start + (len(held) if text.startswith("\ufffd") else len(known) - len(text))
-        if known.endswith("\ufffd") and not hidden and not (goes_on and all(map(_goes_on, _each(data)))):
-            self._character = place + max(len(text) - 1, 0)
-        return place, text
+            offset = start + (len(held) if text.startswith("\ufffd") else len(pending) - len(text))
+        only_continues = continues and all(map(_is_continuation, _single_bytes(data)))
+        if pending.endswith("\ufffd") and not silent and not only_continues:
+            self._character = offset + max(len(text) - 1, 0)
+        return offset, text
 
 
-class _Place:
-    """A place in a text that tokens go along, each at its bytes."""
+class _Cursor:
+    """Move through a text by the bytes of its tokens.
+
+    Attributes:
+        offset: offset of the last token, in characters.
+    """
 
     def __init__(self, text: str) -> None:
         self._data = text.encode(errors="replace")
-        self._at = 0
-        self._passed = 0  # characters that begin before
-        self.offset = 0  # of the last token
+        self._position = 0  # in bytes
+        self._num_characters = 0  # number of characters that begin before the position
+        self.offset = 0
 
-    def has(self, data: bytes) -> bool:
-        return self._data.startswith(data, self._at)
+    def starts_with(self, data: bytes) -> bool:
+        """Return whether these bytes come next."""
+        return self._data.startswith(data, self._position)
 
     def take(self, data: bytes) -> bool:
-        """Go past these bytes, if they are what comes next."""
-        self.offset = self._passed - _goes_on(self._data[self._at : self._at + 1])
-        found = self.has(data)
-        if found:
-            self._go(len(data))
-        return found
+        """Move past these bytes if they come next, and return whether they do."""
+        next_byte = self._data[self._position : self._position + 1]
+        self.offset = self._num_characters - _is_continuation(next_byte)
+        matches = self.starts_with(data)
+        if matches:
+            self._advance(len(data))
+        return matches
 
-    def search(self, data: bytes, far: int) -> None:
-        """Go past these bytes if they come after U+FFFD and at most
-        ``far`` other bytes: the tokenizer changed those."""
-        start = self._at
+    def search(self, data: bytes, max_skipped: int) -> None:
+        """Move past these bytes if they come after any U+FFFD and at most ``max_skipped`` other bytes.
+
+        The skipped bytes are those that the tokenizer changed.
+        """
+        start = self._position
         while self._data.startswith(_REPLACEMENT, start):
             start += len(_REPLACEMENT)
-        found = self._data.find(data, start, start + far + len(data)) if data else -1
-        if found >= 0:
-            self._go(found - self._at)
+        position = self._data.find(data, start, start + max_skipped + len(data)) if data else -1
+        if position >= 0:
+            self._advance(position - self._position)
             self.take(data)
 
-    def _go(self, count: int) -> None:
-        passed = self._data[self._at : self._at + count]
-        self._passed += sum(not _goes_on(byte) for byte in _each(passed))
-        self._at += count
+    def _advance(self, count: int) -> None:
+        passed = self._data[self._position : self._position + count]
+        self._num_characters += sum(not _is_continuation(byte) for byte in _single_bytes(passed))
+        self._position += count
 
 
-def _goes_on(data: bytes) -> bool:
-    """Return whether the first byte is within a character."""
+def _is_continuation(data: bytes) -> bool:
+    """Return whether the first byte is a continuation byte of UTF-8."""
     return bool(data) and data[0] & 0xC0 == 0x80
 
 
-def _each(data: bytes) -> list[bytes]:
+def _single_bytes(data: bytes) -> list[bytes]:
     return [data[i : i + 1] for i in range(len(data))]
 
 
-def _as_it_is(token: int, text: str) -> str:
+def _unchanged(token: int, text: str) -> str:
     return text
 
 
@@ -273,7 +292,11 @@ def _lists() -> Json:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> bytes:
-    """The UTF-8 of a token with this text, which may be a part of a character."""
+    """Return the UTF-8 bytes of a token, which may be a part of a character.
+
+    Args:
+        text: text of the token; U+FFFD in it stands for a part of a character.
+    """
     if "\ufffd" not in text:
         return text.encode(errors="replace")
     if (byte := _byte(tokenizer, token)) is not None:
@@ -287,21 +310,21 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> by
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """Return what the characters of byte-level tokenizers stand for; to make it takes 0.4 ms."""
+    """Return the byte of each character of byte-level tokenizers; cached, as building it takes 0.4 ms."""
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _byte(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes | None:
-    """Return what a token that is written as a byte, ``<0x0A>``, stands for."""
+    """Return the byte of a token that is written as one, such as ``<0x0A>``; None for other tokens."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     return bytes([int(piece[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else None
 
 
 def _with_first(position: PositionLogprobs, count: int) -> PositionLogprobs:
-    """The most likely tokens and, in front, the one that is there."""
+    """Return the token at this position, followed by the most likely tokens."""
     first = next(iter(position))
     return {first: position[first], **top(position, count)}
 
 
-def _finite(one: Logprob) -> float:
-    return one.logprob if one.logprob > _LEAST else _LEAST
+def _finite(logprob: Logprob) -> float:
+    return logprob.logprob if logprob.logprob > _MIN_LOGPROB else _MIN_LOGPROB

@@ -1,4 +1,4 @@
-"""The messages of a conversation, as OpenAI's clients send them and as chat templates read them."""
+"""Validate the messages of a conversation and convert them for chat templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger("cupaged.server")
 
 
 class _Function(Strict):
-    """Which function an assistant called, and with what."""
+    """Hold the name and the arguments of a function that the assistant called."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -24,10 +24,10 @@ class _Function(Strict):
     @field_validator("arguments", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        """Templates read an object where the API has the object's JSON.
+        """Parse the arguments, which the API has as JSON and templates read as an object.
 
-        A model wrote it, and the conversation may go on after one that is no JSON: as in vLLM the arguments
-        are empty then.
+        They were written by a model: as in vLLM, invalid JSON becomes empty arguments, so that the
+        conversation can continue.
         """
         if isinstance(value, dict):
             return value
@@ -44,7 +44,7 @@ class _Function(Strict):
 
 
 class _ToolCall(Strict):
-    """Templates get all of it, members that nobody knows here as well."""
+    """Hold a tool call of the assistant; templates get all members, even unknown ones."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,21 +54,21 @@ class _ToolCall(Strict):
 
 
 class Message(Closed):
-    """One message; the template gets every field that is set."""
+    """Hold a message; the template gets every field that is set."""
 
     role: str
     name: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # another name of it, which vLLM has
-    refusal: str | None = None  # of an assistant that says no: its text, in place of the content or after it
+    reasoning: str | None = None  # vLLM's other name of the same
+    refusal: str | None = None  # text of an assistant's refusal, in place of the content or after it
     content: str = Field(default=None, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_empty_lists(cls, data: Any) -> Any:
-        """Answers that are sent back have these though there is nothing in them."""
+        """Remove empty lists, which answers that clients send back contain."""
         if isinstance(data, dict):
             empty = [name for name in ("tool_calls", "annotations") if data.get(name) == []]
             return {name: value for name, value in data.items() if name not in empty}
@@ -77,30 +77,30 @@ class Message(Closed):
     @field_validator("content", mode="before")
     @classmethod
     def _join_texts(cls, content: Any, info: ValidationInfo) -> Any:
-        others = info.data  # the fields before this one, as far as they are right
+        fields = info.data  # the valid fields that are declared before this one
         if content is None:
-            if others.get("role") != "assistant" or not any(
-                others.get(name) for name in ("tool_calls", "refusal", "reasoning_content", "reasoning")
+            if fields.get("role") != "assistant" or not any(
+                fields.get(name) for name in ("tool_calls", "refusal", "reasoning_content", "reasoning")
             ):
                 raise ValueError("must be a string or a list of parts; only one with tool_calls has none")
             content = []
         if isinstance(content, str):
             texts = [content]
         elif isinstance(content, list):
-            texts = [_text_of(part, others.get("role") == "assistant") for part in content]
+            texts = [_text_of(part, fields.get("role") == "assistant") for part in content]
         else:
             return content
-        if others.get("refusal"):
-            texts.append(others["refusal"])
+        if fields.get("refusal"):
+            texts.append(fields["refusal"])
         return "\n".join(texts)
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template reads it."""
-        found = self.model_dump(exclude_none=True, exclude={"refusal"})
+        """Return the message as a dictionary for a chat template."""
+        message = self.model_dump(exclude_none=True, exclude={"refusal"})
         reasoning = self.reasoning_content or self.reasoning
-        if reasoning is not None:  # some templates know the one name, some the other
-            found = {"reasoning_content": reasoning, "reasoning": reasoning, **found}
-        return found
+        if reasoning is not None:  # templates use either of the names
+            message = {"reasoning_content": reasoning, "reasoning": reasoning, **message}
+        return message
 
 
 def _text_of(part: Any, of_assistant: bool) -> str:

@@ -1,4 +1,4 @@
-"""Prometheus metrics, under vLLM's names where the thing is the same."""
+"""Collect Prometheus metrics, under vLLM's names where vLLM has the same metric."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")  # vLLM's
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """Hold the metrics of one server, in a registry of its own."""
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -42,12 +42,12 @@ class Metrics:
         self._finished = {reason: finished.labels(model_name, reason) for reason in FINISH_REASONS}
 
     def request(self, n: int) -> RequestTimer:
-        """Start timing a request of ``n`` outputs that has just arrived."""
+        """Start timing a new request of ``n`` outputs."""
         return RequestTimer(self, n)
 
 
 class RequestTimer:
-    """Follows one request."""
+    """Measure the times of one request."""
 
     def __init__(self, metrics: Metrics, n: int) -> None:
         self._metrics = metrics
@@ -56,7 +56,7 @@ class RequestTimer:
         self._tokens = 0
 
     def observe(self, output: RequestOutput) -> None:
-        """Take note of an output of the request, in order."""
+        """Record the next output of the request."""
         metrics, now = self._metrics, time.perf_counter()
         tokens = max(len(o.token_ids) for o in output.outputs)
         if tokens > self._tokens:
@@ -67,16 +67,16 @@ class RequestTimer:
             self._last, self._tokens = now, tokens
         if output.finished:
             metrics._whole.observe(now - self._arrival)
-            for one in output.outputs:
-                metrics._finished[str(one.finish_reason)].inc()
+            for completion in output.outputs:
+                metrics._finished[str(completion.finish_reason)].inc()
 
     def end(self, reason: str) -> None:
-        """Take note of the end of a request that has not finished: "abort" or "error"."""
+        """Record the end of an unfinished request; the reason is "abort" or "error"."""
         self._metrics._finished[reason].inc(self._n)
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's state when it is asked for."""
+    """Export the engine's statistics as metrics when they are scraped."""
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
         self._model_name = model_name

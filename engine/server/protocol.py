@@ -1,6 +1,6 @@
-"""What the HTTP API takes: OpenAI's requests, with vLLM's extensions, as pydantic models.
+"""Define the requests of the HTTP API, OpenAI's with vLLM's extensions, as pydantic models.
 
-A field that would change the answer and is not supported is refused; other unknown fields are ignored.
+Unsupported fields that would change the answer are refused; other unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ class StreamOptions(Closed):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an answer has beside the texts of its choices.
+    """Describe the format of a response and its parts beside the texts of the choices.
 
     Args:
-        stream: send the answer in pieces; ``include_usage``, and the number of tokens at the end;
-            ``continuous_usage``, and the number so far in every piece.
-        logprobs: log probabilities of each token and this many most likely ones.
-        prompt_logprobs: the same of the prompt's tokens, in vLLM's shape.
-        echo: the prompt comes first in each text.
+        stream: send the response in chunks.
+        include_usage: send the number of tokens at the end of a stream.
+        continuous_usage: send the number of tokens so far with every chunk.
+        logprobs: number of most likely tokens whose log probabilities are sent with that of each token; None:
+            no log probabilities are sent.
+        prompt_logprobs: the same for the prompt's tokens, in vLLM's format.
+        echo: begin each text with the prompt.
     """
 
     stream: bool = False
@@ -55,12 +57,13 @@ class Wanted:
 
     @property
     def prompt_logprobs_needed(self) -> int | None:
+        """Return the value of `SamplingParams.prompt_logprobs` that the response needs."""
         counts = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max((count for count in counts if count is not None), default=None)
 
 
 class _Sampling(Strict):
-    """The fields that both endpoints share."""
+    """Hold the fields that both endpoints share."""
 
     model: str
     temperature: float | None = None
@@ -74,7 +77,7 @@ class _Sampling(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     best_of: Integer | None = Field(default=None, ge=1, le=128)
-    use_beam_search: bool = False  # with so many beams as the larger of n and best_of
+    use_beam_search: bool = False  # the number of beams is the larger of n and best_of
     length_penalty: float = 1.0
     early_stopping: Annotated[bool | Literal["never"], must_be('true, false or "never"')] = False
     min_p: float | None = None
@@ -98,7 +101,7 @@ class _Sampling(Strict):
         if isinstance(data, dict):
             for name, neutral in UNSUPPORTED.items():
                 value = None if name in cls.model_fields else data.get(name)
-                # 0 == False, but logprobs=0 asks for something
+                # logprobs=0 is a setting although 0 == False
                 same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
                 if value is not None and not any(same):
                     instead = _INSTEAD.get(name, "leave it out")
@@ -128,19 +131,18 @@ class _Sampling(Strict):
         return self
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Return what the request asks of the sampler.
+        """Return the sampling settings of the request.
 
         Args:
-            defaults: settings for the fields that are left out. Beam search, which draws nothing, takes
-                ``max_tokens`` of them alone.
+            defaults: settings for fields that are left out. Beam search only uses ``max_tokens``.
 
         Raises:
-            ValueError: naming the parameter that is out of range.
+            ValueError: a field is out of range; the message names it.
         """
-        given = {name: getattr(self, name) for name in _WITH_DEFAULTS}
+        values = {name: getattr(self, name) for name in _WITH_DEFAULTS}
         usable = {n: v for n, v in defaults.items() if n == "max_tokens" or not self.use_beam_search}
         return SamplingParams(
-            **{**usable, **{name: value for name, value in given.items() if value is not None}},
+            **{**usable, **{name: value for name, value in values.items() if value is not None}},
             n=self.n,
             seed=self.seed,
             stop=self.stop or (),
@@ -163,7 +165,7 @@ class _Sampling(Strict):
         )
 
     def wanted(self) -> Wanted:
-        """What the answer is to have beside the texts."""
+        """Return the format of the response."""
         options = self.stream_options or StreamOptions()
         return Wanted(
             stream=self.stream,
@@ -173,24 +175,24 @@ class _Sampling(Strict):
         )
 
 
-# What a model's generation config may set for requests that leave it out.
+# Fields whose defaults may come from the model's generation config.
 _WITH_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
 
 def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
     if not biases:
         return None
-    found = {}
+    by_token = {}
     for token, bias in biases.items():
-        if not token.isdecimal() or len(token) > 18:  # int() refuses thousands of digits, and not by name
+        if not token.isdecimal() or len(token) > 18:  # int() of thousands of digits raises an unclear error
             raise ValueError(f"logit_bias must have token ids for names, got {shown(token)}")
-        found[int(token)] = bias
-    return found
+        by_token[int(token)] = bias
+    return by_token
 
 
-# Fields that change the answer and are not supported, with the values that ask for nothing: OpenAI's, vLLM's
-# and the engine's own. Those that only one of the endpoints has are unsupported by the other. The first of a
-# request's is named: functions and tools before what chooses among them.
+# Unsupported fields of OpenAI, vLLM and the engine that change the answer, with values that have no effect.
+# Fields of one endpoint are unsupported by the other. An error names the first field in this order, so
+# functions and tools precede the fields that choose among them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tools": ([],),
@@ -290,19 +292,19 @@ class CompletionRequest(_Sampling):
         return replace(super().wanted(), logprobs=self.logprobs, echo=bool(self.echo))
 
     def prompts(self) -> list[str | dict[str, list[int]]]:
-        """One engine prompt for each that was given.
+        """Return the prompts in the engine's format.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are none.
         """
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if not given:
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
             raise ValueError("prompt must not be empty")
-        if isinstance(given[0], int):
-            return [{"prompt_token_ids": given}]
-        return [p if isinstance(p, str) else {"prompt_token_ids": p} for p in given]
+        if isinstance(prompt[0], int):
+            return [{"prompt_token_ids": prompt}]
+        return [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompt]
 
 
 class ErrorDetail(BaseModel):
@@ -313,7 +315,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """OpenAI's shape of an error."""
+    """Hold an error in OpenAI's format."""
 
     error: ErrorDetail
 
@@ -321,6 +323,6 @@ class ErrorResponse(BaseModel):
 def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An `ErrorResponse` as JSON."""
+    """Return an `ErrorResponse` as a JSON object."""
     detail = ErrorDetail(message=sendable(shortened(message)), type=kind, param=param, code=code)
     return ErrorResponse(error=detail).model_dump()

@@ -1,4 +1,4 @@
-"""Work that somebody else wrote, and that may not end."""
+"""Run foreign code, which may not end, within a time limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ T = TypeVar("T")
 
 
 def run_within(seconds: float, work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread of its own, and stop it when it has had its time.
+    """Run ``work`` in a thread of its own, stop it after a time limit, and return its result.
 
-    It is stopped between two instructions of Python; what takes for ever in a single one goes on.
+    It can only be stopped between two instructions of Python, not within a single long one.
 
     Raises:
-        TimeoutError: it was stopped.
+        TimeoutError: the work was stopped.
+        BaseException: the error that the work raised.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -26,7 +27,7 @@ def run_within(seconds: float, work: Callable[[], T]) -> T:
         nonlocal ended
         try:
             results.append(work())
-        except BaseException as error:  # that of being stopped too
+        except BaseException as error:  # including the SystemExit that stops it
             errors.append(error)
         finally:
             with lock:
@@ -35,16 +36,16 @@ def run_within(seconds: float, work: Callable[[], T]) -> T:
     thread = threading.Thread(target=run, name="cupaged-time-limit", daemon=True)
     thread.start()
     thread.join(seconds)
-    with lock:  # while it is held, no other thread has this one's number
+    with lock:  # keeps the thread from ending, after which another one could have its number
         if not ended:
-            _exit(thread)
+            _raise_exit(thread)
             raise TimeoutError(f"it has not ended within {seconds:g} seconds")
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _exit(thread: threading.Thread) -> None:
-    """Raise SystemExit in a thread that runs: what the work catches is no more than Exception."""
+def _raise_exit(thread: threading.Thread) -> None:
+    """Raise SystemExit, which ``except Exception`` does not catch, in a running thread."""
     number, kind = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(number, kind)

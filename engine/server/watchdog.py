@@ -1,4 +1,4 @@
-"""Says that a step hangs, and that it has ended after all."""
+"""Detect and log steps that hang."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _log = logging.getLogger("cupaged.server")
 
 
 class Watchdog:
-    """Looks at how long the engine has been in its step.
+    """Detect whether the engine's current step takes too long.
 
     Args:
-        seconds_in_step: that time now; 0 between steps.
-        timeout: seconds after which a step is taken to hang; 0: never.
+        seconds_in_step: returns the seconds since the current step began; 0 between steps.
+        timeout: seconds after which a step hangs; 0: never.
     """
 
     def __init__(self, seconds_in_step: Callable[[], float], timeout: float) -> None:
@@ -21,7 +21,7 @@ class Watchdog:
         self._hangs = False
 
     def hangs(self) -> bool:
-        """Return whether a step hangs; the log says when that changes. To be called often."""
+        """Return whether a step hangs, and log changes of that; call this often."""
         hangs = self._timeout > 0 and self._seconds_in_step() > self._timeout
         if hangs and not self._hangs:
             _log.error(
