@@ -162,11 +162,11 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
 
 // Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. The sums
-// of two tiles of rows leave as little, from 104 elements on.
-constexpr bool kFewCopies = (next_power_of_two(kTileChunks) != kTileChunks && kTileChunks > 24) ||
-                            (kRowTiles > 1 && kTileChunks > 12);
-constexpr int kCopiesAtOnce = kRowGroups == 1 ? 4 : kTileChunks == 16 ? 2 : 1;
+// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
+// sums of two tiles of rows, 104 and 112 elements are as many.
+constexpr bool kFewCopies = next_power_of_two(kTileChunks) != kTileChunks &&
+                            (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12));
+constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.
 __device__ __forceinline__ void copy_tile(const Run& run, int thread, int begin,
@@ -203,11 +203,9 @@ __device__ __forceinline__ void load_query(const scalar_t* query, const Rows& ro
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_decode_mma(const cupaged::DecodeArguments args) {
     using namespace cupaged;
-    // Read once, at the start: where the loop over items reads them, ptxas spills.
+    // Read once, at the start: where the loop over items reads them, ptxas spills at 120 elements.
     const int* const block_tables = args.block_tables;
     const int64 table_stride = args.table_stride;
-    const float* const k_scale = args.k_scale;
-    const float query_scale = args.query_scale;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
@@ -267,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                        args.query_aligned, shared.query);
         const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
         Logits logits;
-        logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
+        logits.scale = args.query_scale * unpacked_factor(args.k_scale, run.kv_head);
         logits.soft_cap_log2 = args.soft_cap_log2;
         logits.window = args.window;
         logits.causal = args.causal;

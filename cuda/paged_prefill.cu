@@ -51,12 +51,11 @@ constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
 constexpr int kRowBytes = kChunks * 16;
 constexpr int kThreadRows = kRowBytes <= 256 ? 4 : kRowBytes <= 512 ? 2 : 1;
 constexpr int kThreadKeys = kThreadRows;
-// Where registers suffice for so many: from 224 to 248 elements for three, ptxas spills with four.
-// Turing has shared memory for two of the larger ones.
+// Where registers suffice for so many. Turing has shared memory for two of the larger ones.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMostBlocks = 2;
 #else
-constexpr int kMostBlocks = kHeadSize >= 224 && kHeadSize < 256 ? 3 : 4;
+constexpr int kMostBlocks = 4;
 #endif
 constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? kMostBlocks : 1;
 constexpr int kTileRows = kThreadsY * kThreadRows;

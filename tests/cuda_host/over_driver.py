@@ -257,8 +257,8 @@ class EmulatedLauncher(launcher.CupyLauncher):
     def upload(self, tensor, device):
         return tensor.clone()
 
-    def _load(self, spec, index):
-        function = super()._load(spec, index)
+    def _function(self, spec, index):
+        function = super()._function(spec, index)
         self._specs[function] = spec, load(spec)
         return function
 
@@ -304,7 +304,7 @@ def kernels_run_on_what_arrives() -> None:
 
 def large_shared_memory_is_asked_for() -> None:
     spec = paged_decode_mma("bf16", "bf16", 128, "90a")
-    function = launcher.CupyLauncher()._load(spec, INDEX)
+    function = launcher.CupyLauncher()._function(spec, INDEX)
     granted = DRIVER.cupaged_dynamic_shared_memory(ctypes.c_void_p(function))
     assert granted == spec.dynamic_shared_memory > 48 * 1024
 

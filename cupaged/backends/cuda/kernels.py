@@ -138,67 +138,62 @@ class Kernels:
                 plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
             )
         # In the order of the arguments' pointers, which is what a launch takes.
-        sinks = params.sinks
+        lengths = seq_lens, query_start_loc
+        merged = params.sinks, out, lse
+        scales = params.k_scale, params.v_scale
         tensors = (
             query,
             kv_cache,
             block_tables,
-            seq_lens,
-            query_start_loc,
+            *lengths,
             params.alibi_slopes,
-            sinks,
-            params.k_scale,
-            params.v_scale,
+            params.sinks,
+            *scales,
             out,
             lse,
         )
-        self._decode(plan, tensors, block_tables, seq_lens, query_start_loc, sinks, out, lse)
+        self._decode(plan, tensors, block_tables, lengths, merged)
         if plan.prefill is not None:
-            self._prefill(plan.prefill, tensors, seq_lens, query_start_loc, sinks, out, lse)
+            self._prefill(plan.prefill, tensors, query.device, lengths, merged)
 
     def _prefill(
         self,
         prepared: PreparedPrefill,
         tensors: Tensors,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        device: torch.device,
+        lengths: Tensors,
+        merged: Tensors,
     ) -> None:
-        plan, device, empty = prepared.plan, out.device, self._launcher.empty
+        plan, empty = prepared.plan, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
-        prepared.schedule((seq_lens, query_start_loc, schedule))
+        prepared.schedule((*lengths, schedule))
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         prepared.prefill((*tensors, schedule, records))
         if prepared.merge is not None:  # the schedule begins with the size of pieces
-            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
+            prepared.merge((records, *lengths, schedule, *merged))
 
     def _decode(
         self,
         prepared: PreparedAttention,
         tensors: Tensors,
         block_tables: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        lengths: Tensors,
+        merged: Tensors,
     ) -> None:
-        plan, device, empty = prepared.plan, out.device, self._launcher.empty
+        plan, device, empty = prepared.plan, block_tables.device, self._launcher.empty
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
         counts = tiles = None
         if prepared.search is not None and plan.tile_lists is not None:
             lists = empty(plan.tile_lists[:2], torch.int32, device)
             tile_lists = empty(plan.tile_lists, torch.int32, device)
-            prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
+            prepared.search((block_tables, *lengths, lists, tile_lists))
             counts, tiles = lists[0], tile_lists[0]
             if prepared.wide is not None:
                 prepared.wide((*tensors, records, split_size, lists[1], tile_lists[1]))
         prepared.decode((*tensors, records, split_size, counts, tiles))
         if prepared.merge is not None:
-            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
+            prepared.merge((records, *lengths, split_size, *merged))
 
     def _prepare(
         self,

@@ -41,8 +41,7 @@ class CupyLauncher:
     def __init__(self, arch: str | None = None) -> None:
         self._chosen_arch = arch
         self._cuda = kernel_compiler.import_cupy().cuda
-        self._functions: dict[tuple[KernelSpec, int], int] = {}  # the driver's handles, by device
-        self._kernels: list[Any] = []  # whose they are: cupy.RawKernel
+        self._kernels: dict[tuple[KernelSpec, int], Any] = {}  # cupy.RawKernel, by device
         self._lock = threading.Lock()
 
     def sm_count(self, device: torch.device) -> int:
@@ -63,21 +62,19 @@ class CupyLauncher:
 
     def prepare(self, call: KernelCall, device: torch.device) -> PreparedLaunch:
         spec, index = call.spec, device.index
-        function = self._functions.get((spec, index)) or self._load(spec, index)
+        function = self._function(spec, index)
         shape = (*call.grid, 1, spec.threads, 1, 1, spec.dynamic_shared_memory)
         driver, runtime = self._cuda.driver, self._cuda.runtime
         launch = partial(driver.launchKernel, function, *shape)
         return PreparedLaunch(launch, partial(runtime.setDevice, index), call.arguments, index)
 
-    def _load(self, spec: KernelSpec, index: int) -> int:
-        """Load the kernel in the device's context, for as long as this lives. Return the driver's handle."""
+    def _function(self, spec: KernelSpec, index: int) -> int:
+        """Return the driver's handle of the kernel in the device's context."""
         with self._lock, torch.cuda.device(index):
-            if (spec, index) not in self._functions:
+            if (spec, index) not in self._kernels:
                 self._cuda.runtime.setDevice(index)
-                kernel = load(spec, self._chosen_arch or _arch(index))
-                self._kernels.append(kernel)
-                self._functions[spec, index] = int(kernel.kernel.ptr)
-            return self._functions[spec, index]
+                self._kernels[spec, index] = load(spec, self._chosen_arch or _arch(index))
+            return int(self._kernels[spec, index].kernel.ptr)
 
 
 class PreparedLaunch:
