@@ -35,7 +35,7 @@ ENTRY_FORMAT = 3
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """The resources of an entry point, as ptxas reports them. Sizes are in bytes of a thread or a block."""
+    """What ptxas reports of an entry point. Sizes in bytes, a thread's or a block's."""
 
     registers: int
     stack: int
@@ -47,7 +47,7 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its cubin and where it is."""
+    """A cubin."""
 
     content: bytes
     path: Path | None  # where it is kept; None: it could not be written
@@ -57,7 +57,7 @@ class Compiled:
 
 
 def cuda_dir() -> Path:
-    """Return the directory of the kernels' sources: in an installed package, beside it in a checkout."""
+    """The directory of the kernels' sources: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     for directory in (package / "cuda", package.parent / "cuda"):
         if (directory / "common.cuh").is_file():
@@ -66,12 +66,12 @@ def cuda_dir() -> Path:
 
 
 def cache_dir(root: Path | None = None) -> Path:
-    """Return the directory of compiled kernels in `user_cache()`, or in another directory."""
+    """Of the compiled kernels, in `user_cache()` or another directory that may become it."""
     return (root or user_cache()) / "kernels"
 
 
 def import_cupy() -> ModuleType:
-    """Return CuPy, or raise an ImportError that names the package for torch's CUDA version."""
+    """CuPy, or an ImportError that names the package which fits torch's CUDA version."""
     try:
         import cupy
     except ImportError as error:
@@ -86,7 +86,7 @@ def import_cupy() -> ModuleType:
 
 @cache
 def toolkit_include_dir() -> Path:
-    """Return the directory of `cuda_fp16.h`."""
+    """Where `cuda_fp16.h` is."""
     from cuda import pathfinder  # type: ignore[attr-defined]  # mypy sees our cuda/ only
 
     found = pathfinder.find_nvidia_header_directory("cudart")
@@ -99,7 +99,7 @@ def toolkit_include_dir() -> Path:
 
 
 def arch_for_capability(major: int, minor: int, supported: Iterable[int]) -> str:
-    """Return the architecture to compile for: the device's own, or the nearest whose code it can run.
+    """The architecture to compile for: the device's own, or the nearest that its machine code runs on.
 
     Args:
         supported: what NVRTC knows, as 10 * major + minor.
@@ -125,7 +125,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def nvrtc_archs() -> tuple[int, ...]:
-    """Return the architectures that NVRTC compiles for, as 10 * major + minor."""
+    """The architectures NVRTC compiles for, as 10 * major + minor."""
     import_cupy()
     from cupy.cuda import nvrtc
 
@@ -136,7 +136,7 @@ _INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
 def include_closure(source: Path, include_dirs: Iterable[Path]) -> list[Path]:
-    """Return the source and all headers that it can include, in the order in which they are read.
+    """The source and every header it can reach, in the order of reading.
 
     Conditions are not evaluated; a header that is nowhere (one for another platform) is left out.
     """
@@ -157,20 +157,20 @@ def include_closure(source: Path, include_dirs: Iterable[Path]) -> list[Path]:
 
 
 def digest(spec: KernelSpec, arch: str, sources: Path | None = None) -> str:
-    """Return a digest of what a kernel is compiled from: text, options, NVRTC's version, architecture."""
+    """What identifies a compiled kernel: all its text, the options, NVRTC's version, the architecture."""
     directory = (sources or cuda_dir()).resolve()
     sha = hashlib.sha256()
     for path in include_closure(directory / spec.source, (directory, toolkit_include_dir())):
         content = _read_toolkit(path) if directory not in path.parents else path.read_bytes()
         sha.update(f"{path.name} {len(content)}\n".encode())
         sha.update(content)
-    sha.update(repr((ENTRY_FORMAT, spec.macros, OPTIONS, nvrtc_version(), arch)).encode())
+    sha.update(repr((ENTRY_FORMAT, spec.defines, OPTIONS, nvrtc_version(), arch)).encode())
     return sha.hexdigest()[:32]
 
 
 @cache
 def _read_toolkit(path: Path) -> bytes:
-    """Read a header of NVIDIA, once: unlike ours, these do not change under a running process."""
+    """NVIDIA's headers do not change under a running process; ours do, in tests."""
     return hashlib.sha256(path.read_bytes()).digest()
 
 
@@ -192,7 +192,7 @@ def compile_cubin(
         f"--gpu-architecture=sm_{arch}",
         f"-I{directory}",
         f"-I{toolkit_include_dir()}",
-        *(f"-D{name}={value}" for name, value in spec.macros),
+        *(f"-D{name}={value}" for name, value in spec.defines),
     )
     program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
     try:
@@ -207,7 +207,7 @@ def compile_cubin(
 
 
 def whole_elf(cubin: bytes) -> bytes:
-    """Restore the zeros at the end of a cubin that its headers count and that were lost on the way.
+    """The cubin with the zeros at its end that its headers count and that were lost on the way.
 
     CuPy takes it for a text and drops the last byte, the zero in the top of the last program header. The
     driver does not mind, nvdisasm does.
@@ -227,7 +227,7 @@ _WARNING = re.compile(r"\(C75\d\d\) (.*?)\s+in (?:the )?function '(\w+)'")
 
 
 def parse_log(log: str) -> dict[str, ResourceUsage]:
-    """Return the resources of each entry point, from the output of ``--ptxas-options=-v``."""
+    """Registers, spills and shared memory by entry point, from the text of ``--ptxas-options=-v``."""
     usage = {}
     warnings = [(entry, text) for text, entry in _WARNING.findall(log)]
     sections = _FUNCTION.split(log)
@@ -248,7 +248,7 @@ def parse_log(log: str) -> dict[str, ResourceUsage]:
 
 
 def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled:
-    """Return the compiled kernel from the cache, or compile it.
+    """The compiled kernel, from the cache or made now.
 
     Two files make an entry, the cubin and a JSON with its checksum. Each is written under another name
     and renamed, so that a reader sees a whole file or none, and writers may race. Whatever does not fit
@@ -281,7 +281,7 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
 
 
 def kept(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled | None:
-    """Return the compiled kernel from the cache, or None."""
+    """The compiled kernel from the cache, None where it is not there."""
     return _read_entry(*_entry(spec, arch, directory or cache_dir()))
 
 

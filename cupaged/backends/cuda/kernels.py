@@ -1,4 +1,4 @@
-"""Implement the operators over the kernels in `cuda/`: find or make the plan of a call, and launch it.
+"""The backend's functions over the kernels in `cuda/`: find or make the plan of a call, and launch it.
 
 `plans.py` says what to launch, once for each layout of the tensors. A `Launcher` runs it: that of
 `launcher.py`, or the tests', which runs the same sources on the CPU. Nothing on the way waits for the GPU,
@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from ...params import AttentionParams
-from . import cache_plans, layouts, plans
-from .plans import DecodePlan, PrefillPlan
-from .specs import KernelCall
+from . import plans
+from .plans import DecodePlan, KernelCall, PrefillPlan
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
 # Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
@@ -25,33 +24,32 @@ PLANS = 1024  # kept at most; the layers of a batch share theirs
 # `benchmarks/kernels.py --section memory` measures both.
 COPY_ENGINE_BYTES = 4 << 20
 # Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
-Tensors = Sequence[torch.Tensor | None]
-Launch = Callable[[Tensors], None]
+Launch = Callable[[Sequence[torch.Tensor | None]], None]
 
 
 class Launcher(Protocol):
-    """Prepare and run launches. All tensors of a launch are on one device."""
+    """Runs kernels. All tensors of a launch are on one device."""
 
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
-        """Return a launch without its addresses, to be called many times.
+        """Everything about a launch but the addresses, to be called many times.
 
-        It is given the tensors of the arguments' pointers, in their order.
+        It is given the tensors of the entry point's pointers, which come before its numbers.
         """
 
     def sm_count(self, device: torch.device) -> int:
-        """Return the number of streaming multiprocessors of the device."""
+        """Streaming multiprocessors of the device."""
 
     def arch(self, device: torch.device) -> str:
-        """Return the architecture that kernels for the device are compiled for: "75", "90a"."""
+        """What kernels for the device are compiled for: "75", "90a"."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Allocate workspace that lives at least until what is launched now has run."""
+        """Workspace that lives at least until what is launched now has run."""
 
     def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        """Return whether kernels on the device can access the tensor: it is there, or in pinned memory."""
+        """Whether kernels on the device can read and write the tensor: it is there, or in pinned memory."""
 
     def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Copy a tensor from the CPU to the device, for later launches, without waiting."""
+        """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class PreparedAttention:
 
 
 class Kernels:
-    """Implement the operators over a launcher.
+    """The backend's functions over a launcher.
 
     Plans are kept under the call's layout, the alignment of its addresses and its settings: all that they are
     made from. No tensor is kept.
@@ -105,7 +103,7 @@ class Kernels:
         plan_key = layout, key.data_ptr() % 16, value.data_ptr() % 16, kv_cache.data_ptr() % 16
         launch = self._plans.get(plan_key)
         if launch is None:
-            call = cache_plans.reshape_and_cache(key, value, kv_cache)
+            call = plans.reshape_and_cache(key, value, kv_cache)
             launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
         launch((key, value, kv_cache, slot_mapping, k_scale, v_scale))
 
@@ -115,7 +113,7 @@ class Kernels:
     def _copy(
         self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor, device: torch.device
     ) -> None:
-        call = cache_plans.copy_blocks(src, dst, block_mapping.shape[0])
+        call = plans.copy_blocks(src, dst, block_mapping.shape[0])
         self._launcher.prepare(call, device)((src, dst, block_mapping))
 
     def paged_attention(
@@ -137,63 +135,52 @@ class Kernels:
             plan = self._keep(
                 plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
             )
-        # In the order of the arguments' pointers, which is what a launch takes.
-        lengths = seq_lens, query_start_loc
-        merged = params.sinks, out, lse
-        scales = params.k_scale, params.v_scale
         tensors = (
             query,
             kv_cache,
             block_tables,
-            *lengths,
+            seq_lens,
+            query_start_loc,
             params.alibi_slopes,
             params.sinks,
-            *scales,
+            params.k_scale,
+            params.v_scale,
             out,
             lse,
         )
-        self._decode(plan, tensors, block_tables, lengths, merged)
+        self._decode(plan, tensors)
         if plan.prefill is not None:
-            self._prefill(plan.prefill, tensors, query.device, lengths, merged)
+            self._prefill(plan.prefill, tensors)
 
-    def _prefill(
-        self,
-        prepared: PreparedPrefill,
-        tensors: Tensors,
-        device: torch.device,
-        lengths: Tensors,
-        merged: Tensors,
-    ) -> None:
-        plan, empty = prepared.plan, self._launcher.empty
+    def _prefill(self, prepared: PreparedPrefill, tensors: tuple[Any, ...]) -> None:
+        query, _, _, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
+        plan, device, empty = prepared.plan, query.device, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
-        prepared.schedule((*lengths, schedule))
+        prepared.schedule((seq_lens, query_start_loc, schedule))
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         prepared.prefill((*tensors, schedule, records))
         if prepared.merge is not None:  # the schedule begins with the size of pieces
-            prepared.merge((records, *lengths, schedule, *merged))
+            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
 
-    def _decode(
-        self,
-        prepared: PreparedAttention,
-        tensors: Tensors,
-        block_tables: torch.Tensor,
-        lengths: Tensors,
-        merged: Tensors,
-    ) -> None:
-        plan, device, empty = prepared.plan, block_tables.device, self._launcher.empty
+    def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
+        query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
+        plan, device, empty = prepared.plan, query.device, self._launcher.empty
         records = None if plan.records is None else empty(plan.records, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
-        counts = tiles = None
-        if prepared.search is not None and plan.tile_lists is not None:
-            lists = empty(plan.tile_lists[:2], torch.int32, device)
-            tile_lists = empty(plan.tile_lists, torch.int32, device)
-            prepared.search((block_tables, *lengths, lists, tile_lists))
-            counts, tiles = lists[0], tile_lists[0]
-            if prepared.wide is not None:
-                prepared.wide((*tensors, records, split_size, lists[1], tile_lists[1]))
-        prepared.decode((*tensors, records, split_size, counts, tiles))
+        workspace = [records, split_size]
+        if plan.can_share:
+            counts = tiles = None
+            if prepared.search is not None and plan.tile_lists is not None:
+                lists = empty(plan.tile_lists[:2], torch.int32, device)
+                tile_lists = empty(plan.tile_lists, torch.int32, device)
+                prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
+                counts, tiles = lists[0], tile_lists[0]
+                if prepared.wide is not None:
+                    prepared.wide((*tensors, *workspace, lists[1], tile_lists[1]))
+            workspace += counts, tiles
+        prepared.decode((*tensors, *workspace))
         if prepared.merge is not None:
-            prepared.merge((records, *lengths, split_size, *merged))
+            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
 
     def _prepare(
         self,
@@ -230,7 +217,7 @@ class Kernels:
         device = src.device if src.is_cuda else dst.device
         reached = self._launcher.reaches(src, device) and self._launcher.reaches(dst, device)
         by_kernel: list[list[int]] = []
-        engine_bytes = self._copy_engine_bytes if reached and layouts.copy_unit(src, dst) == 16 else 0
+        engine_bytes = self._copy_engine_bytes if reached and plans.copy_unit(src, dst) == 16 else 0
         block_bytes = src.shape[1:].numel() * src.element_size()
         # One copy a run of neighbouring blocks.
         for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
@@ -251,7 +238,7 @@ class Kernels:
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
-    """Divide (source, destination) pairs into ranges in which both IDs rise by one, or into single pairs."""
+    """The (source, destination) pairs by runs in which both ids rise by one, or one by one."""
     start = 0
     for i in range(1, len(pairs) + 1):
         continues = (

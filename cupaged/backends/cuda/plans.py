@@ -1,4 +1,4 @@
-"""Plan the launches of a call: which kernel in `cuda/`, on what grid, with which arguments.
+"""What a call launches: which kernel in `cuda/`, on what grid, with which numbers.
 
 All of it follows from the layouts of the tensors, the settings and the GPU; nothing here reads memory or
 launches, so that `kernels.py` can keep a plan for the calls that are alike.
@@ -7,55 +7,65 @@ launches, so that `kernels.py` can keep a plan for the calls that are alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
+import numpy as np
 import torch
 
 from ...params import AttentionParams
 from . import specs as kernel_specs
-from .arguments import (
-    DecodeArguments,
-    FindSharedPiecesArguments,
-    MergeSplitsArguments,
-    MergeStatesArguments,
-    PlanPrefillArguments,
-    PrefillArguments,
-)
-from .constants import (
-    ALL_SEQUENCES,
-    DECODE_TILE_ROWS,
-    MAX_SHARED_TILES,
-    MAX_TILE_ROWS,
-    MERGE_ELEMENTS,
-    MULTI_TOKEN,
-    RECORD_PADDING,
-    SINGLES,
-    SMALLEST_PREFILL_SPLIT_TOKENS,
-    SMALLEST_SPLIT_TOKENS,
-)
-from .kernel_choice import CACHE_DTYPE_NAMES, DTYPE_NAMES, decode_kernel, prefill_kernel
-from .layouts import block_shift, ceil_div, require_aligned_cache, rows_aligned
-from .specs import KernelCall
+from .specs import KernelSpec
+
+Number = np.int32 | np.int64 | np.float32  # carries its width
 
 LOG2E = 1.4426950408889634  # softmax is in base 2
+THREADS = 128  # of a block of every attention kernel
 
 # Decode (work.cuh): a sequence of up to MAX_SPLITS pieces has pieces of this many tokens, a longer one larger
 # pieces: the workspace stays bounded. Pieces that spread the batch evenly may be smaller.
 SPLIT_TOKENS = 512
+SMALLEST_SPLIT_TOKENS = 128
 MAX_SPLITS = 64
-MAX_SHARED_ROWS = (1 << 32) // MAX_TILE_ROWS  # of a KV head, that lists of tiles can name
+DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
+MAX_SHARED_TILES = 2  # of those on a shared piece; where they would be more, they are larger
+MAX_SHARED_ROWS = 1 << 26  # of a KV head, that lists of tiles can name (pack_tile in work.cuh)
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
 DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the pieces are of equal length
+# Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
+# memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
+PREFILL_BLOCKS_PER_SM = 4
+PREFILL_MMA_BLOCKS_PER_SM = 2
+PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
 MAX_PREFILL_SPLITS = 16
+SMALLEST_PREFILL_SPLIT_TOKENS = 512  # kSmallestPiece in plan_prefill.cu
+ALL_SEQUENCES, SINGLES, MULTI_TOKEN = range(3)  # Subset in work.cuh
 # Up to this many query tokens a sequence go through the decode kernels.
 MAX_DECODE_QUERY_LEN = 8
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CACHE_DTYPE_NAMES = DTYPE_NAMES | {
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A launch without its addresses, over blocks of ``spec.threads``."""
+
+    spec: KernelSpec
+    grid: tuple[int, int]
+    numbers: tuple[Number, ...]  # the entry point's parameters after its pointers
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """The launches of a decode, and the workspace that they need."""
+    """What a decode launches, and the workspace that it needs."""
 
     decode: KernelCall
+    can_share: bool  # the kernel takes lists of tiles, or none
     balances: bool  # it divides sequences by the load, and writes how
     merge: KernelCall | None = None  # of the pieces that sequences are divided into
     records: tuple[int, int, int, int] | None = None  # [T or S, H, pieces, D + 4]: what it reads of them
@@ -66,7 +76,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """The launches of a prefill, and the workspace that they need."""
+    """What a prefill launches, and the workspace that it needs."""
 
     schedule: KernelCall  # orders the sequences
     prefill: KernelCall
@@ -75,8 +85,59 @@ class PrefillPlan:
     records: tuple[int, int, int, int] | None = None  # [T, H, pieces, D + 4]: what it reads of them
 
 
+def reshape_and_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> KernelCall:
+    _require_aligned_cache(kv_cache)
+    num_tokens, num_kv_heads, head_size = key.shape
+    return KernelCall(
+        kernel_specs.reshape_and_cache(DTYPE_NAMES[key.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype]),
+        (num_tokens, 1),
+        (
+            np.int64(key.stride(0)),
+            np.int64(key.stride(1)),
+            np.int64(value.stride(0)),
+            np.int64(value.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int32(num_kv_heads),
+            np.int32(head_size),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(_rows_aligned(key) and _rows_aligned(value)),
+        ),
+    )
+
+
+def copy_blocks(src: torch.Tensor, dst: torch.Tensor, num_pairs: int) -> KernelCall:
+    unit_bytes = copy_unit(src, dst)
+    units = _block_bytes(src) // unit_bytes
+    spec = kernel_specs.copy_blocks(unit_bytes)
+    # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
+    return KernelCall(
+        spec,
+        (num_pairs, min(64, _ceil_div(units, 4 * spec.threads))),
+        (
+            np.int64(_stride_bytes(src) // unit_bytes),
+            np.int64(_stride_bytes(dst) // unit_bytes),
+            np.int64(units),
+        ),
+    )
+
+
+def copy_unit(src: torch.Tensor, dst: torch.Tensor) -> int:
+    """Bytes that a thread of copy_blocks moves at once between these caches: 16 or 1."""
+    positions = src.data_ptr() | dst.data_ptr() | _stride_bytes(src) | _stride_bytes(dst)
+    return 16 if (positions | _block_bytes(src)) % 16 == 0 else 1
+
+
+def _block_bytes(cache: torch.Tensor) -> int:
+    return cache.shape[1:].numel() * cache.element_size()
+
+
+def _stride_bytes(cache: torch.Tensor) -> int:
+    """From a block to the next. A single block has none next to it, and any stride."""
+    return cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
+
+
 def all_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
-    """Return whether the decode kernels take all sequences, or only those of one query token."""
+    """Whether all sequences are for the decode kernels, or only those of one query token."""
     if query_start_loc is None:
         return True
     return params.max_query_len is not None and params.max_query_len <= MAX_DECODE_QUERY_LEN
@@ -92,8 +153,8 @@ def decode(
     arch: str,
     sm_count: int,
 ) -> DecodePlan:
-    """Plan the decode of all sequences, or of those with one query token if `prefill` takes the others."""
-    require_aligned_cache(kv_cache)
+    """Of all sequences, or of those with one query token where the others are left to `prefill`."""
+    _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_seqs, table_width = block_tables.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
@@ -112,46 +173,46 @@ def decode(
     # The width of the table bounds the pieces, but never changes how a sequence is divided.
     longest = table_width * block_size
     visible = min(longest, window + longest_query - 1 if window else longest)
-    max_splits = min(MAX_SPLITS, ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
+    max_splits = min(MAX_SPLITS, _ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
     # Each sequence can end in a partly filled tile of query tokens, and the padding is one more.
     one_each = singles or query_start_loc is None
     row_tiles = num_seqs if one_each else num_tokens // kernel.tile_tokens + num_seqs + 1
-    # Tiles of rows in a row are never more than those of whole tokens or heads.
-    capacity = row_tiles * kernel.head_tiles
-    items = capacity * num_kv_heads * max_splits
-    subset = SINGLES if singles else ALL_SEQUENCES
+    items = row_tiles * num_kv_heads * kernel.head_tiles * max_splits
     call = KernelCall(
         kernel.spec,
         (min(items, DECODE_BLOCKS_PER_SM * sm_count), 1),
-        DecodeArguments(
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            block_stride=kv_cache.stride(0),
-            table_stride=block_tables.stride(0),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_shift=block_shift(kv_cache),
-            causal=params.causal,
-            window=window,
-            max_splits=max_splits,
-            query_aligned=rows_aligned(query),
-            out_aligned=rows_aligned(out),
-            split_tokens=split_tokens,
-            subset=subset,
-            list_capacity=capacity,
-            **_logit_factors(params),
+        (
+            np.int64(query.stride(0)),
+            np.int64(query.stride(1)),
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(params.causal),
+            np.int32(window),
+            np.int32(split_tokens),
+            np.int32(max_splits),
+            np.int32(SINGLES if singles else ALL_SEQUENCES),
+            *((np.int32(row_tiles * kernel.head_tiles),) if kernel.can_share else ()),
+            *_logit_factors(params),
+            np.int32(_rows_aligned(query)),
+            np.int32(_rows_aligned(out)),
         ),
     )
     if max_splits == 1:
-        return DecodePlan(call, not invariant)
+        return DecodePlan(call, kernel.can_share, not invariant)
+    subset = SINGLES if singles else ALL_SEQUENCES
     merge, records = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
-    plan = DecodePlan(call, not invariant, merge, records)
+    plan = DecodePlan(call, kernel.can_share, not invariant, merge, records)
     if not share or kernel.wide_spec is None:
         return plan
+    # Tiles of rows in a row are never more than those of whole tokens or heads.
+    capacity = row_tiles * kernel.head_tiles
     most_wide = num_tokens * group // (MAX_SHARED_TILES * DECODE_TILE_ROWS)  # of a piece
     wide = None
     if most_wide:
@@ -161,16 +222,16 @@ def decode(
     search = KernelCall(
         kernel_specs.find_shared_pieces(),
         (max_splits, 1),
-        FindSharedPiecesArguments(
-            table_stride=block_tables.stride(0),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            block_shift=block_shift(kv_cache),
-            split_tokens=SPLIT_TOKENS,
-            max_splits=max_splits,
-            group=group,
-            wide_rows=kernel_specs.decode_mma_rows(head_size, arch, wide=True) if wide else 0,
-            capacity=capacity,
+        (
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(SPLIT_TOKENS),
+            np.int32(max_splits),
+            np.int32(group),
+            np.int32(kernel_specs.decode_mma_rows(head_size, arch, wide=True) if wide else 0),
+            np.int32(capacity),
         ),
     )
     return replace(plan, search=search, tile_lists=(2 if wide else 1, max_splits, capacity), wide=wide)
@@ -179,28 +240,27 @@ def decode(
 def _merge(
     out: torch.Tensor, num_seqs: int, window: int, split_tokens: int, max_splits: int, subset: int
 ) -> tuple[KernelCall, tuple[int, int, int, int]]:
-    """Plan the merge of KV splits; return the shape of their partials too."""
+    """The merging of pieces, and the shape of their records."""
     num_tokens, num_heads, head_size = out.shape
     slots = num_seqs if subset == SINGLES else num_tokens
-    spec = kernel_specs.merge_splits(DTYPE_NAMES[out.dtype])
     call = KernelCall(
-        spec,
-        (ceil_div(slots * num_heads * head_size // MERGE_ELEMENTS, spec.threads), 1),
-        MergeSplitsArguments(
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            head_size=head_size,
-            window=window,
-            split_tokens=split_tokens,
-            max_splits=max_splits,
-            subset=subset,
-            aligned=rows_aligned(out),
+        kernel_specs.merge_splits(DTYPE_NAMES[out.dtype]),
+        (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
+        (
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(head_size),
+            np.int32(window),
+            np.int32(split_tokens),
+            np.int32(max_splits),
+            np.int32(subset),
+            np.int32(_rows_aligned(out)),
         ),
     )
-    return call, (slots, num_heads, max_splits, head_size + RECORD_PADDING)
+    return call, (slots, num_heads, max_splits, head_size + 4)
 
 
 def prefill(
@@ -212,8 +272,8 @@ def prefill(
     arch: str,
     sm_count: int,
 ) -> PrefillPlan:
-    """Plan the prefill of all sequences of several query tokens, and of the padding."""
-    require_aligned_cache(kv_cache)
+    """Of all sequences of several query tokens, and of the padding."""
+    _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[2]
     num_seqs = block_tables.shape[0]
@@ -222,29 +282,29 @@ def prefill(
         DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size, group, arch
     )
     tile_heads = kernel.tile_heads
-    head_tiles = num_kv_heads * ceil_div(group, tile_heads)
+    head_tiles = num_kv_heads * _ceil_div(group, tile_heads)
     window = params.sliding_window or 0
     blocks = kernel.blocks_per_sm * sm_count  # that run at once
     max_splits = 1
     if not (params.batch_invariant or params.shared_prefix):
         # As many as give work to all blocks. So the records are of no more rows than two tiles a block have.
-        wanted = ceil_div(blocks, ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
+        wanted = _ceil_div(blocks, _ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
         longest = block_tables.shape[1] * kv_cache.shape[3]
-        most = min(MAX_PREFILL_SPLITS, ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
+        most = min(MAX_PREFILL_SPLITS, _ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
         max_splits = min(wanted, most)
     schedule = KernelCall(
         kernel_specs.plan_prefill(),
         (1, 1),
-        PlanPrefillArguments(
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            tile_tokens=kernel.tile_tokens,
-            group=group,
-            num_kv_heads=num_kv_heads,
-            tile_heads=tile_heads,
-            window=window,
-            max_splits=max_splits,
-            blocks=blocks,
+        (
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(kernel.tile_tokens),
+            np.int32(group),
+            np.int32(num_kv_heads),
+            np.int32(tile_heads),
+            np.int32(window),
+            np.int32(max_splits),
+            np.int32(blocks),
         ),
     )
     # Each sequence can end in a partly filled tile, and the padding after the last is one more.
@@ -252,25 +312,25 @@ def prefill(
     call = KernelCall(
         kernel.spec,
         (min(tiles * head_tiles * max_splits, blocks), 1),
-        PrefillArguments(
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            block_stride=kv_cache.stride(0),
-            table_stride=block_tables.stride(0),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_shift=block_shift(kv_cache),
-            causal=params.causal,
-            window=window,
-            max_splits=max_splits,
-            query_aligned=rows_aligned(query),
-            out_aligned=rows_aligned(out),
-            tile_heads=tile_heads,
-            **_logit_factors(params),
+        (
+            np.int64(query.stride(0)),
+            np.int64(query.stride(1)),
+            np.int64(out.stride(0)),
+            np.int64(out.stride(1)),
+            np.int64(kv_cache.stride(0)),
+            np.int64(block_tables.stride(0)),
+            np.int32(num_tokens),
+            np.int32(num_seqs),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(tile_heads),
+            np.int32(_block_shift(kv_cache)),
+            np.int32(params.causal),
+            np.int32(window),
+            np.int32(max_splits),
+            *_logit_factors(params),
+            np.int32(_rows_aligned(query)),
+            np.int32(_rows_aligned(out)),
         ),
     )
     plan = PrefillPlan(schedule, call, 2 * num_seqs + 6)
@@ -282,23 +342,111 @@ def prefill(
 
 def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
     num_states, num_tokens, num_heads, head_size = outs.shape
-    spec = kernel_specs.merge_states(DTYPE_NAMES[outs.dtype])
     return KernelCall(
-        spec,
-        (ceil_div(out.numel() // MERGE_ELEMENTS, spec.threads), 1),
-        MergeStatesArguments(
-            num_rows=num_tokens * num_heads,
-            num_states=num_states,
-            head_size=head_size,
-            aligned=rows_aligned(outs[0]) and rows_aligned(out),
+        kernel_specs.merge_states(DTYPE_NAMES[outs.dtype]),
+        (_ceil_div(out.numel() // 8, THREADS), 1),
+        (
+            np.int64(num_tokens * num_heads),
+            np.int32(num_states),
+            np.int32(head_size),
+            np.int32(_rows_aligned(outs[0]) and _rows_aligned(out)),
         ),
     )
 
 
-def _logit_factors(params: AttentionParams) -> dict[str, float]:
-    """Return the query's factor, and the soft cap or 0, such that logits are in units of log2(e)."""
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A decode kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    head_tiles: int  # tiles that the query heads of a KV head take
+    wide_spec: KernelSpec | None = None  # over larger tiles, for pieces that many query rows share
+
+    @property
+    def can_share(self) -> bool:
+        """Return whether a tile may hold query tokens of several sequences."""
+        return self.wide_spec is not None
+
+
+@cache
+def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> DecodeKernel:
+    """The choice between the two decode kernels: tensor cores where they take 16 bits, else CUDA cores.
+
+    A single query row leaves 15 of 16 idle, which should not show, though no GPU has measured it yet: a tile
+    of 16 keys of 128 elements takes 32 products of 8 cycles on one of four tensor cores, and 550 cycles to
+    arrive at a multiprocessor's share of an H100's memory.
+    """
+    if dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch)
+        wide = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+        heads = min(group, DECODE_TILE_ROWS)
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), wide)
+    tiles = kernel_specs.head_tiles(cache_dtype)
+    tile = next((tile for tile in tiles if tile >= group), tiles[-1])
+    spec = kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile)
+    return DecodeKernel(spec, 1, _ceil_div(group, tile))
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """A prefill kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    tile_heads: int  # query heads of a tile
+    blocks_per_sm: int  # that fit on one at most
+
+
+@cache
+def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
+    """The choice between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
+    need not unpack 8."""
+    if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
+        spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
+        rows = kernel_specs.PREFILL_WGMMA_ROWS
+        blocks = 1
+    elif dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_prefill_mma(dtype, cache_dtype, head_size, arch)
+        rows = kernel_specs.prefill_mma_rows(head_size)
+        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 64 else PREFILL_MMA_SMALL_BLOCKS_PER_SM
+    else:
+        spec = kernel_specs.paged_prefill(dtype, cache_dtype, head_size)
+        rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
+        blocks = PREFILL_BLOCKS_PER_SM
+    tile_heads = min(group, rows)
+    return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
+
+
+def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:
+    """The query's factor, and the soft cap or 0, such that logits come out in units of log2(e)."""
     cap = params.logits_soft_cap or 0.0
-    return {
-        "query_scale": params.scale / cap if cap else params.scale * LOG2E,
-        "soft_cap_log2": cap * LOG2E,
-    }
+    return np.float32(params.scale / cap if cap else params.scale * LOG2E), np.float32(cap * LOG2E)
+
+
+def _prefill_tile_rows(row_bytes: int) -> int:
+    """Query rows of a tile of paged_prefill: as many as leave its shared memory below 48 KiB."""
+    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block_shift(kv_cache: torch.Tensor) -> int:
+    return kv_cache.shape[3].bit_length() - 1
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row [token, head] starts at a multiple of 16 bytes."""
+    strides = tensor.stride(0) | tensor.stride(1)
+    return tensor.data_ptr() % 16 == 0 and strides * tensor.element_size() % 16 == 0
+
+
+def _require_aligned_cache(kv_cache: torch.Tensor) -> None:
+    stride_bytes = kv_cache.stride(0) * kv_cache.element_size()
+    if kv_cache.data_ptr() % 16 or (kv_cache.shape[0] > 1 and stride_bytes % 16):
+        raise ValueError(
+            "kv_cache must start at a multiple of 16 bytes and have a block stride that is one, got address "
+            f"{kv_cache.data_ptr():#x} and a stride of {stride_bytes} bytes; allocate it with torch.empty"
+        )

@@ -1,11 +1,8 @@
-"""Define the kernels: the variants of a source in `cuda/`, and what each is compiled and launched with."""
+"""Which kernels there are: the variants of a source in `cuda/`, what each is compiled and launched with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from . import constants
-from .arguments import KernelArguments
 
 DTYPES = ("fp32", "fp16", "bf16")
 CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
@@ -31,8 +28,14 @@ SHARED_MEMORY = {
     "120": 99 * 1024,
     "121": 99 * 1024,
 }
-# Shared memory of paged_prefill_wgmma besides tiles, at most: items, barriers.
-PREFILL_WGMMA_OTHER_BYTES = 256
+
+
+# Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
+DECODE_MMA_STATIC = 4 * 1024
+PREFILL_TILE = 48  # bytes of a PrefillTile (prefill_tiles.cuh)
+# paged_prefill_wgmma: rows of the query, and its shared memory besides tiles: items, barriers.
+PREFILL_WGMMA_ROWS = 128
+PREFILL_WGMMA_STATIC = 256
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,9 @@ class KernelSpec:
     threads: int = 128
     dynamic_shared_memory: int = 0
 
-    @property
-    def macros(self) -> tuple[tuple[str, str], ...]:
-        """Return all macros of the source, those that it shares with its launch included."""
-        launch = {"CUPAGED_THREADS": self.threads, "CUPAGED_DYNAMIC_BYTES": self.dynamic_shared_memory}
-        return (*self.defines, *((name, str(value)) for name, value in launch.items()), *constants.MACROS)
-
     def __str__(self) -> str:
         values = (f"{name.removeprefix('CUPAGED_').lower()}={value}" for name, value in self.defines)
         return f"{self.entry}[{', '.join(values)}]".lower().replace("cupaged_", "")
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """A launch without its addresses, over blocks of ``spec.threads``."""
-
-    spec: KernelSpec
-    grid: tuple[int, int]
-    arguments: KernelArguments  # but for its pointers
 
 
 def reshape_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
@@ -83,28 +71,26 @@ def paged_decode(dtype: str, cache_dtype: str, head_size: int, head_tile: int) -
 
 
 def has_mma(arch: str) -> bool:
-    """Return whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
+    """Whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
     return int(arch.rstrip("af")) >= 80
 
 
 def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
-    """Return the query rows of a tile of paged_decode_mma: 16, or more with `wide`, for shared prefixes."""
+    """Query rows of a tile of paged_decode_mma: 16, or with `wide` as many as it has for shared pieces."""
     # Rows of 512 bytes leave a block of 99 KiB no room for more.
-    if not wide:
-        return constants.DECODE_TILE_ROWS
-    return 32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else constants.MAX_TILE_ROWS
+    return (32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else 64) if wide else 16
 
 
 def paged_decode_mma(
     dtype: str, cache_dtype: str, head_size: int, arch: str, wide: bool = False
 ) -> KernelSpec:
-    """Return the kernel with three stages of keys and values if they fit, else with two."""
+    """With three stages of keys and values where they fit, else two."""
     rows = decode_mma_rows(head_size, arch, wide)
     phases, group_rows = (4, 32 if wide else 16) if head_size <= 128 else (2, 16)
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
     for stages in (3, 2):
         shared_bytes = rows * query_row + phases * stages * 2 * 16 * cache_row
-        if shared_bytes + constants.DECODE_MMA_STATIC_BYTES <= _shared_memory(arch):
+        if shared_bytes + DECODE_MMA_STATIC <= _shared_memory(arch):
             break
     spread = 16 if cache_dtype in CACHE_DTYPES else 8
     out_row = 4 * (head_size + (spread if head_size // spread % 2 == 0 else 0))
@@ -125,7 +111,7 @@ def _shared_memory(arch: str) -> int:
 
 
 def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
-    """Return the bytes of a query row and of a cache row in the shared memory of mma_attention.cuh."""
+    """Bytes of a row of the query and of the cache in the shared memory of mma_attention.cuh."""
     chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes
     elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
     return 16 * (elements // 8 + 1), 16 * (chunks + 1)
@@ -145,20 +131,18 @@ def paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
 
 
 def prefill_mma_rows(head_size: int) -> int:
-    """Return the query rows of a thread block of paged_prefill_mma."""
+    """Query rows of a block of paged_prefill_mma."""
     return 128 if head_size <= 128 else 64
 
 
 def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
-    """Return the kernel with as many keys and stages as fit."""
+    """With as many keys and stages of them as fit."""
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
     # The logits of 32 keys fit into registers everywhere but on sm_120, where ptxas spills.
     most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
     for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
         tile_bytes = keys * (2 * cache_row + 4)
-        shared_bytes = (
-            constants.PREFILL_TILE_BYTES + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
-        )
+        shared_bytes = PREFILL_TILE + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
         if shared_bytes <= _shared_memory(arch):
             break
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
@@ -166,25 +150,23 @@ def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -
 
 
 def has_wgmma(arch: str) -> bool:
-    """Return whether the architecture is Hopper, whose warpgroups multiply out of shared memory."""
+    """Whether it is Hopper, whose warpgroups multiply out of shared memory; no other generation does."""
     return arch == "90a"
 
 
 def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
-    """Return the kernel with as many keys a tile as leave registers for the output, and then stages."""
+    """With as many keys of a tile as leave registers for the output, and then as many stages as fit."""
     keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
     stages = 3 if head_size <= 128 else 2
     row_bytes = 128 * -(-head_size // 64)
-    shared_bytes = (constants.PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_OTHER_BYTES
+    shared_bytes = (PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_STATIC
     defines = _defines(dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
     return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
 
 
 def head_tiles(cache_dtype: str) -> tuple[int, ...]:
-    """Return how many query heads a thread block of paged_decode can handle.
-
-    With 8-bit codes a lane holds twice the elements of a row, and 8 heads of them do not fit in registers.
-    """
+    """Query heads that one block of paged_decode can handle. With 8-bit codes a lane holds twice the
+    elements of a row, and 8 heads of them do not fit in registers."""
     return HEAD_TILES[:-1] if cache_dtype in CACHE_DTYPES else HEAD_TILES
 
 
@@ -197,10 +179,9 @@ def merge_states(dtype: str) -> KernelSpec:
 
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
-    """Return the kernels of an architecture that are compiled ahead of time: for head sizes that models have.
-
-    For the most common of these sizes also over quantised caches, under bfloat16 queries, with wide tiles, in
-    float32 on GPUs with tensor cores, and in bfloat16 on those before.
+    """Every kernel that an architecture uses for the head sizes that models have; for the most common of them
+    also over quantised caches, under bfloat16 queries, with wide tiles, in float32 on GPUs with tensor cores,
+    and in bfloat16 on those before.
 
     The others are compiled when they are met.
     """
