@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import kernel_resources
 from cupaged.backends.cuda import compile as kc
-from cupaged.backends.cuda import plans, precompile
+from cupaged.backends.cuda import kernel_choice, precompile
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.occupancy import occupancy
 from cupaged.backends.cuda.specs import KernelSpec
@@ -92,7 +92,7 @@ def outdated(rows: list[precompile.Row]) -> list[str]:
 def planned_blocks(arch: str) -> dict[KernelSpec, int]:
     """Return how many blocks of prefill are launched for a multiprocessor, by kernels of usual models."""
     kernels = [
-        plans.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
+        kernel_choice.prefill_kernel(dtype, cache_dtype, head_size, 1, arch)
         for dtype, head_size in product(kernel_specs.DTYPES, kernel_specs.HEAD_SIZES)
         for cache_dtype in (dtype, *(kernel_specs.CACHE_DTYPES if dtype == "bf16" else ()))
     ]

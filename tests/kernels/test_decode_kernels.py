@@ -9,7 +9,7 @@ import torch
 
 import cupaged
 from benchmarks.cases import check, draw
-from cupaged.backends.cuda import plans
+from cupaged.backends.cuda import kernel_choice
 
 from .test_attention import FEATURES, run
 
@@ -40,7 +40,7 @@ from .test_attention import FEATURES, run
     ],
 )
 def test_the_choice(dtype, cache, group, arch, name):
-    assert str(plans.decode_kernel(dtype, cache, 128, group, arch).spec) == name
+    assert str(kernel_choice.decode_kernel(dtype, cache, 128, group, arch).spec) == name
 
 
 def draw_few(seed: int, **options):

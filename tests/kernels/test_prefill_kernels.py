@@ -9,7 +9,7 @@ import torch
 
 import cupaged
 from benchmarks.cases import Problem, check, draw
-from cupaged.backends.cuda import plans
+from cupaged.backends.cuda import kernel_choice
 
 from .test_attention import FEATURES, run
 
@@ -44,7 +44,7 @@ from .test_attention import FEATURES, run
     ],
 )
 def test_the_choice(dtype, cache, head_size, arch, name):
-    assert str(plans.prefill_kernel(dtype, cache, head_size, 4, arch).spec) == name
+    assert str(kernel_choice.prefill_kernel(dtype, cache, head_size, 4, arch).spec) == name
 
 
 def draw_chunks(seed: int, **options) -> Problem:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Problem, check, draw
-from cupaged.backends.cuda import plans
+from cupaged.backends.cuda import kernel_choice, plans
 from cupaged.params import AttentionParams
 
 from .test_attention import FEATURES, run
@@ -100,7 +100,7 @@ def test_it_is_for_the_asking_and_for_small_batches(seed):
         assert plan_of(problem, arch, sm_count).records is None
         assert plan_of(problem, arch, sm_count, batch_invariant=False, shared_prefix=True).merge is None
         plan = plan_of(problem, arch, sm_count, batch_invariant=False)
-        kernel = plans.prefill_kernel("fp16", "fp16", head_size, group, arch)
+        kernel = kernel_choice.prefill_kernel("fp16", "fp16", head_size, group, arch)
         blocks = kernel.blocks_per_sm * sm_count
         tile_rows = kernel.tile_tokens * kernel.tile_heads
         tiles = -(-num_tokens // kernel.tile_tokens) * num_kv_heads * -(-group // kernel.tile_heads)

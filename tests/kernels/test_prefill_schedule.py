@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupaged.backends.cuda import plans
+from cupaged.backends.cuda import kernel_choice, plans
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.specs import KernelSpec
 from cupaged.params import AttentionParams
@@ -233,7 +233,7 @@ def test_the_grid_is_no_larger_than_the_items_or_what_fits(arch):
     for num_tokens, sm_count in ((tokens - 1, 100), (tokens, 100), (50 * tokens, 7)):
         query = torch.zeros(num_tokens, 6, 64, dtype=torch.float16)
         plan = plans.prefill(query, cache, tables, query, AttentionParams(scale=1.0), arch, sm_count)
-        blocks = plans.prefill_kernel("fp16", "fp16", 64, 2, arch).blocks_per_sm * sm_count
+        blocks = kernel_choice.prefill_kernel("fp16", "fp16", 64, 2, arch).blocks_per_sm * sm_count
         assert plan.prefill.grid == (min(3 * (num_tokens // tokens + 6), blocks), 1)
         assert plan.schedule.grid == (1, 1)
         assert plan.schedule.numbers[2] == tokens

@@ -220,7 +220,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
     pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == said
     assert "\ufffd" not in "".join(pieces)
-    assert len([piece for piece in pieces if piece]) == len(said)
+    assert 1 < len([piece for piece in pieces if piece]) <= len(said)  # a slow client gets several at once
 
 
 @pytest.mark.parametrize(

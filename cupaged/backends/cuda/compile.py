@@ -35,7 +35,7 @@ ENTRY_FORMAT = 3
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What ptxas reports of an entry point. Sizes in bytes, a thread's or a block's."""
+    """The resources of an entry point, as ptxas reports them. Sizes are in bytes of a thread or a block."""
 
     registers: int
     stack: int
@@ -47,7 +47,7 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin."""
+    """A compiled kernel: its cubin and where it is."""
 
     content: bytes
     path: Path | None  # where it is kept; None: it could not be written
@@ -57,7 +57,7 @@ class Compiled:
 
 
 def cuda_dir() -> Path:
-    """The directory of the kernels' sources: inside the package when installed, beside it in a checkout."""
+    """Return the directory of the kernels' sources: in an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     for directory in (package / "cuda", package.parent / "cuda"):
         if (directory / "common.cuh").is_file():
@@ -66,12 +66,12 @@ def cuda_dir() -> Path:
 
 
 def cache_dir(root: Path | None = None) -> Path:
-    """Of the compiled kernels, in `user_cache()` or another directory that may become it."""
+    """Return the directory of compiled kernels in `user_cache()`, or in another directory."""
     return (root or user_cache()) / "kernels"
 
 
 def import_cupy() -> ModuleType:
-    """CuPy, or an ImportError that names the package which fits torch's CUDA version."""
+    """Return CuPy, or raise an ImportError that names the package for torch's CUDA version."""
     try:
         import cupy
     except ImportError as error:
@@ -86,7 +86,7 @@ def import_cupy() -> ModuleType:
 
 @cache
 def toolkit_include_dir() -> Path:
-    """Where `cuda_fp16.h` is."""
+    """Return the directory of `cuda_fp16.h`."""
     from cuda import pathfinder  # type: ignore[attr-defined]  # mypy sees our cuda/ only
 
     found = pathfinder.find_nvidia_header_directory("cudart")
@@ -99,7 +99,7 @@ def toolkit_include_dir() -> Path:
 
 
 def arch_for_capability(major: int, minor: int, supported: Iterable[int]) -> str:
-    """The architecture to compile for: the device's own, or the nearest that its machine code runs on.
+    """Return the architecture to compile for: the device's own, or the nearest whose code it can run.
 
     Args:
         supported: what NVRTC knows, as 10 * major + minor.
@@ -125,7 +125,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def nvrtc_archs() -> tuple[int, ...]:
-    """The architectures NVRTC compiles for, as 10 * major + minor."""
+    """Return the architectures that NVRTC compiles for, as 10 * major + minor."""
     import_cupy()
     from cupy.cuda import nvrtc
 
@@ -136,7 +136,7 @@ _INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
 def include_closure(source: Path, include_dirs: Iterable[Path]) -> list[Path]:
-    """The source and every header it can reach, in the order of reading.
+    """Return the source and all headers that it can include, in the order in which they are read.
 
     Conditions are not evaluated; a header that is nowhere (one for another platform) is left out.
     """
@@ -157,7 +157,7 @@ def include_closure(source: Path, include_dirs: Iterable[Path]) -> list[Path]:
 
 
 def digest(spec: KernelSpec, arch: str, sources: Path | None = None) -> str:
-    """What identifies a compiled kernel: all its text, the options, NVRTC's version, the architecture."""
+    """Return a digest of what a kernel is compiled from: text, options, NVRTC's version, architecture."""
     directory = (sources or cuda_dir()).resolve()
     sha = hashlib.sha256()
     for path in include_closure(directory / spec.source, (directory, toolkit_include_dir())):
@@ -170,7 +170,7 @@ def digest(spec: KernelSpec, arch: str, sources: Path | None = None) -> str:
 
 @cache
 def _read_toolkit(path: Path) -> bytes:
-    """NVIDIA's headers do not change under a running process; ours do, in tests."""
+    """Read a header of NVIDIA, once: unlike ours, these do not change under a running process."""
     return hashlib.sha256(path.read_bytes()).digest()
 
 
@@ -207,7 +207,7 @@ def compile_cubin(
 
 
 def whole_elf(cubin: bytes) -> bytes:
-    """The cubin with the zeros at its end that its headers count and that were lost on the way.
+    """Restore the zeros at the end of a cubin that its headers count and that were lost on the way.
 
     CuPy takes it for a text and drops the last byte, the zero in the top of the last program header. The
     driver does not mind, nvdisasm does.
@@ -227,7 +227,7 @@ _WARNING = re.compile(r"\(C75\d\d\) (.*?)\s+in (?:the )?function '(\w+)'")
 
 
 def parse_log(log: str) -> dict[str, ResourceUsage]:
-    """Registers, spills and shared memory by entry point, from the text of ``--ptxas-options=-v``."""
+    """Return the resources of each entry point, from the output of ``--ptxas-options=-v``."""
     usage = {}
     warnings = [(entry, text) for text, entry in _WARNING.findall(log)]
     sections = _FUNCTION.split(log)
@@ -248,7 +248,7 @@ def parse_log(log: str) -> dict[str, ResourceUsage]:
 
 
 def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled:
-    """The compiled kernel, from the cache or made now.
+    """Return the compiled kernel from the cache, or compile it.
 
     Two files make an entry, the cubin and a JSON with its checksum. Each is written under another name
     and renamed, so that a reader sees a whole file or none, and writers may race. Whatever does not fit
@@ -281,7 +281,7 @@ def cubin(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compile
 
 
 def kept(spec: KernelSpec, arch: str, directory: Path | None = None) -> Compiled | None:
-    """The compiled kernel from the cache, None where it is not there."""
+    """Return the compiled kernel from the cache, or None."""
     return _read_entry(*_entry(spec, arch, directory or cache_dir()))
 
 

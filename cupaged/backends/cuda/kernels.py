@@ -1,4 +1,4 @@
-"""The backend's functions over the kernels in `cuda/`: find or make the plan of a call, and launch it.
+"""Implement the operators over the kernels in `cuda/`: find or make the plan of a call, and launch it.
 
 `plans.py` says what to launch, once for each layout of the tensors. A `Launcher` runs it: that of
 `launcher.py`, or the tests', which runs the same sources on the CPU. Nothing on the way waits for the GPU,
@@ -28,28 +28,28 @@ Launch = Callable[[Sequence[torch.Tensor | None]], None]
 
 
 class Launcher(Protocol):
-    """Runs kernels. All tensors of a launch are on one device."""
+    """Prepare and run launches. All tensors of a launch are on one device."""
 
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
-        """Everything about a launch but the addresses, to be called many times.
+        """Return a launch without its addresses, to be called many times.
 
         It is given the tensors of the entry point's pointers, which come before its numbers.
         """
 
     def sm_count(self, device: torch.device) -> int:
-        """Streaming multiprocessors of the device."""
+        """Return the number of streaming multiprocessors of the device."""
 
     def arch(self, device: torch.device) -> str:
-        """What kernels for the device are compiled for: "75", "90a"."""
+        """Return the architecture that kernels for the device are compiled for: "75", "90a"."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Workspace that lives at least until what is launched now has run."""
+        """Allocate workspace that lives at least until what is launched now has run."""
 
     def reaches(self, tensor: torch.Tensor, device: torch.device) -> bool:
-        """Whether kernels on the device can read and write the tensor: it is there, or in pinned memory."""
+        """Return whether kernels on the device can access the tensor: it is there, or in pinned memory."""
 
     def upload(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor of the CPU on the device, for what is launched from now on. Does not wait."""
+        """Copy a tensor from the CPU to the device, for later launches, without waiting."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PreparedAttention:
 
 
 class Kernels:
-    """The backend's functions over a launcher.
+    """Implement the operators over a launcher.
 
     Plans are kept under the call's layout, the alignment of its addresses and its settings: all that they are
     made from. No tensor is kept.
@@ -238,7 +238,7 @@ class Kernels:
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
-    """The (source, destination) pairs by runs in which both ids rise by one, or one by one."""
+    """Divide (source, destination) pairs into ranges in which both IDs rise by one, or into single pairs."""
     start = 0
     for i in range(1, len(pairs) + 1):
         continues = (

@@ -1,4 +1,4 @@
-"""The CUDA backend: `Kernels` over CuPy's thin wrapper of the driver, on torch's current stream."""
+"""Launch kernels through CuPy's thin wrapper of the driver, on torch's current stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .specs import KernelSpec
 
 
 def backend(arch: str | None = None) -> Kernels:
-    """The backend's functions.
+    """Return the CUDA backend.
 
     Args:
         arch: what kernels are chosen and compiled for, by default the device's own. "90" leaves out what only
@@ -32,7 +32,7 @@ def backend(arch: str | None = None) -> Kernels:
 
 
 class CupyLauncher:
-    """Compiles and loads a kernel when it is first prepared on a device, and launches it.
+    """Compile and load a kernel when it is first prepared on a device, and launch it.
 
     Tensors are passed as their addresses: a DLPack capsule for each would cost more than the launch. So would
     `cupy.RawKernel`, which makes an object of each argument and of the stream at every launch.

@@ -1,4 +1,4 @@
-"""Theoretical occupancy: how many blocks of a kernel a multiprocessor can hold at once."""
+"""Compute the theoretical occupancy: how many blocks of a kernel a multiprocessor can hold at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Of one multiprocessor."""
+    """The blocks and warps that one multiprocessor can hold."""
 
     blocks: int
     share: float  # resident warps over the most there can be
@@ -39,12 +39,12 @@ class Occupancy:
 
 
 def occupancy(spec: KernelSpec, usage: ResourceUsage, arch: str) -> Occupancy:
-    """The occupancy of a kernel as it is launched."""
+    """Return the occupancy of a kernel as it is launched."""
     return of(arch, spec.threads, usage.registers, usage.shared_memory + spec.dynamic_shared_memory)
 
 
 def of(arch: str, threads: int, registers: int, shared_memory: int) -> Occupancy:
-    """The occupancy of blocks of ``threads``, with ``registers`` a thread and bytes of shared memory."""
+    """Return the occupancy of blocks with these threads, registers a thread and bytes of shared memory."""
     number = arch.rstrip("af")
     most_warps, most_blocks = MOST[number]
     # From Ampere on the driver keeps 1 KiB of every block's shared memory.

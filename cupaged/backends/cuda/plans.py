@@ -1,4 +1,4 @@
-"""What a call launches: which kernel in `cuda/`, on what grid, with which numbers.
+"""Plan the launches of a call: which kernel in `cuda/`, on what grid, with which arguments.
 
 All of it follows from the layouts of the tensors, the settings and the GPU; nothing here reads memory or
 launches, so that `kernels.py` can keep a plan for the calls that are alike.
@@ -7,13 +7,13 @@ launches, so that `kernels.py` can keep a plan for the calls that are alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import torch
 
 from ...params import AttentionParams
 from . import specs as kernel_specs
+from .kernel_choice import DECODE_TILE_ROWS, ceil_div, decode_kernel, prefill_kernel
 from .specs import KernelSpec
 
 Number = np.int32 | np.int64 | np.float32  # carries its width
@@ -26,17 +26,11 @@ THREADS = 128  # of a block of every attention kernel
 SPLIT_TOKENS = 512
 SMALLEST_SPLIT_TOKENS = 128
 MAX_SPLITS = 64
-DECODE_TILE_ROWS = 16  # of the tensor core kernel: (token, head) pairs
 MAX_SHARED_TILES = 2  # of those on a shared piece; where they would be more, they are larger
 MAX_SHARED_ROWS = 1 << 26  # of a KV head, that lists of tiles can name (pack_tile in work.cuh)
 # Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
 DECODE_BLOCKS_PER_SM = 8
 DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the pieces are of equal length
-# Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
-# memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
-PREFILL_BLOCKS_PER_SM = 4
-PREFILL_MMA_BLOCKS_PER_SM = 2
-PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
 MAX_PREFILL_SPLITS = 16
 SMALLEST_PREFILL_SPLIT_TOKENS = 512  # kSmallestPiece in plan_prefill.cu
 ALL_SEQUENCES, SINGLES, MULTI_TOKEN = range(3)  # Subset in work.cuh
@@ -62,7 +56,7 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What a decode launches, and the workspace that it needs."""
+    """The launches of a decode, and the workspace that they need."""
 
     decode: KernelCall
     can_share: bool  # the kernel takes lists of tiles, or none
@@ -76,7 +70,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """What a prefill launches, and the workspace that it needs."""
+    """The launches of a prefill, and the workspace that they need."""
 
     schedule: KernelCall  # orders the sequences
     prefill: KernelCall
@@ -112,7 +106,7 @@ def copy_blocks(src: torch.Tensor, dst: torch.Tensor, num_pairs: int) -> KernelC
     # A few units a thread keep enough loads in flight; large blocks are shared by several CUDA blocks.
     return KernelCall(
         spec,
-        (num_pairs, min(64, _ceil_div(units, 4 * spec.threads))),
+        (num_pairs, min(64, ceil_div(units, 4 * spec.threads))),
         (
             np.int64(_stride_bytes(src) // unit_bytes),
             np.int64(_stride_bytes(dst) // unit_bytes),
@@ -137,7 +131,7 @@ def _stride_bytes(cache: torch.Tensor) -> int:
 
 
 def all_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
-    """Whether all sequences are for the decode kernels, or only those of one query token."""
+    """Return whether the decode kernels take all sequences, or only those of one query token."""
     if query_start_loc is None:
         return True
     return params.max_query_len is not None and params.max_query_len <= MAX_DECODE_QUERY_LEN
@@ -153,7 +147,7 @@ def decode(
     arch: str,
     sm_count: int,
 ) -> DecodePlan:
-    """Of all sequences, or of those with one query token where the others are left to `prefill`."""
+    """Plan the decode of all sequences, or of those with one query token if `prefill` takes the others."""
     _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_seqs, table_width = block_tables.shape
@@ -173,7 +167,7 @@ def decode(
     # The width of the table bounds the pieces, but never changes how a sequence is divided.
     longest = table_width * block_size
     visible = min(longest, window + longest_query - 1 if window else longest)
-    max_splits = min(MAX_SPLITS, _ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
+    max_splits = min(MAX_SPLITS, ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
     # Each sequence can end in a partly filled tile of query tokens, and the padding is one more.
     one_each = singles or query_start_loc is None
     row_tiles = num_seqs if one_each else num_tokens // kernel.tile_tokens + num_seqs + 1
@@ -240,12 +234,12 @@ def decode(
 def _merge(
     out: torch.Tensor, num_seqs: int, window: int, split_tokens: int, max_splits: int, subset: int
 ) -> tuple[KernelCall, tuple[int, int, int, int]]:
-    """The merging of pieces, and the shape of their records."""
+    """Plan the merge of KV splits; return the shape of their partials too."""
     num_tokens, num_heads, head_size = out.shape
     slots = num_seqs if subset == SINGLES else num_tokens
     call = KernelCall(
         kernel_specs.merge_splits(DTYPE_NAMES[out.dtype]),
-        (_ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
+        (ceil_div(slots * num_heads * head_size // 8, THREADS), 1),
         (
             np.int64(out.stride(0)),
             np.int64(out.stride(1)),
@@ -272,7 +266,7 @@ def prefill(
     arch: str,
     sm_count: int,
 ) -> PrefillPlan:
-    """Of all sequences of several query tokens, and of the padding."""
+    """Plan the prefill of all sequences of several query tokens, and of the padding."""
     _require_aligned_cache(kv_cache)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[2]
@@ -282,15 +276,15 @@ def prefill(
         DTYPE_NAMES[query.dtype], CACHE_DTYPE_NAMES[kv_cache.dtype], head_size, group, arch
     )
     tile_heads = kernel.tile_heads
-    head_tiles = num_kv_heads * _ceil_div(group, tile_heads)
+    head_tiles = num_kv_heads * ceil_div(group, tile_heads)
     window = params.sliding_window or 0
     blocks = kernel.blocks_per_sm * sm_count  # that run at once
     max_splits = 1
     if not (params.batch_invariant or params.shared_prefix):
         # As many as give work to all blocks. So the records are of no more rows than two tiles a block have.
-        wanted = _ceil_div(blocks, _ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
+        wanted = ceil_div(blocks, ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
         longest = block_tables.shape[1] * kv_cache.shape[3]
-        most = min(MAX_PREFILL_SPLITS, _ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
+        most = min(MAX_PREFILL_SPLITS, ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
         max_splits = min(wanted, most)
     schedule = KernelCall(
         kernel_specs.plan_prefill(),
@@ -344,7 +338,7 @@ def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
     num_states, num_tokens, num_heads, head_size = outs.shape
     return KernelCall(
         kernel_specs.merge_states(DTYPE_NAMES[outs.dtype]),
-        (_ceil_div(out.numel() // 8, THREADS), 1),
+        (ceil_div(out.numel() // 8, THREADS), 1),
         (
             np.int64(num_tokens * num_heads),
             np.int32(num_states),
@@ -354,83 +348,10 @@ def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
     )
 
 
-@dataclass(frozen=True)
-class DecodeKernel:
-    """A decode kernel and how it tiles the query rows of a KV head."""
-
-    spec: KernelSpec
-    tile_tokens: int  # query tokens of a tile
-    head_tiles: int  # tiles that the query heads of a KV head take
-    wide_spec: KernelSpec | None = None  # over larger tiles, for pieces that many query rows share
-
-    @property
-    def can_share(self) -> bool:
-        """Return whether a tile may hold query tokens of several sequences."""
-        return self.wide_spec is not None
-
-
-@cache
-def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> DecodeKernel:
-    """The choice between the two decode kernels: tensor cores where they take 16 bits, else CUDA cores.
-
-    A single query row leaves 15 of 16 idle, which should not show, though no GPU has measured it yet: a tile
-    of 16 keys of 128 elements takes 32 products of 8 cycles on one of four tensor cores, and 550 cycles to
-    arrive at a multiprocessor's share of an H100's memory.
-    """
-    if dtype != "fp32" and kernel_specs.has_mma(arch):
-        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch)
-        wide = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
-        heads = min(group, DECODE_TILE_ROWS)
-        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, _ceil_div(group, heads), wide)
-    tiles = kernel_specs.head_tiles(cache_dtype)
-    tile = next((tile for tile in tiles if tile >= group), tiles[-1])
-    spec = kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile)
-    return DecodeKernel(spec, 1, _ceil_div(group, tile))
-
-
-@dataclass(frozen=True)
-class PrefillKernel:
-    """A prefill kernel and how it tiles the query rows of a KV head."""
-
-    spec: KernelSpec
-    tile_tokens: int  # query tokens of a tile
-    tile_heads: int  # query heads of a tile
-    blocks_per_sm: int  # that fit on one at most
-
-
-@cache
-def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
-    """The choice between the prefill kernels: tensor cores where they take 16 bits, Hopper's own where they
-    need not unpack 8."""
-    if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
-        spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
-        rows = kernel_specs.PREFILL_WGMMA_ROWS
-        blocks = 1
-    elif dtype != "fp32" and kernel_specs.has_mma(arch):
-        spec = kernel_specs.paged_prefill_mma(dtype, cache_dtype, head_size, arch)
-        rows = kernel_specs.prefill_mma_rows(head_size)
-        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 64 else PREFILL_MMA_SMALL_BLOCKS_PER_SM
-    else:
-        spec = kernel_specs.paged_prefill(dtype, cache_dtype, head_size)
-        rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
-        blocks = PREFILL_BLOCKS_PER_SM
-    tile_heads = min(group, rows)
-    return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
-
-
 def _logit_factors(params: AttentionParams) -> tuple[np.float32, np.float32]:
-    """The query's factor, and the soft cap or 0, such that logits come out in units of log2(e)."""
+    """Return the query's factor, and the soft cap or 0, such that logits are in units of log2(e)."""
     cap = params.logits_soft_cap or 0.0
     return np.float32(params.scale / cap if cap else params.scale * LOG2E), np.float32(cap * LOG2E)
-
-
-def _prefill_tile_rows(row_bytes: int) -> int:
-    """Query rows of a tile of paged_prefill: as many as leave its shared memory below 48 KiB."""
-    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _block_shift(kv_cache: torch.Tensor) -> int:
@@ -438,7 +359,7 @@ def _block_shift(kv_cache: torch.Tensor) -> int:
 
 
 def _rows_aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row [token, head] starts at a multiple of 16 bytes."""
+    """Return whether every row [token, head] starts at a multiple of 16 bytes."""
     strides = tensor.stride(0) | tensor.stride(1)
     return tensor.data_ptr() % 16 == 0 and strides * tensor.element_size() % 16 == 0
 

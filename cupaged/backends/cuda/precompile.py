@@ -26,7 +26,7 @@ class Row:
     compile_ms: float
 
     def complaints(self) -> list[str]:
-        """What makes the kernel unfit to ship."""
+        """Return what makes the kernel unfit to ship."""
         found = []
         if self.usage.spill_stores or self.usage.spill_loads:
             found.append(f"spills {self.usage.spill_stores + self.usage.spill_loads} bytes of registers")
@@ -77,7 +77,7 @@ def format_row(row: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: compile the kernels, print the table, return 1 if one is unfit to ship."""
+    """Compile the kernels, print the table, and return 1 if one is unfit to ship."""
     parser = argparse.ArgumentParser(prog="python -m cupaged.compile", description="Compile the kernels.")
     parser.add_argument("--arch", action="append", help=f"as 90a; repeatable (default: {' '.join(ARCHS)})")
     parser.add_argument("--out", type=Path, help="the CUPAGED_CACHE_DIR to fill (default: this user's)")

@@ -1,11 +1,11 @@
-"""Which kernels the public functions can launch: those of `specs.variants` and the rarer ones."""
+"""List the kernels that the public functions can launch: those of `specs.variants` and the rarer ones."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from ...checks import MAX_HEAD_SIZE
-from . import plans
+from . import kernel_choice
 from . import specs as kernel_specs
 from .specs import KernelSpec
 
@@ -27,8 +27,8 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
             for head_size in _head_sizes(cache_dtype):
                 # A group of more query heads than the largest tile has takes several of those.
                 for group in range(1, max(kernel_specs.HEAD_TILES) + 1):
-                    decode = plans.decode_kernel(dtype, cache_dtype, head_size, group, arch)
-                    prefill = plans.prefill_kernel(dtype, cache_dtype, head_size, group, arch)
+                    decode = kernel_choice.decode_kernel(dtype, cache_dtype, head_size, group, arch)
+                    prefill = kernel_choice.prefill_kernel(dtype, cache_dtype, head_size, group, arch)
                     found |= {decode.spec: None, prefill.spec: None}
                     if decode.wide_spec is not None:
                         found |= {decode.wide_spec: None, kernel_specs.find_shared_pieces(): None}
@@ -36,6 +36,6 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
 
 
 def _head_sizes(cache_dtype: str) -> range:
-    """Return those that `checks.layer_cache` lets pass."""
+    """Return the head sizes that `checks.layer_cache` accepts."""
     step = 16 if cache_dtype in kernel_specs.CACHE_DTYPES else 8
     return range(step, MAX_HEAD_SIZE + 1, step)

@@ -1,4 +1,4 @@
-"""Which kernels there are: the variants of a source in `cuda/`, what each is compiled and launched with."""
+"""Define the kernels: the variants of a source in `cuda/`, and what each is compiled and launched with."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def paged_decode(dtype: str, cache_dtype: str, head_size: int, head_tile: int) -
 
 
 def has_mma(arch: str) -> bool:
-    """Whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
+    """Return whether the architecture has mma.sync for fp16 and bf16, and cp.async."""
     return int(arch.rstrip("af")) >= 80
 
 
 def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
-    """Query rows of a tile of paged_decode_mma: 16, or with `wide` as many as it has for shared pieces."""
+    """Return the query rows of a tile of paged_decode_mma: 16, or more with `wide`, for shared prefixes."""
     # Rows of 512 bytes leave a block of 99 KiB no room for more.
     return (32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else 64) if wide else 16
 
@@ -84,7 +84,7 @@ def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
 def paged_decode_mma(
     dtype: str, cache_dtype: str, head_size: int, arch: str, wide: bool = False
 ) -> KernelSpec:
-    """With three stages of keys and values where they fit, else two."""
+    """Return the kernel with three stages of keys and values if they fit, else with two."""
     rows = decode_mma_rows(head_size, arch, wide)
     phases, group_rows = (4, 32 if wide else 16) if head_size <= 128 else (2, 16)
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
@@ -111,7 +111,7 @@ def _shared_memory(arch: str) -> int:
 
 
 def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
-    """Bytes of a row of the query and of the cache in the shared memory of mma_attention.cuh."""
+    """Return the bytes of a query row and of a cache row in the shared memory of mma_attention.cuh."""
     chunks = 2 * -(-head_size // (32 if cache_dtype in CACHE_DTYPES else 16))  # of 16 bytes
     elements = chunks * (16 if cache_dtype in CACHE_DTYPES else 8)
     return 16 * (elements // 8 + 1), 16 * (chunks + 1)
@@ -131,12 +131,12 @@ def paged_prefill(dtype: str, cache_dtype: str, head_size: int) -> KernelSpec:
 
 
 def prefill_mma_rows(head_size: int) -> int:
-    """Query rows of a block of paged_prefill_mma."""
+    """Return the query rows of a thread block of paged_prefill_mma."""
     return 128 if head_size <= 128 else 64
 
 
 def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -> KernelSpec:
-    """With as many keys and stages of them as fit."""
+    """Return the kernel with as many keys and stages as fit."""
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
     # The logits of 32 keys fit into registers everywhere but on sm_120, where ptxas spills.
     most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
@@ -150,12 +150,12 @@ def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -
 
 
 def has_wgmma(arch: str) -> bool:
-    """Whether it is Hopper, whose warpgroups multiply out of shared memory; no other generation does."""
+    """Return whether the architecture is Hopper, whose warpgroups multiply out of shared memory."""
     return arch == "90a"
 
 
 def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
-    """With as many keys of a tile as leave registers for the output, and then as many stages as fit."""
+    """Return the kernel with as many keys a tile as leave registers for the output, and then stages."""
     keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
     stages = 3 if head_size <= 128 else 2
     row_bytes = 128 * -(-head_size // 64)
@@ -165,8 +165,10 @@ def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
 
 
 def head_tiles(cache_dtype: str) -> tuple[int, ...]:
-    """Query heads that one block of paged_decode can handle. With 8-bit codes a lane holds twice the
-    elements of a row, and 8 heads of them do not fit in registers."""
+    """Return how many query heads a thread block of paged_decode can handle.
+
+    With 8-bit codes a lane holds twice the elements of a row, and 8 heads of them do not fit in registers.
+    """
     return HEAD_TILES[:-1] if cache_dtype in CACHE_DTYPES else HEAD_TILES
 
 
@@ -179,9 +181,10 @@ def merge_states(dtype: str) -> KernelSpec:
 
 
 def variants(arch: str) -> tuple[KernelSpec, ...]:
-    """Every kernel that an architecture uses for the head sizes that models have; for the most common of them
-    also over quantised caches, under bfloat16 queries, with wide tiles, in float32 on GPUs with tensor cores,
-    and in bfloat16 on those before.
+    """Return the kernels of an architecture that are compiled ahead of time: for head sizes that models have.
+
+    For the most common of these sizes also over quantised caches, under bfloat16 queries, with wide tiles, in
+    float32 on GPUs with tensor cores, and in bfloat16 on those before.
 
     The others are compiled when they are met.
     """

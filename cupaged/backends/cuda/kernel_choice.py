@@ -1,0 +1,89 @@
+"""Choose the attention kernel of a call, and how it tiles the query rows of a KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from . import specs as kernel_specs
+from .specs import KernelSpec
+
+DECODE_TILE_ROWS = 16  # query rows, (token, head) pairs, of a tile of the tensor core kernel
+# Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
+# memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
+PREFILL_BLOCKS_PER_SM = 4
+PREFILL_MMA_BLOCKS_PER_SM = 2
+PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A decode kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    head_tiles: int  # tiles that the query heads of a KV head take
+    wide_spec: KernelSpec | None = None  # over larger tiles, for KV splits that many query rows share
+
+    @property
+    def can_share(self) -> bool:
+        """Return whether a tile may hold query tokens of several sequences."""
+        return self.wide_spec is not None
+
+
+@cache
+def decode_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> DecodeKernel:
+    """Choose between the decode kernels: tensor cores where they take 16 bits, else CUDA cores.
+
+    A single query row leaves 15 of 16 idle, which should not show, though no GPU has measured it yet: a tile
+    of 16 keys of 128 elements takes 32 products of 8 cycles on one of four tensor cores, and 550 cycles to
+    arrive at a multiprocessor's share of an H100's memory.
+    """
+    if dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch)
+        wide = kernel_specs.paged_decode_mma(dtype, cache_dtype, head_size, arch, wide=True)
+        heads = min(group, DECODE_TILE_ROWS)
+        return DecodeKernel(spec, DECODE_TILE_ROWS // heads, ceil_div(group, heads), wide)
+    tiles = kernel_specs.head_tiles(cache_dtype)
+    tile = next((tile for tile in tiles if tile >= group), tiles[-1])
+    spec = kernel_specs.paged_decode(dtype, cache_dtype, head_size, tile)
+    return DecodeKernel(spec, 1, ceil_div(group, tile))
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """A prefill kernel and how it tiles the query rows of a KV head."""
+
+    spec: KernelSpec
+    tile_tokens: int  # query tokens of a tile
+    tile_heads: int  # query heads of a tile
+    blocks_per_sm: int  # that fit on one at most
+
+
+@cache
+def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arch: str) -> PrefillKernel:
+    """Choose between the prefill kernels: tensor cores for 16 bits, Hopper's where the cache has 16 too."""
+    if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
+        spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
+        rows = kernel_specs.PREFILL_WGMMA_ROWS
+        blocks = 1
+    elif dtype != "fp32" and kernel_specs.has_mma(arch):
+        spec = kernel_specs.paged_prefill_mma(dtype, cache_dtype, head_size, arch)
+        rows = kernel_specs.prefill_mma_rows(head_size)
+        blocks = PREFILL_MMA_BLOCKS_PER_SM if head_size > 64 else PREFILL_MMA_SMALL_BLOCKS_PER_SM
+    else:
+        spec = kernel_specs.paged_prefill(dtype, cache_dtype, head_size)
+        rows = _prefill_tile_rows(head_size * (4 if dtype == "fp32" else 2))
+        blocks = PREFILL_BLOCKS_PER_SM
+    tile_heads = min(group, rows)
+    return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
+
+
+def _prefill_tile_rows(row_bytes: int) -> int:
+    """Return the query rows of a tile of paged_prefill: as many as fit into 48 KiB of shared memory."""
+    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
