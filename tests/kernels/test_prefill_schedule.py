@@ -162,7 +162,7 @@ def draw_lengths(rng: random.Random, kind: str, count: int) -> tuple[list[int], 
     [
         ("drawn", 1),
         ("drawn", 9),
-        ("drawn", 1600),
+        pytest.param("drawn", 1600, marks=pytest.mark.matrix),
         ("ties", 9),
         ("ties", 600),
         ("singles", 300),

@@ -23,8 +23,10 @@ class Beside(contextlib.AbstractContextManager):
         longest: seconds that either waited at most, for a token or an answer.
     """
 
-    def __init__(self, server: Running) -> None:
+    def __init__(self, server: Running, keep_alive: bool = True) -> None:
         self._url, self._engine = server.url, server.engine
+        # A connection that is kept alive may be closed by the server just when it is to be used again.
+        self._headers = {} if keep_alive else {"connection": "close"}
         self._end = False
         self._errors: list[Exception] = []
         self._tokens = 0
@@ -53,7 +55,7 @@ class Beside(contextlib.AbstractContextManager):
 
     def _watch(self, work) -> None:
         try:
-            with httpx.Client(base_url=self._url, timeout=120) as client:
+            with httpx.Client(base_url=self._url, headers=self._headers, timeout=120) as client:
                 while not self._end:
                     work(client)
         except Exception as error:

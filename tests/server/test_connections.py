@@ -180,7 +180,7 @@ def test_a_process_without_descriptors_waits_for_them(llama_dir, monkeypatch, ca
 
     with Running(llama_dir) as server, caplog.at_level(logging.INFO), connect(server) as idle:
         wait_until(lambda: connections(server) == 1)
-        with Beside(server):
+        with Beside(server, keep_alive=False):
             monkeypatch.setattr(socket.socket, "accept", failing)
             assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
         with contextlib.suppress(ConnectionResetError):
