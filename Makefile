@@ -1,7 +1,7 @@
 # The same commands for people and for CI. `make help` lists them.
 PORT ?= 8000
-# Processes that run the tests. Most tests keep a core busy, some wait: one more than the two cores of CI.
-JOBS ?= 3
+# Processes that run the tests. Most tests keep one core busy.
+JOBS ?= 2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -14,7 +14,7 @@ import transformers as tf
 from cupaged.engine import LLM, SamplingParams
 from tests import tiny_models
 
-NUM_REQUESTS = 32
+NUM_REQUESTS = 24
 
 
 # How requests are preempted, whether blocks are found again, tokens of a block, blocks, most tokens of a
@@ -68,7 +68,7 @@ def test_greedy_equals_transformers_under_preemption(architecture, tmp_path, see
             device="cpu",
             dtype="float32",
             block_size=block_size,
-            num_gpu_blocks_override=blocks,  # of some of the 32 requests
+            num_gpu_blocks_override=blocks,  # of some of the requests
             max_num_seqs=16,
             max_num_batched_tokens=budget,  # prompts come in chunks
             max_model_len=168,

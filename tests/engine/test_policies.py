@@ -16,7 +16,6 @@ from .harness import Reference, run, small_engine
 
 ORDER = ("orca-max", "orca-pow2", "orca-oracle", "paged")  # of the paper's figures
 COUNTS = {"ShareGPT": 200, "Alpaca": 1000}  # requests of a load
-LOADS = ["ShareGPT", pytest.param("Alpaca", marks=pytest.mark.matrix)]
 
 
 def test_tokens_are_equal_under_every_policy(llama_dir, seed):
@@ -98,7 +97,8 @@ def test_settings_of_the_engine(llama_dir):
     assert small_engine(llama_dir, max_model_len=136).max_model_len == 136
 
 
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", paper.LOADS)
 def test_memory_and_batches_order_as_in_the_paper(name):
     load, count = paper.LOADS[name], COUNTS[name]
     use = {policy: paper.memory(load, policy, "continuous", count) for policy in ORDER}
@@ -132,7 +132,8 @@ def test_paged_memory_holds_tokens():
     assert min(shares) > 0.9
 
 
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", paper.LOADS)
 def test_sharing_saves_what_it_saved_in_the_paper(name):
     load, count = paper.LOADS[name], COUNTS[name]
     saved = {n: paper.memory(load, "paged", "continuous", count * 2 // n, n=n)["saved"] for n in paper.WIDTHS}

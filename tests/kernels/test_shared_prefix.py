@@ -190,7 +190,7 @@ def test_wide_tiles_change_no_bit(backend, seed, group, queries, head_size, cach
 @pytest.mark.parametrize("emulated_arch", ["86"], indirect=True)
 @pytest.mark.parametrize(
     ("head_size", "cache_dtype"),
-    [(256, None), (256, torch.int8), pytest.param(112, None, marks=pytest.mark.matrix)],
+    [(256, torch.int8), *(pytest.param(size, None, marks=pytest.mark.matrix) for size in (112, 256))],
     ids=str,
 )
 def test_wide_tiles_of_less_shared_memory(emulated_arch, seed, head_size, cache_dtype):

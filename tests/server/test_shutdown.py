@@ -113,15 +113,9 @@ def test_a_signal_lets_requests_finish_and_refuses_new_ones(llama_dir, number):
     assert f"{number.name}: 3 requests may finish" in log
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (signal.SIGTERM, signal.SIGINT),
-        pytest.param(signal.SIGINT, signal.SIGTERM, marks=pytest.mark.matrix),
-        pytest.param(signal.SIGTERM, signal.SIGTERM, marks=pytest.mark.matrix),
-        pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.matrix),
-    ],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(llama_dir, first, second):
     """With the status that a shell gives for who was ended by it."""
     with Command(llama_dir) as server:
