@@ -101,7 +101,7 @@ def planned_blocks(arch: str) -> dict[KernelSpec, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_thinned_kernels_are_fit_to_ship(kind):
-    """Those of the rule in `thinned`, what the table says of them, and the machine code of some.
+    """Compile the kernels of the rule in `thinned`, and read their row of the table and the code of some.
 
     The disassembler takes as long as the compiler: it reads every fourth, and each that may convert e4m3.
     """
@@ -134,7 +134,7 @@ def test_kernels_of_usual_models_are_fit_to_ship(arch, capsys):
 
 
 def test_the_table_in_the_results_is_of_every_kernel_and_no_other():
-    """Those that some call launches (`test_reachable`); none spills, and a block of each can run.
+    """Compare the table with what a call can launch (`test_reachable`): no spills, and a block can run.
 
     The rarest may be in its list of what was not compiled; nothing that is compiled ahead of time is there.
     """
