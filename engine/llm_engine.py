@@ -97,7 +97,7 @@ class LLMEngine:
         self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
         generation = generation_config(loaded, config.generation_config)
         self.sampling_defaults = sampling_defaults(generation, config.generation_config)
-        self._schedule_and_sample(
+        self._make_scheduler_and_sampler(
             ending_token_ids(loaded.config, generation, self.tokenizer, self._vocabulary.num_samplable)
         )
         self._groups: dict[str, SequenceGroup] = {}
@@ -129,7 +129,7 @@ class LLMEngine:
         scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
         return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
 
-    def _schedule_and_sample(self, eos_token_ids: frozenset[int]) -> None:
+    def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
             self.config,
             blocks=self._blocks,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceABC
 
 from ..memory.block_manager import BlockManager
 from .group_memory import GroupMemory
 from .pinned_prefixes import PinnedPrefixes
-from .request import Sequence as TokenSequence
-from .request import SequenceGroup
+from .request import Sequence, SequenceGroup
 
-Turn = list[tuple[TokenSequence, int]]  # sequences and the number of tokens that each computes in a step
+Turn = list[tuple[Sequence, int]]  # sequences and the number of tokens that each computes in a step
 
 
 class AdmissionCheck:
@@ -119,7 +119,7 @@ class AdmissionCheck:
         """Return the number of blocks that stay free beside these groups."""
         return self._memory.headroom() if running else 0
 
-    def _most(self, group: SequenceGroup, pinned: Sequence[bytes] = ()) -> int:
+    def _most(self, group: SequenceGroup, pinned: SequenceABC[bytes] = ()) -> int:
         """Return the number of blocks of a group at its largest, without those of pinned prefixes.
 
         Args:

@@ -65,7 +65,9 @@ class Scheduler:
         self.preempted = self._queues.preempted
         self._sequences = Sequences(self._queues, self._memory, blocks)
         self.pinned = PinnedPrefixes()
-        self._check = AdmissionCheck(blocks, self._memory, self.pinned, config.max_num_seqs, max_model_len)
+        self._admission = AdmissionCheck(
+            blocks, self._memory, self.pinned, config.max_num_seqs, max_model_len
+        )
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens of admitted groups, and those of them that were in the cache
         self.num_prefix_hits = 0
@@ -83,7 +85,7 @@ class Scheduler:
             ValueError: it could never run, however long it waited.
         """
         self._prepare(group, seed)
-        self._check.check(group)
+        self._admission.check(group)
         group.stop_ids = frozenset(group.params.stop_token_ids)
         if not group.params.ignore_eos:
             group.stop_ids |= self._eos_token_ids
@@ -117,7 +119,7 @@ class Scheduler:
         """
         group.is_prefix = True
         self._prepare(group, seed=0)
-        self._check.check_prefix(group, [*self.waiting, *self.preempted, *self.running])
+        self._admission.check_prefix(group, [*self.waiting, *self.preempted, *self.running])
         self.pinned.add(group)
         self._queues.add(group)
 
@@ -247,7 +249,7 @@ class Scheduler:
         Returns:
             False where the group itself has been preempted.
         """
-        while not self._check.fits_now(turn):
+        while not self._admission.fits_now(turn):
             victim = self.running.pop()
             self._preempt(victim, draft)
             if victim is group:
@@ -294,10 +296,10 @@ class Scheduler:
         Args:
             victim: the first in order that was preempted in this step; it waits for the next one.
         """
-        seats = self._check.num_seats_left(self.running)
-        promised = self._check.num_promised(self.running)
+        seats = self._admission.num_seats_left(self.running)
+        promised = self._admission.num_promised(self.running)
         while (group := self._queues.next_to_admit()) is not None and group is not victim:
-            reserved = promised + self._check.num_reserved(self.running)
+            reserved = promised + self._admission.num_reserved(self.running)
             if group.num_seats > seats or reserved > self._blocks.gpu.num_free:
                 return  # before its prompt is looked for in the cache
             cached_blocks, needed = self._memory.needs(group)
@@ -343,9 +345,9 @@ class Scheduler:
         above = [other for other in self.running if other.rank < group.rank]
         below = self.running[len(above) :]
         freed = self._blocks.num_distinct(seq.seq_id for other in below for seq in other.live)
-        if not self._check.fits(group, above, freed):
+        if not self._admission.fits(group, above, freed):
             return None
-        while len(self.running) > len(above) and not self._check.fits(group, self.running):
+        while len(self.running) > len(above) and not self._admission.fits(group, self.running):
             victim = self.running.pop()
             self._preempt(victim, draft)
         return victim
