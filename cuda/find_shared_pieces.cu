@@ -23,10 +23,11 @@
 
 namespace cupaged {
 
-constexpr int kThreads = 128;
-constexpr int kTileRows = 16;
-constexpr int kMaxTiles = 2;  // of these, on keys and values that are read for each
-constexpr int kUnroll = 8;    // comparisons before one of them may end the search
+constexpr int kThreads = CUPAGED_THREADS;
+constexpr int kTileRows = CUPAGED_DECODE_TILE_ROWS;
+constexpr int kMaxTiles =
+    CUPAGED_MAX_SHARED_TILES;  // of these, on keys and values that are read for each
+constexpr int kUnroll = 8;     // comparisons before one of them may end the search
 
 // Whether two parts of block tables are equal.
 __device__ __forceinline__ bool same_blocks(const int* a, const int* b, int count) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ bool same_blocks(const int* a, const int* b, int coun
         int different = 0;
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j)
-            if (i + j < count) different |= a[i + j] ^ b[i + j];
+            if (i + j < count) different |= __ldg(a + i + j) ^ __ldg(b + i + j);
         if (different != 0) return false;
     }
     return true;
@@ -64,20 +65,34 @@ __device__ __forceinline__ int run_end(const unsigned* starts) {
     return bits == 0 ? kThreads : word * kWarpSize + __ffs(bits) - 1;
 }
 
+struct FindSharedPiecesArguments {
+    const int* block_tables;
+    const int* seq_lens;
+    const int* query_start_loc;
+    int* counts;
+    unsigned* tiles;
+    int64 table_stride;
+    int num_tokens;
+    int num_seqs;
+    int block_shift;
+    int split_tokens;
+    int max_splits;
+    int group;
+    int wide_rows;
+    int capacity;
+};
+
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
-    find_shared_pieces(const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                       const int* __restrict__ query_start_loc, int* __restrict__ counts,
-                       unsigned* __restrict__ tiles, cupaged::int64 table_stride, int num_tokens,
-                       int num_seqs, int block_shift, int split_tokens, int max_splits, int group,
-                       int wide_rows, int capacity) {
+    find_shared_pieces(const cupaged::FindSharedPiecesArguments args) {
     using namespace cupaged;
     __shared__ int sums[kThreads];
     __shared__ unsigned starts[kThreads / kWarpSize];  // a bit for each sequence
-    const Batch batch{seq_lens, query_start_loc, num_seqs, num_tokens, 0, split_tokens, max_splits};
+    const Batch batch{args.seq_lens,     args.query_start_loc, args.num_seqs, args.num_tokens, 0,
+                      args.split_tokens, args.max_splits};
     const int piece = blockIdx.x;
-    const int num_sequences = num_seqs + (query_start_loc != nullptr ? 1 : 0);
+    const int num_sequences = args.num_seqs + (args.query_start_loc != nullptr ? 1 : 0);
     int listed[2] = {0, 0};
     for (int base = 0; base < num_sequences; base += kThreads) {
         const int mine = base + threadIdx.x;
@@ -91,10 +106,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
             if (threadIdx.x > 0 && whole) {
                 const Sequence before = sequence_of(batch, mine - 1);
                 const SplitPlan before_plan = plan_splits(batch, before);
-                const int* const table =
-                    block_tables + mine * table_stride + (plan.begin_of(piece) >> block_shift);
-                joins = before_plan.size == plan.size && can_share(before, before_plan, piece) &&
-                        same_blocks(table, table - table_stride, plan.size >> block_shift);
+                const int* const table = args.block_tables + mine * args.table_stride +
+                                         (plan.begin_of(piece) >> args.block_shift);
+                joins =
+                    before_plan.size == plan.size && can_share(before, before_plan, piece) &&
+                    same_blocks(table, table - args.table_stride, plan.size >> args.block_shift);
             }
         }
         const unsigned warp_starts = __ballot_sync(kFullMask, !joins);
@@ -103,23 +119,25 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         // The rows of the run that this sequence is in, and of them its own.
         const Sequence first = sequence_of(batch, min(base + run_start(starts), num_sequences - 1));
         const Sequence last = sequence_of(batch, min(base + run_end(starts), num_sequences) - 1);
-        const int first_row = first.first_token * group;
-        const int end_row = (last.first_token + last.query_len) * group;
-        const int offset = sequence.first_token * group - first_row;
-        const int end_offset = offset + sequence.query_len * group;
-        const bool is_wide = wide_rows > 0 && whole && end_row - first_row > kMaxTiles * kTileRows;
-        const int rows = is_wide ? wide_rows : kTileRows;
+        const int first_row = first.first_token * args.group;
+        const int end_row = (last.first_token + last.query_len) * args.group;
+        const int offset = sequence.first_token * args.group - first_row;
+        const int end_offset = offset + sequence.query_len * args.group;
+        const bool is_wide =
+            args.wide_rows > 0 && whole && end_row - first_row > kMaxTiles * kTileRows;
+        const int rows = is_wide ? args.wide_rows : kTileRows;
         // Its tiles that begin in this sequence.
         const int tile = (offset + rows - 1) / rows;
         const int count = has_piece ? (end_offset + rows - 1) / rows - tile : 0;
 #pragma unroll
         for (int wide = 0; wide < 2; ++wide) {
-            if (wide == 1 && wide_rows == 0) break;
+            if (wide == 1 && args.wide_rows == 0) break;
             const int listing = is_wide == (wide == 1) ? count : 0;
             __syncthreads();  // starts and the sums before have been read
             block_scan<kThreads>(listing, sums);
             unsigned* const list =
-                tiles + (static_cast<int64>(wide) * max_splits + piece) * capacity + listed[wide];
+                args.tiles + (static_cast<int64>(wide) * args.max_splits + piece) * args.capacity +
+                listed[wide];
             for (int i = 0; i < listing; ++i) {
                 const int row = first_row + (tile + i) * rows;
                 list[sums[threadIdx.x] - listing + i] = pack_tile(row, min(rows, end_row - row));
@@ -128,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         }
     }
     if (threadIdx.x == 0) {
-        counts[piece] = listed[0];
-        if (wide_rows > 0) counts[max_splits + piece] = listed[1];
+        args.counts[piece] = listed[0];
+        if (args.wide_rows > 0) args.counts[args.max_splits + piece] = listed[1];
     }
 }

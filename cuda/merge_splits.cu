@@ -18,43 +18,65 @@
 #include "merge.cuh"
 #include "work.cuh"
 
-extern "C" __global__ void __launch_bounds__(128, 4)
-    merge_splits(const float* __restrict__ records, const int* __restrict__ seq_lens,
-                 const int* __restrict__ query_start_loc, const int* __restrict__ split_size,
-                 const float* __restrict__ sinks, scalar_t* __restrict__ out,
-                 float* __restrict__ lse, cupaged::int64 out_token_stride,
-                 cupaged::int64 out_head_stride, int num_tokens, int num_seqs, int num_heads,
-                 int head_size, int window, int split_tokens, int max_splits, int subset,
-                 int aligned) {
+namespace cupaged {
+
+struct MergeSplitsArguments {
+    const float* records;
+    const int* seq_lens;
+    const int* query_start_loc;
+    const int* split_size;
+    const float* sinks;
+    scalar_t* out;
+    float* lse;
+    int64 out_token_stride;
+    int64 out_head_stride;
+    int num_tokens;
+    int num_seqs;
+    int num_heads;
+    int head_size;
+    int window;
+    int split_tokens;
+    int max_splits;
+    int subset;
+    int aligned;
+};
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
+    merge_splits(const __grid_constant__ cupaged::MergeSplitsArguments args) {
     using namespace cupaged;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int threads_per_row = head_size / kMergeElems;
+    const int threads_per_row = args.head_size / kMergeElems;
     const int64 row = index / threads_per_row;
     const int element = static_cast<int>(index % threads_per_row) * kMergeElems;
-    const bool singles = subset == kSingles;
-    if (row >= static_cast<int64>(singles ? num_seqs : num_tokens) * num_heads) return;
-    const int slot = static_cast<int>(row / num_heads);
-    const int head = static_cast<int>(row % num_heads);
-    const Batch batch{seq_lens,   query_start_loc,
-                      num_seqs,   num_tokens,
-                      window,     split_size != nullptr ? *split_size : split_tokens,
-                      max_splits, static_cast<Subset>(subset)};
+    const bool singles = args.subset == kSingles;
+    if (row >= static_cast<int64>(singles ? args.num_seqs : args.num_tokens) * args.num_heads)
+        return;
+    const int slot = static_cast<int>(row / args.num_heads);
+    const int head = static_cast<int>(row % args.num_heads);
+    const Batch batch{
+        args.seq_lens,   args.query_start_loc,
+        args.num_seqs,   args.num_tokens,
+        args.window,     args.split_size != nullptr ? __ldg(args.split_size) : args.split_tokens,
+        args.max_splits, static_cast<Subset>(args.subset)};
     const Sequence sequence = sequence_of(batch, singles ? slot : sequence_of_token(batch, slot));
     if (!is_ours(batch, sequence.query_len)) return;
     const int token = singles ? sequence.first_token : slot;
     const int count = plan_splits(batch, sequence).count;
     if (count <= 1) return;
 
-    const int stride = record_stride(head_size);
-    const float* const first = records + row * max_splits * stride;
-    const StateRow<float> states{first, first + head_size, stride, stride, count, 1.0f};
+    const int stride = record_stride(args.head_size);
+    const float* const first = args.records + row * args.max_splits * stride;
+    const StateRow<float> states{first, first + args.head_size, stride, stride, count, 1.0f};
     float result[kMergeElems];
     SoftmaxState merged = merge_row(states, element, true, result);
     float factor = 1.0f;
-    if (sinks != nullptr && !softmax_is_empty(merged))
-        factor = softmax_add_sink(merged, sinks[head] * kLog2E);
-    store_row(out + token * out_token_stride + head * out_head_stride + element, aligned, result,
-              factor * softmax_normaliser(merged));
-    if (lse != nullptr && element == 0)
-        lse[static_cast<int64>(token) * num_heads + head] = softmax_lse_log2(merged) * kLn2;
+    if (args.sinks != nullptr && !softmax_is_empty(merged))
+        factor = softmax_add_sink(merged, __ldg(args.sinks + head) * kLog2E);
+    store_row(args.out + token * args.out_token_stride + head * args.out_head_stride + element,
+              args.aligned, result, factor * softmax_normaliser(merged));
+    if (args.lse != nullptr && element == 0)
+        args.lse[static_cast<int64>(token) * args.num_heads + head] =
+            softmax_lse_log2(merged) * kLn2;
 }

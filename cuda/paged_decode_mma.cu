@@ -1,7 +1,7 @@
 // Attention of a few query tokens a sequence over its paged cache, on tensor cores.
 //
 //   query            [T, H, D], contiguous in D         out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
@@ -49,6 +49,7 @@
 // multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES,
 // CUPAGED_ROW_GROUPS (1 if not given).
 #include "common.cuh"
+#include "attention_arguments.cuh"
 #include "piece_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
@@ -85,6 +86,8 @@ constexpr int kMinBlocks = kRowGroups > 1                        ? 1
                                                                  : 2;
 
 static_assert(kTileRows <= kMaxTileRows, "pack_tile");
+static_assert(kRowGroups > 1 || kTileRows == CUPAGED_DECODE_TILE_ROWS, "find_shared_pieces");
+static_assert(kThreads == CUPAGED_THREADS, "as launched");
 
 // Floats of a row of phase_out: such that rows that a warp stores together are in banks of their
 // own, 8 floats of each of 4 rows, or 16 of each of 2.
@@ -98,6 +101,10 @@ struct Shared {
         float phase_out[kPhases][kGroupRows][kOutStride];  // of one row group at a time
     };
 };
+static_assert(sizeof(Shared) == CUPAGED_DYNAMIC_BYTES, "as launched");
+static_assert(4 * (kMaxIds + kThreads) + kPhases * kGroupRows * sizeof(SoftmaxState) <=
+                  CUPAGED_DECODE_MMA_STATIC_BYTES,
+              "what is static");
 
 // The rows of a tile, see WorkItem.
 struct Rows {
@@ -155,12 +162,11 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
 
 // Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
-// sums of two tiles of rows, 104 and 112 elements are as many, in the code for two stages.
-constexpr bool kFewCopies =
-    next_power_of_two(kTileChunks) != kTileChunks &&
-    (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12 && kStages == 2));
-constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
+// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. The sums
+// of two tiles of rows leave as little, from 104 elements on.
+constexpr bool kFewCopies = (next_power_of_two(kTileChunks) != kTileChunks && kTileChunks > 24) ||
+                            (kRowTiles > 1 && kTileChunks > 12);
+constexpr int kCopiesAtOnce = kRowGroups == 1 ? 4 : kTileChunks == 16 ? 2 : 1;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.
 __device__ __forceinline__ void copy_tile(const Run& run, int thread, int begin,
@@ -195,21 +201,13 @@ __device__ __forceinline__ void load_query(const scalar_t* query, const Rows& ro
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
-    paged_decode_mma(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-                     const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                     const int* __restrict__ query_start_loc,
-                     const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
-                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                     scalar_t* __restrict__ out, float* __restrict__ lse,
-                     float* __restrict__ records, int* __restrict__ split_size,
-                     const int* __restrict__ tile_counts, const unsigned* __restrict__ tile_lists,
-                     cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                     cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                     cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                     int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
-                     int window, int split_tokens, int max_splits, int subset, int list_capacity,
-                     float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
+    paged_decode_mma(const cupaged::DecodeArguments args) {
     using namespace cupaged;
+    // Read once, at the start: where the loop over items reads them, ptxas spills.
+    const int* const block_tables = args.block_tables;
+    const int64 table_stride = args.table_stride;
+    const float* const k_scale = args.k_scale;
+    const float query_scale = args.query_scale;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
@@ -221,21 +219,30 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int row_group = kRowGroups > 1 ? static_cast<int>(threadIdx.x) / kWarpSize / kPhases : 0;
     const int first_row = row_group * kGroupRows;  // of this warp
     const int phase_thread = row_group * kWarpSize + lane;
-    const int group = num_heads / num_kv_heads;
+    const int group = args.num_heads / args.num_kv_heads;
     const int tile_heads = min(group, kTileRows);
-    const RowTiles tiles{group, num_kv_heads, tile_heads, kTileRows / tile_heads};
-    const PieceOutput output{
-        out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
-        num_heads, kHeadSize, max_splits, out_aligned != 0};
-    Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
-                window,   split_tokens,    max_splits, static_cast<Subset>(subset)};
-    balance_splits<kThreads>(batch, tiles, split_size, sums);
+    const RowTiles tiles{group, args.num_kv_heads, tile_heads, kTileRows / tile_heads};
+    const PieceOutput output{args.out,
+                             args.lse,
+                             args.records,
+                             args.sinks,
+                             args.out_token_stride,
+                             args.out_head_stride,
+                             args.num_heads,
+                             kHeadSize,
+                             args.max_splits,
+                             args.out_aligned != 0};
+    Batch batch{
+        args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
+        args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
+    balance_splits<kThreads>(batch, tiles, args.split_size, sums);
 
-    const SharedPieces shared_pieces{tile_counts, tile_lists, list_capacity};
+    const SharedPieces shared_pieces{args.tile_counts, args.tile_lists, args.list_capacity};
     for_each_item<kThreads>(batch, shared_pieces, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
-        Run run{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize}, ids};
+        Run run{{args.kv_cache, args.block_stride, args.num_kv_heads, args.block_shift, kHeadSize},
+                ids};
         run.kv_head = item.kv_head;
         Rows rows{item.first_row, item.num_rows, group, item.kv_head * group};
         const int first_token = rows.token(0), last_token = rows.token(rows.count - 1);
@@ -246,25 +253,25 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         rows.last_position = rows.first_position + (rows.of_several ? 0 : last_token - first_token);
 
         // What the rows see of the piece.
-        const int first = window > 0
-                              ? max(plan.begin_of(item.piece), rows.first_position - window + 1)
-                              : plan.begin_of(item.piece);
-        const int end =
-            causal ? min(plan.end_of(item.piece), rows.last_position + 1) : plan.end_of(item.piece);
+        const int first =
+            args.window > 0 ? max(plan.begin_of(item.piece), rows.first_position - args.window + 1)
+                            : plan.begin_of(item.piece);
+        const int end = args.causal ? min(plan.end_of(item.piece), rows.last_position + 1)
+                                    : plan.end_of(item.piece);
 
         Accumulator acc[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) clear(acc[m]);
         if (first < end)
-            load_query(query, rows, query_token_stride, query_head_stride, query_aligned,
-                       shared.query);
+            load_query(args.query, rows, args.query_token_stride, args.query_head_stride,
+                       args.query_aligned, shared.query);
         const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
         Logits logits;
         logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
-        logits.soft_cap_log2 = soft_cap_log2;
-        logits.window = window;
-        logits.causal = causal;
-        logits.has_slopes = alibi_slopes != nullptr;
+        logits.soft_cap_log2 = args.soft_cap_log2;
+        logits.window = args.window;
+        logits.causal = args.causal;
+        logits.has_slopes = args.alibi_slopes != nullptr;
         logits.first_position = rows.first_position;
         logits.last_position = rows.last_position;
         const auto lane_row = [&](int m, int r) {
@@ -280,12 +287,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                                       : rows.first_position + token - first_token;
             }
         const auto slope_log2 = [&](int m, int r) {
-            return alibi_slopes[rows.head(lane_row(m, r))] * kLog2E;
+            return __ldg(args.alibi_slopes + rows.head(lane_row(m, r))) * kLog2E;
         };
         unsigned query_registers[kQueryInRegisters ? kRowTiles * kSteps : 1][4];
 
         // Tokens whose blocks fit in ids at any offset. Tiles fall to phases as in one run.
-        const int max_run = ((kMaxIds - 1) << block_shift) / kKeyStride * kKeyStride;
+        const int max_run = ((kMaxIds - 1) << args.block_shift) / kKeyStride * kKeyStride;
         for (int begin = first; begin < end; begin += max_run) {
             run.begin = begin;
             run.end = min(end, begin + max_run);
@@ -294,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             if (begin > first) __syncthreads();  // the run before is done with ids
             const int* const table = block_tables + item.sequence * table_stride;
             for (int i = threadIdx.x; i <= last_index - run.first_index; i += kThreads)
-                ids[i] = table[run.first_index + i];
+                ids[i] = __ldg(table + run.first_index + i);
             __syncthreads();
 
             const int phase_begin = begin + phase * kTileKeys;
@@ -330,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) sum_lanes(acc[m]);
-        const float value_factor = unpacked_factor(v_scale, run.kv_head);
+        const float value_factor = unpacked_factor(args.v_scale, run.kv_head);
 #pragma unroll 1
         for (int done = 0; done < rows.count; done += kGroupRows) {
             __syncthreads();  // the tiles, or the rows before, become phase_out
@@ -341,7 +348,6 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     for (int r = 0; r < 2; ++r) {
                         const int row = 16 * m + 8 * r + lane / 4;
                         if (done + row >= rows.count) continue;
-                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                         float* const target = shared.phase_out[phase][row];
                         for_each_element(acc[m], r, [&](int element, const float* x, int count) {
 #pragma unroll
@@ -349,6 +355,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                 *reinterpret_cast<float2*>(target + element + i) =
                                     make_float2(x[i], x[i + 1]);
                         });
+                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                     }
             }
             __syncthreads();

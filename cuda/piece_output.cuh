@@ -10,7 +10,7 @@ namespace cupaged {
 
 // Floats from one piece's record in the workspace to the next: its output, and after it its lse.
 __host__ __device__ constexpr int record_stride(int head_size) {
-    return head_size + 4;  // outputs begin at 16 bytes
+    return head_size + CUPAGED_RECORD_PADDING;  // outputs begin at 16 bytes
 }
 
 // The record of a piece of one row; `slot` is the row's token, or its sequence where each has one.
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_piece(const PieceOutput& output, int64 tok
     constexpr int kVec = kVecSize<scalar_t>;
     float factor = 1.0f;
     if (pieces <= 1 && output.sinks != nullptr && !softmax_is_empty(state))
-        factor = softmax_add_sink(state, output.sinks[head] * kLog2E);
+        factor = softmax_add_sink(state, __ldg(output.sinks + head) * kLog2E);
     factor *= softmax_normaliser(state);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[i] *= factor;

@@ -7,6 +7,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .backends.cuda.raw import raw_kernel
     from .ops import (
         copy_blocks,
         merge_attention_states,
@@ -28,18 +29,21 @@ __all__ = [
     "copy_blocks",
     "merge_attention_states",
     "paged_attention",
+    "raw_kernel",
     "reshape_and_cache",
     "swap_blocks",
 ]
 
 
 def __getattr__(name: str):  # imports torch at the first use of a function
-    if name in __all__:
-        from . import ops
-
-        globals()[name] = function = getattr(ops, name)  # so that later calls save these 2 us
-        return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "raw_kernel":
+        from .backends.cuda import raw as module
+    elif name in __all__:
+        from . import ops as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
+    return function
 
 
 def __dir__() -> list[str]:

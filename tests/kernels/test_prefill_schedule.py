@@ -15,10 +15,12 @@ import torch
 
 from cupaged.backends.cuda import kernel_choice, plans
 from cupaged.backends.cuda import specs as kernel_specs
-from cupaged.backends.cuda.specs import KernelSpec
+from cupaged.backends.cuda.arguments import PlanPrefillArguments
+from cupaged.backends.cuda.specs import KernelCall, KernelSpec
 from cupaged.params import AttentionParams
 
 KERNELS = Path(__file__).parent.parent / "cuda_host" / "kernels"
+CPU = torch.device("cpu")
 Tile = tuple[int, ...]  # the fields of a PrefillTile
 
 
@@ -110,7 +112,7 @@ class Schedule:
             pytest.skip("no g++ to build the emulation with")
         from tests.cuda_host.emulator import HostLauncher
 
-        self._plan = HostLauncher(seed).launch
+        self._launcher = HostLauncher(seed)
         self._list = HostLauncher(seed, KERNELS).launch
         generator = torch.Generator().manual_seed(seed)
         self._workspace = torch.randint(
@@ -122,19 +124,29 @@ class Schedule:
         lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
         starts = torch.tensor(batch.starts, dtype=torch.int32)
         sizes = np.int32(batch.num_tokens), np.int32(len(batch.seq_lens)), np.int32(batch.tile_tokens)
-        spec = kernel_specs.plan_prefill()
         heads = batch.num_kv_heads, batch.tile_heads
         splits = batch.window, batch.max_splits
-        numbers = (*sizes, *map(np.int32, (batch.group, *heads, *splits, batch.blocks)))
-        self._plan(spec, (1, 1, 1), (spec.threads, 1, 1), 0, (lengths, starts, self._workspace, *numbers))
+        arguments = PlanPrefillArguments(
+            num_tokens=batch.num_tokens,
+            num_seqs=len(batch.seq_lens),
+            tile_tokens=batch.tile_tokens,
+            group=batch.group,
+            num_kv_heads=batch.num_kv_heads,
+            tile_heads=batch.tile_heads,
+            window=batch.window,
+            max_splits=batch.max_splits,
+            blocks=batch.blocks,
+        )
+        plan = self._launcher.prepare(KernelCall(kernel_specs.plan_prefill(), (1, 1), arguments), CPU)
+        plan((lengths, starts, self._workspace))
         assert self._workspace[0] == batch.split_tokens
         share = len(list(batch.tiles())) // blocks + 2
         found = torch.zeros(share * blocks, 11, dtype=torch.int32)
         num_heads = batch.num_kv_heads * batch.group
         numbers = (*sizes, *map(np.int32, (num_heads, *heads, batch.l2_tokens, *splits, share)))
         count = torch.zeros(1, dtype=torch.int32)
-        arguments = (lengths, starts, self._workspace, found, count, *numbers)
-        self._list(KernelSpec("list_tiles.cu", "list_tiles"), (blocks, 1, 1), (1, 1, 1), 0, arguments)
+        parameters = (lengths, starts, self._workspace, found, count, *numbers)
+        self._list(KernelSpec("list_tiles.cu", "list_tiles"), (blocks, 1, 1), (1, 1, 1), 0, parameters)
         assert count.item() == share * blocks
         rows = [tuple(row) for row in found.tolist()]
         end = next(i for i, row in enumerate(rows) if row[2] == 0)
@@ -236,5 +248,5 @@ def test_the_grid_is_no_larger_than_the_items_or_what_fits(arch):
         blocks = kernel_choice.prefill_kernel("fp16", "fp16", 64, 2, arch).blocks_per_sm * sm_count
         assert plan.prefill.grid == (min(3 * (num_tokens // tokens + 6), blocks), 1)
         assert plan.schedule.grid == (1, 1)
-        assert plan.schedule.numbers[2] == tokens
+        assert plan.schedule.arguments.tile_tokens == tokens
         assert plan.schedule_size == 16

@@ -16,21 +16,26 @@ from cupaged.backends.cuda import kernels, plans
 from .test_attention import run
 
 PIECE = plans.SPLIT_TOKENS
+Launch = tuple[str, dict[str, torch.Tensor]]  # the entry point, and its tensors by name
 
 
 @pytest.fixture
 def emulation(monkeypatch, seed):
-    """The emulated kernels, with the arguments of all launches."""
+    """The emulated kernels, with the tensors of all launches."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build the emulation with")
     from tests.cuda_host import emulator
 
-    launches: list[tuple[str, tuple]] = []
+    launches: list[Launch] = []
 
     class Recorder(emulator.HostLauncher):
-        def launch(self, spec, grid, block, smem_bytes, args):
-            super().launch(spec, grid, block, smem_bytes, args)
-            launches.append((spec.entry, tuple(args)))
+        def prepare(self, call, device):
+            def launch(tensors):
+                prepared(tensors)
+                launches.append((call.spec.entry, dict(zip(call.arguments.pointers(), tensors))))
+
+            prepared = super().prepare(call, device)
+            return launch
 
     module = kernels.Kernels(Recorder(seed))
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
@@ -245,15 +250,15 @@ def test_every_backend_takes_the_flag(backend, seed):
 Tiles = list[tuple[int, int]]  # (first query row of a KV head, rows)
 
 
-def tiles_of(launches: list[tuple[str, tuple]]) -> list[tuple[Tiles, Tiles]]:
+def tiles_of(launches: list[Launch]) -> list[tuple[Tiles, Tiles]]:
     """The tiles of every piece: those of 16 rows, and the wide ones."""
-    (args,) = [args for entry, args in launches if entry == "find_shared_pieces"]
+    (tensors,) = [tensors for entry, tensors in launches if entry == "find_shared_pieces"]
     lists = [
         [
             [(int(tile) // 64, int(tile) % 64 + 1) for tile in tiles[:count]]
             for count, tiles in zip(counts, pieces)
         ]
-        for counts, pieces in zip(args[3].tolist(), args[4])
+        for counts, pieces in zip(tensors["counts"].tolist(), tensors["tiles"])
     ]
     return list(zip(lists[0], lists[1] if len(lists) == 2 else [[]] * len(lists[0])))
 

@@ -153,6 +153,7 @@ def test_public_names():
         "copy_blocks",
         "merge_attention_states",
         "paged_attention",
+        "raw_kernel",
         "reshape_and_cache",
         "swap_blocks",
     ]

@@ -14,8 +14,8 @@ from .specs import KernelSpec
 def reachable(arch: str) -> tuple[KernelSpec, ...]:
     """Return every kernel that some call launches on an architecture.
 
-    Attention's are those that `plans` chooses for any dtypes, head size and group of query heads, so what a
-    launch can choose is in this list.
+    Attention's are those that `kernel_choice` chooses for any dtypes, head size and group of query heads, so
+    what a launch can choose is in this list.
     """
     found: dict[KernelSpec, None] = dict.fromkeys(
         [*(kernel_specs.copy_blocks(unit_bytes) for unit_bytes in (16, 1)), kernel_specs.plan_prefill()]
