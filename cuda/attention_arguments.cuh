@@ -1,4 +1,7 @@
 // The arguments of the attention kernels, see cupaged/backends/cuda/arguments.py.
+//
+// The compiler ignores __restrict__ in a struct. So a kernel has the pointers that it writes
+// through in restrict locals: its other loads then need not wait for its stores.
 #pragma once
 
 #include "common.cuh"

@@ -41,10 +41,10 @@ struct CopyBlocksArguments {
 extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS)
     copy_blocks(const __grid_constant__ cupaged::CopyBlocksArguments args) {
     using namespace cupaged;
+    const int64* __restrict__ const block_mapping = args.block_mapping;
     const int64 pair = blockIdx.x;
-    const unit_t* const from =
-        args.source + __ldg(args.block_mapping + 2 * pair) * args.source_stride;
-    unit_t* const to = args.target + __ldg(args.block_mapping + 2 * pair + 1) * args.target_stride;
+    const unit_t* const from = args.source + block_mapping[2 * pair] * args.source_stride;
+    unit_t* const to = args.target + block_mapping[2 * pair + 1] * args.target_stride;
     const int64 step = static_cast<int64>(gridDim.y) * blockDim.x;
     for (int64 i = static_cast<int64>(blockIdx.y) * blockDim.x + threadIdx.x; i < args.block_units;
          i += step)

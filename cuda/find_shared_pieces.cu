@@ -25,9 +25,9 @@ namespace cupaged {
 
 constexpr int kThreads = CUPAGED_THREADS;
 constexpr int kTileRows = CUPAGED_DECODE_TILE_ROWS;
-constexpr int kMaxTiles =
-    CUPAGED_MAX_SHARED_TILES;  // of these, on keys and values that are read for each
-constexpr int kUnroll = 8;     // comparisons before one of them may end the search
+// Tiles of these that read keys and values for themselves; more are wide.
+constexpr int kMaxTiles = CUPAGED_MAX_SHARED_TILES;
+constexpr int kUnroll = 8;  // comparisons before one of them may end the search
 
 // Whether two parts of block tables are equal.
 __device__ __forceinline__ bool same_blocks(const int* a, const int* b, int count) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ bool same_blocks(const int* a, const int* b, int coun
         int different = 0;
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j)
-            if (i + j < count) different |= __ldg(a + i + j) ^ __ldg(b + i + j);
+            if (i + j < count) different |= a[i + j] ^ b[i + j];
         if (different != 0) return false;
     }
     return true;
@@ -87,6 +87,8 @@ struct FindSharedPiecesArguments {
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     find_shared_pieces(const cupaged::FindSharedPiecesArguments args) {
     using namespace cupaged;
+    int* __restrict__ const counts = args.counts;
+    unsigned* __restrict__ const tiles = args.tiles;
     __shared__ int sums[kThreads];
     __shared__ unsigned starts[kThreads / kWarpSize];  // a bit for each sequence
     const Batch batch{args.seq_lens,     args.query_start_loc, args.num_seqs, args.num_tokens, 0,
@@ -136,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
             __syncthreads();  // starts and the sums before have been read
             block_scan<kThreads>(listing, sums);
             unsigned* const list =
-                args.tiles + (static_cast<int64>(wide) * args.max_splits + piece) * args.capacity +
+                tiles + (static_cast<int64>(wide) * args.max_splits + piece) * args.capacity +
                 listed[wide];
             for (int i = 0; i < listing; ++i) {
                 const int row = first_row + (tile + i) * rows;
@@ -146,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
         }
     }
     if (threadIdx.x == 0) {
-        args.counts[piece] = listed[0];
-        if (args.wide_rows > 0) args.counts[args.max_splits + piece] = listed[1];
+        counts[piece] = listed[0];
+        if (args.wide_rows > 0) counts[args.max_splits + piece] = listed[1];
     }
 }

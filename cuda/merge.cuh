@@ -7,8 +7,7 @@
 
 namespace cupaged {
 
-constexpr int kMergeElems =
-    CUPAGED_MERGE_ELEMENTS;  // neighbouring elements of a row that one thread merges
+constexpr int kMergeElems = CUPAGED_MERGE_ELEMENTS;  // neighbours in a row that one thread merges
 
 // One row's N states: partial outputs and the logarithms of their sums.
 template <typename T>
@@ -27,13 +26,12 @@ template <typename T>
 __device__ __forceinline__ SoftmaxState merge_row(const StateRow<T>& row, int element, bool aligned,
                                                   float* result) {
     SoftmaxState state = softmax_empty();
-    for (int n = 0; n < row.count; ++n)
-        state.max = fmaxf(state.max, __ldg(row.lses + n * row.lse_stride));
+    for (int n = 0; n < row.count; ++n) state.max = fmaxf(state.max, row.lses[n * row.lse_stride]);
 #pragma unroll
     for (int i = 0; i < kMergeElems; ++i) result[i] = 0.0f;
     if (softmax_is_empty(state)) return state;
     for (int n = 0; n < row.count; ++n) {
-        const float lse = __ldg(row.lses + n * row.lse_stride);
+        const float lse = row.lses[n * row.lse_stride];
         if (lse == negative_infinity()) continue;
         const float weight = exp2f((lse - state.max) * row.log2_unit);
         state.sum += weight;

@@ -46,6 +46,8 @@ struct MergeSplitsArguments {
 extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
     merge_splits(const __grid_constant__ cupaged::MergeSplitsArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int threads_per_row = args.head_size / kMergeElems;
     const int64 row = index / threads_per_row;
@@ -58,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
     const Batch batch{
         args.seq_lens,   args.query_start_loc,
         args.num_seqs,   args.num_tokens,
-        args.window,     args.split_size != nullptr ? __ldg(args.split_size) : args.split_tokens,
+        args.window,     args.split_size != nullptr ? *args.split_size : args.split_tokens,
         args.max_splits, static_cast<Subset>(args.subset)};
     const Sequence sequence = sequence_of(batch, singles ? slot : sequence_of_token(batch, slot));
     if (!is_ours(batch, sequence.query_len)) return;
@@ -73,10 +75,9 @@ extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
     SoftmaxState merged = merge_row(states, element, true, result);
     float factor = 1.0f;
     if (args.sinks != nullptr && !softmax_is_empty(merged))
-        factor = softmax_add_sink(merged, __ldg(args.sinks + head) * kLog2E);
-    store_row(args.out + token * args.out_token_stride + head * args.out_head_stride + element,
+        factor = softmax_add_sink(merged, args.sinks[head] * kLog2E);
+    store_row(out + token * args.out_token_stride + head * args.out_head_stride + element,
               args.aligned, result, factor * softmax_normaliser(merged));
-    if (args.lse != nullptr && element == 0)
-        args.lse[static_cast<int64>(token) * args.num_heads + head] =
-            softmax_lse_log2(merged) * kLn2;
+    if (lse != nullptr && element == 0)
+        lse[static_cast<int64>(token) * args.num_heads + head] = softmax_lse_log2(merged) * kLn2;
 }

@@ -28,6 +28,8 @@ struct MergeStatesArguments {
 extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
     merge_states(const __grid_constant__ cupaged::MergeStatesArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int threads_per_row = args.head_size / kMergeElems;
     const int64 row = index / threads_per_row;
@@ -42,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
                                     kLog2E};
     float result[kMergeElems];
     const SoftmaxState merged = merge_row(states, element, args.aligned, result);
-    store_row(args.out + row * args.head_size + element, args.aligned, result,
+    store_row(out + row * args.head_size + element, args.aligned, result,
               softmax_normaliser(merged));
     if (element == 0)
-        args.lse[row] = softmax_is_empty(merged) ? merged.max : merged.max + logf(merged.sum);
+        lse[row] = softmax_is_empty(merged) ? merged.max : merged.max + logf(merged.sum);
 }

@@ -197,6 +197,10 @@ __device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_decode(const cupaged::DecodeArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    float* __restrict__ const records = args.records;
+    int* __restrict__ const split_size = args.split_size;
     __shared__ Shared shared;
     __shared__ int ids[kMaxIds];
     __shared__ int sums[kThreads];
@@ -205,9 +209,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = args.num_heads / args.num_kv_heads;
     const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, args.num_kv_heads,
                                           args.block_shift, kHeadSize};
-    const PieceOutput output{args.out,
-                             args.lse,
-                             args.records,
+    const PieceOutput output{out,
+                             lse,
+                             records,
                              args.sinks,
                              args.out_token_stride,
                              args.out_head_stride,
@@ -219,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
         args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
     const RowTiles tiles{group, args.num_kv_heads, kHeadTile, 1};
-    balance_splits<kThreads>(batch, tiles, args.split_size, sums);
+    balance_splits<kThreads>(batch, tiles, split_size, sums);
 
     const SharedPieces none{nullptr, nullptr, 0};
     for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
@@ -243,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
             logits.slope_log2[g] = args.alibi_slopes != nullptr && g < heads
-                                       ? __ldg(args.alibi_slopes + first_head + g) * kLog2E
+                                       ? args.alibi_slopes[first_head + g] * kLog2E
                                        : 0.0f;
 #pragma unroll
             for (int c = 0; c < kChunksPerLane; ++c) {
@@ -280,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             const int last_index = cache.table_index(begin + tokens - 1);
             __syncthreads();  // the run before is done with ids, the item before with shared
             for (int i = threadIdx.x; i <= last_index - first_index; i += kThreads)
-                ids[i] = __ldg(table + first_index + i);
+                ids[i] = table[first_index + i];
             __syncthreads();
 
             const int steps = (tokens + kStepTokens - 1) / kStepTokens;

@@ -162,11 +162,11 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
 
 // Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. The sums
-// of two tiles of rows leave as little, from 104 elements on.
-constexpr bool kFewCopies = (next_power_of_two(kTileChunks) != kTileChunks && kTileChunks > 24) ||
-                            (kRowTiles > 1 && kTileChunks > 12);
-constexpr int kCopiesAtOnce = kRowGroups == 1 ? 4 : kTileChunks == 16 ? 2 : 1;
+// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
+// sums of two tiles of rows, 104 and 112 elements are as many.
+constexpr bool kFewCopies = next_power_of_two(kTileChunks) != kTileChunks &&
+                            (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12));
+constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.
 __device__ __forceinline__ void copy_tile(const Run& run, int thread, int begin,
@@ -203,11 +203,10 @@ __device__ __forceinline__ void load_query(const scalar_t* query, const Rows& ro
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_decode_mma(const cupaged::DecodeArguments args) {
     using namespace cupaged;
-    // Read once, at the start: where the loop over items reads them, ptxas spills.
-    const int* const block_tables = args.block_tables;
-    const int64 table_stride = args.table_stride;
-    const float* const k_scale = args.k_scale;
-    const float query_scale = args.query_scale;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    float* __restrict__ const records = args.records;
+    int* __restrict__ const split_size = args.split_size;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
@@ -222,9 +221,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = args.num_heads / args.num_kv_heads;
     const int tile_heads = min(group, kTileRows);
     const RowTiles tiles{group, args.num_kv_heads, tile_heads, kTileRows / tile_heads};
-    const PieceOutput output{args.out,
-                             args.lse,
-                             args.records,
+    const PieceOutput output{out,
+                             lse,
+                             records,
                              args.sinks,
                              args.out_token_stride,
                              args.out_head_stride,
@@ -235,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     Batch batch{
         args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
         args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
-    balance_splits<kThreads>(batch, tiles, args.split_size, sums);
+    balance_splits<kThreads>(batch, tiles, split_size, sums);
 
     const SharedPieces shared_pieces{args.tile_counts, args.tile_lists, args.list_capacity};
     for_each_item<kThreads>(batch, shared_pieces, tiles, sums, [&](const WorkItem& item) {
@@ -267,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                        args.query_aligned, shared.query);
         const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
         Logits logits;
-        logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
+        logits.scale = args.query_scale * unpacked_factor(args.k_scale, run.kv_head);
         logits.soft_cap_log2 = args.soft_cap_log2;
         logits.window = args.window;
         logits.causal = args.causal;
@@ -287,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                                       : rows.first_position + token - first_token;
             }
         const auto slope_log2 = [&](int m, int r) {
-            return __ldg(args.alibi_slopes + rows.head(lane_row(m, r))) * kLog2E;
+            return args.alibi_slopes[rows.head(lane_row(m, r))] * kLog2E;
         };
         unsigned query_registers[kQueryInRegisters ? kRowTiles * kSteps : 1][4];
 
@@ -299,9 +298,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             run.first_index = run.cache.table_index(begin);
             const int last_index = run.cache.table_index(run.end - 1);
             if (begin > first) __syncthreads();  // the run before is done with ids
-            const int* const table = block_tables + item.sequence * table_stride;
+            const int* const table = args.block_tables + item.sequence * args.table_stride;
             for (int i = threadIdx.x; i <= last_index - run.first_index; i += kThreads)
-                ids[i] = __ldg(table + run.first_index + i);
+                ids[i] = table[run.first_index + i];
             __syncthreads();
 
             const int phase_begin = begin + phase * kTileKeys;
@@ -348,6 +347,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     for (int r = 0; r < 2; ++r) {
                         const int row = 16 * m + 8 * r + lane / 4;
                         if (done + row >= rows.count) continue;
+                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                         float* const target = shared.phase_out[phase][row];
                         for_each_element(acc[m], r, [&](int element, const float* x, int count) {
 #pragma unroll
@@ -355,7 +355,6 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                 *reinterpret_cast<float2*>(target + element + i) =
                                     make_float2(x[i], x[i + 1]);
                         });
-                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                     }
             }
             __syncthreads();

@@ -51,12 +51,11 @@ constexpr int kChunks = kHeadSize / kVec;  // 16-byte chunks of a row
 constexpr int kRowBytes = kChunks * 16;
 constexpr int kThreadRows = kRowBytes <= 256 ? 4 : kRowBytes <= 512 ? 2 : 1;
 constexpr int kThreadKeys = kThreadRows;
-// Where registers suffice for so many: from 224 to 248 elements for three, ptxas spills with four.
-// Turing has shared memory for two of the larger ones.
+// Where registers suffice for so many. Turing has shared memory for two of the larger ones.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMostBlocks = 2;
 #else
-constexpr int kMostBlocks = kHeadSize >= 224 && kHeadSize < 256 ? 3 : 4;
+constexpr int kMostBlocks = 4;
 #endif
 constexpr int kMinBlocks = sizeof(scalar_t) == 4 && kThreadRows < 4 ? kMostBlocks : 1;
 constexpr int kTileRows = kThreadsY * kThreadRows;
@@ -90,9 +89,9 @@ __device__ __forceinline__ void copy_tile(const PagedCache<const cache_t>& cache
         const int token = begin + row;
         const cache_t* source = cache.data;
         if (token < end)
-            source = cache.key(__ldg(table + cache.table_index(token)), kv_head,
-                               cache.offset_in_block(token)) +
-                     offset + chunk * kCacheVec;
+            source =
+                cache.key(table[cache.table_index(token)], kv_head, cache.offset_in_block(token)) +
+                offset + chunk * kCacheVec;
         cp_async_16_zfill(target + row * kCacheRowChunks + chunk, source, token < end);
     }
 }
@@ -117,15 +116,32 @@ __device__ __forceinline__ void unpack_chunk(const uint4* rows, int row, int chu
     }
 }
 
+// Put the tile's query rows into shared memory.
+__device__ __forceinline__ void load_query(const PrefillArguments& args, const PrefillTile& tile,
+                                           bool aligned, uint4* target) {
+    const int heads = tile.num_heads;
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (row < heads * tile.num_tokens)
+            raw = load_vec(args.query + (tile.first_token + row / heads) * args.query_token_stride +
+                               (tile.first_head + row % heads) * args.query_head_stride +
+                               chunk * kVec,
+                           aligned);
+        target[row * kRowChunks + chunk] = raw;
+    }
+}
+
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
     paged_prefill(const cupaged::PrefillArguments args) {
     using namespace cupaged;
-    // Read once, at the start: where the loops read them, ptxas spills at 112 and 120 elements.
-    const int num_heads = args.num_heads, num_kv_heads = args.num_kv_heads;
-    const int max_splits = args.max_splits, window = args.window, causal = args.causal;
-    const float query_scale = args.query_scale, soft_cap_log2 = args.soft_cap_log2;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const records = args.records;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
     __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
@@ -134,12 +150,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
-    const PrefillSchedule schedule = prefill_schedule(args.workspace, args.num_seqs);
+    const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
     const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs, args.num_tokens,
-                              window, 0, max_splits, kMultiToken},
+                              args.window, 0, args.max_splits, kMultiToken},
                              kTileRows / args.tile_heads,
-                             num_heads,
-                             num_kv_heads,
+                             args.num_heads,
+                             args.num_kv_heads,
                              args.tile_heads,
                              l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
@@ -151,17 +167,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int heads = tile.num_heads;
         const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
 
-        for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
-            const int row = i / kChunks;
-            const int chunk = i % kChunks;
-            uint4 raw = make_uint4(0, 0, 0, 0);
-            if (row < num_rows)
-                raw = load_vec(
-                    args.query + (tile.first_token + row / heads) * args.query_token_stride +
-                        (tile.first_head + row % heads) * args.query_head_stride + chunk * kVec,
-                    args.query_aligned);
-            shared_query[row * kRowChunks + chunk] = raw;
-        }
+        // Apart, so that each is unrolled: as one loop it costs registers, and ptxas spills.
+        if (args.query_aligned)
+            load_query(args, tile, true, shared_query);
+        else
+            load_query(args, tile, false, shared_query);
 
         // This thread's rows.
         int position[kThreadRows];
@@ -173,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             const int row = ty + i * kThreadsY;
             position[i] = tile.first_position + row / heads;
             slope_log2[i] = args.alibi_slopes != nullptr
-                                ? __ldg(args.alibi_slopes + tile.first_head + row % heads) * kLog2E
+                                ? args.alibi_slopes[tile.first_head + row % heads] * kLog2E
                                 : 0.0f;
             state[i] = softmax_empty();
 #pragma unroll
@@ -182,13 +192,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
         }
 
-        const int key_end = tile.end(causal);
-        const int key_begin = tile.begin(window);
-        const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, num_kv_heads,
+        const int key_end = tile.end(args.causal);
+        const int key_begin = tile.begin(args.window);
+        const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, args.num_kv_heads,
                                               args.block_shift, kHeadSize};
         const int* const table = args.block_tables + tile.sequence * args.table_stride;
         const int64 to_value = cache.value_offset();
-        const float logit_factor = query_scale * unpacked_factor(args.k_scale, kv_head);
+        const float logit_factor = args.query_scale * unpacked_factor(args.k_scale, kv_head);
         const float value_factor = unpacked_factor(args.v_scale, kv_head);
 
         if (key_begin < key_end) {
@@ -233,12 +243,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                 for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= logit_factor;
-            if (soft_cap_log2 > 0.0f) {
+            if (args.soft_cap_log2 > 0.0f) {
 #pragma unroll
                 for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                     for (int j = 0; j < kThreadKeys; ++j)
-                        score[i][j] = soft_cap_log2 * tanh_by_exp2(score[i][j]);
+                        score[i][j] = args.soft_cap_log2 * tanh_by_exp2(score[i][j]);
             }
             float* const prob = reinterpret_cast<float*>(shared_prob);
 #pragma unroll
@@ -249,8 +259,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     const int key = begin + tx + j * kThreadsX;
                     const int distance = key - position[i];
                     const float s = score[i][j] + slope_log2[i] * static_cast<float>(distance);
-                    const bool visible = key < key_end && (!causal || distance <= 0) &&
-                                         (window <= 0 || -distance < window);
+                    const bool visible = key < key_end && (!args.causal || distance <= 0) &&
+                                         (args.window <= 0 || -distance < args.window);
                     score[i][j] = visible ? s : negative_infinity();
                     max = fmaxf(max, score[i][j]);
                 }
@@ -314,9 +324,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kThreadRows; ++i) {
                 const int row = ty + i * kThreadsY;
                 if (row < num_rows) {
-                    float* const record =
-                        record_of(args.records, tile.first_token + row / heads, num_heads,
-                                  tile.first_head + row % heads, max_splits, tile.piece, kHeadSize);
+                    float* const record = record_of(records, tile.first_token + row / heads,
+                                                    args.num_heads, tile.first_head + row % heads,
+                                                    args.max_splits, tile.piece, kHeadSize);
                     const float factor = softmax_normaliser(state[i]) * value_factor;
                     if (tx == 0) record[kHeadSize] = softmax_lse_log2(state[i]);
 #pragma unroll
@@ -341,12 +351,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             const int head = tile.first_head + row % heads;
             float factor = 1.0f;
             if (args.sinks != nullptr && !softmax_is_empty(state[i]))
-                factor = softmax_add_sink(state[i], __ldg(args.sinks + head) * kLog2E);
+                factor = softmax_add_sink(state[i], args.sinks[head] * kLog2E);
             factor *= softmax_normaliser(state[i]) * value_factor;
-            if (args.lse != nullptr && tx == 0)
-                args.lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
+            if (lse != nullptr && tx == 0)
+                lse[token * args.num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
             scalar_t* const target =
-                args.out + token * args.out_token_stride + head * args.out_head_stride;
+                out + token * args.out_token_stride + head * args.out_head_stride;
 #pragma unroll
             for (int k = 0; k < kThreadChunks; ++k) {
                 const int chunk = tx + k * kThreadsX;

@@ -76,7 +76,7 @@ struct Keys {
 __device__ __forceinline__ void load_ids(const Keys& keys, int begin, int* ids) {
     const int token = begin + static_cast<int>(threadIdx.x);
     if (threadIdx.x < kTileKeys && token < keys.end)
-        ids[threadIdx.x] = __ldg(keys.table + keys.cache.table_index(token));
+        ids[threadIdx.x] = keys.table[keys.cache.table_index(token)];
 }
 
 // Begin copying the tile from token `begin` on; zeros from the last key on.
@@ -106,9 +106,13 @@ __device__ __forceinline__ void copy_tile(const Keys& keys, int begin, const int
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     paged_prefill_mma(const cupaged::PrefillArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const records = args.records;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const PrefillSchedule schedule = prefill_schedule(args.workspace, args.num_seqs);
+    const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
     const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs, args.num_tokens,
                               args.window, 0, args.max_splits, kMultiToken},
                              kTileRows / args.tile_heads,
@@ -186,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         }
         const auto slope_log2 = [&](int m, int r) {
             const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
-            return __ldg(args.alibi_slopes + tile.first_head + row % heads) * kLog2E;
+            return args.alibi_slopes[tile.first_head + row % heads] * kLog2E;
         };
 
         int stage = 0;
@@ -221,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 float factor = 1.0f;
                 if (tile.num_pieces > 1) {
                     if (row >= num_rows) continue;
-                    float* const record = record_of(args.records, tile.first_token + row / heads,
+                    float* const record = record_of(records, tile.first_token + row / heads,
                                                     args.num_heads, tile.first_head + row % heads,
                                                     args.max_splits, tile.piece, kHeadSize);
                     factor = softmax_normaliser(state) * value_factor;
@@ -237,11 +241,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 if (row < num_rows) {
                     const int head = tile.first_head + row % heads;
                     if (args.sinks != nullptr && !softmax_is_empty(state))
-                        factor = softmax_add_sink(state, __ldg(args.sinks + head) * kLog2E);
-                    if (args.lse != nullptr && lane % 4 == 0)
-                        args.lse[(tile.first_token + row / heads) *
-                                     static_cast<int64>(args.num_heads) +
-                                 head] = softmax_lse_log2(state) * kLn2;
+                        factor = softmax_add_sink(state, args.sinks[head] * kLog2E);
+                    if (lse != nullptr && lane % 4 == 0)
+                        lse[(tile.first_token + row / heads) * static_cast<int64>(args.num_heads) +
+                            head] = softmax_lse_log2(state) * kLn2;
                 }
                 factor *= softmax_normaliser(state) * value_factor;
                 // The warp is done with its query: its place takes the result.
@@ -262,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int row = first_row + i / kQueryChunks;
             const int chunk = i % kQueryChunks;
             if (row < num_rows)
-                store_vec(args.out + (tile.first_token + row / heads) * args.out_token_stride +
+                store_vec(out + (tile.first_token + row / heads) * args.out_token_stride +
                               (tile.first_head + row % heads) * args.out_head_stride +
                               chunk * kQueryVec,
                           shared.query[row * kQueryRowChunks + chunk], args.out_aligned);

@@ -216,6 +216,10 @@ __device__ __forceinline__ void pack_terms(const float (&score)[2 * kKeyTiles][4
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     paged_prefill_wgmma(const cupaged::PrefillArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const records = args.records;
     CUPAGED_DYNAMIC_SMEM(dynamic, 1024);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     if (threadIdx.x == 0) {
@@ -237,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                                                   args.num_kv_heads, args.block_shift, kHeadSize};
         constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-        const PrefillSchedule schedule = prefill_schedule(args.workspace, args.num_seqs);
+        const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
         const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs,
                                   args.num_tokens, args.window, 0, args.max_splits, kMultiToken},
                                  kTileRows / args.tile_heads,
@@ -287,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int* const table = args.block_tables + item.tile.sequence * args.table_stride;
             int token = item.begin + warp * kWarpKeys + lane;
             bool valid = num_tiles > 0 && lane < kWarpKeys && token < item.end;
-            int block = valid ? __ldg(table + cache.table_index(token)) : 0;
+            int block = valid ? table[cache.table_index(token)] : 0;
             Row values = {args.kv_cache, false};
             for (int p = 0; p <= num_tiles; ++p) {
                 mbarrier_wait(&shared.empty[next.stage], next.phase ^ 1);
@@ -300,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                     values = {valid ? keys.data + cache.value_offset() : args.kv_cache, valid};
                     token += kTileKeys;
                     valid = lane < kWarpKeys && token < item.end;
-                    if (valid) block = __ldg(table + cache.table_index(token));
+                    if (valid) block = table[cache.table_index(token)];
                     copy_rows<kTileKeys, true>(keys, shared.stages[next.stage].keys);
                 }
                 cp_async_commit();
@@ -350,8 +354,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const RowPositions positions = {{position_of(row_of(0)), position_of(row_of(1))}};
             const auto slope_log2 = [&](int r) {
                 const int row = min(row_of(r), last_row());
-                return __ldg(args.alibi_slopes + item.tile.first_head + row % item.tile.num_heads) *
-                       kLog2E;
+                return args.alibi_slopes[item.tile.first_head + row % item.tile.num_heads] * kLog2E;
             };
             const int kv_end = item.end;
             AccumulatorOf<kColumns / 8> acc;
@@ -404,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const int head = item.tile.first_head + row % item.tile.num_heads;
                 if (item.tile.num_pieces > 1) {
                     if (!used) continue;
-                    float* const record = record_of(args.records, token, args.num_heads, head,
+                    float* const record = record_of(records, token, args.num_heads, head,
                                                     args.max_splits, item.tile.piece, kHeadSize);
                     factor = softmax_normaliser(state);
 #pragma unroll
@@ -416,14 +419,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 }
                 if (used) {
                     if (args.sinks != nullptr && !softmax_is_empty(state))
-                        factor = softmax_add_sink(state, __ldg(args.sinks + head) * kLog2E);
-                    if (args.lse != nullptr && lane % 4 == 0)
-                        args.lse[token * static_cast<int64>(args.num_heads) + head] =
+                        factor = softmax_add_sink(state, args.sinks[head] * kLog2E);
+                    if (lse != nullptr && lane % 4 == 0)
+                        lse[token * static_cast<int64>(args.num_heads) + head] =
                             softmax_lse_log2(state) * kLn2;
                 }
                 factor *= softmax_normaliser(state);
                 scalar_t* const target =
-                    args.out + token * args.out_token_stride + head * args.out_head_stride;
+                    out + token * args.out_token_stride + head * args.out_head_stride;
                 // A quad holds 8 columns in words of its lanes: 32 of them become a chunk for each.
 #pragma unroll
                 for (int n = 0; n < 2 * kSteps; n += 4) {

@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_piece(const PieceOutput& output, int64 tok
     constexpr int kVec = kVecSize<scalar_t>;
     float factor = 1.0f;
     if (pieces <= 1 && output.sinks != nullptr && !softmax_is_empty(state))
-        factor = softmax_add_sink(state, __ldg(output.sinks + head) * kLog2E);
+        factor = softmax_add_sink(state, output.sinks[head] * kLog2E);
     factor *= softmax_normaliser(state);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[i] *= factor;

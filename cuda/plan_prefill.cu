@@ -40,11 +40,12 @@ struct PlanPrefillArguments {
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     plan_prefill(const cupaged::PlanPrefillArguments args) {
     using namespace cupaged;
+    int* __restrict__ const workspace = args.workspace;
     __shared__ int sums[kThreads];
     __shared__ int lengths[kThreads];
     Batch batch{args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
                 args.window,   kWholeSequence,       args.max_splits, kMultiToken};
-    const PrefillSchedule schedule = prefill_schedule(args.workspace, args.num_seqs);
+    const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
     const int thread = threadIdx.x;
 
     // Pick them, into what will be first_tiles.
@@ -62,12 +63,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads)
     for (int base = 0; base < num_picked; base += kThreads) {
         const int mine = base + thread;
         const int sequence = mine < num_picked ? picked[mine] : 0;
-        const int length = __ldg(args.seq_lens + sequence);
+        const int length = args.seq_lens[sequence];
         int place = 0;
         for (int other = 0; other < num_picked; other += kThreads) {
             __syncthreads();  // the lengths before have been read
             const int count = min(kThreads, num_picked - other);
-            if (thread < count) lengths[thread] = __ldg(args.seq_lens + picked[other + thread]);
+            if (thread < count) lengths[thread] = args.seq_lens[picked[other + thread]];
             __syncthreads();
             for (int i = 0; i < count; ++i)
                 place += lengths[i] > length || (lengths[i] == length && other + i < mine);

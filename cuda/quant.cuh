@@ -172,7 +172,7 @@ namespace cupaged {
 
 // What the unpacked keys or values of one KV head are to be multiplied by.
 __device__ __forceinline__ float unpacked_factor(const float* scale, int kv_head) {
-    return scale == nullptr ? 1.0f : __ldg(scale + kv_head) * kUnpackedScale<cache_t>;
+    return scale == nullptr ? 1.0f : scale[kv_head] * kUnpackedScale<cache_t>;
 }
 
 }  // namespace cupaged

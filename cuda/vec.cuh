@@ -79,15 +79,14 @@ __device__ __forceinline__ uint4 pack(const float* x) {
                       pack_word(x + 2 * kPerWord, T()), pack_word(x + 3 * kPerWord, T()));
 }
 
-// 16 bytes from global memory that no thread of the launch writes. Tensors of the caller may have
-// any strides: where `aligned` is false (their rows do not all start at a multiple of 16 bytes) it
-// reads one element at a time.
+// 16 bytes from global memory. Tensors of the caller may have any strides: where `aligned` is false
+// (their rows do not all start at a multiple of 16 bytes) it reads one element at a time.
 template <typename T>
 __device__ __forceinline__ uint4 load_vec(const T* source, bool aligned) {
-    if (aligned) return __ldg(reinterpret_cast<const uint4*>(source));
+    if (aligned) return *reinterpret_cast<const uint4*>(source);
     T elements[kVecSize<T>];
 #pragma unroll
-    for (int i = 0; i < kVecSize<T>; ++i) elements[i] = __ldg(source + i);
+    for (int i = 0; i < kVecSize<T>; ++i) elements[i] = source[i];
     return bit_cast<uint4>(elements);
 }
 

@@ -55,10 +55,10 @@ struct Sequence {
 
 // Sequence num_seqs stands for the padding: rows that come out as zeros.
 __device__ __forceinline__ Sequence sequence_of(const Batch& batch, int index) {
-    if (batch.query_start_loc == nullptr) return {index, 1, __ldg(batch.seq_lens + index)};
-    const int first = __ldg(batch.query_start_loc + index);
+    if (batch.query_start_loc == nullptr) return {index, 1, batch.seq_lens[index]};
+    const int first = batch.query_start_loc[index];
     if (index == batch.num_seqs) return {first, batch.num_tokens - first, 0};
-    return {first, __ldg(batch.query_start_loc + index + 1) - first, __ldg(batch.seq_lens + index)};
+    return {first, batch.query_start_loc[index + 1] - first, batch.seq_lens[index]};
 }
 
 // The sequence that a query row belongs to: the last one that starts at or before it.
@@ -67,7 +67,7 @@ __device__ __forceinline__ int sequence_of_token(const Batch& batch, int token) 
     int low = 0, high = batch.num_seqs;
     while (low < high) {
         const int middle = (low + high + 1) / 2;
-        if (__ldg(batch.query_start_loc + middle) <= token)
+        if (batch.query_start_loc[middle] <= token)
             low = middle;
         else
             high = middle - 1;
@@ -124,8 +124,8 @@ struct SharedPieces {
     int capacity;
 };
 
-constexpr int kMaxTileRows =
-    CUPAGED_MAX_TILE_ROWS;  // rows of all tokens of a launch: below 2^32 / kMaxTileRows
+// Rows of all tokens of a launch: below 2^32 / kMaxTileRows.
+constexpr int kMaxTileRows = CUPAGED_MAX_TILE_ROWS;
 
 __device__ __forceinline__ unsigned pack_tile(int first_row, int num_rows) {
     return static_cast<unsigned>(first_row) * kMaxTileRows + num_rows - 1;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
         int count = 0;
         if (mine < num_units) {
             if (by_piece) {
-                count = __ldg(shared.counts + mine);
+                count = shared.counts[mine];
             } else {
                 const Sequence sequence = sequence_of(batch, mine);
                 const int tiles = rows.token_tiles(sequence.query_len);
@@ -199,11 +199,10 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
             // Row tiles, then heads, then pieces: blocks that run together share keys and values.
             WorkItem item;
             if (by_piece) {
-                const int tiles = __ldg(shared.counts + unit);
+                const int tiles = shared.counts[unit];
                 const unsigned* const list =
                     shared.tiles + static_cast<int64>(unit) * shared.capacity;
-                item =
-                    unpack_tile(batch, rows.group, __ldg(list + rest % tiles), unit, rest / tiles);
+                item = unpack_tile(batch, rows.group, list[rest % tiles], unit, rest / tiles);
             } else {
                 const Sequence sequence = sequence_of(batch, unit);
                 const int tiles = rows.token_tiles(sequence.query_len);
