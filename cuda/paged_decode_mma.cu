@@ -265,12 +265,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             load_query(args.query, rows, args.query_token_stride, args.query_head_stride,
                        args.query_aligned, shared.query);
         const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
-        Logits logits;
-        logits.scale = args.query_scale * unpacked_factor(args.k_scale, run.kv_head);
-        logits.soft_cap_log2 = args.soft_cap_log2;
-        logits.window = args.window;
-        logits.causal = args.causal;
-        logits.has_slopes = args.alibi_slopes != nullptr;
+        Logits logits =
+            logits_of(args, args.query_scale * unpacked_factor(args.k_scale, run.kv_head));
         logits.first_position = rows.first_position;
         logits.last_position = rows.last_position;
         const auto lane_row = [&](int m, int r) {

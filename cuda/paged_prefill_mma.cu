@@ -163,12 +163,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         const int lane = threadIdx.x % kWarpSize;
         const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
         uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
-        Logits logits;
-        logits.scale = args.query_scale * unpacked_factor(args.k_scale, keys.kv_head);
-        logits.soft_cap_log2 = args.soft_cap_log2;
-        logits.window = args.window;
-        logits.causal = args.causal;
-        logits.has_slopes = args.alibi_slopes != nullptr;
+        Logits logits =
+            logits_of(args, args.query_scale * unpacked_factor(args.k_scale, keys.kv_head));
         logits.first_position = tile.first_position + min(first_row, num_rows - 1) / heads;
         logits.last_position =
             tile.first_position + min(first_row + kWarpRows - 1, num_rows - 1) / heads;

@@ -325,12 +325,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize % kWarpgroupWarps;
         const int group_row = consumer * kGroupRows;
         const uint4* const rows = shared.query[0] + group_row * 8;
-        Logits logits;
-        logits.scale = args.query_scale;
-        logits.soft_cap_log2 = args.soft_cap_log2;
-        logits.window = args.window;
-        logits.causal = args.causal;
-        logits.has_slopes = args.alibi_slopes != nullptr;
+        Logits logits = logits_of(args, args.query_scale);
         if (kInTurns && consumer == 1) named_barrier_arrive(kTurnBarrier, 2 * kWarpgroupSize);
         const auto take_turn = [&] {
             if (kInTurns) named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroupSize);
