@@ -116,8 +116,8 @@ def rope_and_cache(
 ) -> None:
     """Rotate queries and keys by their positions (RoPE), and write keys and values into the cache.
 
-    Mutates ``query``, which is rotated in place, and ``kv_cache``; ``key`` and ``value`` stay as they are. The
-    rotated key is rounded to its dtype and then stored as `reshape_and_cache` stores it, bit for bit.
+    Mutates ``query``, which is rotated in place, and ``kv_cache``; ``key`` and ``value`` stay as they are.
+    The rotated key is rounded to its dtype and then stored as `reshape_and_cache` stores it, bit for bit.
 
     Args:
         query: [T, H, D], float32, float16 or bfloat16, contiguous in D; the other strides are free, so that

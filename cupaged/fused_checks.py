@@ -1,6 +1,7 @@
 """Check the arguments of the fused operators. Each check raises a ValueError that names the argument.
 
-Letters in shapes are those of `checks`, and C channels, I channels of the gate, R rotated dimensions of a head.
+Letters in shapes are those of `checks`, and C channels, I channels of the gate, R rotated dimensions of a
+head.
 """
 
 from __future__ import annotations
@@ -107,9 +108,10 @@ def rope_and_cache(
         checks.tensor("cos", cos, "T R/2", sizes, dtype=_weight_dtypes(query.dtype), device=device)
         checks.tensor("sin", sin, "T R/2", sizes, dtype=cos.dtype, device=device)
         if 2 * sizes["R/2"] > sizes["D"]:
+            pairs = sizes["D"] // 2
             raise ValueError(
-                f"cos has {sizes['R/2']} columns, one for each pair of rotated dimensions, but a head of size "
-                f"{sizes['D']} has {sizes['D'] // 2} pairs; pass cos[:, :{sizes['D'] // 2}] if its halves repeat"
+                f"cos has {sizes['R/2']} columns, one for each pair of rotated dimensions, but a head of "
+                f"size {sizes['D']} has {pairs} pairs; pass cos[:, :{pairs}] if its halves repeat"
             )
         checks.last_dim_contiguous("cos", cos)
         checks.last_dim_contiguous("sin", sin)
