@@ -176,9 +176,7 @@ def test_bad_input_is_named_with_fake_tensors():
     with FakeTensorMode() as mode:
 
         def fake(arguments):
-            return {
-                k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
-            }
+            return {name: mode.from_tensor(value) for name, value in arguments.items()}
 
         assert cupaged.rms_norm(**fake(norm())).shape == (3, 20)
         assert cupaged.act_and_mul(torch.empty(3, 20), activation="gelu").shape == (3, 10)
@@ -326,7 +324,7 @@ def test_models_own_activations():
     ("model", "interleaved", "rotated"), [("llama", False, 32), ("cohere", True, 32), ("glm", True, 16)]
 )
 def test_a_models_own_rotation(model, interleaved, rotated):
-    """transformers repeats the cosines; those of the pairs are the first half, or every second with Cohere."""
+    """transformers repeats the cosines; those of the pairs are the first half, with Cohere every second."""
     import importlib
 
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
