@@ -1,4 +1,4 @@
-"""What a CPU kernel does with its launch: read the arguments, and share rows among a team of threads."""
+"""Read a CPU kernel's arguments, and share its rows among a team of threads."""
 
 from __future__ import annotations
 
