@@ -53,12 +53,13 @@ def _reshape_and_cache(
     v_scale: torch.Tensor | None,
 ) -> None:
     layout = checks.cache_write_once(key, value, kv_cache, slot_mapping, k_scale, v_scale)
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
     if key.shape[0]:
-        _backend(kv_cache).reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
+        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
 
 
 def _paged_attention(
@@ -93,7 +94,8 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     if query.numel() == 0:
         return
@@ -115,7 +117,7 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    _backend(kv_cache).paged_attention(
+    backend.paged_attention(
         query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params, layout
     )
 
@@ -219,12 +221,13 @@ def _rope_and_cache(
     layout = fused_checks.rope_and_cache_once(
         query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
     )
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
     if query.shape[0]:
-        _backend(kv_cache).rope_and_cache(
+        backend.rope_and_cache(
             query,
             key,
             value,
