@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ class Layout:
     """Stand for the shapes, strides, dtypes and devices of a call's tensors: one object per combination."""
 
     passed = False  # True once the check has passed
+    prepared: Any = None  # what the CPU backend derives from it
 
 
 def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:

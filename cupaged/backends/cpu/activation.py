@@ -11,7 +11,6 @@ from .team import HEADER_BYTES, Launch, Rows, next_rows, read, run_rows
 from .vector_math import gelu, gelu_tanh, silu
 
 CHUNK_ROWS = 4  # rows that a thread takes at a time
-# In the order of their numbers in `Gated`.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
@@ -19,13 +18,14 @@ class Gated(NamedTuple):
     """Hold the arguments of a call: addresses, strides in bytes, and numbers."""
 
     input: int
-    input_stride: int
     out: int
+    # The tensors' layout and the activation determine the rest.
+    input_stride: int
     out_stride: int
     num_rows: int
     size: int  # columns of out
     itemsize: int
-    activation: int
+    activation: int  # index in ACTIVATIONS
 
 
 @inner

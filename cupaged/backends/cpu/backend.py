@@ -187,6 +187,19 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
     _kernel(memory.build_move_blocks, memory.Blocks)(blocks)
 
 
+# The fused operators are called in every layer, with little to do for one token. What the layout of the
+# tensors determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
+
+
+def _keep(
+    layout: checks.Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    """Keep a kernel and the last of its arguments, which are given by name; return both."""
+    names = arguments._fields[-len(fixed) :]
+    layout.prepared = kernel, tuple(fixed[name] for name in names)
+    return layout.prepared
+
+
 def rms_norm(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -195,44 +208,62 @@ def rms_norm(
     residual: torch.Tensor | None,
     input_weight: torch.Tensor | None,
     out: torch.Tensor,
-    layout: Hashable = None,
+    layout: checks.Layout,
 ) -> None:
+    kernel, fixed = layout.prepared or _prepare_norm(input, weight, residual, out, layout)
+    addresses = (
+        input.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        0 if input_weight is None else input_weight.data_ptr(),
+    )
+    kernel((*addresses, epsilon, weight_offset, *fixed))
+
+
+def _prepare_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: checks.Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_rows, size = input.shape
     itemsize = input.element_size()
-    arguments = norm.Norm(
-        input=input.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(norm.build, norm.Norm, _DTYPES[input.dtype]),
+        norm.Norm,
         input_stride=input.stride(0) * itemsize,
-        residual=_address(residual),
         residual_stride=0 if residual is None else residual.stride(0) * itemsize,
-        out=out.data_ptr(),
         out_stride=out.stride(0) * itemsize,
-        weight=weight.data_ptr(),
-        input_weight=_address(input_weight),
         num_rows=num_rows,
         size=size,
         itemsize=itemsize,
         weight_itemsize=weight.element_size(),
-        epsilon=epsilon,
-        weight_offset=weight_offset,
     )
-    _kernel(norm.build, norm.Norm, _DTYPES[input.dtype])(arguments)
 
 
-def act_and_mul(
-    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Hashable = None
-) -> None:
+def act_and_mul(input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: checks.Layout) -> None:
+    kernel, fixed = layout.prepared or _prepare_activation(input, activation_name, out, layout)
+    kernel((input.data_ptr(), out.data_ptr(), *fixed))
+
+
+def _prepare_activation(
+    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: checks.Layout
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     itemsize = input.element_size()
-    arguments = activation.Gated(
-        input=input.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(activation.build, activation.Gated, _DTYPES[input.dtype]),
+        activation.Gated,
         input_stride=input.stride(0) * itemsize,
-        out=out.data_ptr(),
         out_stride=out.stride(0) * itemsize,
         num_rows=out.shape[0],
         size=out.shape[1],
         itemsize=itemsize,
         activation=activation.ACTIVATIONS.index(activation_name),
     )
-    _kernel(activation.build, activation.Gated, _DTYPES[input.dtype])(arguments)
 
 
 def rope_and_cache(
@@ -250,28 +281,56 @@ def rope_and_cache(
     weight_offset: float,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    layout: Hashable = None,
+    layout: checks.Layout,
 ) -> None:
+    kernel, fixed = layout.prepared or _prepare_rope(
+        query, key, value, cos, sin, kv_cache, query_weight, layout
+    )
+    addresses = (
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        kv_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        0 if query_weight is None else query_weight.data_ptr(),
+        0 if key_weight is None else key_weight.data_ptr(),
+        0 if k_scale is None else k_scale.data_ptr(),
+        0 if v_scale is None else v_scale.data_ptr(),
+    )
+    if kernel((*addresses, interleaved, epsilon, weight_offset, *fixed)) == team.INVALID:
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _prepare_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    layout: checks.Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     itemsize, kv_itemsize = query.element_size(), kv_cache.element_size()
     cos_itemsize = 0 if cos is None else cos.element_size()
-    arguments = rope.Rotation(
-        query=query.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(rope.build, rope.Rotation, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        rope.Rotation,
         query_token_stride=query.stride(0) * itemsize,
         query_head_stride=query.stride(1) * itemsize,
-        key=key.data_ptr(),
         key_token_stride=key.stride(0) * itemsize,
         key_head_stride=key.stride(1) * itemsize,
-        value=value.data_ptr(),
         value_token_stride=value.stride(0) * itemsize,
         value_head_stride=value.stride(1) * itemsize,
-        cache=kv_cache.data_ptr(),
         block_stride=kv_cache.stride(0) * kv_itemsize,
         value_offset=num_kv_heads * block_size * head_size * kv_itemsize,
         kv_head_stride=block_size * head_size * kv_itemsize,
         row_bytes=head_size * kv_itemsize,
-        slot_mapping=slot_mapping.data_ptr(),
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -280,23 +339,11 @@ def rope_and_cache(
         head_size=head_size,
         itemsize=itemsize,
         kv_itemsize=kv_itemsize,
-        k_scale=_address(k_scale),
-        v_scale=_address(v_scale),
-        cos=_address(cos),
         cos_stride=0 if cos is None else cos.stride(0) * cos_itemsize,
-        sin=_address(sin),
         sin_stride=0 if sin is None else sin.stride(0) * cos_itemsize,
         cos_itemsize=cos_itemsize,
         num_pairs=0 if cos is None else cos.shape[1],
-        interleaved=int(interleaved),
-        query_weight=_address(query_weight),
-        key_weight=_address(key_weight),
         weight_itemsize=0 if query_weight is None else query_weight.element_size(),
-        epsilon=epsilon,
-        weight_offset=weight_offset,
         smallest_scale=checks.SCALE_RANGE[0],
         largest_scale=checks.SCALE_RANGE[1],
     )
-    kernel = _kernel(rope.build, rope.Rotation, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype])
-    if kernel(arguments) == team.INVALID:
-        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)

@@ -19,19 +19,20 @@ class Norm(NamedTuple):
     """Hold the arguments of a call: addresses (0 for an absent tensor), strides in bytes, and numbers."""
 
     input: int
-    input_stride: int
     residual: int
-    residual_stride: int
     out: int
-    out_stride: int
     weight: int
     input_weight: int
+    epsilon: float
+    weight_offset: float
+    # The tensors' layout determines the rest.
+    input_stride: int
+    residual_stride: int
+    out_stride: int
     num_rows: int
     size: int
     itemsize: int  # of input, residual and out
     weight_itemsize: int
-    epsilon: float
-    weight_offset: float
 
 
 @inner

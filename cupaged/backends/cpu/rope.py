@@ -22,20 +22,30 @@ class Rotation(NamedTuple):
     """
 
     query: int
+    key: int
+    value: int
+    cos: int
+    sin: int
+    cache: int
+    slot_mapping: int
+    query_weight: int
+    key_weight: int
+    k_scale: int
+    v_scale: int
+    interleaved: int
+    epsilon: float
+    weight_offset: float
+    # The tensors' layout determines the rest.
     query_token_stride: int
     query_head_stride: int
-    key: int
     key_token_stride: int
     key_head_stride: int
-    value: int
     value_token_stride: int
     value_head_stride: int
-    cache: int
     block_stride: int
     value_offset: int
     kv_head_stride: int
     row_bytes: int
-    slot_mapping: int
     num_tokens: int
     num_heads: int
     num_kv_heads: int
@@ -44,22 +54,18 @@ class Rotation(NamedTuple):
     head_size: int
     itemsize: int  # of query, key and value
     kv_itemsize: int
-    k_scale: int
-    v_scale: int
-    cos: int
     cos_stride: int
-    sin: int
     sin_stride: int
     cos_itemsize: int
     num_pairs: int  # rotated pairs of dimensions in a head
-    interleaved: int
-    query_weight: int
-    key_weight: int
     weight_itemsize: int
-    epsilon: float
-    weight_offset: float
     smallest_scale: float
     largest_scale: float
+
+
+VARIABLE = Rotation._fields.index(
+    "query_token_stride"
+)  # number of arguments that the layout does not determine
 
 
 class Head(NamedTuple):
