@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ class Layout:
     """Stand for the shapes, strides, dtypes and devices of a call's tensors: one object per combination."""
 
     passed = False  # True once the check has passed
+    prepared: Any = None  # what the CPU backend derives from it
 
 
 def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:
@@ -269,13 +271,13 @@ def attention_settings(
     shared_prefix: bool,
 ) -> None:
     """Check the arguments of `paged_attention` that are not tensors."""
-    if scale is not None and not _is_finite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")
     if sliding_window is not None and (not _is_integer(sliding_window) or sliding_window < 1):
         raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {sliding_window!r}")
-    if logits_soft_cap is not None and (not _is_finite(logits_soft_cap) or logits_soft_cap <= 0):
+    if logits_soft_cap is not None and (not is_finite(logits_soft_cap) or logits_soft_cap <= 0):
         raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
     if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
         raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
@@ -289,7 +291,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     if type(value) is float:  # isinstance of an abstract class is slow
         return -math.inf < value < math.inf
     is_number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
@@ -356,6 +358,7 @@ def attention_ids(
     """Check that lengths fit the block tables, whose used entries are in the cache. Reads the data."""
     if seq_lens.numel() == 0:
         return
+    seq_lens = seq_lens.long()  # differences of int32 could overflow
     block_size = kv_cache.shape[3]
     capacity = block_tables.shape[1] * block_size
     longest = int(seq_lens.max())
@@ -368,7 +371,7 @@ def attention_ids(
     if query_start_loc is None:
         query_lens = torch.ones_like(seq_lens)
     else:
-        query_lens = query_start_loc.diff()
+        query_lens = query_start_loc.long().diff()
         if int(query_start_loc[0]) != 0 or int(query_lens.min()) < 0:
             raise ValueError("query_start_loc must start at 0 and never decrease")
         if int(query_start_loc[-1]) > query.shape[0]:
