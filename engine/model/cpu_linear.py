@@ -22,7 +22,13 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.multiply = PackedWeight(linear.weight, linear.bias).multiply
+        self.packed = PackedWeight(linear.weight, linear.bias)
+        self.multiply, self.bias = self.packed.multiply, self.packed.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the plain weight, a copy: some models look at it, or multiply with it themselves."""
+        return self.packed.unpack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x)
@@ -41,10 +47,15 @@ class OneDNNLinear(torch.nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the plain weight, a copy: some models look at it, or multiply with it themselves."""
+        return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
 def pack_linears(model: torch.nn.Module) -> int:

@@ -26,8 +26,11 @@ def test_close_to_float64_as_a_plain_layer(kind, bias, out_features, in_features
         x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double()
     )
     with torch.inference_mode():
-        packed = kind(linear)(x)
+        layer = kind(linear)
+        packed = layer(x)
         plain = linear(x)
+    assert torch.equal(layer.weight, linear.weight)
+    assert (layer.bias is None) == (linear.bias is None)
     assert packed.shape == plain.shape
     assert packed.dtype == torch.bfloat16
     error = (plain.double() - exact).abs().max()

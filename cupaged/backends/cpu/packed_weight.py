@@ -57,9 +57,14 @@ class PackedWeight:
         self._packed = torch.zeros(panels, self._steps, linear.PANEL, per_step, dtype=weight.dtype)
         for panel, rows in enumerate(weight.detach().split(linear.PANEL)):
             self._packed[panel, :, : len(rows)] = rows.reshape(len(rows), -1, per_step).transpose(0, 1)
+        self.bias = None if bias is None else bias.detach()
         self._bias = torch.zeros(panels * linear.PANEL)
         if bias is not None:
             self._bias[:outputs] = bias.detach()
+
+    def unpack(self) -> torch.Tensor:
+        """Return the weight [outputs, inputs], a copy."""
+        return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight.T + bias, summed in float32 and rounded once.
