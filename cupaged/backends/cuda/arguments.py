@@ -152,6 +152,36 @@ class FindSharedPiecesArguments(KernelArguments):
     )
 
 
+class RmsNormArguments(KernelArguments):
+    """The arguments of rms_norm."""
+
+    _fields_ = _fields(
+        "input weight residual input_weight out",
+        int64="input_stride residual_stride out_stride num_rows",
+        int32="size whole_block float_weight aligned",
+        floats="epsilon weight_offset",
+    )
+
+
+class ActAndMulArguments(KernelArguments):
+    """The arguments of act_and_mul."""
+
+    _fields_ = _fields("input out", int64="input_stride out_stride", int32="size activation aligned")
+
+
+class RopeAndCacheArguments(KernelArguments):
+    """The arguments of rope_and_cache."""
+
+    _fields_ = _fields(
+        "query key value cos sin kv_cache slot_mapping query_weight key_weight k_scale v_scale",
+        int64="query_token_stride query_head_stride key_token_stride key_head_stride value_token_stride "
+        "value_head_stride cos_stride sin_stride block_stride",
+        int32="num_heads num_kv_heads head_size num_pairs block_shift lane_shift interleaved float_angles "
+        "float_weights aligned",
+        floats="epsilon weight_offset",
+    )
+
+
 OF_KERNEL: dict[str, type[KernelArguments]] = {
     "copy_blocks": CopyBlocksArguments,
     "reshape_and_cache": ReshapeAndCacheArguments,
@@ -164,4 +194,7 @@ OF_KERNEL: dict[str, type[KernelArguments]] = {
     "merge_states": MergeStatesArguments,
     "plan_prefill": PlanPrefillArguments,
     "find_shared_pieces": FindSharedPiecesArguments,
+    "rms_norm": RmsNormArguments,
+    "act_and_mul": ActAndMulArguments,
+    "rope_and_cache": RopeAndCacheArguments,
 }

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ...params import AttentionParams
-from . import cache_plans, layouts, plans
+from . import cache_plans, fused_plans, layouts, plans
 from .plans import DecodePlan, PrefillPlan
 from .specs import KernelCall
 
@@ -250,11 +250,88 @@ class Kernels:
         if by_kernel:
             self._copy(src, dst, self._launcher.upload(torch.tensor(by_kernel), device), device)
 
+    def rms_norm(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        weight_offset: float,
+        residual: torch.Tensor | None,
+        input_weight: torch.Tensor | None,
+        out: torch.Tensor,
+        layout: Hashable,
+    ) -> None:
+        tensors = input, weight, residual, input_weight, out
+        plan_key = "rms_norm", layout, _alignment(tensors), epsilon, weight_offset
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = fused_plans.rms_norm(input, weight, epsilon, weight_offset, residual, input_weight, out)
+            launch = self._keep(plan_key, self._launcher.prepare(call, input.device))
+        launch(tensors)
+
+    def act_and_mul(
+        self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable
+    ) -> None:
+        plan_key = "act_and_mul", layout, _alignment((input, out)), activation
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = fused_plans.act_and_mul(input, activation, out)
+            launch = self._keep(plan_key, self._launcher.prepare(call, input.device))
+        launch((input, out))
+
+    def rope_and_cache(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        interleaved: bool,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        epsilon: float,
+        weight_offset: float,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        layout: Hashable,
+    ) -> None:
+        tensors = query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight
+        settings = interleaved, epsilon, weight_offset
+        plan_key = "rope_and_cache", layout, _alignment(tensors), settings
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = fused_plans.rope_and_cache(
+                query,
+                key,
+                value,
+                cos,
+                sin,
+                kv_cache,
+                interleaved,
+                query_weight,
+                key_weight,
+                epsilon,
+                weight_offset,
+            )
+            launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
+        launch((*tensors, k_scale, v_scale))
+
     def _keep(self, plan_key: Hashable, plan: Any) -> Any:
         if len(self._plans) >= PLANS:  # new lengths of prompts fill it again in no time
             self._plans.clear()
         self._plans[plan_key] = plan
         return plan
+
+
+def _alignment(tensors: Tensors) -> int:
+    """Return how all addresses together lie between multiples of 16 bytes; 0 where each is one."""
+    positions = 0
+    for tensor in tensors:
+        if tensor is not None:
+            positions |= tensor.data_ptr()
+    return positions % 16
 
 
 def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:

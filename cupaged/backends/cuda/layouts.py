@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from operator import or_
+
 import torch
 
 
@@ -18,6 +21,16 @@ def rows_aligned(tensor: torch.Tensor) -> bool:
     """Return whether every row [token, head] starts at a multiple of 16 bytes."""
     strides = tensor.stride(0) | tensor.stride(1)
     return tensor.data_ptr() % 16 == 0 and strides * tensor.element_size() % 16 == 0
+
+
+def all_aligned(*tensors: torch.Tensor | None) -> bool:
+    """Return whether every row, along the last dimension, of every tensor starts at a multiple of 16 bytes."""
+    positions = 0
+    for tensor in tensors:
+        if tensor is not None:
+            strides = [s for n, s in zip(tensor.shape[:-1], tensor.stride()) if n > 1]
+            positions |= tensor.data_ptr() | tensor.element_size() * functools.reduce(or_, strides, 0)
+    return positions % 16 == 0
 
 
 def require_aligned_cache(kv_cache: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from .kernel_choice import CACHE_DTYPE_NAMES, DTYPE_NAMES
 from .specs import KernelSpec
 
 KERNELS: dict[str, Callable[..., KernelSpec]] = {
+    "act_and_mul": kernel_specs.act_and_mul,
     "copy_blocks": kernel_specs.copy_blocks,
     "find_shared_pieces": kernel_specs.find_shared_pieces,
     "merge_splits": kernel_specs.merge_splits,
@@ -26,6 +27,8 @@ KERNELS: dict[str, Callable[..., KernelSpec]] = {
     "paged_prefill_wgmma": kernel_specs.paged_prefill_wgmma,
     "plan_prefill": kernel_specs.plan_prefill,
     "reshape_and_cache": kernel_specs.reshape_and_cache,
+    "rms_norm": kernel_specs.rms_norm,
+    "rope_and_cache": kernel_specs.rope_and_cache,
 }
 
 

@@ -22,8 +22,10 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
     )
     for dtype in kernel_specs.DTYPES:
         found |= dict.fromkeys([kernel_specs.merge_splits(dtype), kernel_specs.merge_states(dtype)])
+        found |= dict.fromkeys([kernel_specs.rms_norm(dtype), kernel_specs.act_and_mul(dtype)])
         for cache_dtype in (dtype, *kernel_specs.CACHE_DTYPES):
             found[kernel_specs.reshape_and_cache(dtype, cache_dtype)] = None
+            found[kernel_specs.rope_and_cache(dtype, cache_dtype)] = None
             for head_size in _head_sizes(cache_dtype):
                 # A group of more query heads than the largest tile has takes several of those.
                 for group in range(1, max(kernel_specs.HEAD_TILES) + 1):

@@ -196,6 +196,19 @@ def merge_states(dtype: str) -> KernelSpec:
     return KernelSpec("merge_states.cu", "merge_states", _defines(dtype))
 
 
+def rms_norm(dtype: str) -> KernelSpec:
+    """Return the kernel with threads that keep a row of 16384 elements in registers."""
+    return KernelSpec("rms_norm.cu", "rms_norm", _defines(dtype), 1024 if dtype == "fp32" else 512)
+
+
+def act_and_mul(dtype: str) -> KernelSpec:
+    return KernelSpec("act_and_mul.cu", "act_and_mul", _defines(dtype))
+
+
+def rope_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
+    return KernelSpec("rope_and_cache.cu", "rope_and_cache", _defines(dtype, cache_dtype))
+
+
 def variants(arch: str) -> tuple[KernelSpec, ...]:
     """Return the kernels of an architecture that are compiled ahead of time: for head sizes that models have.
 
@@ -208,8 +221,9 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     if has_mma(arch):
         specs.append(find_shared_pieces())
     for dtype in DTYPES:
-        specs += [merge_splits(dtype), merge_states(dtype)]
-        specs += [reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
+        specs += [merge_splits(dtype), merge_states(dtype), rms_norm(dtype), act_and_mul(dtype)]
+        for cache_dtype in (dtype, *CACHE_DTYPES):
+            specs += [reshape_and_cache(dtype, cache_dtype), rope_and_cache(dtype, cache_dtype)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
         usual = dtype != ("fp32" if has_mma(arch) else "bf16")
         for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
