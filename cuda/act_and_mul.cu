@@ -12,6 +12,7 @@
 //
 // Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows of both, and I) elements are accessed one at
 // a time. `activation` is one of the enumeration below.
+#include "chunks.cuh"
 #include "common.cuh"
 #include "vec.cuh"
 

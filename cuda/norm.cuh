@@ -3,6 +3,7 @@
 // Products that are added are fused by name: a row has the same bits however it lies in memory.
 #pragma once
 
+#include "chunks.cuh"
 #include "common.cuh"
 #include "vec.cuh"
 

@@ -17,6 +17,7 @@
 //
 // Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows, weights and C) elements are accessed one
 // at a time, and nearly all of a row is read again.
+#include "chunks.cuh"
 #include "common.cuh"
 #include "norm.cuh"
 #include "vec.cuh"

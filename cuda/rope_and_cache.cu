@@ -28,6 +28,7 @@
 // Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE. D is a multiple of 8, of 16 with a quantised cache.
 // Without `aligned` (16 bytes: heads, angles, weights, and R / 2) elements are accessed one at a
 // time.
+#include "chunks.cuh"
 #include "common.cuh"
 #include "norm.cuh"
 #include "paged.cuh"

@@ -102,44 +102,4 @@ __device__ __forceinline__ void store_vec(T* target, const uint4& raw, bool alig
     for (int i = 0; i < kVecSize<T>; ++i) target[i] = elements[i];
 }
 
-// The same for rows of any length. A chunk is 16 bytes, or with kAligned false, where rows do not all
-// start at a multiple of 16 bytes or end with a chunk, the first `count` elements of it, zeros after
-// them. None where count is not positive.
-template <bool kAligned, typename T>
-__device__ __forceinline__ uint4 load_chunk(const T* source, int count) {
-    if (kAligned)
-        return count > 0 ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
-    T elements[kVecSize<T>];
-#pragma unroll
-    for (int i = 0; i < kVecSize<T>; ++i) elements[i] = i < count ? source[i] : from_float<T>(0.0f);
-    return bit_cast<uint4>(elements);
-}
-
-template <bool kAligned, typename T>
-__device__ __forceinline__ void store_chunk(T* target, const uint4& raw, int count) {
-    if (kAligned) {
-        if (count > 0) store_global_16(target, raw);
-        return;
-    }
-    T elements[kVecSize<T>];
-    memcpy(elements, &raw, sizeof(raw));
-#pragma unroll
-    for (int i = 0; i < kVecSize<T>; ++i)
-        if (i < count) target[i] = elements[i];
-}
-
-// kVecSize<scalar_t> floats from memory that holds them as scalar_t, or as float where is_float.
-template <bool kAligned, typename T>
-__device__ __forceinline__ void load_floats(const void* source, bool is_float, int first, int count,
-                                            float* x) {
-    if (is_float) {
-        const float* const floats = static_cast<const float*>(source) + first;
-#pragma unroll
-        for (int i = 0; i < kVecSize<T>; i += kVecSize<float>)
-            unpack<float>(load_chunk<kAligned>(floats + i, count - i), x + i);
-    } else {
-        unpack<T>(load_chunk<kAligned>(static_cast<const T*>(source) + first, count), x);
-    }
-}
-
 }  // namespace cupaged

@@ -350,7 +350,7 @@ def the_documented_launch_is_right() -> None:
 
 def a_raw_kernel_of_no_kernel_is_refused() -> None:
     for name, variant, message in (
-        ("paged_decod", {}, "there is no kernel 'paged_decod', only copy_blocks, "),
+        ("paged_decod", {}, "there is no kernel 'paged_decod', only act_and_mul, "),
         ("paged_decode_mma", {"dtype": torch.float16}, "missing: ['head_size'], unknown: []"),
         ("copy_blocks", {"unit_bytes": 16, "dtype": "bf16"}, "missing: [], unknown: ['dtype']"),
         ("merge_states", {"dtype": torch.int8}, "dtype must be one of fp32, fp16, bf16, got 'int8'"),

@@ -33,6 +33,9 @@ SPECS = {
     "merge_states": kernel_specs.merge_states("bf16"),
     "plan_prefill": kernel_specs.plan_prefill(),
     "find_shared_pieces": kernel_specs.find_shared_pieces(),
+    "rms_norm": kernel_specs.rms_norm("bf16"),
+    "act_and_mul": kernel_specs.act_and_mul("bf16"),
+    "rope_and_cache": kernel_specs.rope_and_cache("bf16", "int8"),
 }
 # What each kernel writes. All other pointers must be to const: the emulation protects their memory.
 WRITTEN = {
@@ -47,6 +50,9 @@ WRITTEN = {
     "merge_states": {"out", "lse"},
     "plan_prefill": {"workspace"},
     "find_shared_pieces": {"counts", "tiles"},
+    "rms_norm": {"residual", "out"},
+    "act_and_mul": {"out"},
+    "rope_and_cache": {"query", "kv_cache"},
 }
 
 

@@ -19,6 +19,9 @@ MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 NEEDS: dict[str, tuple[str, ...]] = {
     "reshape_and_cache": WIDE,
     "copy_blocks": WIDE,
+    "rms_norm": WIDE,
+    "act_and_mul": WIDE,
+    "rope_and_cache": WIDE,
     "find_shared_pieces": (),
     "plan_prefill": (),
     "merge_splits": WIDE,
@@ -96,4 +99,11 @@ def machine_code_complaints(spec: KernelSpec, arch: str) -> list[str]:
         converts = any(opcode.startswith("F2FP.F16.E4M3.UNPACK") for opcode in code)
         if converts != converts_e4m3(spec, arch):
             found.append("converts e4m3" if converts else "does not convert e4m3")
+    code_of = {"CUPAGED_FP8_E4M3": "E4M3", "CUPAGED_FP8_E5M2": "E5M2"}.get(
+        defines.get("CUPAGED_CACHE_DTYPE", "")
+    )
+    if code_of and spec.entry in ("reshape_and_cache", "rope_and_cache"):
+        packs = any(opcode.startswith("F2FP") and code_of in opcode.split(".") for opcode in code)
+        if packs != has_fp8(arch):
+            found.append(f"packs {code_of}" if packs else f"does not pack {code_of}")
     return [f"{spec} sm_{arch}: {complaint}" for complaint in found]

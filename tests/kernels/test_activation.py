@@ -13,8 +13,6 @@ from cupaged.fused_checks import ACTIVATIONS
 
 from .fused_cases import DTYPES, LAYOUTS, bits, check_rounded, check_surroundings, moved, placed
 
-pytestmark = pytest.mark.operator("act_and_mul")
-
 # Where the exponential overflows or vanishes, and numbers whose square or cube does.
 EDGES = [0.0, 1e-30, 1e-6, 0.5, 1.0, 5.0, 10.0, 17.0, 87.0, 88.8, 90.0, 104.0, 126.0, 128.0, 200.0, 1e4]
 LARGE = [1e10, 1e15, 1e20, 1e38]

@@ -226,6 +226,7 @@ def test_the_variants_are_what_the_readme_promises():
                     assert any(name.startswith(f"{prefill}[{of}, ") for name in names)
             for cache_dtype in ("fp8_e4m3", "fp8_e5m2", "int8"):
                 assert f"reshape_and_cache[dtype={dtype}, cache_dtype={cache_dtype}]" in names
+                assert f"rope_and_cache[dtype={dtype}, cache_dtype={cache_dtype}]" in names
                 for head_size in (64, 128, 256) if dtype == "bf16" else ():
                     sizes = f"dtype={dtype}, cache_dtype={cache_dtype}, head_size={head_size}"
                     for kernel in ("paged_prefill", "paged_decode"):

@@ -12,8 +12,6 @@ from cupaged.backends.reference import normalise
 
 from .fused_cases import DTYPES, LAYOUTS, bits, check_rounded, check_surroundings, moved, placed
 
-pytestmark = pytest.mark.operator("rms_norm")
-
 
 def check_norm(
     actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float

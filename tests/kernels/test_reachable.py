@@ -100,7 +100,11 @@ def test_every_call_and_only_calls_launch_what_is_listed(arch, launched):
             key, cache = torch.empty(1, 1, 16, dtype=dtype), torch.empty(1, 2, 1, 8, 16, dtype=cache_dtype)
             scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(1)) if cache_dtype != dtype else {}
             cupaged.reshape_and_cache(key, key, cache, torch.zeros(1).long(), **scales)
+            cupaged.rope_and_cache(key, key, key, None, None, cache, torch.zeros(1).long(), **scales)
         cupaged.merge_attention_states(torch.empty(2, 1, 1, 8, dtype=dtype), torch.empty(2, 1, 1))
+        for size in (8, 7, 5000):
+            cupaged.rms_norm(torch.empty(1, size, dtype=dtype), torch.empty(size))
+            cupaged.act_and_mul(torch.empty(1, 2 * size, dtype=dtype), activation="silu")
     for unit in (1, 16):
         cupaged.copy_blocks(torch.empty(2, unit, dtype=torch.int8), torch.tensor([[0, 1]]))
     listed = reachable(arch)

@@ -16,8 +16,6 @@ from cupaged.quantisation import LARGEST
 
 from .fused_cases import DTYPES, LAYOUTS, bits, check_rounded, check_surroundings, moved, placed
 
-pytestmark = pytest.mark.operator("rope_and_cache")
-
 QUANTISED = list(LARGEST)
 
 

@@ -26,6 +26,7 @@ from cupaged.backends.cuda.specs import KernelSpec
 Kernel = tuple[KernelSpec, str]  # and its architecture
 Value = tuple[str, str]  # of a macro, or the architecture
 KINDS = (
+    "act_and_mul",
     "copy_blocks",
     "find_shared_pieces",
     "merge_splits",
@@ -38,6 +39,8 @@ KINDS = (
     "paged_prefill_wgmma",
     "plan_prefill",
     "reshape_and_cache",
+    "rms_norm",
+    "rope_and_cache",
 )
 E4M3 = ("CUPAGED_CACHE_DTYPE", "CUPAGED_FP8_E4M3")
 OTHER_SIZES = frozenset(map(str, range(8, 257, 8))) - frozenset(map(str, kernel_specs.HEAD_SIZES))

@@ -269,9 +269,7 @@ class Kernels:
             launch = self._keep(plan_key, self._launcher.prepare(call, input.device))
         launch(tensors)
 
-    def act_and_mul(
-        self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable
-    ) -> None:
+    def act_and_mul(self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable) -> None:
         plan_key = "act_and_mul", layout, _alignment((input, out)), activation
         launch = self._plans.get(plan_key)
         if launch is None:
