@@ -160,12 +160,12 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
     cp_async_16_zfill(target + kTile, source + to_value, valid);
 }
 
-// Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
+// Beside the sums of more than 160 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
-// sums of two tiles of rows, 104 and 112 elements are as many.
+// spills. So these sizes copy a part at a time, of 11 to 15 copies, or 3 or 4 with row groups. Of
+// the sums of two tiles of rows, 104 and 112 elements are as many.
 constexpr bool kFewCopies = next_power_of_two(kTileChunks) != kTileChunks &&
-                            (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12));
+                            (kTileChunks > 20 || (kRowTiles > 1 && kTileChunks > 12));
 constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.
