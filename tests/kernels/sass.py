@@ -22,7 +22,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "rms_norm": WIDE,
     "act_and_mul": WIDE,
     "rope_and_cache": WIDE,
-    "find_shared_pieces": (),
+    "find_shared_splits": (),
     "plan_prefill": (),
     "merge_splits": WIDE,
     "merge_states": WIDE,

@@ -28,7 +28,7 @@ Value = tuple[str, str]  # of a macro, or the architecture
 KINDS = (
     "act_and_mul",
     "copy_blocks",
-    "find_shared_pieces",
+    "find_shared_splits",
     "merge_splits",
     "merge_states",
     "paged_decode",
