@@ -161,6 +161,7 @@ BAD_ROPE = {
 }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", BAD_ROPE)
 def test_bad_input_of_rope_and_cache_is_named(name):
     changes, message = BAD_ROPE[name]
