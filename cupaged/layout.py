@@ -1,4 +1,4 @@
-"""Remember that tensors of some shapes, strides, dtypes and devices were checked, and what follows from them."""
+"""Remember that tensors of a layout were checked, and what follows from the layout."""
 
 from __future__ import annotations
 
