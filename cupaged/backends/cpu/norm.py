@@ -9,7 +9,7 @@ import numpy as np
 
 from .simd import LANES, WIDE, add, fma, inner, load, mul, splat, store, sum_lanes
 from .team import HEADER_BYTES, Launch, Rows, next_rows, read, run_rows
-from .vector_math import rounded
+from .vector_math import store_and_round
 
 F32 = np.dtype(np.float32)
 CHUNK_ROWS = 8  # rows that a thread takes at a time
@@ -82,8 +82,8 @@ def _add(dtype, norm, input, residual, d, inverse, squares):
     if norm.input_weight != 0:
         weight = norm.input_weight + norm.weight_itemsize * d
         x = weighted(dtype, norm.weight_itemsize, weight, norm.weight_offset, x, inverse)
-    x = rounded(dtype, add(x, load(dtype, residual + norm.itemsize * d, inverse)))
-    store(dtype, residual + norm.itemsize * d, x)
+    address = residual + norm.itemsize * d
+    x = store_and_round(dtype, address, add(x, load(dtype, address, inverse)))
     return fma(x, x, squares)
 
 
@@ -150,7 +150,7 @@ def build(dtype):
     def rms_norm(address):
         arguments = address + HEADER_BYTES
         norm = read(Norm, arguments)
-        num_bytes = 4 * norm.num_rows * norm.size * norm.itemsize
+        num_bytes = 4 * norm.num_rows * norm.size  # bytes that are copied in the same time
         return run_rows(read(Launch, address), arguments, norm.num_rows, CHUNK_ROWS, num_bytes)
 
     def work(address):

@@ -232,7 +232,7 @@ def build(dtype, kv_dtype):
         if not are_valid(rotation):
             return INVALID
         heads = rotation.num_heads + 2 * rotation.num_kv_heads
-        num_bytes = 4 * rotation.num_tokens * heads * rotation.head_size * rotation.itemsize
+        num_bytes = 3 * rotation.num_tokens * heads * rotation.head_size  # copied in the same time
         return run_rows(read(Launch, address), arguments, rotation.num_tokens, CHUNK_TOKENS, num_bytes)
 
     def work(address):
