@@ -45,7 +45,7 @@ def __getattr__(name: str):  # imports torch at the first use of a function
     elif name in __all__:
         from . import fused, ops
 
-        module = fused if hasattr(fused, name) else ops  # type: ignore[assignment]
+        module = fused if hasattr(fused, name) else ops
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us

@@ -27,10 +27,26 @@ def check_norm(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rms_norm(backend, seed, dtype, kind, layout):
     rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    device = backend[1]
     num_rows = rng.choice([1, 2, 3, rng.randrange(4, 40)])
     size = rng.choice([1, 7, 8, 24, 64, 100, 576, 1000, rng.randrange(1, 700), 4096])
+    check_call(backend[1], rng, dtype, kind, layout, num_rows, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "residual", "input norm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_rows(backend, seed, dtype, kind, layout):
+    """About what a warp takes, and what a thread block of the CUDA kernel has in registers."""
+    rng = random.Random(seed)
+    size = rng.choice([1024, 1025, 1032, 2304, 7168, 16383, 16384, 16392, 16400, 20000, 40968])
+    check_call(backend[1], rng, dtype, kind, layout, rng.choice([1, 2]), size)
+
+
+def check_call(
+    device: str, rng: random.Random, dtype: torch.dtype, kind: str, layout: str, num_rows: int, size: int
+) -> None:
+    """Check a call whose values, other layouts and settings are drawn."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(31))
     weight_dtype = rng.choice([dtype, torch.float32])
     offset, epsilon = rng.choice([0.0, 1.0, -0.3]), rng.choice([1e-6, 1e-5, 1e-3])
     scale = 10.0 ** rng.uniform(-4, 2)

@@ -168,6 +168,7 @@ _BINARY: dict[str, Callable[..., Lanes]] = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
+    "copysign": lambda a, b: np.copysign(b, a),  # the sign of a
 }
 _UNARY: dict[str, Callable[..., Lanes]] = {
     "neg": lambda a: -a,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks.cases import check, draw
 from cupaged import backends
+from tests.kernels import test_norm
 from tests.kernels.test_attention import run
 
 from . import launcher
@@ -40,6 +42,7 @@ class Fault:
 
 
 DECODE, PREFILL, HOPPER = "paged_decode_mma", "paged_prefill_mma", "paged_prefill_wgmma"
+NORM = "rms_norm"
 FAULTS = {
     # Order
     "decode: copies not waited for": Fault(DECODE, r"cp.async.wait_group 1;", "", UNORDERED),
@@ -47,6 +50,8 @@ FAULTS = {
     "decode: a warp does not meet": Fault(DECODE, r"bar.warp.sync[^;]*;", "", UNORDERED),
     "decode: a block does not meet": Fault(DECODE, r"bar.sync[^;]*;", "", UNORDERED, n=-1),
     "prefill: a block does not meet": Fault(PREFILL, r"bar.sync[^;]*;", "", UNORDERED, n=-1),
+    "norm: a block does not meet": Fault(NORM, r"bar.sync[^;]*;", "", UNORDERED),
+    "norm: a block does not meet again": Fault(NORM, r"bar.sync[^;]*;", "", UNORDERED, n=1),
     "hopper: the copy is not fenced": Fault(HOPPER, r"fence.proxy.async[^;]*;", "", UNORDERED, n=None),
     "hopper: no wait for a stage": Fault(
         HOPPER, r"mbarrier.try_wait\S+ done,[^;]*;", "setp.eq.b32 done, 0, 0;", UNORDERED, n=-2
@@ -98,9 +103,12 @@ def test_is_noticed(name, monkeypatch):
     fault = FAULTS[name]
     arch = "90a" if fault.kernel == HOPPER else "80"
 
-    def attend(change) -> None:
+    def call(change) -> None:
         module = launcher.backend(1, arch, change)
         monkeypatch.setattr(backends, "for_device", lambda device_type: module)
+        if fault.kernel == NORM:
+            test_norm.check_call("cpu", random.Random(1), torch.float16, "input norm", "contiguous", 1, 2048)
+            return
         problem = draw(
             1,
             dtype=torch.float16,
@@ -115,4 +123,4 @@ def test_is_noticed(name, monkeypatch):
         check(out, problem, lse)
 
     with pytest.raises((PtxError, AssertionError), match=fault.message):
-        attend(fault.plant)
+        call(fault.plant)

@@ -12,7 +12,10 @@ from benchmarks.cases import check, draw
 from cupaged import backends
 from cupaged.backends import reference
 from cupaged.backends.cuda import plans
+from cupaged.fused_checks import ACTIVATIONS
 from cupaged.params import AttentionParams
+from tests.kernels import test_activation, test_norm, test_rope
+from tests.kernels.fused_cases import DTYPES, LAYOUTS
 from tests.kernels.test_attention import FEATURES, run
 from tests.kernels.test_shared_prefix import share
 
@@ -156,6 +159,32 @@ def test_merge_attention_states(arch, seed):
     reference.merge_attention_states(outs.double(), lses.double(), exact, exact_lse)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=torch.finfo(dtype).eps * 8)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "input norm"])
+@pytest.mark.parametrize("size", [96, 1100, 16500])
+def test_rms_norm(arch, seed, kind, size):
+    """Rows of a warp and of a thread block, and rows that do not fit in its registers."""
+    rng = random.Random(seed)
+    size += 4 * rng.randrange(20)
+    rows = 1 if size > 16384 else rng.choice([1, 3])
+    test_norm.check_call("cpu", rng, rng.choice(DTYPES), kind, rng.choice(LAYOUTS), rows, size)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_and_mul(arch, seed, activation):
+    rng = random.Random(seed)
+    dtype, layout = rng.choice(DTYPES), rng.choice(LAYOUTS)
+    test_activation.test_act_and_mul(("cuda_ptx", "cpu"), seed, dtype, activation, layout)
+    test_activation.test_edges(("cuda_ptx", "cpu"), dtype, activation)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTISED], ids=str)
+@pytest.mark.parametrize("rotation", ["halves", "interleaved", "none"])
+def test_rope_and_cache(arch, seed, cache_dtype, rotation):
+    rng = random.Random(seed)
+    dtype, layout = rng.choice(DTYPES), rng.choice(LAYOUTS)
+    test_rope.test_rope_and_cache(("cuda_ptx", "cpu"), seed, dtype, cache_dtype, rotation, layout)
 
 
 def test_the_kernels_are_those_that_are_meant():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from operator import or_
-
 import torch
 
 
@@ -24,12 +21,13 @@ def rows_aligned(tensor: torch.Tensor) -> bool:
 
 
 def all_aligned(*tensors: torch.Tensor | None) -> bool:
-    """Return whether every row, along the last dimension, of every tensor starts at a multiple of 16 bytes."""
+    """Return whether each row, along the last dimension, begins at a multiple of 16 bytes."""
     positions = 0
     for tensor in tensors:
         if tensor is not None:
-            strides = [s for n, s in zip(tensor.shape[:-1], tensor.stride()) if n > 1]
-            positions |= tensor.data_ptr() | tensor.element_size() * functools.reduce(or_, strides, 0)
+            positions |= tensor.data_ptr()
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+                positions |= stride * tensor.element_size() if size > 1 else 0
     return positions % 16 == 0
 
 
