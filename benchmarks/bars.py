@@ -102,10 +102,10 @@ def _mixed(results: dict[str, Result]) -> float | None:
 
 
 def _memory(
-    name: str, ratio: str, condition: Callable[[Row], bool]
+    name: str, ratio: str, condition: Callable[[Row], bool], section: str = "memory"
 ) -> Callable[[dict[str, Result]], float | None]:
     def measure(results: dict[str, Result]) -> float | None:
-        rows = results["memory"].rows if "memory" in results else []
+        rows = results[section].rows if section in results else []
         chosen = [row for row in rows if row["name"].startswith(name) and ratio in row and condition(row)]
         return min((row[ratio] for row in chosen), default=None)
 
@@ -146,6 +146,14 @@ BARS = (
         "reshape_and_cache, >= 64 MB: of copy",
         0.90,
         _memory("reshape_and_cache", "of_copy", lambda row: row["bytes"] >= 64 << 20),
+    ),
+    *(
+        Bar(
+            f"{name}, >= 64 MB: of copy",
+            0.85,
+            _memory(name, "of_copy", lambda row: row["bytes"] >= 64 << 20, "fused"),
+        )
+        for name in ("rms_norm", "act_and_mul", "rope_and_cache")
     ),
     Bar(
         "swap_blocks, 2 MB blocks: of a pinned copy",

@@ -113,6 +113,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
     "prefill": _prefill,
     "mixed": _mixed,
     "memory": _memory,
+    "fused": _memory,
     "host": _host,
 }
 

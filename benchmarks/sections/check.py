@@ -19,6 +19,7 @@ from cupaged import checks
 from cupaged.backends import reference
 
 from ..report import Context, reason
+from . import fused
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
@@ -74,6 +75,13 @@ def checks_of(context: Context) -> Iterator[tuple[str, Check]]:
     for dtype in (*checks.DTYPES, *checks.QUANTISED):
         for head_size in (64,) if quick else (32, 64, 80, 128, 256):
             yield f"reshape_and_cache {dtype} D={head_size}", partial(write, dtype=dtype, head_size=head_size)
+    for dtype in checks.DTYPES:
+        for kind in (fused.Norm, fused.Gated):
+            for i in range(1 if quick else 5):
+                yield f"{kind.name} {dtype} {i}", partial(fused.check, kind=kind, dtype=dtype)
+        for cache_dtype in (None, *checks.QUANTISED):
+            fixed = {"dtype": dtype, "cache_dtype": cache_dtype}
+            yield f"rope_and_cache {dtype} {cache_dtype}", partial(fused.check, kind=fused.Rope, **fixed)
     for dtype in checks.QUANTISED:
         for mode in MODES:
             fixed = {"dtype": torch.bfloat16, "cache_dtype": dtype}

@@ -84,7 +84,7 @@ def _write(context: Context, tokens: int) -> Row:
     for i in range(2):
         if not torch.equal(cache[block, i, :, offset], qkv[-1, :, (4 + i) * heads : (5 + i) * heads]):
             return row | {"wrong": "other values in the cache than were written"}
-    return row | _rate(context, runs, moved)
+    return row | rate(context, runs, moved)
 
 
 def _copy(context: Context, block_bytes: int) -> Row:
@@ -98,7 +98,7 @@ def _copy(context: Context, block_bytes: int) -> Row:
     cupaged.copy_blocks(cache, mapping)
     if not torch.equal(cache[mapping[:, 1]], cache[mapping[:, 0]]):
         return row | {"wrong": "blocks differ from their sources"}
-    return row | _rate(context, [lambda: cupaged.copy_blocks(cache, mapping)], 2 * total)
+    return row | rate(context, [lambda: cupaged.copy_blocks(cache, mapping)], 2 * total)
 
 
 def _swap(context: Context, block_bytes: int, out: bool, total: int, pinned: dict[str, float]) -> Row:
@@ -188,7 +188,7 @@ def _layout(context: Context, case: Case, layout: str) -> Row:
     allowed = 2 * (plain - exact).abs().max().item() + 1e-5
     if not error <= allowed:
         return row | {"wrong": f"maximum error {error:.3g}, allowed {allowed:.3g}"}
-    return row | _rate(context, runs, case.kv_bytes)
+    return row | rate(context, runs, case.kv_bytes)
 
 
 def _mapping(context: Context, count: int) -> torch.Tensor:
@@ -197,7 +197,8 @@ def _mapping(context: Context, count: int) -> torch.Tensor:
     return torch.stack([torch.randperm(count, generator=generator) for _ in range(2)], dim=1)
 
 
-def _rate(context: Context, runs: list, moved: int) -> Row:
+def rate(context: Context, runs: list, moved: int) -> Row:
+    """Return the time of a call that moves so many bytes, and its rate over that of a copy."""
     timing = context.timer(runs, context.sample_s)
     rate = moved / timing.median_s
     return {"seconds": timing.median_s, "of_copy": rate / context.copy_bandwidth, "method": timing.method}

@@ -14,7 +14,7 @@ import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
 from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
-from benchmarks.sections import SECTIONS, attention, check, host, memory, mixed
+from benchmarks.sections import SECTIONS, attention, check, fused, host, memory, mixed
 from cupaged import backends, checks
 from cupaged.backends import reference
 
@@ -369,3 +369,54 @@ def test_a_wrong_mixed_batch_has_no_time(context, monkeypatch, fault):
     assert not row["seconds"]
     assert context.result.wrong
     assert "WRONG" in "\n".join(tables.FORMATS["mixed"](context.result.rows))
+
+
+DAMAGES = {
+    "rms_norm": lambda args, options: options["out"].view(-1)[:1].add_(0.1),
+    "rms_norm's residual": lambda args, options: options["residual"][:1, :1].add_(0.1),
+    "act_and_mul": lambda args, options: options["out"].view(-1)[:1].add_(0.1),
+    "rope_and_cache": lambda args, options: args[0][:1, :1, :1].add_(0.1),
+    "rope_and_cache's cache": lambda args, options: args[5].view(torch.uint8).add_(args[6].max() >= 0),
+}
+
+
+def damage(monkeypatch, name: str) -> None:
+    """Make an operator write something else than it should."""
+    operator = name.partition("'")[0]
+    right = getattr(cupaged, operator)
+
+    def wrong(*args, **options):
+        right(*args, **options)
+        DAMAGES[name](args, options)
+
+    monkeypatch.setattr(cupaged, operator, wrong)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_wrong_fused_operator_has_no_time(context, monkeypatch, name):
+    """By the reference: the CPU backend would compile its kernels."""
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)
+    operator = name.partition("'")[0]
+    for case in fused.cases(context):
+        assert fused.measure(context, case)["of_copy"] > 0
+    damage(monkeypatch, name)
+    fused.run(context)
+    rows = {row["name"]: row for row in context.result.rows}
+    assert list(rows) == ["rms_norm", "act_and_mul", "rope_and_cache"]
+    assert [name for name, row in rows.items() if "seconds" not in row] == [operator]
+    (text,) = context.result.wrong
+    assert text == f"{operator} {rows[operator]['case']}: {rows[operator]['wrong']}"
+    assert "\n".join(tables.FORMATS["fused"](context.result.rows)).count("WRONG") == 1
+
+
+@pytest.mark.parametrize("kind", [fused.Norm, fused.Gated, fused.Rope], ids=lambda kind: kind.name)
+def test_fused_operators_are_checked(monkeypatch, seed, kind):
+    """Of all dtypes, on the reference; and a wrong result is noticed."""
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)
+    for dtype in checks.DTYPES:
+        fused.check(CPU, seed, kind, dtype=dtype)
+    for cache_dtype in checks.QUANTISED if kind is fused.Rope else ():
+        fused.check(CPU, seed, kind, dtype=torch.float16, cache_dtype=cache_dtype)
+    damage(monkeypatch, kind.name)
+    with pytest.raises(AssertionError, match="maximum error"):
+        fused.check(CPU, seed, kind, dtype=torch.float32)

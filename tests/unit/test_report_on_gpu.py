@@ -12,7 +12,7 @@ import torch
 import cupaged
 from benchmarks import bars, common, kernels, peers, tables
 from benchmarks.report import Context, Result
-from benchmarks.sections import attention, ceilings, check, memory
+from benchmarks.sections import attention, ceilings, check, fused, memory
 from benchmarks.timing import Timing
 from cupaged.backends.cuda import launcher
 
@@ -58,6 +58,16 @@ def test_every_bar_of_decode_has_a_shape_that_it_is_about(full):
     assert len(named) == 7
     assert [bar.name for bar in named if bar.measure(results) is None] == []
     assert len(list(tables.FORMATS["decode"](rows))) == len(rows) + 1
+
+
+def test_every_bar_of_the_fused_operators_has_a_shape_that_it_is_about(full):
+    rows = [fused.row_of(case) | {"seconds": 1.0, "of_copy": 0.9} for case in fused.cases(full)]
+    results = {"fused": Result(rows=rows)}
+    names = {row["name"] for row in rows}
+    named = [bar for bar in bars.BARS if bar.name.partition(",")[0] in names]
+    assert [bar.measure(results) for bar in named] == [0.9] * 3
+    assert len(list(tables.FORMATS["fused"](rows))) == len(rows) + 1
+    assert len({(row["name"], row["case"]) for row in rows}) == len(rows)
 
 
 def test_every_shape_fits_a_gpus_memory_with_its_dense_copy(full):
