@@ -274,7 +274,7 @@ def kernels_run_on_what_arrives() -> None:
     launcher = EmulatedLauncher()
     emulated = Kernels(launcher)
     num_seqs, heads, head_size, block_size, width = 3, 2, 64, 16, 40
-    found = {}
+    found, fused = {}, {}
     for name, backend in (("driver", emulated), ("reference", reference)):
         backends.for_device = lambda device_type, backend=backend: backend
         generator.manual_seed(5)
@@ -288,15 +288,27 @@ def kernels_run_on_what_arrives() -> None:
         tables = torch.stack([torch.randperm(50, generator=generator)[:width] for _ in range(num_seqs)]).int()
         lengths = torch.tensor([600, 1, 515], dtype=torch.int32)
         query = torch.randn(num_seqs, heads, head_size, generator=generator)
+        normed, total = torch.randn(2, 3, 1100, generator=generator)
+        cupaged.rms_norm(normed, torch.rand(1100, generator=generator), residual=total, out=normed)
+        products = cupaged.act_and_mul(torch.randn(3, 128, generator=generator), activation="gelu")
+        turned, angles = query.clone(), torch.rand(3, head_size // 2, generator=generator)
+        key = torch.randn(num_seqs, heads, head_size, generator=generator)
+        written = torch.zeros_like(cache)
+        cupaged.rope_and_cache(turned, key, key, angles.cos(), angles.sin(), written, torch.arange(3))
+        fused[name] = normed, total, products, turned, written
         found[name] = cache, swapped, *cupaged.paged_attention(query, cache, tables, lengths, return_lse=True)
     for got, expected in zip(found["driver"][:2], found["reference"][:2]):
         assert torch.equal(got, expected)
-    for got, expected in zip(found["driver"][2:], found["reference"][2:]):
+    close = ((*found[name][2:], *fused[name]) for name in ("driver", "reference"))
+    for got, expected in zip(*close):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert launcher.launched == [
         "reshape_and_cache",
         "copy_blocks",
         "copy_blocks",
+        "rms_norm",
+        "act_and_mul",
+        "rope_and_cache",
         "paged_decode",
         "merge_splits",
     ]

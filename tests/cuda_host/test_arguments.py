@@ -14,6 +14,7 @@ from cupaged.backends.cuda import cache_plans, constants
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.arguments import FLOAT, INT32, INT64, OF_KERNEL, POINTER, MergeStatesArguments
 from cupaged.backends.cuda.compile import cuda_dir
+from cupaged.backends.cuda.raw import KERNELS
 
 from .build import load
 from .emulator import EmulationError, HostLauncher
@@ -58,6 +59,7 @@ WRITTEN = {
 
 def test_every_kernel_is_here():
     assert SPECS.keys() == OF_KERNEL.keys() == {path.stem for path in cuda_dir().glob("*.cu")}
+    assert KERNELS.keys() == SPECS.keys()  # what raw_kernel has
     assert all(spec.entry == name for name, spec in SPECS.items())
 
 

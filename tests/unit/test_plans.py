@@ -108,12 +108,35 @@ class Calls:
         key, value = (self._tensor(tokens, 2, 64, dtype=dtype, by=pick([0, 0, 1])) for _ in range(2))
         return lambda: cupaged.reshape_and_cache(key, value, cache, torch.arange(tokens))
 
+    def fused(self):
+        pick = self._rng.choice
+        dtype, tokens, by = pick([torch.float16, torch.float32]), pick([1, 5]), pick([0, 0, 1, 2, 4])
+        numbers = {"epsilon": pick([1e-6, 1e-5]), "weight_offset": pick([0.0, 1.0])}
+        operator = pick(["rms_norm", "act_and_mul", "rope_and_cache"])
+        if operator == "act_and_mul":
+            x, activation = self._tensor(tokens, 64, dtype=dtype, by=by), pick(["silu", "gelu"])
+            return lambda: cupaged.act_and_mul(x, activation=activation)
+        if operator == "rms_norm":
+            x, residual = (self._tensor(tokens, 64, dtype=dtype, by=by) for _ in range(2))
+            weights = [self._tensor(64, dtype=torch.float32, by=pick([0, 0, 1])) for _ in range(2)]
+            more = pick([{}, {"residual": residual}, {"residual": residual, "input_weight": weights[1]}])
+            return lambda: cupaged.rms_norm(x, weights[0], **more, **numbers)
+        query, key, value = (self._tensor(tokens, 2, 64, dtype=dtype, by=by) for _ in range(3))
+        cache = self._tensor(3, 2, 2, 8, 64, dtype=dtype)
+        angles = pick([None, self._tensor(tokens, pick([16, 12]), dtype=torch.float32, by=pick([0, 1]))])
+        weight = pick([None, self._tensor(64, dtype=dtype, by=pick([0, 1]))])
+        options = {"interleaved": pick([True, False]), "query_weight": weight, "key_weight": weight} | numbers
+        slots = self._tensor(tokens, dtype=torch.int64, by=pick([0, 1]))
+        arguments = query, key, value, angles, angles, cache, slots
+        return lambda: cupaged.rope_and_cache(*arguments, **options)
+
 
 @pytest.mark.parametrize("kept", [kernels.PLANS, 3])
 def test_a_kept_plan_is_the_one_that_would_be_made(recorded, monkeypatch, seed, kept):
     monkeypatch.setattr(kernels, "PLANS", kept)
     draw = Calls(seed)
-    calls = [draw.attention() if i % 4 else draw.cache_write() for i in range(400)]
+    draws = draw.attention, draw.cache_write, draw.attention, draw.fused
+    calls = [draws[i % 4]() for i in range(600)]
     together = recorded()
     for call in calls:
         call()
@@ -136,13 +159,38 @@ def test_a_refused_layout_is_refused_again(recorded):
             cupaged.reshape_and_cache(key, key, cache, torch.zeros(2, dtype=torch.int64))
 
 
-def test_a_cache_that_is_not_aligned_is_refused_every_time(recorded):
+def test_what_is_not_aligned_is_not_taken_for_something_else(recorded):
+    """Calls that differ in which tensor begins 8 bytes after a multiple of 16, in any order."""
+    tensors = {name: torch.zeros(3, 2, 64) for name in ("query", "key", "value")}
+    tensors |= {name: torch.zeros(3, 32) for name in ("cos", "sin")}
+    tensors |= {"slot_mapping": torch.arange(3)}
+    tensors |= {name: torch.zeros(64) for name in ("query_weight", "key_weight")}
+    moved = {name: misaligned(tensor, 8 // tensor.element_size()) for name, tensor in tensors.items()}
+    cache = torch.zeros(2, 2, 2, 8, 64)
+    for names in (["slot_mapping", *tensors], [*reversed(tensors), "slot_mapping"]):
+        recorder = recorded()
+        for name in names:
+            arguments = {n: misaligned(tensor, 0) for n, tensor in tensors.items()} | {name: moved[name]}
+            cupaged.rope_and_cache(**arguments, kv_cache=cache)
+        aligned = [bool(call.arguments.aligned) for call, *_ in recorder.launches]
+        assert aligned == [name == "slot_mapping" for name in names]
+
+
+@pytest.mark.parametrize("operator", ["reshape_and_cache", "rope_and_cache"])
+def test_a_cache_that_is_not_aligned_is_refused_every_time(recorded, operator):
     recorded()
     cache, key = torch.zeros(2, 2, 1, 8, 8), torch.zeros(3, 1, 8)
+
+    def write(cache):
+        if operator == "reshape_and_cache":
+            cupaged.reshape_and_cache(key, key, cache, torch.arange(3))
+        else:
+            cupaged.rope_and_cache(key.clone(), key, key, None, None, cache, torch.arange(3))
+
     for by in (0, 1, 1, 0):
         moved = misaligned(cache, by)
         if by:
             with pytest.raises(ValueError, match="kv_cache must start at a multiple of 16 bytes"):
-                cupaged.reshape_and_cache(key, key, moved, torch.arange(3))
+                write(moved)
         else:
-            cupaged.reshape_and_cache(key, key, moved, torch.arange(3))
+            write(moved)

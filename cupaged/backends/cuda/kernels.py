@@ -295,9 +295,9 @@ class Kernels:
         v_scale: torch.Tensor | None,
         layout: Hashable,
     ) -> None:
-        tensors = query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight
+        alignment = _alignment((query, key, value, cos, sin, query_weight, key_weight))
         settings = interleaved, epsilon, weight_offset
-        plan_key = "rope_and_cache", layout, _alignment(tensors), settings
+        plan_key = "rope_and_cache", layout, alignment, kv_cache.data_ptr() % 16, settings
         launch = self._plans.get(plan_key)
         if launch is None:
             call = fused_plans.rope_and_cache(
@@ -314,7 +314,21 @@ class Kernels:
                 weight_offset,
             )
             launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
-        launch((*tensors, k_scale, v_scale))
+        launch(
+            (
+                query,
+                key,
+                value,
+                cos,
+                sin,
+                kv_cache,
+                slot_mapping,
+                query_weight,
+                key_weight,
+                k_scale,
+                v_scale,
+            )
+        )
 
     def _keep(self, plan_key: Hashable, plan: Any) -> Any:
         if len(self._plans) >= PLANS:  # new lengths of prompts fill it again in no time
