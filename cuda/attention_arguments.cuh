@@ -21,7 +21,7 @@ struct DecodeArguments {
     const float* v_scale;
     scalar_t* out;
     float* lse;
-    float* records;
+    float* partials;
     int* split_size;
     const int* tile_counts;
     const unsigned* tile_lists;
@@ -61,7 +61,7 @@ struct PrefillArguments {
     scalar_t* out;
     float* lse;
     int* workspace;
-    float* records;
+    float* partials;
     int64 query_token_stride;
     int64 query_head_stride;
     int64 out_token_stride;

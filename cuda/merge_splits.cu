@@ -1,11 +1,10 @@
-// Merge the KV splits (pieces) of sequences: the second kernel of decode, and of prefill with KV
-// splits.
+// Merge the KV splits of sequences: the second kernel of decode, and of prefill with KV splits.
 //
-//   records          float32 [N, H, max_splits, D + 4]: the output of a piece and its lse (base 2)
+//   partials         float32 [N, H, max_splits, D + 4]: output and lse (base 2) of a KV split
 //   seq_lens         int32 [S]                       out  [T, H, D]
 //   query_start_loc  int32 [S + 1] or null: one      lse  float32 [T, H] or null, natural
 //                    query token a sequence               logarithms
-//   split_size       int32 [1] or null: the size of pieces where it was chosen on the device
+//   split_size       int32 [1] or null: the size of KV splits where it was chosen on the device
 //   sinks            float32 [H] or null
 //
 // One thread merges 8 elements of one row (token and head); grid (ceil(N * H * D / 8 / 128)). N is
@@ -14,14 +13,14 @@
 //
 // Macro CUPAGED_DTYPE. D is a multiple of 8.
 #include "common.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "merge.cuh"
 #include "work.cuh"
 
 namespace cupaged {
 
 struct MergeSplitsArguments {
-    const float* records;
+    const float* partials;
     const int* seq_lens;
     const int* query_start_loc;
     const int* split_size;
@@ -68,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
     const int count = plan_splits(batch, sequence).count;
     if (count <= 1) return;
 
-    const int stride = record_stride(args.head_size);
-    const float* const first = args.records + row * args.max_splits * stride;
+    const int stride = partial_stride(args.head_size);
+    const float* const first = args.partials + row * args.max_splits * stride;
     const StateRow<float> states{first, first + args.head_size, stride, stride, count, 1.0f};
     float result[kMergeElems];
     SoftmaxState merged = merge_row(states, element, true, result);

@@ -8,11 +8,11 @@
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
-//   records          workspace of the pieces, see merge_splits.cu
-//   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
+//   partials         workspace of the KV splits, see merge_splits.cu
+//   split_size       int32 [1] or null: where the size of KV splits is left for merge_splits
 //
 // A work item (work.cuh) is one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, one
-// query token, and one piece of its sequence: the keys and values read serve all G heads. The
+// query token, and one KV split of its sequence: the keys and values read serve all G heads. The
 // blocks of the grid (x) go round the items, so that any number of blocks will do.
 //
 // A row of D elements is spread over kLanes lanes of a warp, 16 bytes each (twice, if 32 lanes do
@@ -31,7 +31,7 @@
 // holds twice the elements).
 #include "common.cuh"
 #include "attention_arguments.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
 #include "quant.cuh"
@@ -61,7 +61,8 @@ constexpr int kMinBlocks = kHeadTile == 1                          ? 5
                            : kHeadTile == 2                        ? 4
                            : kHeadTile == 4 && sizeof(cache_t) > 1 ? 3
                                                                    : 2;
-constexpr int kMaxIds = 256;  // block ids in shared memory; longer pieces are done in several runs
+// Block IDs in shared memory; longer KV splits are done in several runs.
+constexpr int kMaxIds = 256;
 
 union Shared {
     uint4 stages[kStages][kUnroll][2][kChunksPerLane][kThreads];  // 2: key, value
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     using namespace cupaged;
     scalar_t* __restrict__ const out = args.out;
     float* __restrict__ const lse = args.lse;
-    float* __restrict__ const records = args.records;
+    float* __restrict__ const partials = args.partials;
     int* __restrict__ const split_size = args.split_size;
     __shared__ Shared shared;
     __shared__ int ids[kMaxIds];
@@ -209,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = args.num_heads / args.num_kv_heads;
     const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, args.num_kv_heads,
                                           args.block_shift, kHeadSize};
-    const PieceOutput output{out,
+    const SplitOutput output{out,
                              lse,
-                             records,
+                             partials,
                              args.sinks,
                              args.out_token_stride,
                              args.out_head_stride,
@@ -225,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const RowTiles tiles{group, args.num_kv_heads, kHeadTile, 1};
     balance_splits<kThreads>(batch, tiles, split_size, sums);
 
-    const SharedPieces none{nullptr, nullptr, 0};
+    const SharedSplits none{nullptr, nullptr, 0};
     for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
@@ -270,12 +271,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kElems; ++i) acc.out[g][i] = 0.0f;
         }
 
-        // What this token sees of the piece.
+        // What this token sees of the KV split.
         const int first = args.window > 0
-                              ? max(plan.begin_of(item.piece), position - args.window + 1)
-                              : plan.begin_of(item.piece);
+                              ? max(plan.begin_of(item.split), position - args.window + 1)
+                              : plan.begin_of(item.split);
         const int end =
-            args.causal ? min(plan.end_of(item.piece), position + 1) : plan.end_of(item.piece);
+            args.causal ? min(plan.end_of(item.split), position + 1) : plan.end_of(item.split);
         // Tokens whose blocks fit in ids at any offset.
         const int max_run = (kMaxIds - 1) << args.block_shift;
         for (int begin = first; begin < end; begin += max_run) {
@@ -335,8 +336,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                     kHeadTile * kHeadSize, result);
 #pragma unroll
             for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
-            store_piece(output, token, batch.subset == kSingles ? item.sequence : token,
-                        first_head + g, item.piece, plan.count, element, state, result);
+            store_split(output, token, batch.subset == kSingles ? item.sequence : token,
+                        first_head + g, item.split, plan.count, element, state, result);
         }
     });
 }

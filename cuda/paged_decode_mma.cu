@@ -7,21 +7,21 @@
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
-//   records          workspace of the pieces, see merge_splits.cu
-//   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
+//   partials         workspace of the KV splits, see merge_splits.cu
+//   split_size       int32 [1] or null: where the size of KV splits is left for merge_splits
 //   tile_counts      int32 [max_splits], tile_lists uint32 [max_splits, list_capacity], from
-//                    find_shared_pieces.cu; null: every sequence reads for itself
+//                    find_shared_splits.cu; null: every sequence reads for itself
 //
-// A work item (work.cuh) is one KV head, one piece of a sequence, and a tile of query rows: the
+// A work item (work.cuh) is one KV head, one KV split of a sequence, and a tile of query rows: the
 // query heads of the KV head, for one token or as many as fit, are the rows M of mma.m16n8k16, so
-// that keys and values are read once for them all. Sequences that have the same keys in the piece
-// put their rows into one tile. A row's result does not depend on the other rows, so it has the
-// same bits. Fewer rows leave the tensor cores half idle, which does not matter: they wait for
+// that keys and values are read once for them all. Sequences that have the same keys in the KV
+// split put their rows into one tile. A row's result does not depend on the other rows, so it has
+// the same bits. Fewer rows leave the tensor cores half idle, which does not matter: they wait for
 // memory.
 //
 // The kernel is compiled for tiles of two heights. One of 16 rows for everything, and one of
 // several row groups for the tiles that many sequences share, where memory no longer is what takes
-// the time; it has lists of tiles, which see the whole of their piece.
+// the time; it has lists of tiles, which see the whole of their KV split.
 //
 // A row group is kPhases warps. Each of them has every kPhases-th tile of kTileKeys keys to itself,
 // with its own softmax state; they are merged at the end, through shared memory. The warps of a
@@ -33,7 +33,7 @@
 // Why 64 rows, and not the 128 of prefill: rows for which a warp has no registers have to wait for
 // another pass over the keys. What limits such tiles next to the tensor cores is how fast they load
 // from shared memory, and that depends on the rows of a warp, 32 here as in prefill; tiles of the
-// same piece run at the same time, and find it in the L2 cache.
+// same KV split run at the same time, and find it in the L2 cache.
 //
 // Dynamic shared memory: kTileRows rows of the query, and kPhases * kStages * 2 tiles of kTileKeys
 // rows of 16 * kRowChunks bytes: at D = 128 in 16 bits (4 phases, 3 stages) 106 KiB, 119 KiB with
@@ -50,7 +50,7 @@
 // CUPAGED_ROW_GROUPS (1 if not given).
 #include "common.cuh"
 #include "attention_arguments.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
 #include "work.cuh"
@@ -74,7 +74,8 @@ constexpr int kTileKeys = 16;  // of a phase
 constexpr int kKeyStride = kPhases * kTileKeys;
 constexpr int kStages = CUPAGED_STAGES;
 constexpr int kTile = kTileKeys * kRowChunks;  // chunks of a tile of keys or values
-constexpr int kMaxIds = 512;  // block ids in shared memory; longer pieces are done in several runs
+// Block IDs in shared memory; longer KV splits are done in several runs.
+constexpr int kMaxIds = 512;
 // Where they leave no registers for the sums, the query is read again for every tile.
 constexpr bool kQueryInRegisters = kRowTiles * kHeadSize <= 128;
 
@@ -86,7 +87,7 @@ constexpr int kMinBlocks = kRowGroups > 1                        ? 1
                                                                  : 2;
 
 static_assert(kTileRows <= kMaxTileRows, "pack_tile");
-static_assert(kRowGroups > 1 || kTileRows == CUPAGED_DECODE_TILE_ROWS, "find_shared_pieces");
+static_assert(kRowGroups > 1 || kTileRows == CUPAGED_DECODE_TILE_ROWS, "find_shared_splits");
 static_assert(kThreads == CUPAGED_THREADS, "as launched");
 
 // Floats of a row of phase_out: such that rows that a warp stores together are in banks of their
@@ -205,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     using namespace cupaged;
     scalar_t* __restrict__ const out = args.out;
     float* __restrict__ const lse = args.lse;
-    float* __restrict__ const records = args.records;
+    float* __restrict__ const partials = args.partials;
     int* __restrict__ const split_size = args.split_size;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -221,9 +222,9 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int group = args.num_heads / args.num_kv_heads;
     const int tile_heads = min(group, kTileRows);
     const RowTiles tiles{group, args.num_kv_heads, tile_heads, kTileRows / tile_heads};
-    const PieceOutput output{out,
+    const SplitOutput output{out,
                              lse,
-                             records,
+                             partials,
                              args.sinks,
                              args.out_token_stride,
                              args.out_head_stride,
@@ -236,8 +237,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
     balance_splits<kThreads>(batch, tiles, split_size, sums);
 
-    const SharedPieces shared_pieces{args.tile_counts, args.tile_lists, args.list_capacity};
-    for_each_item<kThreads>(batch, shared_pieces, tiles, sums, [&](const WorkItem& item) {
+    const SharedSplits shared_splits{args.tile_counts, args.tile_lists, args.list_capacity};
+    for_each_item<kThreads>(batch, shared_splits, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
         Run run{{args.kv_cache, args.block_stride, args.num_kv_heads, args.block_shift, kHeadSize},
@@ -247,16 +248,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int first_token = rows.token(0), last_token = rows.token(rows.count - 1);
         rows.first_position =
             sequence.seq_len - sequence.query_len + first_token - sequence.first_token;
-        // Rows of several sequences see the whole piece; this is as good as any.
+        // Rows of several sequences see the whole KV split; this is as good as any.
         rows.of_several = last_token >= sequence.first_token + sequence.query_len;
         rows.last_position = rows.first_position + (rows.of_several ? 0 : last_token - first_token);
 
-        // What the rows see of the piece.
+        // What the rows see of the KV split.
         const int first =
-            args.window > 0 ? max(plan.begin_of(item.piece), rows.first_position - args.window + 1)
-                            : plan.begin_of(item.piece);
-        const int end = args.causal ? min(plan.end_of(item.piece), rows.last_position + 1)
-                                    : plan.end_of(item.piece);
+            args.window > 0 ? max(plan.begin_of(item.split), rows.first_position - args.window + 1)
+                            : plan.begin_of(item.split);
+        const int end = args.causal ? min(plan.end_of(item.split), rows.last_position + 1)
+                                    : plan.end_of(item.split);
 
         Accumulator acc[kRowTiles];
 #pragma unroll
@@ -367,8 +368,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
                 for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
                 const int64 token = rows.token(done + row);
-                store_piece(output, token, batch.subset == kSingles ? item.sequence : token,
-                            rows.head(done + row), item.piece, plan.count, element, state, result);
+                store_split(output, token, batch.subset == kSingles ? item.sequence : token,
+                            rows.head(done + row), item.split, plan.count, element, state, result);
             }
         }
     });

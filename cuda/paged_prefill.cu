@@ -8,7 +8,7 @@
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
-//   records          for merge_splits.cu, of tiles in several pieces
+//   partials         for merge_splits.cu, of tiles in several KV splits
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -32,7 +32,7 @@
 // quantised cache, at most 256).
 #include "common.cuh"
 #include "attention_arguments.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx.cuh"
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     scalar_t* __restrict__ const out = args.out;
     float* __restrict__ const lse = args.lse;
     int* __restrict__ const workspace = args.workspace;
-    float* __restrict__ const records = args.records;
+    float* __restrict__ const partials = args.partials;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
     __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
@@ -319,25 +319,26 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
             for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
                 state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
-        if (tile.num_pieces > 1) {
+        if (tile.num_splits > 1) {
 #pragma unroll
             for (int i = 0; i < kThreadRows; ++i) {
                 const int row = ty + i * kThreadsY;
                 if (row < num_rows) {
-                    float* const record = record_of(records, tile.first_token + row / heads,
-                                                    args.num_heads, tile.first_head + row % heads,
-                                                    args.max_splits, tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, tile.first_token + row / heads,
+                                                      args.num_heads, tile.first_head + row % heads,
+                                                      args.max_splits, tile.split, kHeadSize);
                     const float factor = softmax_normaliser(state[i]) * value_factor;
-                    if (tx == 0) record[kHeadSize] = softmax_lse_log2(state[i]);
+                    if (tx == 0) partial[kHeadSize] = softmax_lse_log2(state[i]);
 #pragma unroll
                     for (int k = 0; k < kThreadChunks; ++k) {
                         const int chunk = tx + k * kThreadsX;
 #pragma unroll
                         for (int e = 0; e < kVec; e += 4)
                             if (chunk < kChunks)
-                                *reinterpret_cast<float4*>(record + chunk * kVec + e) = make_float4(
-                                    acc[i][k][e] * factor, acc[i][k][e + 1] * factor,
-                                    acc[i][k][e + 2] * factor, acc[i][k][e + 3] * factor);
+                                *reinterpret_cast<float4*>(partial + chunk * kVec + e) =
+                                    make_float4(acc[i][k][e] * factor, acc[i][k][e + 1] * factor,
+                                                acc[i][k][e + 2] * factor,
+                                                acc[i][k][e + 3] * factor);
                     }
                 }
             }

@@ -8,7 +8,7 @@
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
-//   records          for merge_splits.cu, of tiles in several pieces
+//   partials         for merge_splits.cu, of tiles in several KV splits
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -34,7 +34,7 @@
 // 16), CUPAGED_STAGES.
 #include "common.cuh"
 #include "attention_arguments.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     scalar_t* __restrict__ const out = args.out;
     float* __restrict__ const lse = args.lse;
     int* __restrict__ const workspace = args.workspace;
-    float* __restrict__ const records = args.records;
+    float* __restrict__ const partials = args.partials;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
@@ -219,19 +219,19 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const int row = first_row + 16 * m + 8 * r + lane / 4;
                 SoftmaxState state = acc[m].state[r];
                 float factor = 1.0f;
-                if (tile.num_pieces > 1) {
+                if (tile.num_splits > 1) {
                     if (row >= num_rows) continue;
-                    float* const record = record_of(records, tile.first_token + row / heads,
-                                                    args.num_heads, tile.first_head + row % heads,
-                                                    args.max_splits, tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, tile.first_token + row / heads,
+                                                      args.num_heads, tile.first_head + row % heads,
+                                                      args.max_splits, tile.split, kHeadSize);
                     factor = softmax_normaliser(state) * value_factor;
                     for_each_element(acc[m], r, [&](int element, const float* x, int count) {
 #pragma unroll
                         for (int i = 0; i < count; i += 2)
-                            *reinterpret_cast<float2*>(record + element + i) =
+                            *reinterpret_cast<float2*>(partial + element + i) =
                                 make_float2(x[i] * factor, x[i + 1] * factor);
                     });
-                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    if (lane % 4 == 0) partial[kHeadSize] = softmax_lse_log2(state);
                     continue;
                 }
                 if (row < num_rows) {
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 });
             }
         }
-        if (tile.num_pieces > 1) continue;
+        if (tile.num_splits > 1) continue;
         __syncwarp();
         for (int i = lane; i < kWarpRows * kQueryChunks; i += kWarpSize) {
             const int row = first_row + i / kQueryChunks;

@@ -37,7 +37,7 @@
 #include "common.cuh"
 #include "attention_arguments.cuh"
 #include "mma_attention.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx_sm90.cuh"
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     scalar_t* __restrict__ const out = args.out;
     float* __restrict__ const lse = args.lse;
     int* __restrict__ const workspace = args.workspace;
-    float* __restrict__ const records = args.records;
+    float* __restrict__ const partials = args.partials;
     CUPAGED_DYNAMIC_SMEM(dynamic, 1024);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     if (threadIdx.x == 0) {
@@ -400,16 +400,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 float factor = 1.0f;
                 const int token = item.tile.first_token + row / item.tile.num_heads;
                 const int head = item.tile.first_head + row % item.tile.num_heads;
-                if (item.tile.num_pieces > 1) {
+                if (item.tile.num_splits > 1) {
                     if (!used) continue;
-                    float* const record = record_of(records, token, args.num_heads, head,
-                                                    args.max_splits, item.tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, token, args.num_heads, head,
+                                                      args.max_splits, item.tile.split, kHeadSize);
                     factor = softmax_normaliser(state);
 #pragma unroll
                     for (int n = 0; n < kHeadSize / 8; ++n)
-                        *reinterpret_cast<float2*>(record + 8 * n + 2 * (lane % 4)) =
+                        *reinterpret_cast<float2*>(partial + 8 * n + 2 * (lane % 4)) =
                             make_float2(acc.out[n][2 * r] * factor, acc.out[n][2 * r + 1] * factor);
-                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    if (lane % 4 == 0) partial[kHeadSize] = softmax_lse_log2(state);
                     continue;
                 }
                 if (used) {

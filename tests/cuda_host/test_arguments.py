@@ -32,21 +32,21 @@ SPECS = {
     "merge_splits": kernel_specs.merge_splits("bf16"),
     "merge_states": kernel_specs.merge_states("bf16"),
     "plan_prefill": kernel_specs.plan_prefill(),
-    "find_shared_pieces": kernel_specs.find_shared_pieces(),
+    "find_shared_splits": kernel_specs.find_shared_splits(),
 }
 # What each kernel writes. All other pointers must be to const: the emulation protects their memory.
 WRITTEN = {
     "copy_blocks": {"target"},
     "reshape_and_cache": {"kv_cache"},
-    "paged_decode": {"out", "lse", "records", "split_size"},
-    "paged_decode_mma": {"out", "lse", "records", "split_size"},
-    "paged_prefill": {"out", "lse", "workspace", "records"},
-    "paged_prefill_mma": {"out", "lse", "workspace", "records"},
-    "paged_prefill_wgmma": {"out", "lse", "workspace", "records"},
+    "paged_decode": {"out", "lse", "partials", "split_size"},
+    "paged_decode_mma": {"out", "lse", "partials", "split_size"},
+    "paged_prefill": {"out", "lse", "workspace", "partials"},
+    "paged_prefill_mma": {"out", "lse", "workspace", "partials"},
+    "paged_prefill_wgmma": {"out", "lse", "workspace", "partials"},
     "merge_splits": {"out", "lse"},
     "merge_states": {"out", "lse"},
     "plan_prefill": {"workspace"},
-    "find_shared_pieces": {"counts", "tiles"},
+    "find_shared_splits": {"counts", "tiles"},
 }
 
 

@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def split_tokens(self) -> int:
-        """Of a piece: an equal share of what the blocks read, in units of 64."""
+        """Of a KV split: an equal share of what the blocks read, in units of 64."""
         if self.max_splits == 1:
             return 1 << 30
         units = sum(
@@ -64,11 +64,11 @@ class Batch:
         head_tiles = self.num_kv_heads * -(-self.group // self.tile_heads)
         return max(512, -(-units * head_tiles // self.blocks) * 64)
 
-    def pieces(self, s: int) -> list[range]:
+    def splits(self, s: int) -> list[range]:
         if s == len(self.query_lens) or not self.seq_lens[s]:
             return [range(0)]
         units = -(-len(self.seen(s)) // self.split_tokens)
-        return _pieces(self.seen(s), -(-units // self.max_splits) * self.split_tokens)
+        return _chunks(self.seen(s), -(-units // self.max_splits) * self.split_tokens)
 
     def tiles(self) -> Iterator[Tile]:
         """All of them in their order, from the rules."""
@@ -77,13 +77,13 @@ class Batch:
         picked = [s for s in range(count) if query_lens[s] > 1]
         for s in [*sorted(picked, key=lambda s: -seq_lens[s]), count]:
             section = max(1, self.l2_tokens // max(1, seq_lens[s]))
-            pieces = self.pieces(s)
-            for kv_heads in _pieces(range(self.num_kv_heads), section):
-                for (piece, keys), tokens, kv_head, heads in itertools.product(
-                    enumerate(pieces),
-                    reversed(_pieces(range(query_lens[s]), self.tile_tokens)),
+            splits = self.splits(s)
+            for kv_heads in _chunks(range(self.num_kv_heads), section):
+                for (split, keys), tokens, kv_head, heads in itertools.product(
+                    enumerate(splits),
+                    reversed(_chunks(range(query_lens[s]), self.tile_tokens)),
                     kv_heads,
-                    _pieces(range(self.group), self.tile_heads),
+                    _chunks(range(self.group), self.tile_heads),
                 ):
                     yield (
                         s,
@@ -93,14 +93,14 @@ class Batch:
                         kv_head * self.group + heads[0],
                         len(heads),
                         seq_lens[s] - query_lens[s] + tokens[0],
-                        piece,
-                        len(pieces),
+                        split,
+                        len(splits),
                         keys.start,
                         keys.stop,
                     )
 
 
-def _pieces(whole: range, size: int) -> list[range]:
+def _chunks(whole: range, size: int) -> list[range]:
     return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
@@ -214,8 +214,8 @@ def test_the_tiles_come_by_the_rules(seed, kind, count):
 def assert_rows_are_covered_once(batch: Batch, tiles: list[Tile]) -> None:
     """Those of sequences of several tokens, and the padding."""
     covered = np.zeros((batch.num_tokens, batch.num_kv_heads * batch.group), dtype=int)
-    for _, token, num_tokens, kv_head, head, num_heads, _, piece, *_ in tiles:
-        if piece > 0:
+    for _, token, num_tokens, kv_head, head, num_heads, _, split, *_ in tiles:
+        if split > 0:
             continue
         assert head // batch.group == (head + num_heads - 1) // batch.group == kv_head
         covered[token : token + num_tokens, head : head + num_heads] += 1

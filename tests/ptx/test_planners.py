@@ -53,7 +53,7 @@ def plan_prefill(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
     return KernelCall(specs.plan_prefill(), (1, 1), arguments), tensors
 
 
-def find_shared_pieces(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
+def find_shared_splits(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
     """Families of sequences, some with more members than are looked at together."""
     block_size, width = 32, 3 * plans.SPLIT_TOKENS // 32
     rows: list[list[int]] = []
@@ -74,7 +74,7 @@ def find_shared_pieces(rng: random.Random) -> tuple[KernelCall, list[torch.Tenso
     return plan.search, [block_tables, seq_lens, None, *lists]
 
 
-PLANNERS = {"plan_prefill": plan_prefill, "find_shared_pieces": find_shared_pieces}
+PLANNERS = {"plan_prefill": plan_prefill, "find_shared_splits": find_shared_splits}
 
 
 @pytest.mark.parametrize("name", PLANNERS)

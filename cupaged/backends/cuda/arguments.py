@@ -99,7 +99,7 @@ class DecodeArguments(KernelArguments):
     """The arguments of paged_decode and paged_decode_mma."""
 
     _fields_ = _fields(
-        f"{_TENSORS} records split_size tile_counts tile_lists",
+        f"{_TENSORS} partials split_size tile_counts tile_lists",
         int64=_STRIDES,
         int32=f"{_SIZES} {_ALIGNED} split_tokens subset list_capacity",
         floats=_FACTORS,
@@ -110,7 +110,7 @@ class PrefillArguments(KernelArguments):
     """The arguments of paged_prefill, paged_prefill_mma and paged_prefill_wgmma."""
 
     _fields_ = _fields(
-        f"{_TENSORS} workspace records",
+        f"{_TENSORS} workspace partials",
         int64=_STRIDES,
         int32=f"{_SIZES} {_ALIGNED} tile_heads",
         floats=_FACTORS,
@@ -121,7 +121,7 @@ class MergeSplitsArguments(KernelArguments):
     """The arguments of merge_splits."""
 
     _fields_ = _fields(
-        "records seq_lens query_start_loc split_size sinks out lse",
+        "partials seq_lens query_start_loc split_size sinks out lse",
         int64="out_token_stride out_head_stride",
         int32="num_tokens num_seqs num_heads head_size window split_tokens max_splits subset aligned",
     )
@@ -142,8 +142,8 @@ class PlanPrefillArguments(KernelArguments):
     )
 
 
-class FindSharedPiecesArguments(KernelArguments):
-    """The arguments of find_shared_pieces."""
+class FindSharedSplitsArguments(KernelArguments):
+    """The arguments of find_shared_splits."""
 
     _fields_ = _fields(
         "block_tables seq_lens query_start_loc counts tiles",
@@ -163,5 +163,5 @@ OF_KERNEL: dict[str, type[KernelArguments]] = {
     "merge_splits": MergeSplitsArguments,
     "merge_states": MergeStatesArguments,
     "plan_prefill": PlanPrefillArguments,
-    "find_shared_pieces": FindSharedPiecesArguments,
+    "find_shared_splits": FindSharedSplitsArguments,
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 # Which sequences are for a launch (Subset in work.cuh).
 ALL_SEQUENCES, SINGLES, MULTI_TOKEN = range(3)
 
-# KV splits that spread a batch evenly have at least so many tokens: in prefill each costs a record, and a
+# KV splits that spread a batch evenly have at least so many tokens: in prefill each costs a partial, and a
 # block without work.
 SMALLEST_SPLIT_TOKENS = 128
 SMALLEST_PREFILL_SPLIT_TOKENS = 512
-RECORD_PADDING = 4  # floats of a split's record after its output; the first is its lse
+PARTIAL_PADDING = 4  # floats of a split's partial after its output; the first is its lse
 MERGE_ELEMENTS = 8  # neighbouring elements of a row that one thread merges
 
 DECODE_TILE_ROWS = 16  # of paged_decode_mma but for wide tiles: (token, head) pairs

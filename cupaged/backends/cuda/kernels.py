@@ -171,10 +171,10 @@ class Kernels:
         plan, device, empty = prepared.plan, out.device, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
         prepared.schedule((seq_lens, query_start_loc, schedule))
-        records = None if plan.records is None else empty(plan.records, torch.float32, device)
-        prepared.prefill((*tensors, schedule, records))
-        if prepared.merge is not None:  # the schedule begins with the size of pieces
-            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
+        partials = None if plan.partials is None else empty(plan.partials, torch.float32, device)
+        prepared.prefill((*tensors, schedule, partials))
+        if prepared.merge is not None:  # the schedule begins with the size of KV splits
+            prepared.merge((partials, seq_lens, query_start_loc, schedule, sinks, out, lse))
 
     def _decode(
         self,
@@ -188,7 +188,7 @@ class Kernels:
         lse: torch.Tensor | None,
     ) -> None:
         plan, device, empty = prepared.plan, out.device, self._launcher.empty
-        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+        partials = None if plan.partials is None else empty(plan.partials, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
         counts = tiles = None
         if prepared.search is not None and plan.tile_lists is not None:
@@ -197,10 +197,10 @@ class Kernels:
             prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
             counts, tiles = lists[0], tile_lists[0]
             if prepared.wide is not None:
-                prepared.wide((*tensors, records, split_size, lists[1], tile_lists[1]))
-        prepared.decode((*tensors, records, split_size, counts, tiles))
+                prepared.wide((*tensors, partials, split_size, lists[1], tile_lists[1]))
+        prepared.decode((*tensors, partials, split_size, counts, tiles))
         if prepared.merge is not None:
-            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
+            prepared.merge((partials, seq_lens, query_start_loc, split_size, sinks, out, lse))
 
     def _prepare(
         self,

@@ -14,7 +14,7 @@ from ...params import AttentionParams
 from . import specs as kernel_specs
 from .arguments import (
     DecodeArguments,
-    FindSharedPiecesArguments,
+    FindSharedSplitsArguments,
     MergeSplitsArguments,
     MergeStatesArguments,
     PlanPrefillArguments,
@@ -27,7 +27,7 @@ from .constants import (
     MAX_TILE_ROWS,
     MERGE_ELEMENTS,
     MULTI_TOKEN,
-    RECORD_PADDING,
+    PARTIAL_PADDING,
     SINGLES,
     SMALLEST_PREFILL_SPLIT_TOKENS,
     SMALLEST_SPLIT_TOKENS,
@@ -38,14 +38,14 @@ from .specs import KernelCall
 
 LOG2E = 1.4426950408889634  # softmax is in base 2
 
-# Decode (work.cuh): a sequence of up to MAX_SPLITS pieces has pieces of this many tokens, a longer one larger
-# pieces: the workspace stays bounded. Pieces that spread the batch evenly may be smaller.
+# Decode (work.cuh): a sequence has KV splits of this many tokens, or, if that makes too many, of more:
+# the workspace stays bounded. KV splits that spread the batch evenly may be smaller.
 SPLIT_TOKENS = 512
 MAX_SPLITS = 64
 MAX_SHARED_ROWS = (1 << 32) // MAX_TILE_ROWS  # of a KV head, that lists of tiles can name
-# Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out pieces of different length.
+# Blocks to launch per multiprocessor: 2 to 6 fit at once, and more even out KV splits of different length.
 DECODE_BLOCKS_PER_SM = 8
-DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the pieces are of equal length
+DECODE_WIDE_BLOCKS_PER_SM = 1  # that fit at once; the KV splits are of equal length
 MAX_PREFILL_SPLITS = 16
 # Up to this many query tokens a sequence go through the decode kernels.
 MAX_DECODE_QUERY_LEN = 8
@@ -57,10 +57,10 @@ class DecodePlan:
 
     decode: KernelCall
     balances: bool  # it divides sequences by the load, and writes how
-    merge: KernelCall | None = None  # of the pieces that sequences are divided into
-    records: tuple[int, int, int, int] | None = None  # [T or S, H, pieces, D + 4]: what it reads of them
-    search: KernelCall | None = None  # for pieces that sequences share
-    tile_lists: tuple[int, int, int] | None = None  # [lists, pieces, tiles] that it fills
+    merge: KernelCall | None = None  # of the KV splits that sequences are divided into
+    partials: tuple[int, int, int, int] | None = None  # [T or S, H, KV splits, D + 4]: what it reads of them
+    search: KernelCall | None = None  # for KV splits that sequences share
+    tile_lists: tuple[int, int, int] | None = None  # [lists, KV splits, tiles] that it fills
     wide: KernelCall | None = None  # decode of the second list, if there is one
 
 
@@ -71,8 +71,8 @@ class PrefillPlan:
     schedule: KernelCall  # orders the sequences
     prefill: KernelCall
     schedule_size: int  # int32 elements
-    merge: KernelCall | None = None  # of the pieces that sequences are divided into
-    records: tuple[int, int, int, int] | None = None  # [T, H, pieces, D + 4]: what it reads of them
+    merge: KernelCall | None = None  # of the KV splits that sequences are divided into
+    partials: tuple[int, int, int, int] | None = None  # [T, H, KV splits, D + 4]: what it reads of them
 
 
 def all_decode(params: AttentionParams, query_start_loc: torch.Tensor | None) -> bool:
@@ -101,15 +101,15 @@ def decode(
     longest_query = 1 if query_start_loc is None or singles else params.max_query_len or 1
     dtype = DTYPE_NAMES[query.dtype]
     window = params.sliding_window or 0
-    # A piece before a window is not whole, so there is nothing to share.
+    # A KV split before a window is not whole, so there is nothing to share.
     group = num_heads // num_kv_heads
     share = params.shared_prefix and not window and not singles and num_tokens * group <= MAX_SHARED_ROWS
     cache_dtype = CACHE_DTYPE_NAMES[kv_cache.dtype]
     kernel = decode_kernel(dtype, cache_dtype, head_size, group, arch)
-    # Sequences can share pieces only if they are divided alike.
+    # Sequences can share KV splits only if they are divided alike.
     invariant = params.batch_invariant or params.shared_prefix or singles
     split_tokens = SPLIT_TOKENS if invariant else 0
-    # The width of the table bounds the pieces, but never changes how a sequence is divided.
+    # The width of the table bounds the KV splits, but never changes how a sequence is divided.
     longest = table_width * block_size
     visible = min(longest, window + longest_query - 1 if window else longest)
     max_splits = min(MAX_SPLITS, ceil_div(visible, split_tokens or SMALLEST_SPLIT_TOKENS))
@@ -148,20 +148,20 @@ def decode(
     )
     if max_splits == 1:
         return DecodePlan(call, not invariant)
-    merge, records = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
-    plan = DecodePlan(call, not invariant, merge, records)
+    merge, partials = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
+    plan = DecodePlan(call, not invariant, merge, partials)
     if not share or kernel.wide_spec is None:
         return plan
-    most_wide = num_tokens * group // (MAX_SHARED_TILES * DECODE_TILE_ROWS)  # of a piece
+    most_wide = num_tokens * group // (MAX_SHARED_TILES * DECODE_TILE_ROWS)  # of a KV split
     wide = None
     if most_wide:
         wide_items = most_wide * num_kv_heads * max_splits
         grid = min(wide_items, DECODE_WIDE_BLOCKS_PER_SM * sm_count), 1
         wide = replace(call, spec=kernel.wide_spec, grid=grid)
     search = KernelCall(
-        kernel_specs.find_shared_pieces(),
+        kernel_specs.find_shared_splits(),
         (max_splits, 1),
-        FindSharedPiecesArguments(
+        FindSharedSplitsArguments(
             table_stride=block_tables.stride(0),
             num_tokens=num_tokens,
             num_seqs=num_seqs,
@@ -200,7 +200,7 @@ def _merge(
             aligned=rows_aligned(out),
         ),
     )
-    return call, (slots, num_heads, max_splits, head_size + RECORD_PADDING)
+    return call, (slots, num_heads, max_splits, head_size + PARTIAL_PADDING)
 
 
 def prefill(
@@ -227,7 +227,7 @@ def prefill(
     blocks = kernel.blocks_per_sm * sm_count  # that run at once
     max_splits = 1
     if not (params.batch_invariant or params.shared_prefix):
-        # As many as give work to all blocks. So the records are of no more rows than two tiles a block have.
+        # As many as give work to all blocks. So the partials are of no more rows than two tiles a block have.
         wanted = ceil_div(blocks, ceil_div(num_tokens, kernel.tile_tokens) * head_tiles)
         longest = block_tables.shape[1] * kv_cache.shape[3]
         most = min(MAX_PREFILL_SPLITS, ceil_div(longest, SMALLEST_PREFILL_SPLIT_TOKENS))
@@ -276,8 +276,8 @@ def prefill(
     plan = PrefillPlan(schedule, call, 2 * num_seqs + 6)
     if max_splits == 1:
         return plan
-    merge, records = _merge(out, num_seqs, window, 0, max_splits, MULTI_TOKEN)
-    return replace(plan, merge=merge, records=records)
+    merge, partials = _merge(out, num_seqs, window, 0, max_splits, MULTI_TOKEN)
+    return replace(plan, merge=merge, partials=partials)
 
 
 def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:

@@ -16,7 +16,7 @@ from .specs import KernelSpec
 
 KERNELS: dict[str, Callable[..., KernelSpec]] = {
     "copy_blocks": kernel_specs.copy_blocks,
-    "find_shared_pieces": kernel_specs.find_shared_pieces,
+    "find_shared_splits": kernel_specs.find_shared_splits,
     "merge_splits": kernel_specs.merge_splits,
     "merge_states": kernel_specs.merge_states,
     "paged_decode": kernel_specs.paged_decode,

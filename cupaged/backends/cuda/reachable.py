@@ -31,7 +31,7 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
                     prefill = kernel_choice.prefill_kernel(dtype, cache_dtype, head_size, group, arch)
                     found |= {decode.spec: None, prefill.spec: None}
                     if decode.wide_spec is not None:
-                        found |= {decode.wide_spec: None, kernel_specs.find_shared_pieces(): None}
+                        found |= {decode.wide_spec: None, kernel_specs.find_shared_splits(): None}
     return tuple(found)
 
 

@@ -131,8 +131,8 @@ def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
     return 16 * (elements // 8 + 1), 16 * (chunks + 1)
 
 
-def find_shared_pieces() -> KernelSpec:
-    return KernelSpec("find_shared_pieces.cu", "find_shared_pieces", ())
+def find_shared_splits() -> KernelSpec:
+    return KernelSpec("find_shared_splits.cu", "find_shared_splits", ())
 
 
 def plan_prefill() -> KernelSpec:
@@ -206,7 +206,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     """
     specs = [*(copy_blocks(unit_bytes) for unit_bytes in (16, 1)), plan_prefill()]
     if has_mma(arch):
-        specs.append(find_shared_pieces())
+        specs.append(find_shared_splits())
     for dtype in DTYPES:
         specs += [merge_splits(dtype), merge_states(dtype)]
         specs += [reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]
