@@ -57,6 +57,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
             out,
             None,
             problem.params(),
+            checks.Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -100,6 +101,7 @@ def test_without_an_openmp_library_a_pool_of_threads_does_the_work(seed, monkeyp
             out,
             None,
             problem.params(),
+            checks.Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -141,7 +143,7 @@ def test_what_the_kernel_refuses_is_what_the_check_refuses(seed, mode):
         params = cpu.AttentionParams(scale=1.0, sliding_window=window)
         refusal = nullcontext() if expected is None else pytest.raises(ValueError, match=re.escape(expected))
         with refusal:
-            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params)
+            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params, checks.Layout())
         assert expected is None or out.isnan().all()  # nothing was written
 
 
@@ -155,7 +157,9 @@ def test_bfloat16_is_rounded_to_nearest_even():
     query, out = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.empty(1, 1, 8, dtype=torch.bfloat16)
     params = cpu.AttentionParams(scale=1.0)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    cpu.paged_attention(query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params)
+    cpu.paged_attention(
+        query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params, checks.Layout()
+    )
     assert torch.equal(out[0, 0], ((low.float() + high.float()) / 2).to(torch.bfloat16))
 
 
