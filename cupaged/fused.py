@@ -1,8 +1,8 @@
 """The fused operators between a decoder's linear layers: norms, activations, and RoPE with the cache write.
 
 Each takes one kernel where plain torch takes 4 to 15. They compute in float32 and round once for each value
-that they store. Arrays and errors are as in `ops`. Letters in shapes: T tokens, C channels, I channels of the
-gate, H query heads, Hkv KV heads, D head size, R rotated dimensions of a head.
+that they store. Arrays are as in `ops`, and there are no gradients either. Letters in shapes: T tokens,
+C channels, I channels of the gate, H query heads, Hkv KV heads, D head size, R rotated dimensions of a head.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from math import inf
 import torch
 
 from . import checks
-from .checks import Layout
+from .layout import LAYOUTS, Layout
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -136,12 +136,12 @@ def _pair(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | Non
         raise ValueError(f"{missing} is missing: pass both {given} and {missing}, or neither")
 
 
-@lru_cache(3 * checks.LAYOUTS)
+@lru_cache(3 * LAYOUTS)
 def _layout(*described: object) -> Layout:
     return Layout()
 
 
-# As `checks.once_per_layout`, written out: these are called in every layer, and a loop over tensors would
+# As `layout.once_per_layout`, written out: these are called in every layer, and a loop over tensors would
 # take a fifth longer.
 
 

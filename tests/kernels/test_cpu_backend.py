@@ -20,6 +20,8 @@ from benchmarks.cases import draw
 from cupaged import checks
 from cupaged.backends.cpu import backend as cpu
 from cupaged.backends.cpu import ir, launch
+from cupaged.fused_checks import ACTIVATIONS
+from cupaged.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +59,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
             out,
             None,
             problem.params(),
-            checks.Layout(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -101,7 +103,7 @@ def test_without_an_openmp_library_a_pool_of_threads_does_the_work(seed, monkeyp
             out,
             None,
             problem.params(),
-            checks.Layout(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -143,7 +145,7 @@ def test_what_the_kernel_refuses_is_what_the_check_refuses(seed, mode):
         params = cpu.AttentionParams(scale=1.0, sliding_window=window)
         refusal = nullcontext() if expected is None else pytest.raises(ValueError, match=re.escape(expected))
         with refusal:
-            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params, checks.Layout())
+            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params, Layout())
         assert expected is None or out.isnan().all()  # nothing was written
 
 
@@ -158,21 +160,22 @@ def test_bfloat16_is_rounded_to_nearest_even():
     params = cpu.AttentionParams(scale=1.0)
     table = torch.zeros(1, 1, dtype=torch.int32)
     cpu.paged_attention(
-        query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params, checks.Layout()
+        query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params, Layout()
     )
     assert torch.equal(out[0, 0], ((low.float() + high.float()) / 2).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    "function", [torch.nn.functional.silu, torch.nn.functional.gelu], ids=["silu", "gelu"]
-)
-def test_activations_are_accurate_where_they_vanish(function):
-    """To a few units in the last place of the result, where 1 + erf or 1 + tanh would have no digit left."""
-    gate = torch.linspace(-9.0, 9.0, 20001)
-    out = cupaged.act_and_mul(torch.stack([gate, torch.ones_like(gate)], 1), activation=function.__name__)
-    exact = function(gate.double())
-    if function is torch.nn.functional.gelu:
-        exact = gate.double() * torch.special.erfc(-gate.double() / math.sqrt(2)) / 2
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_accurate_where_they_vanish(activation):
+    """To some units in the last place of the result, where 1 + erf or 1 + tanh would have no digit left."""
+    gate = torch.linspace(-6.0, 9.0, 20001)
+    out = cupaged.act_and_mul(torch.stack([gate, torch.ones_like(gate)], 1), activation=activation)
+    x = gate.double()
+    exact = {
+        "silu": x * torch.sigmoid(x),
+        "gelu": x * torch.special.erfc(-x / math.sqrt(2)) / 2,
+        "gelu_tanh": x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    }[activation]
     error = (out[:, 0].double() - exact).abs() / exact.abs().clamp(min=1e-30)
     assert error.max() < 4e-6
 

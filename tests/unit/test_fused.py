@@ -230,6 +230,16 @@ def test_compile_without_graph_break():
         torch.testing.assert_close(compiled, eager)
 
 
+def test_settings_may_be_symbols():
+    def normed(x, weight, epsilon, offset):
+        return cupaged.rms_norm(x, weight, epsilon=epsilon, weight_offset=offset)
+
+    compiled = torch.compile(normed, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, weight = torch.randn(3, 20), torch.randn(20)
+    for settings in ((1e-6, 0.5), (1e-3, 1.0), (1e-5, 2.0)):
+        torch.testing.assert_close(compiled(x, weight, *settings), normed(x, weight, *settings))
+
+
 def test_out_may_be_the_input_when_compiled():
     def in_place(x, weight, residual):
         return cupaged.rms_norm(x, weight, residual=residual, out=x) * 2

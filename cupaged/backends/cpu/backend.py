@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ... import checks
+from ...layout import Layout
 from ...params import AttentionParams
 from . import activation, attention, formats, launch, memory, norm, rope, team, work
 
@@ -45,7 +46,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _keep(
-    layout: checks.Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
+    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     """Keep a kernel and the last of its arguments, which are given by name; return both."""
     names = arguments._fields[-len(fixed) :]
@@ -62,7 +63,7 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     params: AttentionParams,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> None:
     kernel, fixed = layout.prepared or _prepare_attention(
         query, kv_cache, block_tables, seq_lens, out, layout
@@ -100,7 +101,7 @@ def _prepare_attention(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     out: torch.Tensor,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_tokens, num_heads, head_size = query.shape
     num_blocks, _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -225,7 +226,7 @@ def rms_norm(
     residual: torch.Tensor | None,
     input_weight: torch.Tensor | None,
     out: torch.Tensor,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> None:
     kernel, fixed = layout.prepared or _prepare_norm(input, weight, residual, out, layout)
     addresses = (
@@ -243,7 +244,7 @@ def _prepare_norm(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_rows, size = input.shape
     itemsize = input.element_size()
@@ -261,13 +262,13 @@ def _prepare_norm(
     )
 
 
-def act_and_mul(input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: checks.Layout) -> None:
+def act_and_mul(input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout) -> None:
     kernel, fixed = layout.prepared or _prepare_activation(input, activation_name, out, layout)
     kernel((input.data_ptr(), out.data_ptr(), *fixed))
 
 
 def _prepare_activation(
-    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: checks.Layout
+    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     itemsize = input.element_size()
     return _keep(
@@ -298,7 +299,7 @@ def rope_and_cache(
     weight_offset: float,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> None:
     kernel, fixed = layout.prepared or _prepare_rope(
         query, key, value, cos, sin, kv_cache, query_weight, layout
@@ -328,7 +329,7 @@ def _prepare_rope(
     sin: torch.Tensor | None,
     kv_cache: torch.Tensor,
     query_weight: torch.Tensor | None,
-    layout: checks.Layout,
+    layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
