@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     work = cases(tokenizer, options.requests, options.tokens, options.long_prompt)
     job = Job(
-        model=options.model or str(demo_model.demo_model_dir()),
+        model=_from_anywhere(options.model or str(demo_model.demo_model_dir())),
         dtype=str(dense.dtype).removeprefix("torch."),
         device=options.device,
         threads=options.threads,
@@ -117,10 +117,15 @@ def measure(
     return list(runs.values()), failed
 
 
+def _from_anywhere(model: str) -> str:
+    """Return a model's absolute path, as processes run in folders of their own; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
 def _openvino_model(options: argparse.Namespace, folder: Path) -> Path:
     """Return what OpenVINO loads: the file that the demo model is made from, unless another is given."""
     if options.openvino_model:
-        return options.openvino_model
+        return options.openvino_model.absolute()
     file = folder / Path(demo_model.MEMBER).name
     if not file.exists():
         try:
@@ -146,8 +151,9 @@ def _write(
         "failed": dict(failed),
     }
     common.write(options.out, name, environment, results)
-    chart = charts.throughput({"environment": environment, "results": results})
-    (options.out / f"{name}.svg").write_text(chart)
+    if runs:
+        chart = charts.throughput({"environment": environment, "results": results})
+        (options.out / f"{name}.svg").write_text(chart)
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:

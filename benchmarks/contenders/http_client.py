@@ -40,7 +40,8 @@ def run(url: str, job: Job, timeout: float) -> dict[str, Any]:
 
 async def _run(url: str, job: Job, timeout: float) -> dict[str, Any]:
     first = job.cases[0]
-    await _timed(url, Case("warm-up", first.kind, first.prompts[:WARM_UP_REQUESTS], WARM_UP_TOKENS), timeout)
+    tokens = min(WARM_UP_TOKENS, first.tokens)
+    await _timed(url, Case("warm-up", first.kind, first.prompts[:WARM_UP_REQUESTS], tokens), timeout)
     results = {}
     for case in job.cases:
         runs = [await _timed(url, case, timeout) for _ in range(job.repeats)]

@@ -123,7 +123,8 @@ def run(job: dict[str, Any], load: Callable[[dict[str, Any]], Generate]) -> dict
     start = time.perf_counter()
     generate = load(job)
     load_s = time.perf_counter() - start
-    generate(job["cases"][0]["prompts"][:WARM_UP_REQUESTS], WARM_UP_TOKENS)
+    first = job["cases"][0]
+    generate(first["prompts"][:WARM_UP_REQUESTS], min(WARM_UP_TOKENS, first["tokens"]))
     results = {}
     for case in job["cases"]:
         seconds, answers = [], []
