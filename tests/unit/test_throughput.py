@@ -102,7 +102,9 @@ def test_answers_that_the_model_would_not_give_are_refused(model, job):
     AnswerCheck(model)(other, job, result)  # with other weights other tokens are right
 
 
-@pytest.mark.parametrize("change", [lambda answers: answers[0].pop(), lambda answers: answers.pop()])
+@pytest.mark.parametrize(
+    "change", [lambda answers: answers[0].pop(), lambda answers: answers.pop()], ids=["token", "answer"]
+)
 @pytest.mark.parametrize("repeat", [0, 1])
 def test_a_wrong_number_of_tokens_or_answers_is_refused(model, job, change, repeat):
     """In each run that was timed, whoever's weights it has."""
@@ -171,6 +173,7 @@ def test_a_stand_in_is_measured_in_turns_and_the_floor_beside_it(job, tmp_path, 
 @pytest.mark.parametrize(
     ("code", "why"),
     [(ONE_SHORT, "instead of 2 of 4"), (CRASH, "exit status 3.*\nthe library is missing"), ("", "0 results")],
+    ids=["one short", "crash", "no result"],
 )
 def test_a_contender_that_fails_is_named_and_the_others_go_on(job, tmp_path, monkeypatch, model, code, why):
     monkeypatch.setattr(environments, "linear_floor", lambda *_: {})
