@@ -256,9 +256,12 @@ async def _events(
                 yield "".join(openings)
             async for position, output in _chain(first, rest):
                 latest[position] = output
-                chunks = (choices[position * params.n + one.index].next(output, one) for one in output.outputs)
-                if events := "".join(event([chunk]) for chunk in chunks if chunk):
-                    yield events
+                events = []  # of one step, sent by one system call
+                for completion in output.outputs:
+                    if chunk := choices[position * params.n + completion.index].next(output, completion):
+                        events.append(event([chunk]))
+                if events:
+                    yield "".join(events)
             if wanted.include_usage:
                 yield event([])
         except Exception as error:  # the status is sent already, so report the error in the stream

@@ -31,7 +31,9 @@ _LAST_SECONDS = 5  # time to answer requests that did not finish before the shut
 
 
 class Server(uvicorn.Server):
-    """Serve an engine over HTTP, on an event loop in a thread of its own: the engine runs where `run` is called.
+    """Serve an engine over HTTP.
+
+    The engine runs on the thread that calls `run`, the event loop on another one.
 
     At the first SIGTERM or SIGINT running requests may finish and new ones are refused. A second signal ends
     the process at once with exit status 128 + signal number, as shells report it. (The default action of the
