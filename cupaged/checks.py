@@ -356,6 +356,7 @@ def attention_ids(
     """Check that lengths fit the block tables, whose used entries are in the cache. Reads the data."""
     if seq_lens.numel() == 0:
         return
+    seq_lens = seq_lens.long()  # differences of int32 could overflow
     block_size = kv_cache.shape[3]
     capacity = block_tables.shape[1] * block_size
     longest = int(seq_lens.max())
@@ -368,7 +369,7 @@ def attention_ids(
     if query_start_loc is None:
         query_lens = torch.ones_like(seq_lens)
     else:
-        query_lens = query_start_loc.diff()
+        query_lens = query_start_loc.long().diff()
         if int(query_start_loc[0]) != 0 or int(query_lens.min()) < 0:
             raise ValueError("query_start_loc must start at 0 and never decrease")
         if int(query_start_loc[-1]) > query.shape[0]:

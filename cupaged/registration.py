@@ -47,12 +47,13 @@ def _reshape_and_cache(
     v_scale: torch.Tensor | None,
 ) -> None:
     layout = checks.cache_write_once(key, value, kv_cache, slot_mapping, k_scale, v_scale)
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
     if key.shape[0]:
-        _backend(kv_cache).reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
+        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
 
 
 def _paged_attention(
@@ -87,7 +88,8 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     if query.numel() == 0:
         return
@@ -109,7 +111,7 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    _backend(kv_cache).paged_attention(
+    backend.paged_attention(
         query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params, layout
     )
 

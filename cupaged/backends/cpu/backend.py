@@ -1,25 +1,24 @@
 """The functions of the CPU backend, over numba kernels that read caches of every dtype in place.
 
 A kernel is compiled at its first use and cached on disk by numba: beside this file, in NUMBA_CACHE_DIR or in
-the user's cache directory (`disk_cache.py`). Kernels run on numba's threads, as many as torch uses.
+the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`launch.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from ... import checks
 from ...params import AttentionParams
-from . import attention, decode, disk_cache, formats, ir, memory, prefill, simd, tiles, work
+from . import attention, formats, launch, memory, team, work
+
+CHECKS_DATA = True  # the kernels check ids and scales themselves
 
 _DTYPES = {
     torch.float32: np.dtype(np.float32),
@@ -29,42 +28,13 @@ _DTYPES = {
     torch.float8_e5m2: formats.FLOAT8_E5M2,
     torch.int8: formats.INT8,
 }
-# numba's fallback thread pool aborts if two threads enter it. Two callers would share the cores anyway.
-_LOCK = threading.Lock()
-_SOURCES = (
-    ir,
-    formats,
-    simd,
-    tiles,
-    work,
-    decode,
-    prefill,
-    attention,
-    memory,
-)
 
 
 @cache
-def _version() -> str:
-    digest = hashlib.sha256()
-    for module in _SOURCES:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _kernel(build: Any) -> Any:
-    return build(_version(), disk_cache.jit)
-
-
-def _run(build: Any, *args: Any) -> None:
-    torch_threads = torch.get_num_threads()
-    threads = min(torch_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    with _LOCK:
-        numba.set_num_threads(threads)
-        if torch.get_num_threads() != torch_threads:  # numba's pool has started on the OpenMP of torch
-            torch.set_num_threads(torch_threads)
-        _kernel(build)(*args, threads)
+def _kernel(build: Callable[..., Any], arguments: type, *dtypes: np.dtype | None) -> launch.Kernel:
+    """Return the kernel that `build` makes for the dtypes."""
+    entry, work_of_thread = build(*dtypes)
+    return launch.Kernel(entry, work_of_thread, arguments)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -85,6 +55,10 @@ def paged_attention(
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     query_size, size = query.element_size(), kv_cache.element_size()
+    # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
+    q_scale, cap = params.scale * math.log2(math.e), 0.0
+    if params.logits_soft_cap is not None:
+        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
     batch = work.Batch(
         query=query.data_ptr(),
         query_token_stride=query.stride(0) * query_size,
@@ -113,15 +87,17 @@ def paged_attention(
         head_size=head_size,
         itemsize=query_size,
         block_size=block_size,
+        num_blocks=kv_cache.shape[0],
+        table_width=block_tables.shape[1],
         causal=int(params.causal),
         window=params.sliding_window or 0,
+        q_scale=q_scale,
+        cap=cap,
     )
-    # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
-    q_scale, cap = params.scale * math.log2(math.e), 0.0
-    if params.logits_soft_cap is not None:
-        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
-    dtypes = _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]
-    _run(attention.build, *dtypes, batch, np.float32(q_scale), np.float32(cap))
+    kernel = _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype])
+    if kernel(batch) == team.INVALID:
+        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
+        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
 
 
 def reshape_and_cache(
@@ -150,34 +126,38 @@ def reshape_and_cache(
         slot_mapping=slot_mapping.data_ptr(),
         num_tokens=key.shape[0],
         num_kv_heads=num_kv_heads,
+        num_slots=kv_cache.shape[0] * block_size,
         block_size=block_size,
         head_size=head_size,
         itemsize=key_size,
         k_scale=_address(k_scale),
         v_scale=_address(v_scale),
+        smallest_scale=checks.SCALE_RANGE[0],
+        largest_scale=checks.SCALE_RANGE[1],
     )
-    if k_scale is None:
-        _run(memory.build_reshape_and_cache, tokens)
-    else:
-        _run(memory.build_quantise, _DTYPES[key.dtype], _DTYPES[kv_cache.dtype], tokens)
+    dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
+    if _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes)(tokens) == team.INVALID:
+        checks.slots(slot_mapping, kv_cache)
+        checks.scale_values("k_scale", k_scale)
+        checks.scale_values("v_scale", v_scale)
+        raise ValueError("slot_mapping, k_scale or v_scale changed while they were used")
 
 
 def merge_attention_states(
     outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     num_states, num_tokens, num_heads, head_size = outs.shape
-    _run(
-        memory.build_merge,
-        _DTYPES[outs.dtype],
-        outs.element_size(),
-        outs.data_ptr(),
-        lses.data_ptr(),
-        num_states,
-        num_tokens * num_heads,
-        head_size,
-        out.data_ptr(),
-        lse.data_ptr(),
+    states = memory.States(
+        outs=outs.data_ptr(),
+        lses=lses.data_ptr(),
+        num_states=num_states,
+        rows=num_tokens * num_heads,
+        head_size=head_size,
+        itemsize=outs.element_size(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
     )
+    _kernel(memory.build_merge, memory.States, _DTYPES[outs.dtype])(states)
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -186,13 +166,13 @@ def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
 
 def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
     size = src.element_size()
-    _run(
-        memory.build_move_blocks,
-        dst.data_ptr(),
-        dst.stride(0) * size,
-        src.data_ptr(),
-        src.stride(0) * size,
-        src[0].numel() * size,
-        block_mapping.data_ptr(),
-        block_mapping.shape[0],
+    blocks = memory.Blocks(
+        target=dst.data_ptr(),
+        target_stride=dst.stride(0) * size,
+        source=src.data_ptr(),
+        source_stride=src.stride(0) * size,
+        block_bytes=src[0].numel() * size,
+        pairs=block_mapping.data_ptr(),
+        count=block_mapping.shape[0],
     )
+    _kernel(memory.build_move_blocks, memory.Blocks)(blocks)

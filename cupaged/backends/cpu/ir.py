@@ -11,7 +11,8 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils
 
-F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _has(feature: str) -> bool:
@@ -22,6 +23,8 @@ def _has(feature: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
+BFLOAT16_PRODUCTS = _has("avx512bf16")
+HAS_FMA = _has("fma")
 NATIVE = 16 if _has("avx512f") else 8  # float32 lanes of a machine register
 
 
