@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from cupaged.engine import EngineConfig, LLMEngine, SamplingParams
+from cupaged.engine.server.app import create_app
 from cupaged.engine.server.async_engine import AsyncEngine, EngineDeadError
 from cupaged.engine.server.http_server import Server
 
-from .conftest import wait_until
-from .test_failed_steps import ask, text
+from .conftest import MODEL, wait_until
+from .test_failed_steps import BODY, ask, text
 from .test_shutdown import Command
 
 WHERE = """
@@ -125,6 +126,27 @@ def test_run_takes_the_thread_that_calls_it(llama_dir, monkeypatch):
         asyncio.run(read())
 
 
+def test_an_application_of_its_own_runs_the_engine_beside_it(llama_dir, monkeypatch):
+    """As an embedder may serve it, with any ASGI server."""
+    llm = engine(llama_dir)
+    served, step, names = AsyncEngine(llm), llm.step, set()
+    monkeypatch.setattr(llm, "step", lambda: (names.add(threading.current_thread().name), step())[1])
+    app = create_app(served, MODEL)
+
+    async def complete() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client,
+        ):
+            assert (await client.get("/health")).status_code == 200
+            return await client.post("/v1/completions", json=BODY)
+
+    assert len(text(asyncio.run(complete()))) > 0
+    assert names == {"cupaged-engine"}
+    assert "shutting down" in str(served.error)
+
+
 def test_an_engine_that_never_ran_is_stopped_at_once(llama_dir):
     assert AsyncEngine(engine(llama_dir)).stop()
 
@@ -173,10 +195,11 @@ def test_signals_end_a_command_whose_step_hangs(llama_dir, signals):
     with Command(llama_dir, "--shutdown-timeout", timeout, "--step-timeout", "0.2", script=HANGS) as server:
         asking = threading.Thread(target=ask_in_vain, args=[server])
         asking.start()
-        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        wait_until(lambda: httpx.get(f"{server.url}/health", timeout=60).status_code == 503)
         server.process.terminate()
         if signals == 2:
-            wait_until(lambda: "shutting down" in httpx.post(f"{server.url}/v1/completions").text)
+            url = f"{server.url}/v1/completions"
+            wait_until(lambda: "shutting down" in httpx.post(url, timeout=60).text)
             server.process.terminate()
         log = server.end()
         asking.join()
