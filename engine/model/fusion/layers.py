@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Layer:
     Args:
         before: norms of the input of the attention and of the MLP.
         after: norms of their results before these are added, or None (Gemma 2 and 3 have them).
-        mlp: any module that takes and returns hidden states.
+        mlp: any module that takes hidden states and returns them, alone or first of a tuple.
     """
 
     module: torch.nn.Module
@@ -45,21 +46,24 @@ def recognise_layer(
     Raises:
         NotRecognised: it does so in another way.
     """
+    if len(calls.get(module, ())) != 1:
+        raise NotRecognised("it is not called once a step")
     call, of_attention = calls[module][0], calls[attention.module][0]
     hidden = call.hidden
     if hidden is None or hidden.dim() != 3 or hidden.shape[0] != 1:
         raise NotRecognised("it is not called with the hidden states of a step")
-    if not isinstance(call.output, torch.Tensor) or len(calls[module]) != 1:
-        raise NotRecognised("it does not return hidden states once a step")
+    if not isinstance(call.output, torch.Tensor):
+        raise NotRecognised("it returns more than hidden states")
     if any(p is not None for p in module._parameters.values()):
         raise NotRecognised("it has weights of its own beside its parts")
     order: list[str] = []
 
     def stub(name: str, child: torch.nn.Module) -> Stub:
-        def result(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        def result(x: torch.Tensor) -> Any:
             order.append(name)
+            output = calls[child][0].output
             drawn = draw.rows(*x.shape)
-            return (drawn, None) if child is attention.module else drawn
+            return (drawn, *output[1:]) if isinstance(output, tuple) else drawn
 
         return Stub(child, result)
 
@@ -84,17 +88,14 @@ def recognise_layer(
         isinstance(output, torch.Tensor) and agree(output, middle + results[-1])
     ):
         raise NotRecognised("it does not add the results of attention and MLP to its input as they are")
-    mlp_call = seen[kinds.index("mlp")]
-    mlp = children[kinds.index("mlp")]
+    mlp, of_mlp = children[kinds.index("mlp")], seen[kinds.index("mlp")]
     assert mlp is not None
-    of_mlp = calls[mlp][0]
-    if len(mlp_call.args) != 1 or mlp_call.kwargs or not isinstance(of_mlp.output, torch.Tensor):
-        raise NotRecognised(f"its {type(mlp).__name__} takes or returns more than hidden states")
-    given = call.kwargs
-    if attention.rotary and of_attention.kwargs[attention.rotary.keyword] is not given.get(
-        attention.rotary.keyword
-    ):
-        raise NotRecognised("its attention gets other cosines and sines than the layer")
+    if len(of_mlp.args) != 1 or of_mlp.kwargs:
+        raise NotRecognised(f"its {type(mlp).__name__} takes more than hidden states")
+    if attention.rotary is not None:
+        keyword = attention.rotary.keyword
+        if of_attention.kwargs[keyword] is not call.kwargs.get(keyword):
+            raise NotRecognised("its attention gets other cosines and sines than the layer")
     of = [norms[c] for c in children if c in norms]  # type: ignore[index]
     if len({(norm.epsilon, norm.weight_offset) for norm in of}) > 1:
         raise NotRecognised("its norms differ in epsilon or in what is added to their weights")

@@ -254,4 +254,9 @@ class FusedLayer:
 
 def _as_rows(module: torch.nn.Module) -> Rows:
     """Return a function of rows that calls a module with the hidden states of a step."""
-    return lambda x: module(x[None]).view(x.shape)
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        output = module(x[None])
+        return (output[0] if isinstance(output, tuple) else output).view(x.shape)
+
+    return rows
