@@ -7,6 +7,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .fused import act_and_mul, rms_norm, rope_and_cache
     from .ops import (
         copy_blocks,
         merge_attention_states,
@@ -25,19 +26,23 @@ if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "en
 
 __all__ = [
     "__version__",
+    "act_and_mul",
     "copy_blocks",
     "merge_attention_states",
     "paged_attention",
     "reshape_and_cache",
+    "rms_norm",
+    "rope_and_cache",
     "swap_blocks",
 ]
 
 
 def __getattr__(name: str):  # imports torch at the first use of a function
     if name in __all__:
-        from . import ops
+        from . import fused, ops
 
-        globals()[name] = function = getattr(ops, name)  # so that later calls save these 2 us
+        module = fused if hasattr(fused, name) else ops
+        globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
         return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

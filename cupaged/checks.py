@@ -269,13 +269,13 @@ def attention_settings(
     shared_prefix: bool,
 ) -> None:
     """Check the arguments of `paged_attention` that are not tensors."""
-    if scale is not None and not _is_finite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")
     if sliding_window is not None and (not _is_integer(sliding_window) or sliding_window < 1):
         raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {sliding_window!r}")
-    if logits_soft_cap is not None and (not _is_finite(logits_soft_cap) or logits_soft_cap <= 0):
+    if logits_soft_cap is not None and (not is_finite(logits_soft_cap) or logits_soft_cap <= 0):
         raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
     if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
         raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
@@ -289,7 +289,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     if type(value) is float:  # isinstance of an abstract class is slow
         return -math.inf < value < math.inf
     is_number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)

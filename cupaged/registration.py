@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, fused_checks
 from .params import AttentionParams
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
@@ -25,6 +25,12 @@ _SCHEMAS = (
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
+    "rms_norm(Tensor input, Tensor weight, float epsilon, float weight_offset, Tensor(a!)? residual, "
+    "Tensor? input_weight, Tensor(b!) out) -> ()",
+    "act_and_mul(Tensor input, str activation, Tensor(a!) out) -> ()",
+    "rope_and_cache(Tensor(a!) query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
+    "Tensor(b!) kv_cache, Tensor slot_mapping, bool interleaved, Tensor? query_weight, Tensor? key_weight, "
+    "float epsilon, float weight_offset, Tensor? k_scale, Tensor? v_scale) -> ()",
 )
 
 
@@ -158,6 +164,106 @@ def _swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tens
         backends.for_device(device_type).swap_blocks(src, dst, block_mapping)
 
 
+def _rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    layout = fused_checks.rms_norm_once(input, weight, residual, input_weight, out)
+    if input.numel():
+        _backend(input).rms_norm(input, weight, epsilon, weight_offset, residual, input_weight, out, layout)
+
+
+def _fake_rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    fused_checks.rms_norm(input, weight, residual, input_weight, out)
+
+
+def _act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    layout = fused_checks.act_and_mul_once(input, out)
+    if input.numel():
+        _backend(input).act_and_mul(input, activation, out, layout)
+
+
+def _fake_act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    fused_checks.act_and_mul(input, out)
+
+
+def _rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    layout = fused_checks.rope_and_cache_once(
+        query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
+    )
+    if _reads_data(kv_cache):
+        checks.slots(slot_mapping, kv_cache)
+        checks.scale_values("k_scale", k_scale)
+        checks.scale_values("v_scale", v_scale)
+    if query.shape[0]:
+        _backend(kv_cache).rope_and_cache(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            kv_cache,
+            slot_mapping,
+            interleaved,
+            query_weight,
+            key_weight,
+            epsilon,
+            weight_offset,
+            k_scale,
+            v_scale,
+            layout,
+        )
+
+
+def _fake_rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    fused_checks.rope_and_cache(
+        query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
+    )
+
+
 def _fake_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(outs[0]), torch.empty_like(lses[0])
 
@@ -172,6 +278,9 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "merge_attention_states": (_merge_attention_states, _fake_merge),
     "copy_blocks": (_copy_blocks, _fake_mutation),
     "swap_blocks": (_swap_blocks, _fake_mutation),
+    "rms_norm": (_rms_norm, _fake_rms_norm),
+    "act_and_mul": (_act_and_mul, _fake_act_and_mul),
+    "rope_and_cache": (_rope_and_cache, _fake_rope_and_cache),
 }
 
 for _schema in _SCHEMAS:
@@ -193,7 +302,7 @@ _OBSERVERS: tuple[Callable[[], Any], ...] = (
 )
 # Types of arguments with which an implementation can be called directly: no fake tensor or other subclass of
 # Tensor, no symbol for a number.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 
 
 def call(name: str, *arguments: Any) -> Any:

@@ -19,7 +19,22 @@ import numpy as np
 import torch
 
 from ...params import AttentionParams
-from . import attention, decode, disk_cache, formats, ir, memory, prefill, simd, tiles, work
+from . import (
+    activation,
+    attention,
+    decode,
+    disk_cache,
+    formats,
+    ir,
+    memory,
+    norm,
+    prefill,
+    rope,
+    simd,
+    tiles,
+    vector_math,
+    work,
+)
 
 _DTYPES = {
     torch.float32: np.dtype(np.float32),
@@ -41,6 +56,10 @@ _SOURCES = (
     prefill,
     attention,
     memory,
+    vector_math,
+    norm,
+    activation,
+    rope,
 )
 
 
@@ -196,3 +215,114 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
         block_mapping.data_ptr(),
         block_mapping.shape[0],
     )
+
+
+def rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Hashable = None,
+) -> None:
+    num_rows, size = input.shape
+    itemsize = input.element_size()
+    arguments = norm.Norm(
+        input=input.data_ptr(),
+        input_stride=input.stride(0) * itemsize,
+        residual=_address(residual),
+        residual_stride=0 if residual is None else residual.stride(0) * itemsize,
+        out=out.data_ptr(),
+        out_stride=out.stride(0) * itemsize,
+        weight=weight.data_ptr(),
+        input_weight=_address(input_weight),
+        num_rows=num_rows,
+        size=size,
+        itemsize=itemsize,
+        weight_itemsize=weight.element_size(),
+        epsilon=epsilon,
+        weight_offset=weight_offset,
+    )
+    _run(norm.build, _DTYPES[input.dtype], _DTYPES[weight.dtype], arguments)
+
+
+def act_and_mul(
+    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Hashable = None
+) -> None:
+    itemsize = input.element_size()
+    arguments = activation.Gated(
+        input=input.data_ptr(),
+        input_stride=input.stride(0) * itemsize,
+        out=out.data_ptr(),
+        out_stride=out.stride(0) * itemsize,
+        num_rows=out.shape[0],
+        size=out.shape[1],
+        itemsize=itemsize,
+        activation=activation.ACTIVATIONS.index(activation_name),
+    )
+    _run(activation.build, _DTYPES[input.dtype], arguments)
+
+
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    layout: Hashable = None,
+) -> None:
+    num_tokens, num_heads, head_size = query.shape
+    _, _, num_kv_heads, block_size, _ = kv_cache.shape
+    itemsize, kv_itemsize = query.element_size(), kv_cache.element_size()
+    cos_itemsize = 0 if cos is None else cos.element_size()
+    arguments = rope.Rotation(
+        query=query.data_ptr(),
+        query_token_stride=query.stride(0) * itemsize,
+        query_head_stride=query.stride(1) * itemsize,
+        key=key.data_ptr(),
+        key_token_stride=key.stride(0) * itemsize,
+        key_head_stride=key.stride(1) * itemsize,
+        value=value.data_ptr(),
+        value_token_stride=value.stride(0) * itemsize,
+        value_head_stride=value.stride(1) * itemsize,
+        cache=kv_cache.data_ptr(),
+        block_stride=kv_cache.stride(0) * kv_itemsize,
+        value_offset=num_kv_heads * block_size * head_size * kv_itemsize,
+        kv_head_stride=block_size * head_size * kv_itemsize,
+        row_bytes=head_size * kv_itemsize,
+        slot_mapping=slot_mapping.data_ptr(),
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        head_size=head_size,
+        itemsize=itemsize,
+        kv_itemsize=kv_itemsize,
+        k_scale=_address(k_scale),
+        v_scale=_address(v_scale),
+        cos=_address(cos),
+        cos_stride=0 if cos is None else cos.stride(0) * cos_itemsize,
+        sin=_address(sin),
+        sin_stride=0 if sin is None else sin.stride(0) * cos_itemsize,
+        cos_itemsize=cos_itemsize,
+        num_pairs=0 if cos is None else cos.shape[1],
+        interleaved=int(interleaved),
+        query_weight=_address(query_weight),
+        key_weight=_address(key_weight),
+        weight_itemsize=0 if query_weight is None else query_weight.element_size(),
+        epsilon=epsilon,
+        weight_offset=weight_offset,
+    )
+    dtypes = [_DTYPES[(query if t is None else t).dtype] for t in (query, kv_cache, cos, query_weight)]
+    _run(rope.build, *dtypes, arguments)
