@@ -121,8 +121,9 @@ def recognise_attention(
     x = draw.rows(*hidden.shape)
     args, kwargs = call.with_hidden(x)
     keyword, layout = _rotary_argument(call)
-    half = _half(call.kwargs[keyword], layout) if keyword else None
-    if half is not None:
+    half: _Half | None = None
+    if keyword is not None:
+        half = _half(call.kwargs[keyword], layout)
         half = (draw.plain(*half[0].shape), draw.plain(*half[1].shape))
         kwargs = {**kwargs, keyword: tuple(_whole(part, layout) for part in half)}
     attention.calls.clear()
@@ -157,10 +158,11 @@ def recognise_attention(
 
 
 _Norms = list[tuple[RMSNorm, Call]]
+_Half = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [T, R / 2]
 
 
 def _projections(
-    inputs: list[str], linears: dict[str, Stub], norms: _Norms, seen: _Seen, half: tuple[torch.Tensor, ...] | None
+    inputs: list[str], linears: dict[str, Stub], norms: _Norms, seen: _Seen, half: _Half | None
 ) -> tuple[tuple[str, ...], bool | None, tuple[RMSNorm, RMSNorm] | None]:
     """Return the linear layers in the order query, key, value; whether pairs of the rotation are interleaved
     (None: there is none); and the norms of query and key."""
@@ -239,7 +241,7 @@ def half_of(part: torch.Tensor, layout: str) -> torch.Tensor:
     return part[0, :, ::2].contiguous() if layout == PAIRS else part[0]
 
 
-def _half(parts: tuple[torch.Tensor, torch.Tensor], layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _half(parts: tuple[torch.Tensor, torch.Tensor], layout: str) -> _Half:
     return half_of(parts[0], layout), half_of(parts[1], layout)
 
 

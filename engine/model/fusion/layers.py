@@ -84,7 +84,7 @@ def recognise_layer(
     half = len(kinds) // 2
     middle = x + results[half - 1]
     expected = [x, *results[: half - 1], middle, *results[half:-1]]
-    if not all(agree(s.hidden, wanted) for s, wanted in zip(seen, expected)) or not (  # type: ignore[arg-type]
+    if not all(agree(s.hidden, wanted) for s, wanted in zip(seen, expected)) or not (
         isinstance(output, torch.Tensor) and agree(output, middle + results[-1])
     ):
         raise NotRecognised("it does not add the results of attention and MLP to its input as they are")

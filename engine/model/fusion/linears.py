@@ -65,7 +65,7 @@ class MergedLinear:
         first = self.originals[0]
         sizes = [linear.out_features for linear in self.originals]
         merged = torch.nn.Linear(first.in_features, sum(sizes), bias=False, device="meta")
-        weight = torch.cat([linear.weight for linear in self.originals])
+        weight = torch.cat([linear.weight.data for linear in self.originals])
         merged.weight = torch.nn.Parameter(weight, requires_grad=False)
         biases = [linear.bias for linear in self.originals]
         if any(bias is not None for bias in biases):
@@ -86,8 +86,9 @@ class MergedLinear:
         self.module._modules.update(zip(self.names, self.originals))
 
 
-def function_of(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the shortest way to call a module with one tensor."""
+def function_of(parent: torch.nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the shortest way to call a child with one tensor."""
+    module = parent.get_submodule(name)
     if module._forward_hooks or module._forward_pre_hooks:
         return module
     if type(module) is torch.nn.Linear:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .calls import Call, NotRecognised, Stub, call_with_stubs
+from .calls import Call, NotRecognised, call_with_stubs
 from .formulas import ACTIVATIONS, Draw, agree
 from .linears import linear_stubs, plain_linears
 

@@ -17,7 +17,7 @@ import torch
 from ..attention import AttentionMetadata
 from ..kv_cache import KVCache, KVShape
 
-_LENGTHS = (13, 5, 1)  # tokens of the prompts
+_LENGTHS = (9, 4, 1)  # tokens of the prompts
 _MAX_POSITION = 1 << 20
 _FACTOR = 4.0  # maximum difference, as a multiple of that by rounding
 _FLOOR = 1e-5  # relative to a row's largest logit
@@ -39,6 +39,7 @@ class Proof:
     ) -> None:
         self._model, self._shape, self._windows = model, shape, windows
         self._device = next(model.parameters()).device
+        self._blocks_each = -(-(max(_LENGTHS) + 1) // shape.block_size)
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self._tokens = torch.randint(vocabulary, (sum(_LENGTHS) + len(_LENGTHS),), generator=generator)
@@ -46,24 +47,37 @@ class Proof:
         self._starts = [max(0, min(start, last - max(_LENGTHS))) for start in (0, last // 2, last)]
 
     @torch.no_grad()  # not in inference mode, in which weights that are merged could not be used outside
-    def logits(self, recorder: AbstractContextManager[Any] | None = None) -> torch.Tensor:
-        """Return the logits of all tokens, float32.
+    def logits(
+        self,
+        prefill_watch: AbstractContextManager[Any] | None = None,
+        decode_watch: AbstractContextManager[Any] | None = None,
+    ) -> torch.Tensor:
+        """Return the logits of the last token of each prompt and of the token after it, float32.
 
         Args:
-            recorder: entered while the prompts run, and left before the tokens after them.
+            prefill_watch: entered while the prompts run.
+            decode_watch: entered while the tokens after them run.
         """
-        blocks_each = -(-(max(_LENGTHS) + 1) // self._shape.block_size)
-        cache = KVCache(self._shape, blocks_each * len(_LENGTHS), 0, self._device)
-        cache.blocks.zero_()
-        tables = torch.arange(blocks_each * len(_LENGTHS), dtype=torch.int32).view(len(_LENGTHS), -1)
-        with recorder or nullcontext():
-            prefill = self._run(cache, tables, [(0, n) for n in _LENGTHS], self._tokens[: sum(_LENGTHS)])
-        decode = self._run(cache, tables, [(n, 1) for n in _LENGTHS], self._tokens[sum(_LENGTHS) :])
+        cache = self._cache()
+        with prefill_watch or nullcontext():
+            prefill = self._run(cache, [(0, n) for n in _LENGTHS], self._tokens[: sum(_LENGTHS)])
+        with decode_watch or nullcontext():
+            decode = self._run(cache, [(n, 1) for n in _LENGTHS], self._tokens[sum(_LENGTHS) :])
         return torch.cat((prefill, decode))
 
-    def _run(
-        self, cache: KVCache, tables: torch.Tensor, steps: list[tuple[int, int]], tokens: torch.Tensor
-    ) -> torch.Tensor:
+    def _cache(self) -> KVCache:
+        blocks = len(_LENGTHS) * self._blocks_each
+        cache = KVCache(self._shape, blocks, 0, self._device)
+        cache.blocks.zero_()
+        return cache
+
+    def _run(self, cache: KVCache, steps: list[tuple[int, int]], tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the last token of each sequence.
+
+        Args:
+            steps: for each sequence the number of tokens before the step and in it.
+        """
+        tables = torch.arange(len(cache.blocks), dtype=torch.int32).view(len(steps), -1)
         within = [torch.arange(start, start + count) for start, count in steps]
         first = tables[:, :1].long() * self._shape.block_size  # the blocks of a sequence are contiguous
         counts = torch.tensor([count for _, count in steps])
@@ -82,6 +96,7 @@ class Proof:
         output = self._model(
             input_ids=tokens[None].to(device),
             position_ids=positions[None].to(device),
+            logits_to_keep=(counts.cumsum(0) - 1).to(device),
             use_cache=False,
             paged=paged,
         )
@@ -89,9 +104,10 @@ class Proof:
 
     def bound(self, plain: torch.Tensor) -> torch.Tensor:
         """Return how far each row of other logits may be from ``plain``, those of the untouched model."""
-        with _rounding(self._model):
-            other = self.logits()
-        return _FACTOR * _distance(other, plain).max() + _FLOOR * plain.abs().amax(-1)
+        with _rounding(self._model), torch.no_grad():
+            other = self._run(self._cache(), [(0, n) for n in _LENGTHS], self._tokens[: sum(_LENGTHS)])
+        largest = _distance(other, plain[: len(_LENGTHS)]).max()
+        return _FACTOR * largest + _FLOOR * plain.abs().amax(-1)
 
 
 def difference(logits: torch.Tensor, plain: torch.Tensor, bound: torch.Tensor) -> str | None:

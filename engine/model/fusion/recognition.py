@@ -74,7 +74,7 @@ class Recognition:
             self._try(
                 self._parents[module],
                 self.layers,
-                lambda m: recognise_layer(m, calls, attention, self.norms, draw),
+                lambda m, attention=attention: recognise_layer(m, calls, attention, self.norms, draw),
             )
         self._link(calls)
         self._write_report()
@@ -119,8 +119,9 @@ class Recognition:
     def _write_report(self) -> None:
         report = self.report
         report.num_layers = len(self._attending)
-        kinds = {"layers": self.layers, "attentions": self.attentions, "MLPs": self.mlps, "norms": self.norms}
-        report.fused.update({kind: len(modules) for kind, modules in kinds.items() if modules})
+        counts = {"layers": len(self.layers), "attentions": len(self.attentions)}
+        counts |= {"MLPs": len(self.mlps), "norms": len(self.norms)}
+        report.fused.update({kind: count for kind, count in counts.items() if count})
         for module in self._attending:
             parent = self._parents[module]
             for part in (module, parent):

@@ -51,7 +51,7 @@ class FusedNorm:
     def bind(self) -> None:
         norm, source = self._norm, self._source
         weight, size = norm.weight.detach(), len(norm.weight)
-        settings = {"epsilon": norm.epsilon, "weight_offset": norm.weight_offset}
+        settings: dict[str, Any] = {"epsilon": norm.epsilon, "weight_offset": norm.weight_offset}
         rms_norm = cupaged.rms_norm
 
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class FusedMLP:
         self.module.forward = forward
 
     def _make_rows(self) -> Rows:
-        gate_up, down = (function_of(self.module._modules[n]) for n in (self._merged.name, self._mlp.output))
+        gate_up, down = (function_of(self.module, name) for name in (self._merged.name, self._mlp.output))
         activation, act_and_mul = self._mlp.activation, cupaged.act_and_mul
         return lambda x: down(act_and_mul(gate_up(x), activation=activation))
 
@@ -136,7 +136,7 @@ class FusedAttention:
 
     def _make_rows(self) -> Callable[[torch.Tensor, Halves, AttentionMetadata], torch.Tensor]:
         attention, module = self._attention, self.module
-        qkv, out = (function_of(module._modules[n]) for n in (self._merged.name, attention.output))
+        qkv, out = (function_of(module, name) for name in (self._merged.name, attention.output))
         layer, head_size = attention.layer, attention.head_size
         sizes = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         num_heads, size = sum(sizes), attention.num_heads * head_size
@@ -225,7 +225,8 @@ class FusedLayer:
         layer, source, link, linked = self._layer, self._source, self.link, self._linked
         first, second = (norm.weight.detach() for norm in layer.before)
         after = None if layer.after is None else layer.after[0].weight.detach()
-        settings = {"epsilon": layer.before[0].epsilon, "weight_offset": layer.before[0].weight_offset}
+        norm = layer.before[0]
+        settings: dict[str, Any] = {"epsilon": norm.epsilon, "weight_offset": norm.weight_offset}
         attend, halves, size = self._attention.rows, self._attention.halves, len(first)
         mlp = self._mlp.rows if self._mlp else _as_rows(layer.mlp)
         rms_norm = cupaged.rms_norm

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..kv_cache import KVShape
 from .calls import Calls, attention_function, recorded
 from .proof import Proof, difference
 from .recognition import Recognition
@@ -41,20 +40,15 @@ class Fusion:
             self.replacements.pop().undo()
 
 
-def fuse_model(
-    model: Any, shape: KVShape, windows: tuple[int | None, ...], max_positions: int | None
-) -> Fusion:
+def fuse_model(model: Any, proof: Proof) -> Fusion:
     """Rewrite a transformers decoder into fused operators and merged projections, in place.
 
     What is not recognised, or computes something else, stays as it is; one line in the log says so.
 
     Args:
         model: a decoder that was loaded with the "cupaged" attention.
-        shape: shape of a block of its cache, in the model's dtype.
-        windows: sliding window of each layer.
-        max_positions: number of positions that the model has; None: it is not limited.
+        proof: compares its logits, before it is changed and afterwards.
     """
-    proof = Proof(model, shape, windows, max_positions)
     recognition = Recognition(model)
     calls: Calls = {}
     with attention_function(model, _RECORDING_NAME, recognition.attend):
