@@ -84,9 +84,9 @@ def recognise_layer(
     half = len(kinds) // 2
     middle = x + results[half - 1]
     expected = [x, *results[: half - 1], middle, *results[half:-1]]
-    if not all(agree(s.hidden, wanted) for s, wanted in zip(seen, expected)) or not (
-        isinstance(output, torch.Tensor) and agree(output, middle + results[-1])
-    ):
+    given = [*(s.hidden for s in seen), output]
+    expected.append(middle + results[-1])
+    if not all(isinstance(a, torch.Tensor) and agree(a, wanted) for a, wanted in zip(given, expected)):
         raise NotRecognised("it does not add the results of attention and MLP to its input as they are")
     mlp, of_mlp = children[kinds.index("mlp")], seen[kinds.index("mlp")]
     assert mlp is not None
@@ -96,7 +96,7 @@ def recognise_layer(
         keyword = attention.rotary.keyword
         if of_attention.kwargs[keyword] is not call.kwargs.get(keyword):
             raise NotRecognised("its attention gets other cosines and sines than the layer")
-    of = [norms[c] for c in children if c in norms]  # type: ignore[index]
+    of = [norms[child] for child in children if child in norms]
     if len({(norm.epsilon, norm.weight_offset) for norm in of}) > 1:
         raise NotRecognised("its norms differ in epsilon or in what is added to their weights")
     if len(of) == 2:

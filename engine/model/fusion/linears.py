@@ -56,20 +56,18 @@ class MergedLinear:
         """Return the name of the merged layer; a single layer keeps its own."""
         return MERGED if len(self.names) > 1 else self.names[0]
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Merge the layers."""
         if len(self.names) == 1:
             return
         self.originals = [self.module._modules[name] for name in self.names]  # type: ignore[misc]
-        first = self.originals[0]
         sizes = [linear.out_features for linear in self.originals]
-        merged = torch.nn.Linear(first.in_features, sum(sizes), bias=False, device="meta")
+        merged = torch.nn.Linear(self.originals[0].in_features, sum(sizes), bias=False, device="meta")
         weight = torch.cat([linear.weight.data for linear in self.originals])
         merged.weight = torch.nn.Parameter(weight, requires_grad=False)
         biases = [linear.bias for linear in self.originals]
         if any(bias is not None for bias in biases):
-            parts = [first.weight.new_zeros(n) if b is None else b for n, b in zip(sizes, biases)]
+            parts = [weight.new_zeros(n) if b is None else b.data for n, b in zip(sizes, biases)]
             merged.bias = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
         for linear, rows in zip(self.originals, weight.split(sizes)):
             linear.weight.data = rows
@@ -77,6 +75,10 @@ class MergedLinear:
         for name in self.names:
             del self.module._modules[name]
         self.module.add_module(MERGED, merged)
+
+    def keep(self) -> None:
+        """Drop the original layers, whose weights would keep the merged one alive after it is packed."""
+        self.originals = []
 
     def undo(self) -> None:
         """Put the original layers back."""

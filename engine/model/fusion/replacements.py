@@ -32,6 +32,9 @@ class Replacement(Protocol):
     def bind(self) -> None:
         """Override the module's forward; again after its linear layers were replaced."""
 
+    def keep(self) -> None:
+        """Drop what `undo` needs."""
+
     def undo(self) -> None:
         """Restore the module."""
 
@@ -64,6 +67,9 @@ class FusedNorm:
 
         self.module.forward = forward if source is None else forward_and_add
 
+    def keep(self) -> None:
+        pass
+
     def undo(self) -> None:
         _restore(self.module)
 
@@ -90,6 +96,9 @@ class FusedMLP:
         gate_up, down = (function_of(self.module, name) for name in (self._merged.name, self._mlp.output))
         activation, act_and_mul = self._mlp.activation, cupaged.act_and_mul
         return lambda x: down(act_and_mul(gate_up(x), activation=activation))
+
+    def keep(self) -> None:
+        self._merged.keep()
 
     def undo(self) -> None:
         _restore(self.module)
@@ -166,6 +175,9 @@ class FusedAttention:
             return out(attended.view(-1, size))
 
         return rows
+
+    def keep(self) -> None:
+        self._merged.keep()
 
     def undo(self) -> None:
         _restore(self.module)
@@ -248,6 +260,9 @@ class FusedLayer:
             return hidden_states
 
         self.module.forward = forward
+
+    def keep(self) -> None:
+        pass
 
     def undo(self) -> None:
         _restore(self.module)

@@ -65,6 +65,8 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
     if problem is not None:
         fusion.undo()
         fusion.report.refuse(problem)
+    for replacement in fusion.replacements:
+        replacement.keep()
     _log.info("%s", fusion.report.line())
     return fusion
 
