@@ -11,7 +11,7 @@ from cupaged.device import choose_device
 
 from .config import DTYPES
 from .model.attention import ATTENTION_NAME, register_attention
-from .model.fusion import attention_layers, layer_operations
+from .model.fusion import layer_operations
 from .model.loader import load_model
 from .model.model_runner import ModelRunner
 from .model.progress import without_bars
@@ -66,13 +66,12 @@ def explain(model: str | None, dtype: str = "auto", device: str | None = None, t
         )
     runner = ModelRunner(loaded)
     proof = runner.proof(_BLOCK_SIZE)
-    layers = attention_layers(loaded, proof)
-    before = layer_operations(proof, layers)
+    before = layer_operations(loaded, proof)
     fusion = runner.rewrite(_BLOCK_SIZE)
     assert fusion is not None
-    after = layer_operations(proof, layers)
+    after = layer_operations(loaded, proof)
     report = fusion.report
-    lines = [f"{type(loaded).__name__}, {len(layers)} layers, {runner.kv_shape(_BLOCK_SIZE).dtype}, {chosen}"]
+    lines = [f"{type(loaded).__name__}, {len(before)} layers, {runner.kv_shape(_BLOCK_SIZE).dtype}, {chosen}"]
     if report.undone is None:
         lines += [f"fused: {count} {kind}" for kind, count in report.fused.items()] or ["fused: nothing"]
         lines += [f"as it is: {line}" for line in report.left_lines()]

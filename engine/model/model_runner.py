@@ -94,7 +94,7 @@ class ModelRunner:
     def proof(self, block_size: int) -> Proof:
         """Return what compares the model's logits with those of the same model after a change."""
         limit = getattr(self.config, "max_position_embeddings", None)
-        return Proof(self._model, self.kv_shape(block_size), self._windows, limit)
+        return Proof(self._model, self.kv_shape(block_size), self._layers, limit)
 
     def rewrite(self, block_size: int, fuse: bool = True) -> Fusion | None:
         """Make the model faster, in place: fuse its layers, and pack its weights for a CPU.

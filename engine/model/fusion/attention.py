@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,26 +70,29 @@ class _Seen:
     keywords: dict[str, Any]
 
 
-class AttentionStub:
-    """Stand in for the attention function; collect its calls."""
+@dataclass
+class _Watch:
+    """Collect the calls of the attention function; passed in place of `AttentionMetadata`."""
 
-    def __init__(self, draw: Draw) -> None:
-        self._draw = draw
-        self.calls: list[_Seen] = []
+    draw: Draw
+    calls: list[_Seen] = field(default_factory=list)
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **keywords: Any,
-    ) -> tuple[torch.Tensor, None]:
-        _, num_heads, num_tokens, head_size = query.shape
-        output = self._draw.rows(1, num_tokens, num_heads * head_size)
-        self.calls.append(_Seen(query, key, value, output, keywords))
-        return output.view(1, num_tokens, num_heads, head_size), None
+
+def attend_to_stub(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    paged: _Watch,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stand in for the attention function, with a random result."""
+    _, num_heads, num_tokens, head_size = query.shape
+    output = paged.draw.rows(1, num_tokens, num_heads * head_size)
+    paged.calls.append(_Seen(query, key, value, output, keywords))
+    return output.view(1, num_tokens, num_heads, head_size), None
 
 
 def recognise_attention(
@@ -97,14 +100,14 @@ def recognise_attention(
     call: Call,
     norms: dict[torch.nn.Module, RMSNorm],
     draw: Draw,
-    attention: AttentionStub,
 ) -> Attention:
     """Return what an attention module computes; linear layers and norms are replaced by random results.
+
+    The model's attention function is `attend_to_stub` meanwhile.
 
     Args:
         call: a call in a batch whose positions differ.
         norms: the RMS norms of the model.
-        attention: what the module calls as its attention function.
 
     Raises:
         NotRecognised: it computes something that the operators do not.
@@ -126,9 +129,9 @@ def recognise_attention(
         half = _half(call.kwargs[keyword], layout)
         half = (draw.plain(*half[0].shape), draw.plain(*half[1].shape))
         kwargs = {**kwargs, keyword: tuple(_whole(part, layout) for part in half)}
-    attention.calls.clear()
-    result = call_with_stubs(module, {**linears, **of_norms}, args, kwargs)
-    seen = attention.calls
+    watch = _Watch(draw)
+    result = call_with_stubs(module, {**linears, **of_norms}, args, {**kwargs, "paged": watch})
+    seen = watch.calls
     if len(seen) != 1 or not isinstance(result, tuple) or any(part is not None for part in result[1:]):
         raise NotRecognised("it does not attend once")
     inputs = [name for name, stub in linears.items() if stub.call.hidden.equal(x)]  # type: ignore[union-attr]

@@ -135,7 +135,7 @@ def call_with_stubs(
 
 @contextmanager
 def attention_function(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a transformers model call ``function`` for its attention."""
+    """Let a transformers model call ``function`` for its attention. transformers keeps the function."""
     AttentionInterface.register(name, function)
     original = model.config.get_text_config(decoder=True)._attn_implementation
     model.set_attn_implementation(name)

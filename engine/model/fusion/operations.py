@@ -9,37 +9,22 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention import paged_attention_forward
-from .calls import attention_function
 from .proof import Proof
 
-_LISTING_NAME = "cupaged-listing"
 # Operators that compute nothing, though their schema does not say so.
 _WITHOUT_LAUNCH = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
 _MERGE = "paged_attention (merge of KV splits)"
 
 
-def attention_layers(model: Any, proof: Proof) -> list[torch.nn.Module]:
-    """Return the modules whose children attend, in order: the decoder layers of a model that is not fused."""
-    attending: list[torch.nn.Module] = []
-
-    def note(module: torch.nn.Module, *args: Any, **keywords: Any) -> Any:
-        attending.append(module)
-        return paged_attention_forward(module, *args, **keywords)
-
-    with attention_function(model, _LISTING_NAME, note):
-        proof.logits()
-    parents = {child: module for module in model.modules() for child in module.children()}
-    return list(dict.fromkeys(parents[module] for module in attending))
-
-
-def layer_operations(proof: Proof, layers: list[torch.nn.Module]) -> list[list[str]]:
-    """Return the names of the operations that each layer runs in a decode step.
+def layer_operations(model: Any, proof: Proof) -> list[list[str]]:
+    """Return the names of the operations that each decoder layer runs in a decode step.
 
     Views and allocations are left out. Attention stands there twice: its KV splits are merged.
     """
+    parents = {child: module for module in model.modules() for child in module.children()}
+    layers = dict.fromkeys(parents[module] for module in proof.attending)
     operations: list[list[str]] = []
-    proof.logits(decode_watch=_listing(layers, operations))
+    proof.logits(decode_watch=_listing(list(layers), operations))
     return operations
 
 

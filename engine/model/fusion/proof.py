@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..attention import AttentionMetadata
+from ..attention_probe import LayerAttention
 from ..kv_cache import KVCache, KVShape
 
 _LENGTHS = (9, 4, 1)  # tokens of the prompts
@@ -29,15 +30,17 @@ class Proof:
     Args:
         model: a transformers decoder.
         shape: shape of a block of the cache, in the model's dtype.
-        windows: sliding window of each layer.
+        layers: the attention of each layer.
         max_positions: number of positions that the model has, if it is limited. The prompts begin at the
             first, in the middle and near the end, as some models scale queries by position.
     """
 
     def __init__(
-        self, model: Any, shape: KVShape, windows: tuple[int | None, ...], max_positions: int | None
+        self, model: Any, shape: KVShape, layers: tuple[LayerAttention, ...], max_positions: int | None
     ) -> None:
-        self._model, self._shape, self._windows = model, shape, windows
+        self._model, self._shape = model, shape
+        self.attending = tuple(layer.module for layer in layers)
+        self._windows = tuple(layer.window for layer in layers)
         self._device = next(model.parameters()).device
         self._blocks_each = -(-(max(_LENGTHS) + 1) // shape.block_size)
         generator = torch.Generator().manual_seed(1)

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..attention import paged_attention_forward
-from .attention import Attention, AttentionStub, recognise_attention
+from .attention import Attention, attend_to_stub, recognise_attention
 from .calls import Calls, NotRecognised, attention_function, untouchable
 from .formulas import Draw
 from .layers import Layer, recognise_layer
@@ -25,16 +24,17 @@ class Recognition:
 
     Args:
         model: a transformers decoder.
+        attending: its modules that attend, in order.
 
     Attributes:
         successors: by layer, the layer or norm that alone reads its result.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, attending: tuple[torch.nn.Module, ...]) -> None:
         self._model = model
         self._untouchable = untouchable(model)
         self._parents = {child: module for module in model.modules() for child in module.children()}
-        self._attending: list[torch.nn.Module] = []
+        self._attending = attending
         self._reasons: dict[torch.nn.Module, str] = {}
         self.norms: dict[torch.nn.Module, RMSNorm] = {}
         self.mlps: dict[torch.nn.Module, GatedMLP] = {}
@@ -42,12 +42,6 @@ class Recognition:
         self.layers: dict[torch.nn.Module, Layer] = {}
         self.successors: dict[torch.nn.Module, torch.nn.Module] = {}
         self.report = Report()
-
-    def attend(self, module: torch.nn.Module, *args: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-        """Compute the attention of a module, and note the module."""
-        if module not in self._attending:
-            self._attending.append(module)
-        return paged_attention_forward(module, *args, **keywords)
 
     @torch.no_grad()
     def recognise(self, calls: Calls) -> None:
@@ -57,18 +51,17 @@ class Recognition:
             calls: the calls of one step.
         """
         draw = Draw(next(self._model.parameters()).device)
-        stub = AttentionStub(draw)
         for module in filter(may_be_norm, calls):
             self._try(module, self.norms, lambda m: recognise_norm(m, calls[m], draw))
         for module in filter(may_be_mlp, calls):
             if module not in self._attending:
                 self._try(module, self.mlps, lambda m: recognise_mlp(m, calls[m][0], draw))
-        with attention_function(self._model, _STUB_NAME, stub):
+        with attention_function(self._model, _STUB_NAME, attend_to_stub):
             for module in self._attending:
                 self._try(
                     module,
                     self.attentions,
-                    lambda m: recognise_attention(m, calls[m][0], self.norms, draw, stub),
+                    lambda m: recognise_attention(m, calls[m][0], self.norms, draw),
                 )
         for module, attention in self.attentions.items():
             self._try(

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from .calls import Calls, attention_function, recorded
+from .calls import Calls, recorded
 from .proof import Proof, difference
 from .recognition import Recognition
 from .replacements import FusedAttention, FusedLayer, FusedMLP, FusedNorm, Link, Replacement
 from .report import Report
 
-_RECORDING_NAME = "cupaged-recording"
 _log = logging.getLogger("cupaged.engine")
 
 
@@ -49,10 +48,9 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
         model: a decoder that was loaded with the "cupaged" attention.
         proof: compares its logits, before it is changed and afterwards.
     """
-    recognition = Recognition(model)
+    recognition = Recognition(model, proof.attending)
     calls: Calls = {}
-    with attention_function(model, _RECORDING_NAME, recognition.attend):
-        plain = proof.logits(recorded(model, calls))
+    plain = proof.logits(recorded(model, calls))
     bound = proof.bound(plain)
     recognition.recognise(calls)
     fusion = Fusion(recognition.report)
