@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import cache
 from numbers import Integral, Real
 
 import torch
 
 from .dlpack import Array, as_tensor
+from .layout import once_per_layout
 from .quantisation import LARGEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,42 +25,12 @@ CASTS = {torch.int32: "int", torch.int64: "long"}  # tensor methods that cast to
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
 SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU flushes smaller numbers to 0; so for the reciprocal
-LAYOUTS = 1024  # maximum number of layouts remembered per check
 
 
 @cache
 def device_checks_enabled() -> bool:
     """Return whether ``CUPAGED_CHECK=1`` asks to check ids and scales on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
-
-
-class Layout:
-    """Stand for the shapes, strides, dtypes and devices of a call's tensors: one object per combination."""
-
-    passed = False  # True once the check has passed
-
-
-def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:
-    """Return a version of ``check`` that runs once per layout of its tensors and returns that `Layout`.
-
-    The layout serves as a cache key for whatever shapes, strides, dtypes and devices determine. Not for fake
-    tensors, whose sizes may be symbols.
-    """
-
-    @lru_cache(LAYOUTS)
-    def layout_of(*described: object) -> Layout:
-        return Layout()
-
-    def checked(*tensors: torch.Tensor | None) -> Layout:
-        layout = layout_of(
-            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        )
-        if not layout.passed:
-            check(*tensors)
-            layout.passed = True
-        return layout
-
-    return checked
 
 
 def tensor(
@@ -356,6 +327,7 @@ def attention_ids(
     """Check that lengths fit the block tables, whose used entries are in the cache. Reads the data."""
     if seq_lens.numel() == 0:
         return
+    seq_lens = seq_lens.long()  # differences of int32 could overflow
     block_size = kv_cache.shape[3]
     capacity = block_tables.shape[1] * block_size
     longest = int(seq_lens.max())
@@ -368,7 +340,7 @@ def attention_ids(
     if query_start_loc is None:
         query_lens = torch.ones_like(seq_lens)
     else:
-        query_lens = query_start_loc.diff()
+        query_lens = query_start_loc.long().diff()
         if int(query_start_loc[0]) != 0 or int(query_lens.min()) < 0:
             raise ValueError("query_start_loc must start at 0 and never decrease")
         if int(query_start_loc[-1]) > query.shape[0]:

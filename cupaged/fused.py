@@ -1,8 +1,8 @@
 """The fused operators between a decoder's linear layers: norms, activations, and RoPE with the cache write.
 
 Each takes one kernel where plain torch takes 4 to 15. They compute in float32 and round once for each value
-that they store. Arrays and errors are as in `ops`. Letters in shapes: T tokens, C channels, I channels of the
-gate, H query heads, Hkv KV heads, D head size, R rotated dimensions of a head.
+that they store. Arrays are as in `ops`, and there are no gradients either. Letters in shapes: T tokens,
+C channels, I channels of the gate, H query heads, Hkv KV heads, D head size, R rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def rms_norm(
     input_weight = None if input_weight is None else as_tensor("input_weight", input_weight)
     fused_checks.norm_settings(epsilon, weight_offset)
     if out is None:
-        out = out_tensor = torch.empty_like(input, memory_format=torch.contiguous_format)
+        out = out_tensor = torch.empty_like(input)
     elif out is residual:
         raise ValueError("out must not be residual, which holds the sum afterwards; pass another tensor")
     else:
@@ -89,8 +89,8 @@ def act_and_mul(input: Array, *, activation: str, out: Array | None = None) -> t
     input = as_tensor("input", input)
     fused_checks.activation_name(activation)
     if out is None:
-        shape = (*input.shape[:-1], input.shape[-1] // 2) if input.dim() else ()
-        out = out_tensor = torch.empty(shape, dtype=input.dtype, device=input.device)
+        *rows, columns = input.shape or (0,)  # a tensor without dimensions is refused below
+        out = out_tensor = input.new_empty((*rows, columns // 2))
     else:
         out_tensor = as_tensor("out", out, written=True)
     call("act_and_mul", input, activation, out_tensor)

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import _profiler_enabled
 
 from . import backends, checks, fused_checks
 from .params import AttentionParams
@@ -40,8 +43,10 @@ def _reads_data(tensor: torch.Tensor) -> bool:
 
 
 def _backend(tensor: torch.Tensor) -> backends.Backend:
-    # `is_cuda` is faster than `device.type`.
-    return backends.for_device("cuda" if tensor.is_cuda else tensor.device.type)
+    # `is_cuda` and `is_cpu` are faster than `device.type`.
+    if tensor.is_cuda:
+        return backends.for_device("cuda")
+    return backends.for_device("cpu" if tensor.is_cpu else tensor.device.type)
 
 
 def _reshape_and_cache(
@@ -53,12 +58,13 @@ def _reshape_and_cache(
     v_scale: torch.Tensor | None,
 ) -> None:
     layout = checks.cache_write_once(key, value, kv_cache, slot_mapping, k_scale, v_scale)
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
     if key.shape[0]:
-        _backend(kv_cache).reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
+        backend.reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, layout)
 
 
 def _paged_attention(
@@ -93,7 +99,8 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     if query.numel() == 0:
         return
@@ -115,7 +122,7 @@ def _paged_attention(
         k_scale,
         v_scale,
     )
-    _backend(kv_cache).paged_attention(
+    backend.paged_attention(
         query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, params, layout
     )
 
@@ -191,7 +198,7 @@ def _fake_rms_norm(
 
 
 def _act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
-    layout = fused_checks.act_and_mul_once(input, out)
+    layout = fused_checks.act_and_mul_once(input, activation, out)
     if input.numel():
         _backend(input).act_and_mul(input, activation, out, layout)
 
@@ -219,12 +226,13 @@ def _rope_and_cache(
     layout = fused_checks.rope_and_cache_once(
         query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
     )
-    if _reads_data(kv_cache):
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
         checks.slots(slot_mapping, kv_cache)
         checks.scale_values("k_scale", k_scale)
         checks.scale_values("v_scale", v_scale)
-    if query.shape[0]:
-        _backend(kv_cache).rope_and_cache(
+    if slot_mapping.numel():
+        backend.rope_and_cache(
             query,
             key,
             value,
@@ -290,16 +298,6 @@ for _schema in _SCHEMAS:
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cupaged::{_name}", _fake, lib=_LIBRARY)
 
-# Each is true where something observes or replaces operators, which then have to go through the dispatcher.
-_OBSERVERS: tuple[Callable[[], Any], ...] = (
-    torch.compiler.is_compiling,
-    torch.is_grad_enabled,
-    torch.jit.is_tracing,
-    torch._C._len_torch_dispatch_stack,  # TorchDispatchMode, make_fx, FakeTensorMode
-    torch._C._len_torch_function_stack,  # TorchFunctionMode
-    torch._C._functorch.peek_interpreter_stack,  # vmap and other transforms
-    torch.autograd._profiler_enabled,
-)
 # Types of arguments with which an implementation can be called directly: no fake tensor or other subclass of
 # Tensor, no symbol for a number.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
@@ -316,7 +314,14 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _needs_dispatcher(arguments: tuple[Any, ...]) -> bool:
-    for is_observed in _OBSERVERS:  # any() would make a generator
-        if is_observed():
-            return True
-    return not _PLAIN.issuperset(map(type, arguments))
+    """Return whether something may observe or replace operators, which then go through the dispatcher."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _len_torch_dispatch_stack() > 0  # TorchDispatchMode, make_fx, FakeTensorMode
+        or _len_torch_function_stack() > 0  # TorchFunctionMode
+        or peek_interpreter_stack() is not None  # vmap and other transforms
+        or _profiler_enabled()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )

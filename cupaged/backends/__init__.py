@@ -25,6 +25,8 @@ class Backend(Protocol):
     which a backend caches whatever these determine.
     """
 
+    CHECKS_DATA: bool  # the attention and the cache write check lengths, ids and scales themselves
+
     def reshape_and_cache(
         self,
         key: torch.Tensor,

@@ -9,6 +9,8 @@ import torch
 from ..params import AttentionParams
 from ..quantisation import LARGEST, dequantise, quantise
 
+CHECKS_DATA = False
+
 
 @torch.no_grad()  # otherwise the cache would become part of autograd's graph
 def reshape_and_cache(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from numba.core.dispatcher import Dispatcher
+from numba.core.ccallback import CFunc
 
 from cupaged.backends.cpu import backend
 from cupaged.engine import SamplingParams
@@ -18,13 +18,13 @@ def test_what_requests_meet_is_compiled_before_them(llama_dir, monkeypatch, seed
     """Forks that write, swaps in both directions, prefix hits, beams, prompts in chunks."""
     draw = random.Random(seed)
     backend._kernel.cache_clear()  # other tests have compiled for this process
-    compiled, compile_one = [], Dispatcher.compile
+    compiled, compile_one = [], CFunc.compile
 
-    def noted(self, signature):
-        compiled.append((self.py_func.__name__, signature))
-        return compile_one(self, signature)
+    def noted(self):
+        compiled.append(self.__qualname__)
+        compile_one(self)
 
-    monkeypatch.setattr(Dispatcher, "compile", noted)
+    monkeypatch.setattr(CFunc, "compile", noted)
     settings = {"num_gpu_blocks_override": 17, "preemption_mode": "swap", "kv_cache_dtype": kv_cache_dtype}
     engine = small_engine(llama_dir, max_num_batched_tokens=16, **settings)
     engine.warm_up()

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import numba
-import numpy as np
 import pytest
-from numba import prange
+from numba import types
 from numba.core.caching import CompileResultCacheImpl
 
 from cupaged.backends.cpu import disk_cache
@@ -21,9 +20,15 @@ from cupaged.backends.cpu import disk_cache
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def double(values):
-    for i in prange(len(values)):
-        values[i] *= 2
+SIGNATURE = types.int64(types.int64)
+
+
+def double(number):
+    return 2 * number
+
+
+def compiled(stamp: str = "1"):
+    return disk_cache.cfunc(double, SIGNATURE, stamp)
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +40,9 @@ def _as_in_a_new_process(monkeypatch, tmp_path):
 
 def run() -> bool:
     """Run the function as a process that starts now would; gives whether it was found in the cache."""
-    function, values = disk_cache.jit(double), np.arange(5.0)
-    function(values)
-    assert values.tolist() == [0, 2, 4, 6, 8]
-    return bool(sum(function.stats.cache_hits.values()))
+    function = compiled()
+    assert function.ctypes(21) == 42
+    return bool(function.cache_hits)
 
 
 def damage(path: Path, kind: str, seed: int) -> None:
@@ -75,9 +79,14 @@ def test_what_another_version_of_numba_wrote_is_not_read(tmp_path, monkeypatch, 
     assert caplog.text == ""
 
 
+def test_what_another_version_of_the_kernels_wrote_is_not_read(caplog):
+    assert [bool(compiled(stamp).cache_hits) for stamp in ("1", "1", "2", "2")] == [False, True, False, True]
+    assert caplog.text == ""
+
+
 def test_files_without_a_checksum_are_damaged_ones(tmp_path, caplog):
     """As numba writes them, and wrote them for earlier versions of this package."""
-    numba.njit(parallel=True, nogil=True, error_model="numpy", cache=True)(double)(np.arange(5.0))
+    numba.cfunc(SIGNATURE, cache=True)(double)
     assert list(tmp_path.rglob("*.nbi"))
     assert (run(), run()) == (False, True)
     assert "compiled again" in caplog.text
@@ -99,13 +108,16 @@ def test_a_full_disk(tmp_path, caplog):
     assert (run(), run()) == (False, True)
 
 
-def test_a_directory_that_goes_away(tmp_path, caplog):
-    function = disk_cache.jit(double)
-    shutil.rmtree(tmp_path)
-    tmp_path.write_text("a file")
-    values = np.arange(2.0)
-    function(values)
-    assert values.tolist() == [0, 2]
+def test_a_directory_that_goes_away(tmp_path, monkeypatch, caplog):
+    save = disk_cache._OptionalCache.save_overload
+
+    def save_after_that(self, sig, data):
+        shutil.rmtree(tmp_path)
+        tmp_path.write_text("a file")
+        save(self, sig, data)
+
+    monkeypatch.setattr(disk_cache._OptionalCache, "save_overload", save_after_that)
+    assert compiled().ctypes(1) == 2
     assert "not kept" in caplog.text
 
 

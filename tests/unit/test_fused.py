@@ -161,6 +161,7 @@ BAD_ROPE = {
 }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", BAD_ROPE)
 def test_bad_input_of_rope_and_cache_is_named(name):
     changes, message = BAD_ROPE[name]
@@ -176,9 +177,7 @@ def test_bad_input_is_named_with_fake_tensors():
     with FakeTensorMode() as mode:
 
         def fake(arguments):
-            return {
-                k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
-            }
+            return {name: mode.from_tensor(value) for name, value in arguments.items()}
 
         assert cupaged.rms_norm(**fake(norm())).shape == (3, 20)
         assert cupaged.act_and_mul(torch.empty(3, 20), activation="gelu").shape == (3, 10)
@@ -229,6 +228,16 @@ def test_compile_without_graph_break():
         results.append((out, residual, cache))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_settings_may_be_symbols():
+    def normed(x, weight, epsilon, offset):
+        return cupaged.rms_norm(x, weight, epsilon=epsilon, weight_offset=offset)
+
+    compiled = torch.compile(normed, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, weight = torch.randn(3, 20), torch.randn(20)
+    for settings in ((1e-6, 0.5), (1e-3, 1.0), (1e-5, 2.0)):
+        torch.testing.assert_close(compiled(x, weight, *settings), normed(x, weight, *settings))
 
 
 def test_out_may_be_the_input_when_compiled():
@@ -326,7 +335,7 @@ def test_models_own_activations():
     ("model", "interleaved", "rotated"), [("llama", False, 32), ("cohere", True, 32), ("glm", True, 16)]
 )
 def test_a_models_own_rotation(model, interleaved, rotated):
-    """transformers repeats the cosines; those of the pairs are the first half, or every second with Cohere."""
+    """transformers repeats the cosines; those of the pairs are the first half, with Cohere every second."""
     import importlib
 
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")

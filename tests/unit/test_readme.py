@@ -24,7 +24,8 @@ from cupaged.engine import EngineConfig
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERATORS = (ROOT / "docs" / "operators.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + OPERATORS, re.DOTALL)
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [
     *GUIDES,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .simd import LANES, inner, load, mul, splat, store
+from .team import HEADER_BYTES, Launch, Rows, next_rows, read, run_rows
 from .vector_math import gelu, gelu_tanh, silu
 
-SERIAL = 1 << 14  # maximum number of elements for one thread
-# In the order of their numbers in `Gated`.
+CHUNK_ROWS = 4  # rows that a thread takes at a time
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
@@ -19,13 +18,14 @@ class Gated(NamedTuple):
     """Hold the arguments of a call: addresses, strides in bytes, and numbers."""
 
     input: int
-    input_stride: int
     out: int
+    # The tensors' layout and the activation determine the rest.
+    input_stride: int
     out_stride: int
     num_rows: int
     size: int  # columns of out
     itemsize: int
-    activation: int
+    activation: int  # index in ACTIVATIONS
 
 
 @inner
@@ -78,15 +78,22 @@ def gated_rows(dtype, gated, first, last):
         _elements(dtype, gated, gate, out, rest, gated.size, splat(np.float32(0.0), 1), 1)
 
 
-def build(version: str, jit):
-    @jit
-    def act_and_mul(dtype, gated, num_threads):
-        version  # noqa: B018  puts it into the closure, see attention.py
-        if gated.num_rows * gated.size <= SERIAL:
-            gated_rows(dtype, gated, 0, gated.num_rows)
-        else:
-            for part in prange(num_threads):
-                first = part * gated.num_rows // num_threads
-                gated_rows(dtype, gated, first, (part + 1) * gated.num_rows // num_threads)
+def build(dtype):
+    """Return the entry and the work of the kernel for an input of ``dtype``."""
 
-    return act_and_mul
+    def act_and_mul(address):
+        arguments = address + HEADER_BYTES
+        gated = read(Gated, arguments)
+        num_bytes = 6 * gated.num_rows * gated.size  # bytes that are copied in the same time
+        return run_rows(read(Launch, address), arguments, gated.num_rows, CHUNK_ROWS, num_bytes)
+
+    def work(address):
+        rows = read(Rows, address)
+        gated = read(Gated, rows.arguments)
+        while True:
+            first, last = next_rows(rows)
+            if first == last:
+                return 0
+            gated_rows(dtype, gated, first, last)
+
+    return act_and_mul, work

@@ -16,19 +16,44 @@ quantised caches are applied with the scale of the logits and at the end of a ro
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from numba import prange
 
 from .decode import few_rows
 from .prefill import many_rows
 from .simd import HALF, fetch_add, inner, load_scalar, splat, store, store_float
-from .work import FEW_ROWS, I32, INFINITY, ROWS, Item, merge_row, plan
+from .team import HEADER_BYTES, INVALID, Launch, read, run_parallel
+from .work import (
+    FEW_ROWS,
+    I32,
+    INFINITY,
+    ITEM_BYTES,
+    ROWS,
+    Batch,
+    Item,
+    are_valid,
+    merge_row,
+    plan,
+    query_range,
+)
+
+
+class Shared(NamedTuple):
+    """Hold what the threads of a call share: counts and addresses."""
+
+    batch: int
+    counter: int  # int64, the next task
+    items: int  # [count] of Item
+    count: int
+    partials: int  # float32 [partials, Hkv, ROWS, D]
+    partial_lse: int  # float32 [partials, Hkv, ROWS], in base 2
+    is_merge: int
 
 
 @inner
 def _item(items, index):
-    row = items[index]
-    return Item(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
+    return read(Item, items + ITEM_BYTES * index)
 
 
 @inner
@@ -46,70 +71,83 @@ def _clear(dtype, batch, first, last):
 @inner
 def _clear_empty(dtype, batch):
     """Clear the rows of empty sequences and the padding."""
-    end = batch.num_seqs
+    last = np.int64(0)
     for s in range(batch.num_seqs):
-        first, last = s, s + 1
-        if batch.query_start_loc != 0:
-            first = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s))
-            last = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s + 4))
-            end = last
+        first, last = query_range(batch, s)
         if load_scalar(I32, batch.seq_lens + 4 * s) == 0:
             _clear(dtype, batch, first, last)
-    _clear(dtype, batch, end, batch.num_tokens)
+    _clear(dtype, batch, last, batch.num_tokens)
 
 
 @inner
-def _work(dtype, kv_dtype, batch, items, counter, q_scale, cap, partials, partial_lse):
+def _work(dtype, kv_dtype, batch, shared):
     """Process work items until none is left, in one thread. Starts with the last, which are the longest."""
-    tasks = len(items) * batch.num_kv_heads
+    tasks = shared.count * batch.num_kv_heads
     while True:
-        task = tasks - 1 - fetch_add(counter)
+        task = tasks - 1 - fetch_add(shared.counter)
         if task < 0:
             return
-        item = _item(items, task // batch.num_kv_heads)
+        item = _item(shared.items, task // batch.num_kv_heads)
         head = task % batch.num_kv_heads
         if item.rows <= FEW_ROWS:
-            few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse)
+            few_rows(dtype, kv_dtype, batch, item, head, shared.partials, shared.partial_lse)
         else:
-            many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse)
+            many_rows(dtype, kv_dtype, batch, item, head, shared.partials, shared.partial_lse)
 
 
-def build(version: str, jit):
-    """Return the compiled entry point.
+@inner
+def _merge(dtype, batch, shared):
+    """Merge the partials of split sequences until none is left, in one thread."""
+    while True:
+        task = fetch_add(shared.counter)
+        if task >= shared.count * batch.num_kv_heads:
+            return
+        index, head = task // batch.num_kv_heads, task % batch.num_kv_heads
+        item = _item(shared.items, index)
+        if item.partial < 0 or (index > 0 and _item(shared.items, index - 1).seq == item.seq):
+            continue  # not the first split of a sequence
+        num_splits = 1
+        while index + num_splits < shared.count and _item(shared.items, index + num_splits).seq == item.seq:
+            num_splits += 1
+        for r in range(item.rows):
+            merge_row(dtype, batch, item, r, head, num_splits, shared.partials, shared.partial_lse)
 
-    Args:
-        version: digest of the sources of this package. numba's disk cache notices changes of this file only,
-            but its key includes the values in a closure.
-        jit: decorator that compiles the entry point.
-    """
 
-    @jit
-    def attention(dtype, kv_dtype, batch, q_scale, cap, num_threads):
-        version  # noqa: B018  puts it into the closure
-        count, num_partials = plan(batch, np.empty((0, 8), np.int64))
-        items = np.empty((count, 8), np.int64)
-        plan(batch, items)
+def build(dtype, kv_dtype):
+    """Return the kernel's entry and work for queries of `dtype` and a cache of `kv_dtype`."""
+
+    def attention(address):
+        launch, batch = read(Launch, address), read(Batch, address + HEADER_BYTES)
+        if not are_valid(batch):
+            return INVALID
+        count, num_partials = plan(batch, 0, 0)
+        items = np.empty((count, ITEM_BYTES // 8), np.int64)
+        plan(batch, np.int64(items.ctypes.data), count)
         _clear_empty(dtype, batch)
-        partial_rows = num_partials * batch.num_kv_heads * ROWS
-        memory = np.empty(partial_rows * batch.head_size, np.float32)
-        partial_lse = np.empty(partial_rows, np.float32)
-        partials = np.int64(memory.ctypes.data)
-        counter = np.zeros(1, np.int64)
-        address = np.int64(counter.ctypes.data)
-        for _ in prange(num_threads):
-            _work(dtype, kv_dtype, batch, items, address, q_scale, cap, partials, partial_lse)
+        rows = num_partials * batch.num_kv_heads * ROWS
+        partials = np.empty(rows * batch.head_size, np.float32)
+        partial_lse = np.empty(rows, np.float32)
+        shared = np.zeros(8, np.int64)  # a Shared, and the counter
+        shared[0] = address + HEADER_BYTES
+        shared[1] = shared.ctypes.data + 8 * 7
+        shared[2] = items.ctypes.data
+        shared[3] = count
+        shared[4] = partials.ctypes.data
+        shared[5] = partial_lse.ctypes.data
+        run_parallel(launch, np.int64(shared.ctypes.data))
         if num_partials > 0:
-            for task in prange(count * batch.num_kv_heads):
-                index = task // batch.num_kv_heads
-                item = _item(items, index)
-                is_first_split = index == 0 or items[index - 1, 0] != item.seq
-                if item.partial >= 0 and is_first_split:
-                    num_splits = 1
-                    while index + num_splits < count and items[index + num_splits, 0] == item.seq:
-                        num_splits += 1
-                    head = task % batch.num_kv_heads
-                    for r in range(item.rows):
-                        merge_row(dtype, batch, item, r, head, num_splits, partials, partial_lse)
-        return memory.size + counter.size  # keeps the arrays alive until here
+            shared[6], shared[7] = 1, 0
+            run_parallel(launch, np.int64(shared.ctypes.data))
+        kept = items.size + partials.size + partial_lse.size + shared.size  # until here
+        return min(kept, 0)
 
-    return attention
+    def work(address):
+        shared = read(Shared, address)
+        batch = read(Batch, shared.batch)
+        if shared.is_merge:
+            _merge(dtype, batch, shared)
+        else:
+            _work(dtype, kv_dtype, batch, shared)
+        return 0
+
+    return attention, work

@@ -1,40 +1,25 @@
 """The functions of the CPU backend, over numba kernels that read caches of every dtype in place.
 
 A kernel is compiled at its first use and cached on disk by numba: beside this file, in NUMBA_CACHE_DIR or in
-the user's cache directory (`disk_cache.py`). Kernels run on numba's threads, as many as torch uses.
+the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`launch.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numba
 import numpy as np
 import torch
 
+from ... import checks
+from ...layout import Layout
 from ...params import AttentionParams
-from . import (
-    activation,
-    attention,
-    decode,
-    disk_cache,
-    formats,
-    ir,
-    memory,
-    norm,
-    prefill,
-    rope,
-    simd,
-    tiles,
-    vector_math,
-    work,
-)
+from . import activation, attention, formats, launch, memory, norm, rope, team, work
+
+CHECKS_DATA = True  # the kernels check ids and scales themselves
 
 _DTYPES = {
     torch.float32: np.dtype(np.float32),
@@ -44,46 +29,13 @@ _DTYPES = {
     torch.float8_e5m2: formats.FLOAT8_E5M2,
     torch.int8: formats.INT8,
 }
-# numba's fallback thread pool aborts if two threads enter it. Two callers would share the cores anyway.
-_LOCK = threading.Lock()
-_SOURCES = (
-    ir,
-    formats,
-    simd,
-    tiles,
-    work,
-    decode,
-    prefill,
-    attention,
-    memory,
-    vector_math,
-    norm,
-    activation,
-    rope,
-)
 
 
 @cache
-def _version() -> str:
-    digest = hashlib.sha256()
-    for module in _SOURCES:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _kernel(build: Any) -> Any:
-    return build(_version(), disk_cache.jit)
-
-
-def _run(build: Any, *args: Any) -> None:
-    torch_threads = torch.get_num_threads()
-    threads = min(torch_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    with _LOCK:
-        numba.set_num_threads(threads)
-        if torch.get_num_threads() != torch_threads:  # numba's pool has started on the OpenMP of torch
-            torch.set_num_threads(torch_threads)
-        _kernel(build)(*args, threads)
+def _kernel(build: Callable[..., Any], arguments: type, *dtypes: np.dtype | None) -> launch.Kernel:
+    """Return the kernel that `build` makes for the dtypes."""
+    entry, work_of_thread = build(*dtypes)
+    return launch.Kernel(entry, work_of_thread, arguments)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -104,6 +56,10 @@ def paged_attention(
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     query_size, size = query.element_size(), kv_cache.element_size()
+    # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
+    q_scale, cap = params.scale * math.log2(math.e), 0.0
+    if params.logits_soft_cap is not None:
+        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
     batch = work.Batch(
         query=query.data_ptr(),
         query_token_stride=query.stride(0) * query_size,
@@ -132,15 +88,17 @@ def paged_attention(
         head_size=head_size,
         itemsize=query_size,
         block_size=block_size,
+        num_blocks=kv_cache.shape[0],
+        table_width=block_tables.shape[1],
         causal=int(params.causal),
         window=params.sliding_window or 0,
+        q_scale=q_scale,
+        cap=cap,
     )
-    # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
-    q_scale, cap = params.scale * math.log2(math.e), 0.0
-    if params.logits_soft_cap is not None:
-        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
-    dtypes = _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]
-    _run(attention.build, *dtypes, batch, np.float32(q_scale), np.float32(cap))
+    kernel = _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype])
+    if kernel(batch) == team.INVALID:
+        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
+        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
 
 
 def reshape_and_cache(
@@ -169,34 +127,47 @@ def reshape_and_cache(
         slot_mapping=slot_mapping.data_ptr(),
         num_tokens=key.shape[0],
         num_kv_heads=num_kv_heads,
+        num_slots=kv_cache.shape[0] * block_size,
         block_size=block_size,
         head_size=head_size,
         itemsize=key_size,
         k_scale=_address(k_scale),
         v_scale=_address(v_scale),
+        smallest_scale=checks.SCALE_RANGE[0],
+        largest_scale=checks.SCALE_RANGE[1],
     )
-    if k_scale is None:
-        _run(memory.build_reshape_and_cache, tokens)
-    else:
-        _run(memory.build_quantise, _DTYPES[key.dtype], _DTYPES[kv_cache.dtype], tokens)
+    dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
+    if _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes)(tokens) == team.INVALID:
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _raise_for_cache_write(
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> NoReturn:
+    checks.slots(slot_mapping, kv_cache)
+    checks.scale_values("k_scale", k_scale)
+    checks.scale_values("v_scale", v_scale)
+    raise ValueError("slot_mapping, k_scale or v_scale changed while they were used")
 
 
 def merge_attention_states(
     outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     num_states, num_tokens, num_heads, head_size = outs.shape
-    _run(
-        memory.build_merge,
-        _DTYPES[outs.dtype],
-        outs.element_size(),
-        outs.data_ptr(),
-        lses.data_ptr(),
-        num_states,
-        num_tokens * num_heads,
-        head_size,
-        out.data_ptr(),
-        lse.data_ptr(),
+    states = memory.States(
+        outs=outs.data_ptr(),
+        lses=lses.data_ptr(),
+        num_states=num_states,
+        rows=num_tokens * num_heads,
+        head_size=head_size,
+        itemsize=outs.element_size(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
     )
+    _kernel(memory.build_merge, memory.States, _DTYPES[outs.dtype])(states)
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -205,16 +176,29 @@ def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
 
 def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
     size = src.element_size()
-    _run(
-        memory.build_move_blocks,
-        dst.data_ptr(),
-        dst.stride(0) * size,
-        src.data_ptr(),
-        src.stride(0) * size,
-        src[0].numel() * size,
-        block_mapping.data_ptr(),
-        block_mapping.shape[0],
+    blocks = memory.Blocks(
+        target=dst.data_ptr(),
+        target_stride=dst.stride(0) * size,
+        source=src.data_ptr(),
+        source_stride=src.stride(0) * size,
+        block_bytes=src[0].numel() * size,
+        pairs=block_mapping.data_ptr(),
+        count=block_mapping.shape[0],
     )
+    _kernel(memory.build_move_blocks, memory.Blocks)(blocks)
+
+
+# The fused operators are called in every layer, with little to do for one token. What the layout of the
+# tensors determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
+
+
+def _keep(
+    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    """Keep a kernel and the last of its arguments, which are given by name; return both."""
+    names = arguments._fields[-len(fixed) :]
+    layout.prepared = kernel, tuple(fixed[name] for name in names)
+    return layout.prepared
 
 
 def rms_norm(
@@ -225,44 +209,62 @@ def rms_norm(
     residual: torch.Tensor | None,
     input_weight: torch.Tensor | None,
     out: torch.Tensor,
-    layout: Hashable = None,
+    layout: Layout,
 ) -> None:
+    kernel, fixed = layout.prepared or _prepare_norm(input, weight, residual, out, layout)
+    addresses = (
+        input.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        0 if input_weight is None else input_weight.data_ptr(),
+    )
+    kernel((*addresses, epsilon, weight_offset, *fixed))
+
+
+def _prepare_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_rows, size = input.shape
     itemsize = input.element_size()
-    arguments = norm.Norm(
-        input=input.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(norm.build, norm.Norm, _DTYPES[input.dtype]),
+        norm.Norm,
         input_stride=input.stride(0) * itemsize,
-        residual=_address(residual),
         residual_stride=0 if residual is None else residual.stride(0) * itemsize,
-        out=out.data_ptr(),
         out_stride=out.stride(0) * itemsize,
-        weight=weight.data_ptr(),
-        input_weight=_address(input_weight),
         num_rows=num_rows,
         size=size,
         itemsize=itemsize,
         weight_itemsize=weight.element_size(),
-        epsilon=epsilon,
-        weight_offset=weight_offset,
     )
-    _run(norm.build, _DTYPES[input.dtype], _DTYPES[weight.dtype], arguments)
 
 
-def act_and_mul(
-    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Hashable = None
-) -> None:
+def act_and_mul(input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout) -> None:
+    kernel, fixed = layout.prepared or _prepare_activation(input, activation_name, out, layout)
+    kernel((input.data_ptr(), out.data_ptr(), *fixed))
+
+
+def _prepare_activation(
+    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     itemsize = input.element_size()
-    arguments = activation.Gated(
-        input=input.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(activation.build, activation.Gated, _DTYPES[input.dtype]),
+        activation.Gated,
         input_stride=input.stride(0) * itemsize,
-        out=out.data_ptr(),
         out_stride=out.stride(0) * itemsize,
         num_rows=out.shape[0],
         size=out.shape[1],
         itemsize=itemsize,
         activation=activation.ACTIVATIONS.index(activation_name),
     )
-    _run(activation.build, _DTYPES[input.dtype], arguments)
 
 
 def rope_and_cache(
@@ -280,49 +282,69 @@ def rope_and_cache(
     weight_offset: float,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    layout: Hashable = None,
+    layout: Layout,
 ) -> None:
+    kernel, fixed = layout.prepared or _prepare_rope(
+        query, key, value, cos, sin, kv_cache, query_weight, layout
+    )
+    addresses = (
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        kv_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        0 if query_weight is None else query_weight.data_ptr(),
+        0 if key_weight is None else key_weight.data_ptr(),
+        0 if k_scale is None else k_scale.data_ptr(),
+        0 if v_scale is None else v_scale.data_ptr(),
+    )
+    if kernel((*addresses, interleaved, epsilon, weight_offset, *fixed)) == team.INVALID:
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _prepare_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_tokens, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     itemsize, kv_itemsize = query.element_size(), kv_cache.element_size()
     cos_itemsize = 0 if cos is None else cos.element_size()
-    arguments = rope.Rotation(
-        query=query.data_ptr(),
+    return _keep(
+        layout,
+        _kernel(rope.build, rope.Rotation, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        rope.Rotation,
         query_token_stride=query.stride(0) * itemsize,
         query_head_stride=query.stride(1) * itemsize,
-        key=key.data_ptr(),
         key_token_stride=key.stride(0) * itemsize,
         key_head_stride=key.stride(1) * itemsize,
-        value=value.data_ptr(),
         value_token_stride=value.stride(0) * itemsize,
         value_head_stride=value.stride(1) * itemsize,
-        cache=kv_cache.data_ptr(),
         block_stride=kv_cache.stride(0) * kv_itemsize,
         value_offset=num_kv_heads * block_size * head_size * kv_itemsize,
         kv_head_stride=block_size * head_size * kv_itemsize,
         row_bytes=head_size * kv_itemsize,
-        slot_mapping=slot_mapping.data_ptr(),
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        num_slots=kv_cache.shape[0] * block_size,
         block_size=block_size,
         head_size=head_size,
         itemsize=itemsize,
         kv_itemsize=kv_itemsize,
-        k_scale=_address(k_scale),
-        v_scale=_address(v_scale),
-        cos=_address(cos),
         cos_stride=0 if cos is None else cos.stride(0) * cos_itemsize,
-        sin=_address(sin),
         sin_stride=0 if sin is None else sin.stride(0) * cos_itemsize,
         cos_itemsize=cos_itemsize,
         num_pairs=0 if cos is None else cos.shape[1],
-        interleaved=int(interleaved),
-        query_weight=_address(query_weight),
-        key_weight=_address(key_weight),
         weight_itemsize=0 if query_weight is None else query_weight.element_size(),
-        epsilon=epsilon,
-        weight_offset=weight_offset,
+        smallest_scale=checks.SCALE_RANGE[0],
+        largest_scale=checks.SCALE_RANGE[1],
     )
-    dtypes = [_DTYPES[(query if t is None else t).dtype] for t in (query, kv_cache, cos, query_weight)]
-    _run(rope.build, *dtypes, arguments)

@@ -117,7 +117,7 @@ def _values(kv_dtype, batch, rows, weights, keys, count, ahead, out, stride, alp
 
 
 @inner
-def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state):
+def _softmax(batch, rows, scale, start, count, masked, sums, weights, state):
     """Turn sums into weights; update running maximum, denominator (LANES sums a row), rescaling factor."""
     lower, upper, position, slope, top, total, alpha, shift = state
     minus_infinity = splat(-INFINITY, LANES)
@@ -130,8 +130,8 @@ def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state
         for k in range(0, count, LANES):
             s = mul(sum_quads(sums + r * SUMS_STRIDE + 4 * QUAD * k), splat(scale, LANES))
             j = iota(np.float32(start + k))
-            if cap != 0.0:
-                s = mul(tanh(s), splat(cap, LANES))
+            if batch.cap != 0.0:
+                s = mul(tanh(s), splat(np.float32(batch.cap), LANES))
             if batch.alibi_slopes != 0:
                 s = fma(slopes, sub(j, where), s)
             if masked:
@@ -159,11 +159,11 @@ def _softmax(batch, rows, scale, cap, start, count, masked, sums, weights, state
 
 
 @inner
-def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+def few_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     """Run a work item of at most FEW_ROWS rows for one KV head."""
     size = batch.head_size
     padded = padded_size(kv_dtype, size)
-    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
+    scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     stride = 4 * padded
     memory, query = aligned(FEW_ROWS * (2 * stride + SUMS_STRIDE + WEIGHTS_STRIDE + 4 * LANES))
     out = query + FEW_ROWS * stride
@@ -215,7 +215,7 @@ def few_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial
             key_addresses(batch, item, head, start + count, following, KEYS, ahead)
         _scores(kv_dtype, batch, item.rows, query, stride, current, count, sums)
         masked = start < full_low or start + count > full_high or count % LANES != 0
-        _softmax(batch, item.rows, scale, cap, start, count, masked, sums, weights, state)
+        _softmax(batch, item.rows, scale, start, count, masked, sums, weights, state)
         _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, state[6])
         current, ahead = ahead, current
 

@@ -16,28 +16,35 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
 _log = logging.getLogger("cupaged")
 _DIGEST = hashlib.sha256
 _DIGEST_BYTES = _DIGEST().digest_size
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Return a parallel version of a function that is compiled, or loaded from disk, at its first use."""
-    dispatcher = numba.njit(parallel=True, nogil=True, error_model="numpy")(function)
+def cfunc(function: Callable[..., Any], signature: Any, stamp: str) -> Any:
+    """Return a function as a C function, loaded from the disk or compiled.
+
+    Args:
+        signature: numba's types of the result and of the arguments.
+        stamp: version of the function and of all that it calls; what another version wrote is not read.
+            The values in the function's closure are part of its key.
+    """
+    options = {"nopython": True, "nogil": True, "error_model": "numpy"}
+    compiled = CFunc(function, (signature.args, signature.return_type), {}, options)
     try:
-        dispatcher._cache = _OptionalCache(function)  # type: ignore[attr-defined]  # as its enable_caching does
+        compiled._cache = _OptionalCache(function, stamp)  # type: ignore[attr-defined]
     except RuntimeError:  # raised by numba if no directory is writable
         _warn_not_kept("no directory for them can be written")
-    return dispatcher
+    compiled.compile()
+    return compiled
 
 
 class _OptionalCache(FunctionCache):
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], stamp: str) -> None:
         super().__init__(function)
-        stamp = self._cache_file._source_stamp
         self._cache_file = _CheckedFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:

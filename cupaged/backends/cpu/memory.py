@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from .simd import HALF, LANES, copy_bytes, fma, inner, load, load_scalar, mul, splat, store, store_float
+from .team import HEADER_BYTES, INVALID, Launch, Rows, next_rows, read, run_rows
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 CHUNK = 1 << 18  # bytes of a block that one thread copies at a time
+CHUNK_TOKENS = 8  # tokens, or rows, that a thread takes at a time
 
 
 class Tokens(NamedTuple):
-    """Hold the arguments of a call of reshape_and_cache as int64: addresses, and strides in bytes."""
+    """Hold the arguments of a call of reshape_and_cache: addresses, and strides in bytes."""
 
     key: int
     key_token_stride: int
@@ -30,15 +31,43 @@ class Tokens(NamedTuple):
     slot_mapping: int
     num_tokens: int
     num_kv_heads: int
+    num_slots: int
     block_size: int
     head_size: int
     itemsize: int  # of key and value
     k_scale: int
     v_scale: int
+    smallest_scale: float
+    largest_scale: float
+
+
+class Blocks(NamedTuple):
+    """Hold the arguments of a copy of blocks: addresses, and sizes in bytes."""
+
+    target: int
+    target_stride: int
+    source: int
+    source_stride: int
+    block_bytes: int
+    pairs: int  # int64 [count, 2] of IDs (source, target)
+    count: int
+
+
+class States(NamedTuple):
+    """Hold the arguments of a call of merge_attention_states: addresses and sizes."""
+
+    outs: int
+    lses: int
+    num_states: int
+    rows: int
+    head_size: int
+    itemsize: int  # of outs and out
+    out: int
+    lse: int
 
 
 @inner
-def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
+def quantise_row(dtype, kv_dtype, tokens, source, target, scale):
     reciprocal = splat(np.float32(1.0) / load_scalar(F32, scale), LANES)
     for d in range(0, tokens.head_size, LANES):
         row = load(dtype, source + tokens.itemsize * d, LANES)
@@ -47,17 +76,17 @@ def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
 
 @inner
 def _quantise_token(dtype, kv_dtype, tokens, token):
-    target, key, value = _addresses(tokens, token)
+    target, key, value = addresses(tokens, token)
     for head in range(tokens.num_kv_heads if target != 0 else 0):
-        _quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
-        _quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
+        quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
+        quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
         target += tokens.kv_head_stride
         key += tokens.key_head_stride
         value += tokens.value_head_stride
 
 
 @inner
-def _addresses(tokens, token):
+def addresses(tokens, token):
     """Return the addresses of a token's first row in the cache (0: skip it), in `key` and in `value`."""
     slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
     key = tokens.key + token * tokens.key_token_stride
@@ -71,7 +100,7 @@ def _addresses(tokens, token):
 
 @inner
 def _write_token(tokens, token):
-    target, key, value = _addresses(tokens, token)
+    target, key, value = addresses(tokens, token)
     for _ in range(tokens.num_kv_heads if target != 0 else 0):
         copy_bytes(target, key, tokens.row_bytes)
         copy_bytes(target + tokens.value_offset, value, tokens.row_bytes)
@@ -80,81 +109,119 @@ def _write_token(tokens, token):
         value += tokens.value_head_stride
 
 
-def build_reshape_and_cache(version: str, jit):
-    @jit
-    def reshape_and_cache(tokens, num_threads):
-        version  # noqa: B018  puts it into the closure, see attention.py
-        if tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes < CHUNK:
-            for token in range(tokens.num_tokens):
-                _write_token(tokens, token)
-        else:
-            for token in prange(tokens.num_tokens):
-                _write_token(tokens, token)
-
-    return reshape_and_cache
-
-
-def build_quantise(version: str, jit):
-    @jit
-    def quantise(dtype, kv_dtype, tokens, num_threads):
-        version  # noqa: B018
-        if tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes < CHUNK // 8:
-            for token in range(tokens.num_tokens):
-                _quantise_token(dtype, kv_dtype, tokens, token)
-        else:
-            for token in prange(tokens.num_tokens):
-                _quantise_token(dtype, kv_dtype, tokens, token)
-
-    return quantise
+@inner
+def are_valid(tokens):
+    """Return whether slots and scales are in their ranges, as `checks.slots` and `scale_values` check."""
+    for token in range(tokens.num_tokens):
+        slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
+        if slot < -1 or slot >= tokens.num_slots:
+            return False
+    for head in range(tokens.num_kv_heads if tokens.k_scale != 0 else 0):
+        for scales in (tokens.k_scale, tokens.v_scale):
+            scale = load_scalar(F32, scales + 4 * head)
+            if not tokens.smallest_scale <= scale <= tokens.largest_scale:
+                return False
+    return True
 
 
-def build_move_blocks(version: str, jit):
-    @jit
-    def move_blocks(target, target_stride, source, source_stride, block_bytes, pairs, count, num_threads):
-        """Copy `count` blocks; address `pairs` has their int64 pairs of IDs (source, target)."""
-        version  # noqa: B018
-        chunks = (block_bytes + CHUNK - 1) // CHUNK
-        for task in prange(count * chunks):
+def build_reshape_and_cache(dtype, kv_dtype):
+    """Return the kernel's entry and work; without a ``kv_dtype`` key and value are stored as they are."""
+    is_quantised = kv_dtype is not None
+
+    def reshape_and_cache(address):
+        arguments = address + HEADER_BYTES
+        tokens = read(Tokens, arguments)
+        if not are_valid(tokens):
+            return INVALID
+        num_bytes = tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes
+        if is_quantised:
+            num_bytes *= 8  # arithmetic
+        return run_rows(read(Launch, address), arguments, tokens.num_tokens, CHUNK_TOKENS, num_bytes)
+
+    def work(address):
+        rows = read(Rows, address)
+        tokens = read(Tokens, rows.arguments)
+        while True:
+            first, last = next_rows(rows)
+            if first == last:
+                return 0
+            for token in range(first, last):
+                if is_quantised:
+                    _quantise_token(dtype, kv_dtype, tokens, token)
+                else:
+                    _write_token(tokens, token)
+
+    return reshape_and_cache, work
+
+
+def build_move_blocks():
+    def move_blocks(address):
+        arguments = address + HEADER_BYTES
+        blocks = read(Blocks, arguments)
+        chunks = (blocks.block_bytes + CHUNK - 1) // CHUNK
+        num_bytes = blocks.count * blocks.block_bytes
+        return run_rows(read(Launch, address), arguments, blocks.count * chunks, 1, num_bytes)
+
+    def work(address):
+        rows = read(Rows, address)
+        blocks = read(Blocks, rows.arguments)
+        chunks = (blocks.block_bytes + CHUNK - 1) // CHUNK
+        while True:
+            task, end = next_rows(rows)
+            if task == end:
+                return 0
             pair = task // chunks
             start = (task - pair * chunks) * CHUNK
             copy_bytes(
-                target + load_scalar(I64, pairs + 16 * pair + 8) * target_stride + start,
-                source + load_scalar(I64, pairs + 16 * pair) * source_stride + start,
-                min(CHUNK, block_bytes - start),
+                blocks.target + load_scalar(I64, blocks.pairs + 16 * pair + 8) * blocks.target_stride + start,
+                blocks.source + load_scalar(I64, blocks.pairs + 16 * pair) * blocks.source_stride + start,
+                min(CHUNK, blocks.block_bytes - start),
             )
 
-    return move_blocks
+    return move_blocks, work
 
 
 @inner
-def _merge(dtype, itemsize, outs, lses, num_states, rows, size, row, out, lse):
-    """Merge the states of one row of all `rows` rows of `size` elements."""
+def _merge(dtype, states, row):
+    """Merge the states of one row."""
+    lses, stride = states.lses + 4 * row, 4 * states.rows
     largest = np.float32(-np.inf)
-    for n in range(num_states):
-        largest = max(largest, load_scalar(F32, lses + 4 * (n * rows + row)))
+    for n in range(states.num_states):
+        largest = max(largest, load_scalar(F32, lses + n * stride))
     total = np.float32(-np.inf)
     if largest > -np.inf:
         denominator = 0.0
-        for n in range(num_states):
-            denominator += np.exp(np.float64(load_scalar(F32, lses + 4 * (n * rows + row)) - largest))
+        for n in range(states.num_states):
+            denominator += np.exp(np.float64(load_scalar(F32, lses + n * stride) - largest))
         total = np.float32(largest + np.log(denominator))
-    store_float(lse + 4 * row, total)
-    for d in range(0, size, HALF):
+    store_float(states.lse + 4 * row, total)
+    for d in range(0, states.head_size, HALF):
         accumulated = splat(np.float32(0.0), HALF)
-        for n in range(num_states):
-            state_lse = load_scalar(F32, lses + 4 * (n * rows + row))
+        for n in range(states.num_states):
+            state_lse = load_scalar(F32, lses + n * stride)
             if state_lse > -np.inf:  # the output of an empty state may be NaN
                 weight = np.float32(np.exp(np.float64(state_lse) - np.float64(total)))
-                address = outs + itemsize * ((n * rows + row) * size + d)
-                accumulated = fma(load(dtype, address, HALF), splat(weight, HALF), accumulated)
-        store(dtype, out + itemsize * (row * size + d), accumulated)
+                at = (n * states.rows + row) * states.head_size + d
+                elements = load(dtype, states.outs + states.itemsize * at, HALF)
+                accumulated = fma(elements, splat(weight, HALF), accumulated)
+        store(dtype, states.out + states.itemsize * (row * states.head_size + d), accumulated)
 
 
-def build_merge(version: str, jit):
-    @jit
-    def merge_attention_states(dtype, itemsize, outs, lses, num_states, rows, size, out, lse, num_threads):
-        version  # noqa: B018
-        for row in prange(rows):
-            _merge(dtype, itemsize, outs, lses, num_states, rows, size, row, out, lse)
+def build_merge(dtype):
+    def merge_attention_states(address):
+        arguments = address + HEADER_BYTES
+        states = read(States, arguments)
+        num_bytes = states.num_states * states.rows * states.head_size * states.itemsize
+        return run_rows(read(Launch, address), arguments, states.rows, CHUNK_TOKENS, num_bytes)
 
-    return merge_attention_states
+    def work(address):
+        rows = read(Rows, address)
+        states = read(States, rows.arguments)
+        while True:
+            first, last = next_rows(rows)
+            if first == last:
+                return 0
+            for row in range(first, last):
+                _merge(dtype, states, row)
+
+    return merge_attention_states, work

@@ -104,7 +104,7 @@ def _widen(dtype, itemsize, size, addresses, count, padded, target):
 
 
 @inner
-def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
+def _softmax_tile(batch, start, count, masked, columns, logits, state):
     """Turn logits [k, rows] into weights, and update running maximum, denominator and rescaling factor."""
     lower, upper, position, slope, top, total, alpha = state
     zero = splat(np.float32(0.0), LANES)
@@ -121,8 +121,8 @@ def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
             at = logits + 4 * (k * ROWS + column)
             s = load(F32, at, LANES)
             j = splat(np.float32(start + k), LANES)
-            if cap != 0.0:
-                s = mul(tanh(s), splat(cap, LANES))
+            if batch.cap != 0.0:
+                s = mul(tanh(s), splat(np.float32(batch.cap), LANES))
             if batch.alibi_slopes != 0:
                 s = fma(slopes, sub(j, where), s)
             if masked:
@@ -144,11 +144,11 @@ def _softmax_tile(batch, cap, start, count, masked, columns, logits, state):
 
 
 @inner
-def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partial_lse):
+def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     """Run a work item of up to ROWS rows for one KV head."""
     size = batch.head_size
     itemsize = batch.row_bytes // size
-    scale = q_scale * unit_of(kv_dtype, batch.k_scale, head)
+    scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     unit = unit_of(kv_dtype, batch.v_scale, head)
     memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
     out = query + 4 * ROWS * size
@@ -208,7 +208,7 @@ def many_rows(dtype, kv_dtype, batch, item, head, q_scale, cap, partials, partia
         else:
             for column in range(0, columns, WIDE):
                 _logits_tile(query, keys, padded, size, logits, column, wide)
-        _softmax_tile(batch, cap, start, count, masked, columns, logits, state)
+        _softmax_tile(batch, start, count, masked, columns, logits, state)
         if narrow:
             _values_tile(logits, values, count, size, out, 0, state[6], lanes)
         else:

@@ -146,6 +146,17 @@ def store_float(typingctx, address, value):
 
 
 @intrinsic
+def store_int(typingctx, address, value):
+    """Store one int64."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], low.pointer(builder, args[0], I64), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def store_ramp(typingctx, address, start, step):
     """Store HALF int64: start, start + step, ..."""
 

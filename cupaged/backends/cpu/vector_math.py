@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from . import formats
 from . import ir as low
-from .ir import I32
+from .ir import I16, I32
 
 # exp(z * z) * erfc(z) is t times this polynomial of t = 1 / (1 + 0.4 * z), highest power first, for z from 0
 # to 9.6: a least squares fit weighted towards the smallest maximum of the relative error, 6e-8.
@@ -123,9 +123,22 @@ def _rounded(builder: ir.IRBuilder, dtype: types.DType, value: ir.Value) -> ir.V
 
 
 @intrinsic
-def rounded(typingctx, dtype, value):
-    """Return `value` rounded to `dtype`, as `store` rounds it."""
-    return value(dtype, value), lambda context, builder, signature, args: _rounded(builder, dtype, args[1])
+def store_and_round(typingctx, dtype, address, value):
+    """Store `value` as elements of `dtype`; return what was stored."""
+
+    def codegen(context, builder, signature, args):
+        value = _rounded(builder, dtype, args[2])
+        if formats.kind_of(dtype) == formats.BFLOAT16:
+            lanes = value.type.count
+            words = builder.bitcast(value, low.vector(I32, lanes))
+            shift = ir.Constant(low.vector(I32, lanes), [16] * lanes)
+            halves = builder.trunc(builder.lshr(words, shift), low.vector(I16, lanes))
+            builder.store(halves, low.pointer(builder, args[1], halves.type), align=2)
+        else:
+            formats.store(builder, dtype, args[1], value)
+        return value
+
+    return value(dtype, types.int64, value), codegen
 
 
 def _store_as(builder, dtype, target_dtype, address, value, factor) -> None:

@@ -19,6 +19,7 @@ from .simd import (
     splat,
     store_float,
     store_head,
+    store_int,
     store_ramp,
 )
 from .tiles import code_unit
@@ -34,7 +35,7 @@ INFINITY = np.float32(np.inf)
 
 
 class Batch(NamedTuple):
-    """Hold the arguments of a call as int64: addresses, and strides in bytes; 0 for an absent tensor."""
+    """Hold the arguments of a call: addresses, 0 for an absent tensor, and strides in bytes."""
 
     query: int
     query_token_stride: int
@@ -63,8 +64,12 @@ class Batch(NamedTuple):
     head_size: int
     itemsize: int  # of query and out
     block_size: int
+    num_blocks: int
+    table_width: int
     causal: int
     window: int
+    q_scale: float  # factor of the dot products; with a soft cap they are s / cap
+    cap: float  # soft cap of the logits in base 2; 0 for none
 
 
 class Item(NamedTuple):
@@ -80,18 +85,59 @@ class Item(NamedTuple):
     partial: int  # index of the KV split's partial; -1 without splits
 
 
+ITEM_BYTES = 8 * len(Item._fields)
+
+
 @inner
-def plan(batch, items):
-    """Fill `items`, unless it is empty, and return the number of work items and of partials."""
+def query_range(batch, s):
+    """Return the indexes of the first query token of sequence `s` and of the one after its last."""
+    if batch.query_start_loc == 0:
+        return np.int64(s), np.int64(s + 1)
+    first = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s))
+    return first, np.int64(load_scalar(I32, batch.query_start_loc + 4 * s + 4))
+
+
+@inner
+def are_valid(batch):
+    """Return whether lengths fit the block tables, whose used entries are in the cache.
+
+    What `checks.attention_ids` checks, at a small part of the time of its tensor operations.
+    """
+    end = np.int64(0)
+    for s in range(batch.num_seqs):
+        length = np.int64(load_scalar(I32, batch.seq_lens + 4 * s))
+        first, last = query_range(batch, s)
+        if first != end or last < first or last > batch.num_tokens:
+            return False
+        end = last
+        if length < 0 or length > batch.table_width * batch.block_size:
+            return False
+        if length > 0 and last - first > length:
+            return False
+        low = np.int64(0)
+        if batch.window:
+            low = max(np.int64(0), length - (last - first) - batch.window + 1) // batch.block_size
+        table = batch.block_tables + s * batch.table_stride
+        for column in range(low, (length + batch.block_size - 1) // batch.block_size):
+            block = load_scalar(I32, table + 4 * column)
+            if block < 0 or block >= batch.num_blocks:
+                return False
+    return True
+
+
+@inner
+def plan(batch, items, capacity):
+    """Return the number of work items and of partials, and store the first `capacity` work items.
+
+    Args:
+        items: address of the array to store work items in.
+    """
     group = batch.num_heads // batch.num_kv_heads
     count = 0
     partials = 0
     for s in range(batch.num_seqs):
         length = np.int64(load_scalar(I32, batch.seq_lens + 4 * s))
-        first, last = s, s + 1
-        if batch.query_start_loc != 0:
-            first = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s))
-            last = np.int64(load_scalar(I32, batch.query_start_loc + 4 * s + 4))
+        first, last = query_range(batch, s)
         if length == 0:
             continue
         position = length - (last - first)
@@ -109,15 +155,11 @@ def plan(batch, items):
             if split:
                 step = SPLIT_KEYS
             for start in range(low, high, step):
-                if count < len(items):
-                    items[count, 0] = s
-                    items[count, 1] = first
-                    items[count, 2] = position
-                    items[count, 3] = row
-                    items[count, 4] = rows
-                    items[count, 5] = start
-                    items[count, 6] = min(start + step, high)
-                    items[count, 7] = partials if split else -1
+                if count < capacity:
+                    partial = partials if split else -1
+                    item = Item(s, first, position, row, rows, start, min(start + step, high), partial)
+                    for field in range(len(item)):
+                        store_int(items + count * ITEM_BYTES + 8 * field, item[field])
                 count += 1
                 if split:
                     partials += 1
@@ -204,10 +246,10 @@ def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, parti
     if item.partial >= 0:
         index = (item.partial * batch.num_kv_heads + head) * ROWS + r
         inverse = np.float32(0.0)
-        partial_lse[index] = -INFINITY
+        store_float(partial_lse + 4 * index, -INFINITY)
         if total != 0.0:
             inverse = unit / total
-            partial_lse[index] = top + np.float32(math.log2(total))
+            store_float(partial_lse + 4 * index, top + np.float32(math.log2(total)))
         target = partials + index * size * 4
         for d in range(0, size, LANES):
             scaled = mul(load(F32, accumulated + 4 * d, LANES), splat(inverse, LANES))
@@ -248,7 +290,7 @@ def merge_row(dtype, batch, item, r, head, num_splits, partials, partial_lse):
     size = batch.head_size
     largest = -INFINITY
     for p in range(num_splits):
-        largest = max(largest, partial_lse[index + p * stride])
+        largest = max(largest, load_scalar(F32, partial_lse + 4 * (index + p * stride)))
     empty = largest == -INFINITY
     if empty:
         largest = np.float32(0.0)
@@ -256,19 +298,19 @@ def merge_row(dtype, batch, item, r, head, num_splits, partials, partial_lse):
         largest = max(largest, np.float32(load_scalar(F32, batch.sinks + 4 * h) * LOG2E))
     denominator = 0.0
     for p in range(num_splits):
-        denominator += 2.0 ** float(partial_lse[index + p * stride] - largest)
+        denominator += 2.0 ** float(load_scalar(F32, partial_lse + 4 * (index + p * stride)) - largest)
     if not empty and batch.sinks != 0:
         denominator += 2.0 ** (float(load_scalar(F32, batch.sinks + 4 * h)) * LOG2E - float(largest))
     inverse = 0.0 if empty else 1.0 / denominator
     for p in range(num_splits):
-        at = index + p * stride
-        partial_lse[at] = 2.0 ** float(partial_lse[at] - largest) * inverse
+        at = partial_lse + 4 * (index + p * stride)
+        store_float(at, np.float32(2.0 ** float(load_scalar(F32, at) - largest) * inverse))
     target = row_address(batch, item, r, head, batch.out, batch.out_token_stride, batch.out_head_stride)
     for d in range(0, size, LANES):
         total = splat(np.float32(0.0), LANES)
         for p in range(num_splits):
             at = index + p * stride
-            weight = splat(partial_lse[at], LANES)
+            weight = splat(load_scalar(F32, partial_lse + 4 * at), LANES)
             total = fma(load_head(F32, partials + 4 * (at * size + d), size - d), weight, total)
         store_head(dtype, target + batch.itemsize * d, total, size - d)
     if batch.lse != 0:

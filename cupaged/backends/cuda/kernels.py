@@ -85,6 +85,8 @@ class Kernels:
         copy_engine_bytes: runs of blocks from this size on are swapped by the copy engine.
     """
 
+    CHECKS_DATA = False
+
     def __init__(self, launcher: Launcher, copy_engine_bytes: int = COPY_ENGINE_BYTES) -> None:
         self._launcher = launcher
         self._copy_engine_bytes = copy_engine_bytes
