@@ -240,8 +240,10 @@ def _rotary_argument(call: Call) -> tuple[str | None, str]:
 def half_of(part: torch.Tensor, layout: str) -> torch.Tensor:
     """Return the ``[T, R / 2]`` that the operator takes of cosines or sines ``[1, T, ...]``."""
     if layout == HALVES:
-        return part[0, :, : part.shape[-1] // 2]
-    return part[0, :, ::2].contiguous() if layout == PAIRS else part[0]
+        half = part[0, :, : part.shape[-1] // 2]
+    else:
+        half = part[0, :, ::2] if layout == PAIRS else part[0]
+    return half if half.stride(-1) == 1 else half.contiguous()
 
 
 def _half(parts: tuple[torch.Tensor, torch.Tensor], layout: str) -> _Half:

@@ -36,7 +36,7 @@ class Report:
     def line(self) -> str:
         """Return a line for the log."""
         if self.undone is not None:
-            return f"the model runs unfused, as its fused logits were wrong: {self.undone}"
+            return f"the model runs unfused, as its logits were others when fused: {self.undone}"
         parts = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
         text = f"fused {parts} of {self.num_layers} layers"
         if self.left:

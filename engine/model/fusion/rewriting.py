@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .calls import Calls, recorded
-from .proof import Proof, difference
+from .proof import Proof
 from .recognition import Recognition
 from .replacements import FusedAttention, FusedLayer, FusedMLP, FusedNorm, Link, Replacement
 from .report import Report
@@ -57,7 +57,7 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
     try:
         _replace(recognition, fusion)
         fusion.bind()
-        problem = difference(proof.logits(), plain, bound)
+        problem = proof.difference(proof.logits(), plain, bound)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
