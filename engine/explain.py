@@ -11,7 +11,7 @@ from cupaged.device import choose_device
 
 from .config import DTYPES
 from .model.attention import ATTENTION_NAME, register_attention
-from .model.fusion import layer_operations
+from .model.fusion import fuse_model, layer_operations
 from .model.loader import load_model
 from .model.model_runner import ModelRunner
 from .model.progress import without_bars
@@ -67,10 +67,8 @@ def explain(model: str | None, dtype: str = "auto", device: str | None = None, t
     runner = ModelRunner(loaded)
     proof = runner.proof(_BLOCK_SIZE)
     before = layer_operations(loaded, proof)
-    fusion = runner.rewrite(_BLOCK_SIZE)
-    assert fusion is not None
+    report = fuse_model(loaded, proof).report
     after = layer_operations(loaded, proof)
-    report = fusion.report
     lines = [f"{type(loaded).__name__}, {len(before)} layers, {runner.kv_shape(_BLOCK_SIZE).dtype}, {chosen}"]
     if report.undone is None:
         lines += [f"fused: {count} {kind}" for kind, count in report.fused.items()] or ["fused: nothing"]

@@ -113,6 +113,8 @@ class ModelRunner:
             pack_linears(self._model)
             if fusion is not None:
                 fusion.bind()
+        elif fusion is not None:
+            torch.cuda.empty_cache()  # of the weights before they were merged
         return fusion
 
     @torch.inference_mode()

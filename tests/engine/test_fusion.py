@@ -66,14 +66,14 @@ def fused(model: torch.nn.Module):
 @pytest.mark.parametrize("model_type", FEW_OPERATIONS)
 def test_a_layer_takes_at_most_ten_operations_in_decode(model_type, seed):
     model = tiny(model_type, seed)
-    runner = ModelRunner(model)
-    proof = runner.proof(BLOCK_SIZE)
+    proof = ModelRunner(model).proof(BLOCK_SIZE)
     assert min(len(names) for names in layer_operations(model, proof)) > 25
-    runner.rewrite(BLOCK_SIZE)
+    fuse_model(model, proof)
     operations = layer_operations(model, proof)
     assert len(operations) == model.config.num_hidden_layers
     assert max(len(names) for names in operations) <= 10
     assert all(names.count("paged_attention") == 1 for names in operations)
+    assert all(sum("mm" in name.split("_") for name in names) == 4 for names in operations)
 
 
 TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()

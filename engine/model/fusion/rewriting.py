@@ -49,12 +49,12 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
         proof: compares its logits, before it is changed and afterwards.
     """
     recognition = Recognition(model, proof.attending)
-    calls: Calls = {}
-    plain = proof.logits(recorded(model, calls))
-    bound = proof.bound(plain)
-    recognition.recognise(calls)
     fusion = Fusion(recognition.report)
+    calls: Calls = {}
     try:
+        plain = proof.logits(recorded(model, calls))
+        bound = proof.bound(plain)
+        recognition.recognise(calls)
         _replace(recognition, fusion)
         fusion.bind()
         problem = proof.difference(proof.logits(), plain, bound)
