@@ -81,6 +81,14 @@ def order(kind: np.dtype) -> list[int]:
     return list(range(count))
 
 
+def widen_pairs(builder: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
+    """Convert pairs of bfloat16, given as 32-bit words, to float32: the first of each pair, the second."""
+    floats, lanes = low.vector(F32, words.type.count), words.type.count
+    first = builder.shl(words, _integers(I32, lanes, 16))
+    second = builder.and_(words, _integers(I32, lanes, 0xFFFF0000))
+    return [builder.bitcast(halves, floats) for halves in (first, second)]
+
+
 def widen(builder: ir.IRBuilder, dtype: types.DType, register: ir.Value) -> list[ir.Value]:
     """Convert a register of elements, given as 32-bit words, to float32 vectors in the order of `order`.
 
@@ -90,9 +98,7 @@ def widen(builder: ir.IRBuilder, dtype: types.DType, register: ir.Value) -> list
     if kind == np.float32:
         return [builder.bitcast(register, floats)]
     if kind == BFLOAT16:
-        even = builder.shl(register, _integers(I32, NATIVE, 16))
-        odd = builder.and_(register, _integers(I32, NATIVE, 0xFFFF0000))
-        return [builder.bitcast(words, floats) for words in (even, odd)]
+        return widen_pairs(builder, register)
     if kind == INT8:
         tops = [builder.shl(register, _integers(I32, NATIVE, 24 - 8 * i)) for i in range(4)]
         return [builder.sitofp(builder.ashr(top, _integers(I32, NATIVE, 24)), floats) for top in tops]

@@ -23,6 +23,8 @@ def _has(feature: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
+BFLOAT16_PRODUCTS = _has("avx512bf16")
+HAS_FMA = _has("fma")
 NATIVE = 16 if _has("avx512f") else 8  # float32 lanes of a machine register
 
 
