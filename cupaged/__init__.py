@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .backends.cuda.raw import raw_kernel
+    from .fused import act_and_mul, rms_norm, rope_and_cache
     from .ops import (
         copy_blocks,
         merge_attention_states,
@@ -26,22 +27,27 @@ if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "en
 
 __all__ = [
     "__version__",
+    "act_and_mul",
     "copy_blocks",
     "merge_attention_states",
     "paged_attention",
     "raw_kernel",
     "reshape_and_cache",
+    "rms_norm",
+    "rope_and_cache",
     "swap_blocks",
 ]
 
 
 def __getattr__(name: str):  # imports torch at the first use of a function
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "raw_kernel":
         from .backends.cuda import raw as module
-    elif name in __all__:
-        from . import ops as module  # type: ignore[no-redef]
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import fused, ops
+
+        module = fused if hasattr(fused, name) else ops
     globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
     return function
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import cache
 from numbers import Integral, Real
 
 import torch
 
 from .dlpack import Array, as_tensor
+from .layout import once_per_layout
 from .quantisation import LARGEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,42 +25,12 @@ CASTS = {torch.int32: "int", torch.int64: "long"}  # tensor methods that cast to
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
 SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU flushes smaller numbers to 0; so for the reciprocal
-LAYOUTS = 1024  # maximum number of layouts remembered per check
 
 
 @cache
 def device_checks_enabled() -> bool:
     """Return whether ``CUPAGED_CHECK=1`` asks to check ids and scales on the GPU, which synchronises."""
     return os.environ.get("CUPAGED_CHECK", "") not in ("", "0")
-
-
-class Layout:
-    """Stand for the shapes, strides, dtypes and devices of a call's tensors: one object per combination."""
-
-    passed = False  # True once the check has passed
-
-
-def once_per_layout(check: Callable[..., None]) -> Callable[..., Layout]:
-    """Return a version of ``check`` that runs once per layout of its tensors and returns that `Layout`.
-
-    The layout serves as a cache key for whatever shapes, strides, dtypes and devices determine. Not for fake
-    tensors, whose sizes may be symbols.
-    """
-
-    @lru_cache(LAYOUTS)
-    def layout_of(*described: object) -> Layout:
-        return Layout()
-
-    def checked(*tensors: torch.Tensor | None) -> Layout:
-        layout = layout_of(
-            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        )
-        if not layout.passed:
-            check(*tensors)
-            layout.passed = True
-        return layout
-
-    return checked
 
 
 def tensor(
@@ -269,13 +240,13 @@ def attention_settings(
     shared_prefix: bool,
 ) -> None:
     """Check the arguments of `paged_attention` that are not tensors."""
-    if scale is not None and not _is_finite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")
     if sliding_window is not None and (not _is_integer(sliding_window) or sliding_window < 1):
         raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {sliding_window!r}")
-    if logits_soft_cap is not None and (not _is_finite(logits_soft_cap) or logits_soft_cap <= 0):
+    if logits_soft_cap is not None and (not is_finite(logits_soft_cap) or logits_soft_cap <= 0):
         raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
     if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
         raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
@@ -289,7 +260,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     if type(value) is float:  # isinstance of an abstract class is slow
         return -math.inf < value < math.inf
     is_number = isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)

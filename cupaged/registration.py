@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import _profiler_enabled
 
-from . import backends, checks
+from . import backends, checks, fused_checks
 from .params import AttentionParams
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
@@ -25,6 +28,12 @@ _SCHEMAS = (
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
+    "rms_norm(Tensor input, Tensor weight, float epsilon, float weight_offset, Tensor(a!)? residual, "
+    "Tensor? input_weight, Tensor(b!) out) -> ()",
+    "act_and_mul(Tensor input, str activation, Tensor(a!) out) -> ()",
+    "rope_and_cache(Tensor(a!) query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
+    "Tensor(b!) kv_cache, Tensor slot_mapping, bool interleaved, Tensor? query_weight, Tensor? key_weight, "
+    "float epsilon, float weight_offset, Tensor? k_scale, Tensor? v_scale) -> ()",
 )
 
 
@@ -34,8 +43,10 @@ def _reads_data(tensor: torch.Tensor) -> bool:
 
 
 def _backend(tensor: torch.Tensor) -> backends.Backend:
-    # `is_cuda` is faster than `device.type`.
-    return backends.for_device("cuda" if tensor.is_cuda else tensor.device.type)
+    # `is_cuda` and `is_cpu` are faster than `device.type`.
+    if tensor.is_cuda:
+        return backends.for_device("cuda")
+    return backends.for_device("cpu" if tensor.is_cpu else tensor.device.type)
 
 
 def _reshape_and_cache(
@@ -160,6 +171,107 @@ def _swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tens
         backends.for_device(device_type).swap_blocks(src, dst, block_mapping)
 
 
+def _rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    layout = fused_checks.rms_norm_once(input, weight, residual, input_weight, out)
+    if input.numel():
+        _backend(input).rms_norm(input, weight, epsilon, weight_offset, residual, input_weight, out, layout)
+
+
+def _fake_rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    fused_checks.rms_norm(input, weight, residual, input_weight, out)
+
+
+def _act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    layout = fused_checks.act_and_mul_once(input, activation, out)
+    if input.numel():
+        _backend(input).act_and_mul(input, activation, out, layout)
+
+
+def _fake_act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    fused_checks.act_and_mul(input, out)
+
+
+def _rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    layout = fused_checks.rope_and_cache_once(
+        query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
+    )
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
+        checks.slots(slot_mapping, kv_cache)
+        checks.scale_values("k_scale", k_scale)
+        checks.scale_values("v_scale", v_scale)
+    if slot_mapping.numel():
+        backend.rope_and_cache(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            kv_cache,
+            slot_mapping,
+            interleaved,
+            query_weight,
+            key_weight,
+            epsilon,
+            weight_offset,
+            k_scale,
+            v_scale,
+            layout,
+        )
+
+
+def _fake_rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    fused_checks.rope_and_cache(
+        query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
+    )
+
+
 def _fake_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(outs[0]), torch.empty_like(lses[0])
 
@@ -174,6 +286,9 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "merge_attention_states": (_merge_attention_states, _fake_merge),
     "copy_blocks": (_copy_blocks, _fake_mutation),
     "swap_blocks": (_swap_blocks, _fake_mutation),
+    "rms_norm": (_rms_norm, _fake_rms_norm),
+    "act_and_mul": (_act_and_mul, _fake_act_and_mul),
+    "rope_and_cache": (_rope_and_cache, _fake_rope_and_cache),
 }
 
 for _schema in _SCHEMAS:
@@ -183,19 +298,9 @@ for _schema in _SCHEMAS:
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cupaged::{_name}", _fake, lib=_LIBRARY)
 
-# Each is true where something observes or replaces operators, which then have to go through the dispatcher.
-_OBSERVERS: tuple[Callable[[], Any], ...] = (
-    torch.compiler.is_compiling,
-    torch.is_grad_enabled,
-    torch.jit.is_tracing,
-    torch._C._len_torch_dispatch_stack,  # TorchDispatchMode, make_fx, FakeTensorMode
-    torch._C._len_torch_function_stack,  # TorchFunctionMode
-    torch._C._functorch.peek_interpreter_stack,  # vmap and other transforms
-    torch.autograd._profiler_enabled,
-)
 # Types of arguments with which an implementation can be called directly: no fake tensor or other subclass of
 # Tensor, no symbol for a number.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -209,7 +314,14 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _needs_dispatcher(arguments: tuple[Any, ...]) -> bool:
-    for is_observed in _OBSERVERS:  # any() would make a generator
-        if is_observed():
-            return True
-    return not _PLAIN.issuperset(map(type, arguments))
+    """Return whether something may observe or replace operators, which then go through the dispatcher."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _len_torch_dispatch_stack() > 0  # TorchDispatchMode, make_fx, FakeTensorMode
+        or _len_torch_function_stack() > 0  # TorchFunctionMode
+        or peek_interpreter_stack() is not None  # vmap and other transforms
+        or _profiler_enabled()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )

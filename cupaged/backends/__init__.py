@@ -59,6 +59,41 @@ class Backend(Protocol):
 
     def swap_blocks(self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None: ...
 
+    def rms_norm(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        weight_offset: float,
+        residual: torch.Tensor | None,
+        input_weight: torch.Tensor | None,
+        out: torch.Tensor,
+        layout: Hashable,
+    ) -> None: ...
+
+    def act_and_mul(
+        self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable
+    ) -> None: ...
+
+    def rope_and_cache(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        interleaved: bool,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        epsilon: float,
+        weight_offset: float,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        layout: Hashable,
+    ) -> None: ...
+
 
 @cache
 def for_device(device_type: str) -> Backend:

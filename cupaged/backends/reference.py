@@ -177,3 +177,82 @@ def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
 def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
     for source, target in block_mapping.tolist():
         dst[target].copy_(src[source], non_blocking=True)
+
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, epsilon: float, weight_offset: float) -> torch.Tensor:
+    """Return the RMS norm of x over its last dimension, in x's dtype."""
+    rms = (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+    return x / rms * (weight_offset + weight.to(x.dtype))
+
+
+@torch.no_grad()
+def rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Hashable = None,
+) -> None:
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    if input_weight is not None:
+        x = normalise(x, input_weight, epsilon, weight_offset)
+    if residual is not None:
+        residual.copy_(residual.to(x.dtype) + x)
+        x = residual.to(x.dtype)
+    out.copy_(normalise(x, weight, epsilon, weight_offset))
+
+
+def activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return an activation of `act_and_mul`, in gate's dtype."""
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+@torch.no_grad()
+def act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable = None) -> None:
+    gate, up = input.to(torch.promote_types(input.dtype, torch.float32)).chunk(2, dim=-1)
+    out.copy_(activate(gate, activation) * up)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Return heads [T, H, D] whose first 2 * cos.shape[1] dimensions are rotated, in x's dtype."""
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    rotated, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    pairs = rotated.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1 if interleaved else -2)
+    return torch.cat((turned.flatten(-2), rest), dim=-1)
+
+
+@torch.no_grad()
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    layout: Hashable = None,
+) -> None:
+    turned = []
+    for x, weight in ((query, query_weight), (key, key_weight)):
+        heads = x.to(torch.promote_types(x.dtype, torch.float32))
+        if weight is not None:
+            heads = normalise(heads, weight, epsilon, weight_offset)
+        if cos is not None and sin is not None:
+            heads = rotate(heads, cos, sin, interleaved)
+        turned.append(heads.to(x.dtype))
+    query.copy_(turned[0])
+    reshape_and_cache(turned[1], value, kv_cache, slot_mapping, k_scale, v_scale)

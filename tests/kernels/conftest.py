@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cupaged import backends
+from cupaged.backends.cuda.kernels import Kernels
 
 BACKENDS = ("reference", "cpu", "cuda_host", "cuda")
 HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
@@ -23,6 +24,9 @@ def pytest_generate_tests(metafunc):
         names = metafunc.config.getoption("--backend") or [n for n in BACKENDS if n != "cuda" or HAS_GPU]
         if metafunc.definition.get_closest_marker("cuda_kernels"):
             names = [name for name in names if "cuda" in name]
+        operator = metafunc.definition.get_closest_marker("operator")
+        if operator and not hasattr(Kernels, operator.args[0]):
+            names = [name for name in names if "cuda" not in name]
         metafunc.parametrize("backend", names, indirect=True)
 
 

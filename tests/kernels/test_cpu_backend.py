@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import re
@@ -14,10 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import cupaged
 from benchmarks.cases import draw
 from cupaged import checks
 from cupaged.backends.cpu import backend as cpu
 from cupaged.backends.cpu import ir, launch
+from cupaged.fused_checks import ACTIVATIONS
+from cupaged.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +59,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
             out,
             None,
             problem.params(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -98,6 +103,7 @@ def test_without_an_openmp_library_a_pool_of_threads_does_the_work(seed, monkeyp
             out,
             None,
             problem.params(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -139,7 +145,7 @@ def test_what_the_kernel_refuses_is_what_the_check_refuses(seed, mode):
         params = cpu.AttentionParams(scale=1.0, sliding_window=window)
         refusal = nullcontext() if expected is None else pytest.raises(ValueError, match=re.escape(expected))
         with refusal:
-            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params)
+            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params, Layout())
         assert expected is None or out.isnan().all()  # nothing was written
 
 
@@ -153,8 +159,25 @@ def test_bfloat16_is_rounded_to_nearest_even():
     query, out = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.empty(1, 1, 8, dtype=torch.bfloat16)
     params = cpu.AttentionParams(scale=1.0)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    cpu.paged_attention(query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params)
+    cpu.paged_attention(
+        query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params, Layout()
+    )
     assert torch.equal(out[0, 0], ((low.float() + high.float()) / 2).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_accurate_where_they_vanish(activation):
+    """To some units in the last place of the result, where 1 + erf or 1 + tanh would have no digit left."""
+    gate = torch.linspace(-6.0, 9.0, 20001)
+    out = cupaged.act_and_mul(torch.stack([gate, torch.ones_like(gate)], 1), activation=activation)
+    x = gate.double()
+    exact = {
+        "silu": x * torch.sigmoid(x),
+        "gelu": x * torch.special.erfc(-x / math.sqrt(2)) / 2,
+        "gelu_tanh": x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    }[activation]
+    error = (out[:, 0].double() - exact).abs() / exact.abs().clamp(min=1e-30)
+    assert error.max() < 4e-6
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
@@ -176,16 +199,23 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 @pytest.mark.matrix  # the kernels are compiled again, for that CPU
 @pytest.mark.parametrize(
-    "which", ["test_decode and 80 and bfloat16", "test_quantised_cache and decode and float32 and e4m3"]
+    ("file", "which"),
+    [
+        ("test_attention.py", "test_decode and 80 and bfloat16"),
+        ("test_attention.py", "test_quantised_cache and decode and float32 and e4m3"),
+        ("test_norm.py", "bfloat16"),
+        ("test_activation.py", "bfloat16"),
+        ("test_rope.py", "test_rope_and_cache and bfloat16 and None"),
+    ],
 )
-def test_results_are_right_on_a_cpu_with_narrower_registers(which):
+def test_results_are_right_on_a_cpu_with_narrower_registers(file, which):
     if ir.NATIVE != 16:
         pytest.skip("this CPU has no AVX-512: every other test is this one")
     features = ",".join(
         f"+{f}" for f in ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "lzcnt", "sse4.2")
     )
     environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "tests/kernels/test_attention.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"tests/kernels/{file}"]
     command += ["--backend", "cpu", "-k", which]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -159,13 +160,35 @@ OPS = {
         "dst": torch.randn(5, 2, 2, 8, 32),
         "block_mapping": torch.tensor([[0, 1]]),
     },
+    cupaged.rms_norm: {
+        "input": torch.randn(3, 20),
+        "weight": torch.randn(20),
+        "residual": torch.randn(3, 20),
+        "input_weight": torch.randn(20),
+    },
+    partial(cupaged.act_and_mul, activation="gelu"): {"input": torch.randn(3, 20)},
+    cupaged.rope_and_cache: {
+        "query": torch.randn(3, 4, 32),
+        "key": torch.randn(3, 2, 32),
+        "value": torch.randn(3, 2, 32),
+        "cos": torch.rand(3, 8),
+        "sin": torch.rand(3, 8),
+        "kv_cache": torch.randn(5, 2, 2, 8, 32),
+        "slot_mapping": torch.arange(3),
+        "query_weight": torch.rand(32),
+        "key_weight": torch.rand(32),
+    },
 }
 
 
-@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+def name_of(function) -> str:
+    return getattr(function, "func", function).__name__
+
+
+@pytest.mark.parametrize("function", OPS, ids=name_of)
 def test_what_is_no_tensor_or_of_no_fitting_shape_is_named(function):
     """Every tensor argument of every function in turn."""
-    optional = ("query_start_loc",)
+    optional = ("query_start_loc", "residual", "input_weight")
     function(**OPS[function])
     for name in OPS[function]:
         bad = [
@@ -368,22 +391,32 @@ def read_only(array: np.ndarray) -> np.ndarray:
 
 def test_read_only_arrays_are_read_and_not_written():
     written = {
-        cupaged.reshape_and_cache: "kv_cache",
-        cupaged.copy_blocks: "kv_cache",
-        cupaged.swap_blocks: "dst",
+        cupaged.reshape_and_cache: ["kv_cache"],
+        cupaged.copy_blocks: ["kv_cache"],
+        cupaged.swap_blocks: ["dst"],
+        cupaged.rms_norm: ["residual"],
+        cupaged.rope_and_cache: ["query", "kv_cache"],
     }
-    for function, name in written.items():
+    for function, names in written.items():
         arrays = {key: read_only(value.numpy()) for key, value in OPS[function].items()}
-        with pytest.raises(ValueError, match=f"{name} is written, but the ndarray is read-only; pass a copy"):
-            function(**arrays)
-        function(**{**arrays, name: OPS[function][name].numpy().copy()})
+        writable = {name: OPS[function][name].numpy().copy() for name in names}
+        for name in names:
+            others = {key: value for key, value in writable.items() if key != name}
+            with pytest.raises(ValueError, match=f"{name} is written, but the ndarray is read-only; pass a"):
+                function(**{**arrays, **others})
+        function(**{**arrays, **writable})
     b = {name: read_only(value.numpy()) for name, value in batch().items()}
     cupaged.paged_attention(**b)
-    with pytest.raises(ValueError, match="out is written"):
-        cupaged.paged_attention(**b, out=read_only(b["query"]))
+    for function, arguments, out in (
+        (cupaged.paged_attention, b, b["query"]),
+        (cupaged.rms_norm, OPS[cupaged.rms_norm], np.zeros((3, 20), np.float32)),
+        (partial(cupaged.act_and_mul, activation="silu"), {"input": b["query"][0]}, np.zeros((4, 16))),
+    ):
+        with pytest.raises(ValueError, match="out is written"):
+            function(**arguments, out=read_only(out))
 
 
-@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", OPS, ids=name_of)
 def test_arrays_that_dlpack_cannot_pass_are_named(function):
     class Broken:
         def __dlpack__(self, **_):

@@ -24,7 +24,8 @@ from cupaged.engine import EngineConfig
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERATORS = (ROOT / "docs" / "operators.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + OPERATORS, re.DOTALL)
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [
     *GUIDES,
@@ -245,7 +246,8 @@ def test_commands_have_the_targets_and_flags_they_are_given(document):
     assert not set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) - targets
     flags = {option for action in serve.parser()._actions for option in action.option_strings}
     for module, rest in re.findall(r"python (-m [\w.]+|benchmarks/\w+\.py)([^`\n]*)", text):
-        file = ROOT / (module[3:].replace(".", "/") + ".py" if module.startswith("-m") else module)
+        name = module[3:].replace(".", "/").replace("cupaged/engine/", "engine/") + ".py"
+        file = ROOT / (name if module.startswith("-m") else module)
         assert file.is_file(), module
         known = flags if file.name == "serve.py" else set(re.findall(r"\"(--[\w-]+)\"", file.read_text()))
         if file.name == "compile.py":  # whose command line is the backend's

@@ -150,11 +150,14 @@ def test_public_names():
     """A change here is a change for users: say so in the CHANGELOG."""
     assert sorted(cupaged.__all__) == [
         "__version__",
+        "act_and_mul",
         "copy_blocks",
         "merge_attention_states",
         "paged_attention",
         "raw_kernel",
         "reshape_and_cache",
+        "rms_norm",
+        "rope_and_cache",
         "swap_blocks",
     ]
     for name in cupaged.__all__:

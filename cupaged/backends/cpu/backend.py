@@ -6,17 +6,17 @@ the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from ... import checks
+from ...layout import Layout
 from ...params import AttentionParams
-from . import attention, formats, launch, memory, team, work
+from . import activation, attention, formats, launch, memory, norm, rope, team, work
 
 CHECKS_DATA = True  # the kernels check ids and scales themselves
 
@@ -41,6 +41,19 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# Most operators are called in every layer, with little to do for one token. What the layout of the tensors
+# determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
+
+
+def _keep(
+    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    """Keep a kernel and the last of its arguments, which are given by name; return both."""
+    names = arguments._fields[-len(fixed) :]
+    layout.prepared = kernel, tuple(fixed[name] for name in names)
+    return layout.prepared
+
+
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -50,54 +63,72 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     params: AttentionParams,
-    layout: Hashable = None,
+    layout: Layout,
 ) -> None:
-    num_tokens, num_heads, head_size = query.shape
-    _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    query_size, size = query.element_size(), kv_cache.element_size()
+    kernel, fixed = layout.prepared or _prepare_attention(
+        query, kv_cache, block_tables, seq_lens, out, layout
+    )
     # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
-    q_scale, cap = params.scale * math.log2(math.e), 0.0
-    if params.logits_soft_cap is not None:
-        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
-    batch = work.Batch(
-        query=query.data_ptr(),
-        query_token_stride=query.stride(0) * query_size,
-        query_head_stride=query.stride(1) * query_size,
-        out=out.data_ptr(),
-        out_token_stride=out.stride(0) * query_size,
-        out_head_stride=out.stride(1) * query_size,
-        lse=_address(lse),
-        cache=kv_cache.data_ptr(),
+    if params.logits_soft_cap is None:
+        factors = params.scale * work.LOG2E, 0.0
+    else:
+        factors = params.scale / params.logits_soft_cap, params.logits_soft_cap * work.LOG2E
+    arguments = (
+        query.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        kv_cache.data_ptr(),
+        block_tables.data_ptr(),
+        seq_lens.data_ptr(),
+        0 if query_start_loc is None else query_start_loc.data_ptr(),
+        0 if params.alibi_slopes is None else params.alibi_slopes.data_ptr(),
+        0 if params.sinks is None else params.sinks.data_ptr(),
+        0 if params.k_scale is None else params.k_scale.data_ptr(),
+        0 if params.v_scale is None else params.v_scale.data_ptr(),
+        params.causal,
+        params.sliding_window or 0,
+        *factors,
+        *fixed,
+    )
+    if kernel(arguments) == team.INVALID:
+        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
+        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
+
+
+def _prepare_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    num_tokens, num_heads, head_size = query.shape
+    num_blocks, _, num_kv_heads, block_size, _ = kv_cache.shape
+    itemsize, size = query.element_size(), kv_cache.element_size()
+    return _keep(
+        layout,
+        _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        work.Batch,
+        query_token_stride=query.stride(0) * itemsize,
+        query_head_stride=query.stride(1) * itemsize,
+        out_token_stride=out.stride(0) * itemsize,
+        out_head_stride=out.stride(1) * itemsize,
         block_stride=kv_cache.stride(0) * size,
         value_offset=num_kv_heads * block_size * head_size * size,
         kv_head_stride=block_size * head_size * size,
         row_bytes=head_size * size,
-        block_tables=block_tables.data_ptr(),
         table_stride=block_tables.stride(0) * 4,
-        seq_lens=seq_lens.data_ptr(),
-        query_start_loc=_address(query_start_loc),
-        alibi_slopes=_address(params.alibi_slopes),
-        sinks=_address(params.sinks),
-        k_scale=_address(params.k_scale),
-        v_scale=_address(params.v_scale),
         num_seqs=seq_lens.shape[0],
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        itemsize=query_size,
+        itemsize=itemsize,
         block_size=block_size,
-        num_blocks=kv_cache.shape[0],
+        num_blocks=num_blocks,
         table_width=block_tables.shape[1],
-        causal=int(params.causal),
-        window=params.sliding_window or 0,
-        q_scale=q_scale,
-        cap=cap,
     )
-    kernel = _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype])
-    if kernel(batch) == team.INVALID:
-        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
-        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
 
 
 def reshape_and_cache(
@@ -137,10 +168,19 @@ def reshape_and_cache(
     )
     dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
     if _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes)(tokens) == team.INVALID:
-        checks.slots(slot_mapping, kv_cache)
-        checks.scale_values("k_scale", k_scale)
-        checks.scale_values("v_scale", v_scale)
-        raise ValueError("slot_mapping, k_scale or v_scale changed while they were used")
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _raise_for_cache_write(
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> NoReturn:
+    checks.slots(slot_mapping, kv_cache)
+    checks.scale_values("k_scale", k_scale)
+    checks.scale_values("v_scale", v_scale)
+    raise ValueError("slot_mapping, k_scale or v_scale changed while they were used")
 
 
 def merge_attention_states(
@@ -176,3 +216,152 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
         count=block_mapping.shape[0],
     )
     _kernel(memory.build_move_blocks, memory.Blocks)(blocks)
+
+
+def rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    weight_offset: float,
+    residual: torch.Tensor | None,
+    input_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Layout,
+) -> None:
+    kernel, fixed = layout.prepared or _prepare_norm(input, weight, residual, out, layout)
+    addresses = (
+        input.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        0 if input_weight is None else input_weight.data_ptr(),
+    )
+    kernel((*addresses, epsilon, weight_offset, *fixed))
+
+
+def _prepare_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    num_rows, size = input.shape
+    itemsize = input.element_size()
+    return _keep(
+        layout,
+        _kernel(norm.build, norm.Norm, _DTYPES[input.dtype]),
+        norm.Norm,
+        input_stride=input.stride(0) * itemsize,
+        residual_stride=0 if residual is None else residual.stride(0) * itemsize,
+        out_stride=out.stride(0) * itemsize,
+        num_rows=num_rows,
+        size=size,
+        itemsize=itemsize,
+        weight_itemsize=weight.element_size(),
+    )
+
+
+def act_and_mul(input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout) -> None:
+    kernel, fixed = layout.prepared or _prepare_activation(input, activation_name, out, layout)
+    kernel((input.data_ptr(), out.data_ptr(), *fixed))
+
+
+def _prepare_activation(
+    input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    itemsize = input.element_size()
+    return _keep(
+        layout,
+        _kernel(activation.build, activation.Gated, _DTYPES[input.dtype]),
+        activation.Gated,
+        input_stride=input.stride(0) * itemsize,
+        out_stride=out.stride(0) * itemsize,
+        num_rows=out.shape[0],
+        size=out.shape[1],
+        itemsize=itemsize,
+        activation=activation.ACTIVATIONS.index(activation_name),
+    )
+
+
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    interleaved: bool,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    epsilon: float,
+    weight_offset: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    layout: Layout,
+) -> None:
+    kernel, fixed = layout.prepared or _prepare_rope(
+        query, key, value, cos, sin, kv_cache, query_weight, layout
+    )
+    addresses = (
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        kv_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        0 if query_weight is None else query_weight.data_ptr(),
+        0 if key_weight is None else key_weight.data_ptr(),
+        0 if k_scale is None else k_scale.data_ptr(),
+        0 if v_scale is None else v_scale.data_ptr(),
+    )
+    if kernel((*addresses, interleaved, epsilon, weight_offset, *fixed)) == team.INVALID:
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _prepare_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    num_tokens, num_heads, head_size = query.shape
+    _, _, num_kv_heads, block_size, _ = kv_cache.shape
+    itemsize, kv_itemsize = query.element_size(), kv_cache.element_size()
+    cos_itemsize = 0 if cos is None else cos.element_size()
+    return _keep(
+        layout,
+        _kernel(rope.build, rope.Rotation, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        rope.Rotation,
+        query_token_stride=query.stride(0) * itemsize,
+        query_head_stride=query.stride(1) * itemsize,
+        key_token_stride=key.stride(0) * itemsize,
+        key_head_stride=key.stride(1) * itemsize,
+        value_token_stride=value.stride(0) * itemsize,
+        value_head_stride=value.stride(1) * itemsize,
+        block_stride=kv_cache.stride(0) * kv_itemsize,
+        value_offset=num_kv_heads * block_size * head_size * kv_itemsize,
+        kv_head_stride=block_size * head_size * kv_itemsize,
+        row_bytes=head_size * kv_itemsize,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_slots=kv_cache.shape[0] * block_size,
+        block_size=block_size,
+        head_size=head_size,
+        itemsize=itemsize,
+        kv_itemsize=kv_itemsize,
+        cos_stride=0 if cos is None else cos.stride(0) * cos_itemsize,
+        sin_stride=0 if sin is None else sin.stride(0) * cos_itemsize,
+        cos_itemsize=cos_itemsize,
+        num_pairs=0 if cos is None else cos.shape[1],
+        weight_itemsize=0 if query_weight is None else query_weight.element_size(),
+        smallest_scale=checks.SCALE_RANGE[0],
+        largest_scale=checks.SCALE_RANGE[1],
+    )

@@ -67,7 +67,7 @@ class States(NamedTuple):
 
 
 @inner
-def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
+def quantise_row(dtype, kv_dtype, tokens, source, target, scale):
     reciprocal = splat(np.float32(1.0) / load_scalar(F32, scale), LANES)
     for d in range(0, tokens.head_size, LANES):
         row = load(dtype, source + tokens.itemsize * d, LANES)
@@ -76,17 +76,17 @@ def _quantise_row(dtype, kv_dtype, tokens, source, target, scale):
 
 @inner
 def _quantise_token(dtype, kv_dtype, tokens, token):
-    target, key, value = _addresses(tokens, token)
+    target, key, value = addresses(tokens, token)
     for head in range(tokens.num_kv_heads if target != 0 else 0):
-        _quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
-        _quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
+        quantise_row(dtype, kv_dtype, tokens, key, target, tokens.k_scale + 4 * head)
+        quantise_row(dtype, kv_dtype, tokens, value, target + tokens.value_offset, tokens.v_scale + 4 * head)
         target += tokens.kv_head_stride
         key += tokens.key_head_stride
         value += tokens.value_head_stride
 
 
 @inner
-def _addresses(tokens, token):
+def addresses(tokens, token):
     """Return the addresses of a token's first row in the cache (0: skip it), in `key` and in `value`."""
     slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
     key = tokens.key + token * tokens.key_token_stride
@@ -100,7 +100,7 @@ def _addresses(tokens, token):
 
 @inner
 def _write_token(tokens, token):
-    target, key, value = _addresses(tokens, token)
+    target, key, value = addresses(tokens, token)
     for _ in range(tokens.num_kv_heads if target != 0 else 0):
         copy_bytes(target, key, tokens.row_bytes)
         copy_bytes(target + tokens.value_offset, value, tokens.row_bytes)
@@ -110,7 +110,7 @@ def _write_token(tokens, token):
 
 
 @inner
-def _are_valid(tokens):
+def are_valid(tokens):
     """Return whether slots and scales are in their ranges, as `checks.slots` and `scale_values` check."""
     for token in range(tokens.num_tokens):
         slot = load_scalar(I64, tokens.slot_mapping + 8 * token)
@@ -131,7 +131,7 @@ def build_reshape_and_cache(dtype, kv_dtype):
     def reshape_and_cache(address):
         arguments = address + HEADER_BYTES
         tokens = read(Tokens, arguments)
-        if not _are_valid(tokens):
+        if not are_valid(tokens):
             return INVALID
         num_bytes = tokens.num_tokens * tokens.num_kv_heads * tokens.row_bytes
         if is_quantised:
