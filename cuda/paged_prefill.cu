@@ -117,9 +117,12 @@ __device__ __forceinline__ void unpack_chunk(const uint4* rows, int row, int chu
 }
 
 // Put the tile's query rows into shared memory.
+template <bool kAligned>
 __device__ __forceinline__ void load_query(const PrefillArguments& args, const PrefillTile& tile,
-                                           bool aligned, uint4* target) {
+                                           uint4* target) {
+    constexpr int kLoadsAtOnce = kAligned ? 4 : 1;
     const int heads = tile.num_heads;
+#pragma unroll kLoadsAtOnce
     for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
         const int row = i / kChunks;
         const int chunk = i % kChunks;
@@ -128,7 +131,7 @@ __device__ __forceinline__ void load_query(const PrefillArguments& args, const P
             raw = load_vec(args.query + (tile.first_token + row / heads) * args.query_token_stride +
                                (tile.first_head + row % heads) * args.query_head_stride +
                                chunk * kVec,
-                           aligned);
+                           kAligned);
         target[row * kRowChunks + chunk] = raw;
     }
 }
@@ -142,6 +145,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     float* __restrict__ const lse = args.lse;
     int* __restrict__ const workspace = args.workspace;
     float* __restrict__ const partials = args.partials;
+    // Read at the start: where the loops read them, ptxas spills at 112 and 120 elements.
+    const int num_heads = args.num_heads, num_kv_heads = args.num_kv_heads;
+    const int max_splits = args.max_splits, window = args.window, causal = args.causal;
+    const float query_scale = args.query_scale, soft_cap_log2 = args.soft_cap_log2;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
     __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
@@ -152,10 +159,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int ty = threadIdx.x / kThreadsX;
     const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
     const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs, args.num_tokens,
-                              args.window, 0, args.max_splits, kMultiToken},
+                              window, 0, max_splits, kMultiToken},
                              kTileRows / args.tile_heads,
-                             args.num_heads,
-                             args.num_kv_heads,
+                             num_heads,
+                             num_kv_heads,
                              args.tile_heads,
                              l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
@@ -167,11 +174,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int heads = tile.num_heads;
         const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
 
-        // Apart, so that each is unrolled: as one loop it costs registers, and ptxas spills.
+        // Apart: one loop that tests the alignment costs registers, and ptxas spills.
         if (args.query_aligned)
-            load_query(args, tile, true, shared_query);
+            load_query<true>(args, tile, shared_query);
         else
-            load_query(args, tile, false, shared_query);
+            load_query<false>(args, tile, shared_query);
 
         // This thread's rows.
         int position[kThreadRows];
@@ -192,13 +199,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 for (int e = 0; e < kVec; ++e) acc[i][k][e] = 0.0f;
         }
 
-        const int key_end = tile.end(args.causal);
-        const int key_begin = tile.begin(args.window);
-        const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, args.num_kv_heads,
+        const int key_end = tile.end(causal);
+        const int key_begin = tile.begin(window);
+        const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, num_kv_heads,
                                               args.block_shift, kHeadSize};
         const int* const table = args.block_tables + tile.sequence * args.table_stride;
         const int64 to_value = cache.value_offset();
-        const float logit_factor = args.query_scale * unpacked_factor(args.k_scale, kv_head);
+        const float logit_factor = query_scale * unpacked_factor(args.k_scale, kv_head);
         const float value_factor = unpacked_factor(args.v_scale, kv_head);
 
         if (key_begin < key_end) {
@@ -243,12 +250,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                 for (int j = 0; j < kThreadKeys; ++j) score[i][j] *= logit_factor;
-            if (args.soft_cap_log2 > 0.0f) {
+            if (soft_cap_log2 > 0.0f) {
 #pragma unroll
                 for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
                     for (int j = 0; j < kThreadKeys; ++j)
-                        score[i][j] = args.soft_cap_log2 * tanh_by_exp2(score[i][j]);
+                        score[i][j] = soft_cap_log2 * tanh_by_exp2(score[i][j]);
             }
             float* const prob = reinterpret_cast<float*>(shared_prob);
 #pragma unroll
@@ -259,8 +266,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     const int key = begin + tx + j * kThreadsX;
                     const int distance = key - position[i];
                     const float s = score[i][j] + slope_log2[i] * static_cast<float>(distance);
-                    const bool visible = key < key_end && (!args.causal || distance <= 0) &&
-                                         (args.window <= 0 || -distance < args.window);
+                    const bool visible = key < key_end && (!causal || distance <= 0) &&
+                                         (window <= 0 || -distance < window);
                     score[i][j] = visible ? s : negative_infinity();
                     max = fmaxf(max, score[i][j]);
                 }
@@ -325,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 const int row = ty + i * kThreadsY;
                 if (row < num_rows) {
                     float* const partial = partial_of(partials, tile.first_token + row / heads,
-                                                      args.num_heads, tile.first_head + row % heads,
-                                                      args.max_splits, tile.split, kHeadSize);
+                                                      num_heads, tile.first_head + row % heads,
+                                                      max_splits, tile.split, kHeadSize);
                     const float factor = softmax_normaliser(state[i]) * value_factor;
                     if (tx == 0) partial[kHeadSize] = softmax_lse_log2(state[i]);
 #pragma unroll
@@ -355,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 factor = softmax_add_sink(state[i], args.sinks[head] * kLog2E);
             factor *= softmax_normaliser(state[i]) * value_factor;
             if (lse != nullptr && tx == 0)
-                lse[token * args.num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
+                lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
             scalar_t* const target =
                 out + token * args.out_token_stride + head * args.out_head_stride;
 #pragma unroll

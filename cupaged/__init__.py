@@ -40,14 +40,14 @@ __all__ = [
 
 
 def __getattr__(name: str):  # imports torch at the first use of a function
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "raw_kernel":
         from .backends.cuda import raw as module
-    elif name in __all__:
+    else:
         from . import fused, ops
 
         module = fused if hasattr(fused, name) else ops
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
     return function
 

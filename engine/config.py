@@ -44,6 +44,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (is_integer, "an integer"),
     "generation_config": (lambda v: isinstance(v, str) and v != "", "'auto', 'vllm' or a directory"),
     "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
+    "fuse": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -94,6 +95,8 @@ class EngineConfig:
             directory is that of another one, and "vllm" selects the defaults of `SamplingParams` and of the
             API.
         trust_remote_code: run Python files that come with the model, if transformers has no code for it.
+        fuse: rewrite the model's layers into fused operators and merged projections when it is loaded, as far
+            as they compute the same (``python -m cupaged.engine.explain`` lists what is fused).
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: check the block manager's state after every step (for tests).
 
@@ -118,6 +121,7 @@ class EngineConfig:
     seed: int = 0
     generation_config: str = "auto"
     trust_remote_code: bool = False
+    fuse: bool = True
     device: str | None = None
     check_integrity: bool = False
 

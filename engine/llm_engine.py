@@ -16,7 +16,6 @@ from .memory.block_manager import BlockManager
 from .model import demo_model
 from .model.attention import ATTENTION_NAME, register_attention
 from .model.cache_size import CacheSize, choose_cache_size
-from .model.cpu_linear import pack_linears
 from .model.dry_run import dry_run
 from .model.generation_config import ending_token_ids, generation_config, sampling_defaults
 from .model.kv_cache import KVCache, KVShape
@@ -84,6 +83,7 @@ class LLMEngine:
         loaded, self.tokenizer = self._load(None if model is None else fspath(model))
         self.model_name = demo_model.NAME if model is None else fspath(model)
         self._runner = ModelRunner(loaded)
+        self._runner.rewrite(config.block_size, config.fuse)
         self._vocabulary = Vocabulary.of(loaded)
         shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
         model_len = check_length(config.max_model_len, model_length(loaded.config))
@@ -120,7 +120,6 @@ class LLMEngine:
         if self.device.type == "cpu":
             # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
             torch.zeros(1).exp_()
-            pack_linears(loaded)
         return loaded, tokenizer
 
     def _allocate_cache(self, shape: KVShape, size: CacheSize) -> KVCache:

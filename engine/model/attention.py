@@ -7,7 +7,7 @@ sequences. `AttentionMetadata`, a keyword argument of ``model.forward``, maps to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class AttentionMetadata:
         query_start_loc: int32 ``[S + 1]``, or None if every sequence has one token in this step.
         windows: sliding window of each layer, in tokens; None where it has none.
         shared_prefix: neighbouring sequences begin with the same blocks, which the kernels may read once.
+        rotary_halves: what fused layers share in a step: cosines and sines as the operator takes them, by the
+            id of the model's own, which stand beside them.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -42,6 +44,7 @@ class AttentionMetadata:
     query_start_loc: torch.Tensor | None
     windows: tuple[int | None, ...]
     shared_prefix: bool = False
+    rotary_halves: dict[int, Any] = field(default_factory=dict)
 
 
 def register_attention() -> None:

@@ -54,9 +54,11 @@ class LayerAttention:
     """Describe the attention of one layer.
 
     Args:
+        module: the module that attends.
         window: sliding window in tokens, including the token itself; None: no window.
     """
 
+    module: torch.nn.Module
     num_kv_heads: int
     head_size: int
     window: int | None
@@ -182,7 +184,7 @@ def _record_layer(
     rule = _rule(name, attention_mask)
     if rule not in paged.windows:
         paged.windows[rule] = _window(name, rule, paged.num_positions)
-    paged.layers[index] = LayerAttention(num_kv_heads, head_size, paged.windows[rule])
+    paged.layers[index] = LayerAttention(module, num_kv_heads, head_size, paged.windows[rule])
     return value.repeat_interleave(query.shape[1] // num_kv_heads, dim=1).transpose(1, 2).contiguous(), None
 
 

@@ -12,6 +12,8 @@ from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
 from .attention import AttentionMetadata
 from .attention_probe import SUPPORTED, LayerAttention, probe_layers
+from .cpu_linear import pack_linears
+from .fusion import Fusion, Proof, fuse_model
 from .kv_cache import KVCache, KVShape
 
 _CACHE_DTYPES = {
@@ -88,6 +90,32 @@ class ModelRunner:
             head_size=head_size,
             dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,
         )
+
+    def proof(self, block_size: int) -> Proof:
+        """Return what compares the model's logits with those of the same model after a change."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return Proof(self._model, self.kv_shape(block_size), self._layers, limit)
+
+    def rewrite(self, block_size: int, fuse: bool = True) -> Fusion | None:
+        """Make the model faster, in place: fuse its layers, and pack its weights for a CPU.
+
+        Args:
+            block_size: number of tokens of a block of the cache.
+            fuse: rewrite layers into fused operators, as far as they compute the same.
+
+        Returns:
+            What was fused; None without ``fuse``.
+        """
+        fusion = None
+        if fuse:
+            fusion = fuse_model(self._model, self.proof(block_size))
+        if self.device.type == "cpu":
+            pack_linears(self._model)
+            if fusion is not None:
+                fusion.bind()
+        elif fusion is not None:
+            torch.cuda.empty_cache()  # of the weights before they were merged
+        return fusion
 
     @torch.inference_mode()
     def settle_frequencies(self, max_model_len: int) -> None:

@@ -246,7 +246,8 @@ def test_commands_have_the_targets_and_flags_they_are_given(document):
     assert not set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) - targets
     flags = {option for action in serve.parser()._actions for option in action.option_strings}
     for module, rest in re.findall(r"python (-m [\w.]+|benchmarks/\w+\.py)([^`\n]*)", text):
-        file = ROOT / (module[3:].replace(".", "/") + ".py" if module.startswith("-m") else module)
+        name = module[3:].replace(".", "/").replace("cupaged/engine/", "engine/") + ".py"
+        file = ROOT / (name if module.startswith("-m") else module)
         assert file.is_file(), module
         known = flags if file.name == "serve.py" else set(re.findall(r"\"(--[\w-]+)\"", file.read_text()))
         if file.name == "compile.py":  # whose command line is the backend's

@@ -38,7 +38,7 @@ from .specs import KernelCall
 
 LOG2E = 1.4426950408889634  # softmax is in base 2
 
-# Decode (work.cuh): a sequence has KV splits of this many tokens, or, where they are over MAX_SPLITS, of more:
+# Decode (work.cuh): a sequence has KV splits of this many tokens, or, if that makes too many, of more:
 # the workspace stays bounded. KV splits that spread the batch evenly may be smaller.
 SPLIT_TOKENS = 512
 MAX_SPLITS = 64
