@@ -371,6 +371,12 @@ def a_raw_kernel_of_no_kernel_is_refused() -> None:
             cupaged.raw_kernel(name, arch="80", **variant)
     kernel = cupaged.raw_kernel("merge_states", arch="80", dtype=torch.float16)
     assert (kernel.kernel.ptr > 0, kernel.max_dynamic_shared_size_bytes) == (True, 0)
+    for name, variant in (
+        ("rms_norm", {}),
+        ("act_and_mul", {}),
+        ("rope_and_cache", {"cache_dtype": torch.int8}),
+    ):
+        assert cupaged.raw_kernel(name, arch="80", dtype=torch.bfloat16, **variant).kernel.ptr > 0
 
 
 def a_kernel_is_loaded_that_cannot_be_kept() -> None:
