@@ -7,7 +7,7 @@ merged. What a call needs is looked up once, in `bind`, so that little Python ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -45,6 +45,11 @@ class Replacement(Protocol):
 
 def _new(name: str, columns: int) -> None:
     """Let an intermediate result be written into new memory."""
+
+
+def _columns(parent: torch.nn.Module, name: str) -> int:
+    """Return the number of outputs of a linear layer."""
+    return cast(torch.nn.Linear, parent.get_submodule(name)).out_features
 
 
 def _restore(module: torch.nn.Module) -> None:
@@ -107,7 +112,7 @@ class FusedMLP:
     def _make_rows(self) -> Rows:
         names = self._merged.name, self._mlp.output
         gate_up, down = (function_of(self.module, name) for name in names)
-        wide, size = (self.module.get_submodule(name).out_features for name in names)
+        wide, size = (_columns(self.module, name) for name in names)
         activation, act_and_mul = self._mlp.activation, cupaged.act_and_mul
 
         def rows(x: torch.Tensor, buffer: Buffer) -> torch.Tensor:
@@ -176,7 +181,7 @@ class FusedAttention:
         attention, module = self._attention, self.module
         names = self._merged.name, attention.output
         qkv, output = (function_of(module, name) for name in names)
-        wide, columns = (module.get_submodule(name).out_features for name in names)
+        wide, columns = (_columns(module, name) for name in names)
         layer, head_size = attention.layer, attention.head_size
         sizes = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         num_heads, size = sum(sizes), attention.num_heads * head_size
