@@ -8,15 +8,12 @@ sequences. `AttentionMetadata`, a keyword argument of ``model.forward``, maps to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 import cupaged
-
-if TYPE_CHECKING:
-    from .workspace import Workspace
 
 ATTENTION_NAME = "cupaged"
 
@@ -37,7 +34,7 @@ class AttentionMetadata:
         shared_prefix: neighbouring sequences begin with the same blocks, which the kernels may read once.
         rotary_halves: what fused layers share in a step: cosines and sines as the operator takes them, by the
             id of the model's own, which stand beside them.
-        workspace: where the tensors of this step always are; None: they are new.
+        workspace: the `Workspace` in which the tensors of this step always are; None: they are new.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -49,7 +46,7 @@ class AttentionMetadata:
     windows: tuple[int | None, ...]
     shared_prefix: bool = False
     rotary_halves: dict[int, Any] = field(default_factory=dict)
-    workspace: Workspace | None = None
+    workspace: Any = None
 
 
 def register_attention() -> None:
