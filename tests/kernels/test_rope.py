@@ -22,10 +22,12 @@ QUANTISED = list(LARGEST)
 class Case:
     """Tensors of a call, drawn: a merged projection, angles, a cache, and weights of the norms."""
 
-    def __init__(self, seed, dtype, cache_dtype, rotation, layout, device):
+    def __init__(self, seed, dtype, cache_dtype, rotation, layout, device, head_size=None, pairs=None):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.rng, self.dtype, self.device = rng, dtype, device
-        self.head_size = rng.choice([16, 32, 64, 80, 128, 256] + ([] if cache_dtype else [8, 24, 120]))
+        sizes = [16, 32, 64, 80, 128, 256] + ([] if cache_dtype else [8, 24, 120])
+        self.head_size = head_size or rng.choice(sizes)
+        others = [layout] if head_size else LAYOUTS  # of the tensors beside the projection
         self.num_tokens = rng.choice([1, 2, 3, rng.randrange(4, 30)])
         self.num_heads, self.num_kv_heads = rng.choice([(1, 1), (9, 3), (4, 1), (3, 3), (5, 2)])
         heads = self.num_heads + 2 * self.num_kv_heads
@@ -41,18 +43,18 @@ class Case:
         if rotation != "none":
             half = self.head_size // 2
             self.options["interleaved"] = rotation == "interleaved"
-            pairs = rng.choice([half, half, half // 2, rng.randrange(1, half + 1)])
+            pairs = pairs or rng.choice([half, half, half // 2, rng.randrange(1, half + 1)])
             angles = 100.0 * torch.rand(self.num_tokens, pairs, generator=generator)
             stretch, angle_dtype = rng.choice([1.0, 1.2]), rng.choice([dtype, torch.float32])
             self.cos, self.sin = (
-                moved(*placed((stretch * f(angles)).to(angle_dtype), rng.choice(LAYOUTS), rng), device)[0]
+                moved(*placed((stretch * f(angles)).to(angle_dtype), rng.choice(others), rng), device)[0]
                 for f in (torch.cos, torch.sin)
             )
-        if rng.random() < 0.5:
+        if head_size or rng.random() < 0.5:
             weight_dtype = rng.choice([dtype, torch.float32])
             self.options |= {"epsilon": rng.choice([1e-6, 1e-3]), "weight_offset": rng.choice([0.0, 1.0])}
             for name in ("query_weight", "key_weight"):
-                weight = placed(drawn(self.head_size, dtype=weight_dtype), rng.choice(LAYOUTS), rng)
+                weight = placed(drawn(self.head_size, dtype=weight_dtype), rng.choice(others), rng)
                 self.options[name] = moved(*weight, device)[0]
         num_blocks, block_size = 7, rng.choice([8, 16, 64])
         shape = (num_blocks, 2, 2, self.num_kv_heads, block_size, self.head_size)
@@ -100,7 +102,28 @@ class Case:
 @pytest.mark.parametrize("rotation", ["halves", "interleaved", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rope_and_cache(backend, seed, dtype, cache_dtype, rotation, layout):
-    case = Case(seed, dtype, cache_dtype, rotation, layout, backend[1])
+    check_call(Case(seed, dtype, cache_dtype, rotation, layout, backend[1]))
+
+
+# Heads whose pairs end within 16 bytes, or that have more of those than a warp has lanes; and codes of 16-bit
+# keys, which lie in two places.
+SIZES = [
+    (torch.float32, None, 256, 125),
+    (torch.float16, None, 120, 60),
+    (torch.bfloat16, None, 80, 16),
+    (torch.bfloat16, torch.int8, 128, 64),
+    (torch.float16, torch.float8_e4m3fn, 96, 12),
+]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "head_size", "pairs"), SIZES)
+@pytest.mark.parametrize("rotation", ["halves", "interleaved"])
+def test_sizes_of_heads(backend, seed, dtype, cache_dtype, head_size, pairs, rotation):
+    """With norms, aligned."""
+    check_call(Case(seed, dtype, cache_dtype, rotation, "contiguous", backend[1], head_size, pairs))
+
+
+def check_call(case: Case) -> None:
     qkv, memory = moved(case.qkv, case.qkv_memory, case.device)
     query, key, value = case.parts(qkv)
     cache = case.new_cache()
