@@ -109,12 +109,14 @@ class ModelRunner:
         fusion = None
         if fuse:
             fusion = fuse_model(self._model, self.proof(block_size))
+        if fusion is not None:
+            fusion.release()
         if self.device.type == "cpu":
             pack_linears(self._model)
-            if fusion is not None:
-                fusion.bind()
-        elif fusion is not None:
+        else:
             torch.cuda.empty_cache()  # of the weights before they were merged
+        if fusion is not None:
+            fusion.bind()
         return fusion
 
     @torch.inference_mode()

@@ -192,6 +192,34 @@ def test_a_scale_by_late_positions_is_seen(tmp_path, seed):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_frequencies_are_those_of_transformers(rope_type, seed):
+    config = tiny_configs.tiny_config("llama")
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}
+    report, before, after = fused(built(config, seed))
+    assert report.fused["layers"] == config.num_hidden_layers
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
 def flipped(rope_and_cache):
     return lambda *a, interleaved, **k: rope_and_cache(*a, interleaved=not interleaved, **k)
 
@@ -282,7 +310,7 @@ def test_a_module_in_two_places_is_left_as_it_is(seed):
 
 
 def test_the_plain_weights_are_gone(seed):
-    """The merged ones too, where they are packed."""
+    """The merged ones too, where they are packed: one after the other, before the next is packed."""
     model = tiny("llama", seed, torch.bfloat16)
     runner = ModelRunner(model)
     plain = [

@@ -30,7 +30,10 @@ class Replacement(Protocol):
     module: torch.nn.Module
 
     def bind(self) -> None:
-        """Override the module's forward; again after its linear layers were replaced."""
+        """Override the module's forward."""
+
+    def release(self) -> None:
+        """Drop the weights that `bind` looked up."""
 
     def keep(self) -> None:
         """Drop what `undo` needs."""
@@ -67,6 +70,9 @@ class FusedNorm:
 
         self.module.forward = forward if source is None else forward_and_add
 
+    def release(self) -> None:
+        _restore(self.module)
+
     def keep(self) -> None:
         pass
 
@@ -96,6 +102,10 @@ class FusedMLP:
         gate_up, down = (function_of(self.module, name) for name in (self._merged.name, self._mlp.output))
         activation, act_and_mul = self._mlp.activation, cupaged.act_and_mul
         return lambda x: down(act_and_mul(gate_up(x), activation=activation))
+
+    def release(self) -> None:
+        _restore(self.module)
+        del self.rows
 
     def keep(self) -> None:
         self._merged.keep()
@@ -175,6 +185,10 @@ class FusedAttention:
             return out(attended.view(-1, size))
 
         return rows
+
+    def release(self) -> None:
+        _restore(self.module)
+        del self.rows
 
     def keep(self) -> None:
         self._merged.keep()
@@ -260,6 +274,9 @@ class FusedLayer:
             return hidden_states
 
         self.module.forward = forward
+
+    def release(self) -> None:
+        _restore(self.module)
 
     def keep(self) -> None:
         pass

@@ -29,9 +29,14 @@ class Fusion:
     replacements: list[Replacement] = field(default_factory=list)
 
     def bind(self) -> None:
-        """Look up what the replacements call; again after linear layers were replaced."""
+        """Look up what the replacements call."""
         for replacement in self.replacements:
             replacement.bind()
+
+    def release(self) -> None:
+        """Drop the weights that `bind` looked up, before linear layers are replaced; `bind` has to follow."""
+        for replacement in self.replacements:
+            replacement.release()
 
     def undo(self) -> None:
         """Restore the model."""
