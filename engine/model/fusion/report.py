@@ -37,8 +37,8 @@ class Report:
         """Return a line for the log."""
         if self.undone is not None:
             return f"the model runs unfused, as its logits were others when fused: {self.undone}"
-        parts = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
-        text = f"fused {parts} of {self.num_layers} layers"
+        parts = [f"{count} {kind}" for kind, count in self.fused.items() if kind != "layers"]
+        text = ", ".join([f"fused {self.fused['layers']} of {self.num_layers} layers", *parts])
         if self.left:
             text += "; as they are: " + "; ".join(self.left_lines())
         return text
