@@ -167,14 +167,16 @@ ALMOST = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ALMOST)
-def test_what_computes_something_else_is_left_as_it_is(name, dtype, seed):
+def test_what_computes_something_else_is_left_as_it_is(name, dtype, seed, caplog):
     model = tiny("llama", seed, dtype)
     part, forward = ALMOST[name]
     layer = model.model.layers[0]
     module = layer.get_submodule(part)
     change(module, forward)
-    report, before, after = fused(model)
+    with caplog.at_level(logging.INFO, "cupaged.engine"):
+        report, before, after = fused(model)
     assert report.undone is None
+    assert [record.getMessage() for record in caplog.records] == [report.line()]
     assert "forward" not in vars(module)
     assert "Almost" in report.line()
     assert report.fused["layers"] == (2 if part == "mlp" else 1)

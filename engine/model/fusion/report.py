@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -32,6 +33,13 @@ class Report:
         """Note that everything was put back."""
         self.undone = reason
         self.fused.clear()
+
+    @property
+    def level(self) -> int:
+        """Return the level of the line in the log: that everything is fused is nothing to tell."""
+        if self.undone is not None:
+            return logging.WARNING
+        return logging.INFO if self.left else logging.DEBUG
 
     def line(self) -> str:
         """Return a line for the log."""

@@ -70,7 +70,7 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
         fusion.report.refuse(problem)
     for replacement in fusion.replacements:
         replacement.keep()
-    _log.log(logging.INFO if problem is None else logging.WARNING, "%s", fusion.report.line())
+    _log.log(fusion.report.level, "%s", fusion.report.line())
     return fusion
 
 
