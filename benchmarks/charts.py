@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from .contenders.names import OURS
+from .contenders.rates import medians
+
 WIDTH, LABELS, VALUES = 720, 220, 60  # pixels of a chart, of the labels before its bars and the values after
 ROW, BAR = 24, 16  # pixels from one bar to the next, and of a bar
 COLOURS = ("#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6")
@@ -34,7 +37,7 @@ class Bar:
 
     Args:
         label: stands before the bar.
-        parts: lengths, one for each series, that follow each other.
+        parts: lengths, one for each series, that follow each other; none for a heading.
         value: stands after the bar.
     """
 
@@ -70,6 +73,31 @@ def speed_up(rows: Sequence[dict[str, Any]], where: str) -> str:
     return svg(f"Paged attention's speed over dense attention's: bfloat16, {where}", bars, mark=1.0)
 
 
+def throughput(run: dict[str, Any]) -> str:
+    """Return the chart of each contender's tokens per second, in lengths of ours under the same load."""
+    results = run["results"]
+    rates = {each["name"]: medians(each) for each in results["runs"]}
+    bars = []
+    for case in (each["name"] for each in results["cases"]):
+        of_case = {name: by_case[case] for name, by_case in rates.items() if case in by_case}
+        if not of_case:
+            continue
+        unit = of_case.get(OURS) or max(of_case.values())
+        bars.append(Bar(case, (), ""))
+        bars += [Bar(name, (rate / unit,), f"{rate:,.0f}") for name, rate in of_case.items()]
+    title = f"Tokens/s: {results['model']} in {results['dtype']}, {hardware(run)}"
+    return svg(title, bars, mark=1.0)
+
+
+def hardware(run: dict[str, Any]) -> str:
+    """Name a run's device; of a CPU with its threads."""
+    where = run["environment"]
+    if "driver" in where:
+        return where["device"]
+    threads = where["threads"]
+    return f"{threads} thread{'s' * (threads != 1)} of an {where['device']}"
+
+
 def svg(title: str, bars: Sequence[Bar], series: Sequence[str] = (), mark: float | None = None) -> str:
     """Draw bars.
 
@@ -95,6 +123,9 @@ def svg(title: str, bars: Sequence[Bar], series: Sequence[str] = (), mark: float
         x += 32 + 6.2 * len(name)
     for i, bar in enumerate(bars):
         y, x = top + ROW * i, float(LABELS)
+        if not bar.parts:
+            lines.append(f'<text x="0" y="{y + 13}" font-weight="bold">{escape(bar.label)}</text>')
+            continue
         lines.append(f'<text x="{LABELS - 8}" y="{y + 13}" text-anchor="end">{escape(bar.label)}</text>')
         for part, colour in zip(bar.parts, COLOURS):
             width = part * scale

@@ -22,12 +22,15 @@ if not __package__:  # as a script: what is imported is the checkout, not this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import charts, paper
+from benchmarks.contenders import names
+from benchmarks.contenders import rates as rates_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
+USUAL_REQUESTS = 32  # whose rates the README has
 KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-simulated"
 Run = dict[str, Any]
 
@@ -39,7 +42,8 @@ def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     yield root / "docs" / "memory-use.svg", charts.memory_use(_run(root, PAPER))
     kernels = _run(root, KERNELS)
     rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _compared_rows(kernels)]
-    yield root / "docs" / "speed.svg", charts.speed_up(rows, _hardware(kernels))
+    yield root / "docs" / "throughput.svg", charts.throughput(_run(root, THROUGHPUT))
+    yield root / "docs" / "speed.svg", charts.speed_up(rows, charts.hardware(kernels))
 
 
 def filled(root: Path, document: Path) -> str:
@@ -59,15 +63,6 @@ def filled(root: Path, document: Path) -> str:
 
 def _run(root: Path, name: str) -> Run:
     return json.loads((root / RESULTS / f"{name}.json").read_text())
-
-
-def _hardware(run: Run) -> str:
-    """Name the device; of a CPU with its threads."""
-    where = run["environment"]
-    if "driver" in where:
-        return where["device"]
-    threads = where["threads"]
-    return f"{threads} thread{'s' * (threads != 1)} of an {where['device']}"
 
 
 def _table(*titles: str) -> Iterator[str]:
@@ -91,14 +86,18 @@ def summary(root: Path) -> Iterator[str]:
     decode, prefill = (f"{min(found):.1f} to {max(found):.1f}" for found in speeds.values())
     yield (
         f"- Kernels: decode is {decode} times as fast as dense attention (torch SDPA on contiguous tensors), "
-        f"prefill {prefill} times, in {DTYPE} on {_hardware(kernels)}."
+        f"prefill {prefill} times, in {DTYPE} on {charts.hardware(kernels)}."
     )
     run = _run(root, THROUGHPUT)
-    ours, *others = run["results"]["runs"]
-    rates = ", ".join(f"`{one['name'].split()[1]}` {one['tokens_per_s']:.0f}" for one in others)
+    loads = [each for each in run["results"]["cases"] if each["kind"] == "requests"]
+    load = next((each for each in loads if each["requests"] == USUAL_REQUESTS), loads[-1])
+    rates = {each["name"]: rates_of.medians(each).get(load["name"]) for each in run["results"]["runs"]}
+    rates.pop(names.FLOOR, None)
+    ours = rates.pop(names.OURS)
+    others = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate)
     yield (
-        f"- Engine: {ours['tokens_per_s']:.0f} tokens/s with {run['results']['model']}, "
-        f"{run['results']['requests']} requests on {_hardware(run)}; transformers' {rates}."
+        f"- Engine: {ours:.0f} tokens/s with {run['results']['model']}, {load['requests']} requests on "
+        f"{charts.hardware(run)}; {others}."
     )
     run = _run(root, SCHEDULER)
     usual = next(row for row in run["results"]["rows"] if row["sequences"] == "forks")
@@ -127,7 +126,7 @@ def kernels_table(run: Run, link: str) -> Iterator[str]:
     rows = _attention_rows(run)
     copy = next(row["copy_bytes_per_s"] for row in rows)
     versions = where["versions"]
-    parts = [_hardware(run)]
+    parts = [charts.hardware(run)]
     if "driver" in where:
         parts += [f"driver {where['driver']}", f"NVRTC {where['nvrtc']}"]
     parts += [f"{package} {versions[package]}" for package in ("torch", "numba") if package in versions]
@@ -197,18 +196,25 @@ def _best(row: Run, group: str) -> float | None:
 
 
 def throughput_table(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    dtype = results["dtype"].removeprefix("torch.")
+    """Yield a line for each contender: its tokens per second, and the ratio of ours to it."""
+    results, runs = run["results"], run["results"]["runs"]
+    cases = [case["name"] for case in results["cases"]]
+    tokens = next(case["new_tokens"] for case in results["cases"] if case["kind"] == "requests")
     yield (
-        f"{results['model']} in {dtype}, {results['requests']} requests of {results['new_tokens']} new "
-        f"tokens, on {_hardware(run)} ({link})."
+        f"Tokens/s with {results['model']} in {results['dtype']}, {tokens} new tokens a request, on "
+        f"{charts.hardware(run)}; in brackets cupaged's rate over it, for `-http` cupaged-http's, for "
+        f"cupaged-http its rate over cupaged's ({link})."
     )
     yield ""
-    yield from _table("", "tokens/s", "cupaged is")
-    ours = results["runs"][0]["tokens_per_s"]
-    for one in results["runs"]:
-        rate = one["tokens_per_s"]
-        yield _line(one["name"], f"{rate:.0f}", "" if rate == ours else f"{ours / rate:.1f}x")
+    yield from _table("", *cases)
+    for each in runs:
+        rates = rates_of.medians(each)
+        cells = []
+        for case in cases:
+            ratio = rates_of.ratio(runs, each, case)
+            times = "" if ratio is None else f" ({ratio:.2f}x)"
+            cells.append(f"{rates[case]:,.0f}{times}" if case in rates else "")
+        yield _line(each["name"], *cells)
 
 
 def scheduler_table(run: Run, link: str) -> Iterator[str]:

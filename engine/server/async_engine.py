@@ -1,4 +1,4 @@
-"""Run an `LLMEngine` in a thread of its own, with requests as async iterators."""
+"""Run an `LLMEngine` in one thread, with requests as async iterators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +17,7 @@ from ..outputs import EngineStats, RequestOutput
 from ..prompts import Prompt
 from ..sampling_params import SamplingParams
 from .failure_policy import Action, FailurePolicy
-from .request_log import RequestLog
+from .streams import Item, Stream, deliver
 
 _log = logging.getLogger("cupaged.server")
 _COMMANDS_SECONDS = 0.01  # maximum time to add and abort requests between two steps
@@ -32,23 +31,15 @@ class StepFailedError(RuntimeError):
     """Report that a request makes steps fail; the engine continues without it."""
 
 
-@dataclass
-class _Stream:
-    """Pass the outputs of one request from the engine's thread to its consumer."""
-
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[RequestOutput | Exception]
-    closed: bool = False  # the consumer has left
-
-    def put(self, item: RequestOutput | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the consumer
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
-
-
 class AsyncEngine:
-    """Run an engine in a thread of its own between `start` and `stop`.
+    """Run the steps of an engine in one thread, and take requests from event loops in any other.
 
-    Only that thread uses the engine: it adds requests, aborts them and runs steps.
+    That thread is the one that calls `run`, or a new one that `start` makes. Only it uses the engine: it adds
+    requests, aborts them and runs steps.
+
+    On a CPU let the thread that has loaded the model call `run`, as the server does with the main thread.
+    After `start` it works as well, but steps may take twice as long: each thread that computes has OpenMP
+    threads of its own, and where there are more of those than cores they sleep instead of waiting actively.
 
     When a step fails, the requests that cause the failure end with `StepFailedError` and the others continue
     (`FailurePolicy`). The engine is dead if it does not work without them either, or if its state may be
@@ -62,37 +53,38 @@ class AsyncEngine:
         self.engine = engine
         self.error: EngineDeadError | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}  # used by the thread only
+        self._streams: dict[str, Stream] = {}  # used by the engine's thread only
         self._submit_lock = threading.Lock()  # held to check `error` and add a command, and to set `error`
         self._stopping = False
+        self._ended = threading.Event()  # not set while `run` runs
+        self._ended.set()
         self._policy = FailurePolicy()
         self._stats = engine.stats()
         self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="cupaged-engine", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Call `run` in a new thread, which does not keep the process alive."""
+        self._ended.clear()
+        threading.Thread(target=self.run, name="cupaged-engine", daemon=True).start()
 
-    def stop(self, timeout: float | None = None) -> None:
-        """End the thread after its current step; unfinished requests fail with `EngineDeadError`.
+    def stop(self, timeout: float | None = None) -> bool:
+        """End `run` after the current step; unfinished requests fail with `EngineDeadError`.
 
         Args:
-            timeout: maximum number of seconds to wait for the thread, which does not keep the process alive.
+            timeout: maximum number of seconds to wait for the step.
+
+        Returns:
+            Whether `run` has ended.
         """
         self.request_stop()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if not self._ended.wait(timeout):
             _log.warning("the engine is still in a step, which is not waited for")
+        return self._ended.is_set()
 
     def request_stop(self) -> None:
-        """End the thread as `stop` does, without waiting for it."""
+        """End `run` as `stop` does, without waiting for it."""
         self._stopping = True
         self._commands.put(lambda: None)  # wakes the thread if it waits for a command
-
-    @property
-    def alive(self) -> bool:
-        """Return whether requests are accepted."""
-        return self._thread.is_alive() and self.error is None
 
     def stats(self) -> EngineStats:
         """Return the engine's statistics as of the end of the last step."""
@@ -100,7 +92,7 @@ class AsyncEngine:
 
     @property
     def seconds_in_step(self) -> float:
-        """Return the seconds that the thread has spent in the current step, or since it; 0 if it is idle."""
+        """Return the seconds since the current step began, or since it ended; 0 if the engine is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -117,7 +109,42 @@ class AsyncEngine:
             StepFailedError: the request makes steps fail.
             EngineDeadError: the engine has failed or is being stopped.
         """
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        items: asyncio.Queue[Item] = asyncio.Queue()
+        stream = self.submit(request_id, prompt, params, items.put_nowait, priority)
+        try:
+            finished = False
+            while not finished:
+                item = await items.get()
+                if isinstance(item, Exception):
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            stream.close()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        put: Callable[[Item], None],
+        priority: int = 0,
+    ) -> Stream:
+        """Run a request as `generate` does, but with a function to be called with its outputs.
+
+        Args:
+            put: called on the running event loop with each output, and with the error if one ends the
+                request.
+
+        Returns:
+            The stream of the outputs, to be closed.
+        """
+
+        def abort() -> None:
+            with contextlib.suppress(EngineDeadError):
+                self._submit(lambda: self._abort(request_id))
+
+        stream = Stream(request_id, put, abort)
 
         def add() -> None:
             if stream.closed:  # before the command was run
@@ -125,32 +152,18 @@ class AsyncEngine:
             try:
                 self.engine.add_request(request_id, prompt, params, priority=priority)
             except Exception as error:
-                stream.put(error)
+                deliver([(stream, error)])
                 # Any other error is a bug of ours; it must not end the thread.
                 if not isinstance(error, ValueError):
                     _log.exception("adding request %s failed", request_id)
             else:
                 self._streams[request_id] = stream
 
-        log = RequestLog(request_id)
-        self._submit(add)
-        finished = False
         try:
-            while not finished:
-                item = await stream.outputs.get()
-                if isinstance(item, Exception):
-                    finished = True  # the engine no longer has the request
-                    log.failed(item)
-                    raise item
-                finished = item.finished
-                log.observe(item)
-                yield item
-        finally:
-            log.close()
-            stream.closed = True
-            if not finished:
-                with contextlib.suppress(EngineDeadError):
-                    self._submit(lambda: self._abort(request_id))
+            self._submit(add)
+        except EngineDeadError as error:
+            stream.receive(error)
+        return stream
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._submit_lock:
@@ -162,7 +175,9 @@ class AsyncEngine:
         if self._streams.pop(request_id, None) is not None:
             self.engine.abort(request_id)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Add requests and run steps on the calling thread, until the engine is stopped or dead."""
+        self._ended.clear()
         try:
             while not self._stopping:
                 self._run_commands(wait=not self.engine.has_unfinished())
@@ -176,6 +191,7 @@ class AsyncEngine:
             _log.exception("the engine has failed")
         self._busy_since = None
         self._fail_all(reason)
+        self._ended.set()
 
     def _step(self) -> None:
         try:
@@ -216,7 +232,7 @@ class AsyncEngine:
         stream = self._streams.pop(request_id, None)
         self.engine.abort(request_id)
         if stream is not None:
-            stream.put(reason)
+            deliver([(stream, reason)])
         else:
             with contextlib.suppress(ValueError):  # it is not a prefix either
                 self.engine.remove_prefix(request_id)
@@ -233,13 +249,15 @@ class AsyncEngine:
                 self._commands.get_nowait()()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        items = []
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
             if output.finished:
                 del self._streams[output.request_id]
-            stream.put(output)
+            items.append((stream, output))
+        deliver(items)
 
     def _fail_all(self, reason: EngineDeadError) -> None:
         with self._submit_lock:
@@ -249,8 +267,7 @@ class AsyncEngine:
                 command = self._commands.get_nowait()
                 with contextlib.suppress(Exception):  # the engine's state may be inconsistent
                     command()
-        for stream in self._streams.values():
-            stream.put(reason)
+        deliver([(stream, reason) for stream in self._streams.values()])
         self._streams.clear()
 
 

@@ -23,10 +23,12 @@ from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style
 from .limits import BusyError
 from .logprobs import for_prompt
-from .metrics import Metrics
+from .metrics import Metrics, RequestTimer
 from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
+from .streams import Item
 
 Json = dict[str, Any]
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 # Line ends for clients that split events by `str.splitlines`; JSON escapes the other ones itself.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _Positioned = tuple[int, RequestOutput]  # position of a prompt in the request, and its output
@@ -135,48 +137,50 @@ class Completions:
         waiting = set(range(len(prompts)))  # positions without an output
         self._num_waiting += len(prompts)
 
-        def stop_waiting(position: int, task: object = None) -> None:
+        def stop_waiting(position: int) -> None:
             if position in waiting:
                 waiting.remove(position)
                 self._num_waiting -= 1
 
         newest: dict[int, RequestOutput] = {}  # by position
-        arrived: asyncio.Queue[int | Exception] = asyncio.Queue()  # positions in `newest`, and errors
+        errors: list[Exception] = []
+        arrived = asyncio.Event()  # set if `newest` or `errors` is not empty
 
-        async def run_one(position: int, prompt: Prompt) -> None:
-            timer = self._metrics.request(params.n)
-            try:
-                stream = self._engine.generate(f"{request_id}-{position}", prompt, params, priority)
-                async with contextlib.aclosing(stream):
-                    async for output in stream:
-                        stop_waiting(position)
-                        timer.observe(output)
-                        if position not in newest:
-                            arrived.put_nowait(position)
-                        newest[position] = output
-            except Exception as error:
-                if not isinstance(error, ValueError):  # the engine refused the request
+        def put(position: int, timer: RequestTimer, item: Item) -> None:
+            stop_waiting(position)
+            if isinstance(item, Exception):
+                errors.append(item)
+                if not isinstance(item, ValueError):  # otherwise the engine refused the request
                     timer.end("error")
-                arrived.put_nowait(error)
-            except asyncio.CancelledError:
-                timer.end("abort")
-                raise
+            else:
+                newest[position] = item
+                timer.observe(item)
+            arrived.set()
 
-        tasks = [asyncio.create_task(run_one(i, prompt)) for i, prompt in enumerate(prompts)]
-        for position, task in enumerate(tasks):  # by a callback, as a task may be cancelled before it runs
-            task.add_done_callback(functools.partial(stop_waiting, position))
-        unfinished = len(tasks)
+        running = []
+        unfinished = len(prompts)
         try:
+            for position, prompt in enumerate(prompts):
+                timer = self._metrics.request(params.n)
+                name, put_one = f"{request_id}-{position}", functools.partial(put, position, timer)
+                running.append((self._engine.submit(name, prompt, params, put_one, priority), timer))
             while unfinished:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                output = newest.pop(item)
-                unfinished -= output.finished
-                yield item, output
+                await arrived.wait()
+                arrived.clear()
+                while newest:
+                    position = next(iter(newest))
+                    output = newest.pop(position)
+                    unfinished -= output.finished
+                    yield position, output
+                if errors:
+                    raise errors[0]
         finally:  # after an error, or if the client disconnects
-            for task in tasks:
-                task.cancel()
+            for stream, timer in running:
+                if not stream.closed:
+                    timer.end("abort")
+                    stream.close()
+            for position in range(len(prompts)):
+                stop_waiting(position)
 
 
 def _salted(prompt: Prompt, salt: str) -> Prompt:
@@ -214,18 +218,14 @@ def _whole(
 ) -> bytes:
     ordered = [latest[position] for position in sorted(latest)]
     written = [  # separately, as `json.dumps` lets no other thread run
-        _json(choices[position * params.n + completion.index].whole(output, completion))
+        _encode(choices[position * params.n + completion.index].whole(output, completion))
         for position, output in enumerate(ordered)
         for completion in output.outputs
     ]
     more: Json = {"usage": _usage(ordered)}
     if wanted.prompt_logprobs is not None and style is CHAT:
         more["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
-    return f'{_json(head)[:-1]},"choices":[{",".join(written)}],{_json(more)[1:]}'.encode()
-
-
-def _json(value: Json) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f'{_encode(head)[:-1]},"choices":[{",".join(written)}],{_encode(more)[1:]}'.encode()
 
 
 async def _events(
@@ -240,33 +240,37 @@ async def _events(
     position, output = first
     latest = {position: replace(output, outputs=[])}  # the outputs sent so far
 
+    head_text = _encode(head)[:-1]  # without the closing brace; encoded once for all chunks
+
     def event(choices: list[Json]) -> str:
-        chunk = {**head, "choices": choices}
+        chunk: Json = {"choices": choices}
         if wanted.continuous_usage or not choices:
             chunk["usage"] = _usage(latest.values())
         elif wanted.include_usage:
             chunk["usage"] = None  # in all chunks but the last one, as OpenAI's clients expect
-        return _event(chunk)
+        return _event(f"{head_text},{_encode(chunk)[1:]}")
 
     async with contextlib.aclosing(rest):
         try:
-            for choice in choices:
-                if opening := choice.opening():
-                    yield event([opening])
+            if openings := [event([opening]) for choice in choices if (opening := choice.opening())]:
+                yield "".join(openings)
             async for position, output in _chain(first, rest):
                 latest[position] = output
+                events = []  # of one step, sent by one system call
                 for completion in output.outputs:
                     if chunk := choices[position * params.n + completion.index].next(output, completion):
-                        yield event([chunk])
+                        events.append(event([chunk]))
+                if events:
+                    yield "".join(events)
             if wanted.include_usage:
                 yield event([])
         except Exception as error:  # the status is sent already, so report the error in the stream
-            yield _event(error_body(str(error), "server_error"))
+            yield _event(_encode(error_body(str(error), "server_error")))
     yield "data: [DONE]\n\n"
 
 
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
+def _event(data: str) -> str:
+    return f"data: {data if data.isascii() else data.translate(_LINE_ENDS)}\n\n"
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

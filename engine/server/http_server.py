@@ -1,4 +1,4 @@
-"""Run the application with uvicorn: graceful shutdown, watchdog, load log."""
+"""Run the application with uvicorn, and the engine beside it: graceful shutdown, watchdog, load log."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import logging
 import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
-from .app import create_app
+from .app import LAST_STEP_SECONDS, create_app
 from .async_engine import AsyncEngine, EngineDeadError
 from .connections import Connection, Connections
 from .drain import Drain
 from .hosts import HostCheck
 from .limits import Limits
 from .load_log import LoadLog
+from .signals import handled_signals
 from .watchdog import Watchdog
 
 _log = logging.getLogger("cupaged.server")
@@ -29,6 +32,8 @@ _LAST_SECONDS = 5  # time to answer requests that did not finish before the shut
 
 class Server(uvicorn.Server):
     """Serve an engine over HTTP.
+
+    The engine runs on the thread that calls `run`, the event loop on another one.
 
     At the first SIGTERM or SIGINT running requests may finish and new ones are refused. A second signal ends
     the process at once with exit status 128 + signal number, as shells report it. (The default action of the
@@ -65,7 +70,7 @@ class Server(uvicorn.Server):
         limits = limits or Limits()
         self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_name, limits, self._healthy))
+        self._drain = Drain(create_app(engine, model_name, limits, self._healthy, run_engine=False))
         super().__init__(
             uvicorn.Config(
                 HostCheck(self._drain, allowed_hosts),
@@ -88,10 +93,37 @@ class Server(uvicorn.Server):
         self._shutdown_timeout = shutdown_timeout
         self._on_start = on_start
         self._signal: signal.Signals | None = None  # the first one
+        self._error: BaseException | None = None  # that ended the event loop's thread
         self.failure: EngineDeadError | None = None
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, a failure of the engine, or ``should_exit``; run the engine on this thread.
+
+        If its last step hangs, and this is the main thread, the process ends without it.
+        """
+        may_exit = threading.current_thread() is threading.main_thread()
+        thread = threading.Thread(
+            target=self._run_loop, args=[sockets, may_exit], name="cupaged-http", daemon=True
+        )
+        with handled_signals(lambda number: self.handle_exit(number, None)):
+            thread.start()
+            self._engine.run()
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run_loop(self, sockets: list[socket.socket] | None, may_exit: bool) -> None:
+        try:
+            super().run(sockets)
+        except BaseException as error:  # raised again by the thread that waits for this one
+            self._error = error
+        if not self._engine.stop(LAST_STEP_SECONDS) and may_exit:
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0 if self._error is None else 1)
+
     def _healthy(self) -> bool:
-        return self._engine.alive and not self._watchdog.hangs() and not self._drain.begun
+        return self._engine.error is None and not self._watchdog.hangs() and not self._drain.begun
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -21,6 +21,7 @@ from cupaged import checks
 from cupaged.backends.cpu import backend as cpu
 from cupaged.backends.cpu import ir, launch
 from cupaged.fused_checks import ACTIVATIONS
+from cupaged.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +59,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
             out,
             None,
             problem.params(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -101,6 +103,7 @@ def test_without_an_openmp_library_a_pool_of_threads_does_the_work(seed, monkeyp
             out,
             None,
             problem.params(),
+            Layout(),
         )
         results.append(out)
     assert torch.equal(*results)
@@ -142,7 +145,7 @@ def test_what_the_kernel_refuses_is_what_the_check_refuses(seed, mode):
         params = cpu.AttentionParams(scale=1.0, sliding_window=window)
         refusal = nullcontext() if expected is None else pytest.raises(ValueError, match=re.escape(expected))
         with refusal:
-            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params)
+            cpu.paged_attention(*tensors, problem.query_start_loc, out, None, params, Layout())
         assert expected is None or out.isnan().all()  # nothing was written
 
 
@@ -156,7 +159,9 @@ def test_bfloat16_is_rounded_to_nearest_even():
     query, out = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.empty(1, 1, 8, dtype=torch.bfloat16)
     params = cpu.AttentionParams(scale=1.0)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    cpu.paged_attention(query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params)
+    cpu.paged_attention(
+        query, kv_cache, table, torch.tensor([2], dtype=torch.int32), None, out, None, params, Layout()
+    )
     assert torch.equal(out[0, 0], ((low.float() + high.float()) / 2).to(torch.bfloat16))
 
 

@@ -13,6 +13,7 @@ from cupaged.engine.outputs import CompletionOutput, RequestOutput
 from cupaged.engine.server.completions import Completions
 from cupaged.engine.server.metrics import Metrics
 from cupaged.engine.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
+from cupaged.engine.server.streams import Stream
 
 from .conftest import MODEL
 
@@ -145,11 +146,17 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
     """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
 
     class Engine:
-        async def generate(self, request_id, prompt, params, priority):
-            for count in range(1, 101):
-                await asyncio.sleep(0)
+        def submit(self, request_id, prompt, params, put, priority):
+            stream = Stream(request_id, put, lambda: None)
+
+            def put_next(count=1):
                 done = CompletionOutput(0, "", list(range(count)), "length" if count == 100 else None)
-                yield RequestOutput(request_id, None, [1], [done], count == 100)
+                stream.receive(RequestOutput(request_id, None, [1], [done], count == 100))
+                if count < 100:
+                    stream.loop.call_soon(put_next, count + 1)
+
+            stream.loop.call_soon(put_next)
+            return stream
 
     async def read():
         metrics = Metrics(MODEL, server.engine.stats)

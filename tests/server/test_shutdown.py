@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from cupaged.engine.server import http_server
-
 from .conftest import MODEL, Running, wait_until
 from .test_failed_steps import BODY, ask, text
 from .test_metrics_and_life import read
@@ -39,8 +37,8 @@ sys.exit(serve.main(sys.argv[1:]))
 class Command:
     """The server in a process of its own, whose steps take a while."""
 
-    def __init__(self, directory: str, *arguments: str) -> None:
-        command = [sys.executable, "-c", SLOWLY, "--model", directory, "--port", "0", "--device", "cpu"]
+    def __init__(self, directory: str, *arguments: str, script: str = SLOWLY) -> None:
+        command = [sys.executable, "-c", script, "--model", directory, "--port", "0", "--device", "cpu"]
         self.process = subprocess.Popen(
             [*command, "--served-model-name", MODEL, *arguments],
             stdout=subprocess.PIPE,
@@ -171,24 +169,3 @@ def test_a_step_that_hangs_is_noticed_and_said_once(llama_dir, monkeypatch, capl
         (True, False),
         (False, True),
     ]
-
-
-def quietly(server) -> None:
-    with contextlib.suppress(httpx.HTTPError):
-        ask(server)
-
-
-def test_a_server_whose_step_hangs_ends_as_well(llama_dir, monkeypatch):
-    monkeypatch.setattr(http_server, "_LAST_SECONDS", 1)
-    goes_on = threading.Event()
-    try:
-        with Running(llama_dir, life={"shutdown_timeout": 0.2}) as server, ThreadPoolExecutor() as threads:
-            run = server.engine._runner.run
-            monkeypatch.setattr(server.engine._runner, "run", lambda *a: (goes_on.wait(60), run(*a))[1])
-            threads.submit(quietly, server)
-            wait_until(lambda: server.async_engine.seconds_in_step > 0.1)
-            server._server.should_exit = True
-            server._thread.join(timeout=19)
-            assert not server._thread.is_alive()
-    finally:
-        goes_on.set()

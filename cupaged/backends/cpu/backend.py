@@ -6,7 +6,6 @@ the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, NoReturn
@@ -42,6 +41,19 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# Most operators are called in every layer, with little to do for one token. What the layout of the tensors
+# determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
+
+
+def _keep(
+    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    """Keep a kernel and the last of its arguments, which are given by name; return both."""
+    names = arguments._fields[-len(fixed) :]
+    layout.prepared = kernel, tuple(fixed[name] for name in names)
+    return layout.prepared
+
+
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -51,54 +63,72 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     params: AttentionParams,
-    layout: Hashable = None,
+    layout: Layout,
 ) -> None:
-    num_tokens, num_heads, head_size = query.shape
-    _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    query_size, size = query.element_size(), kv_cache.element_size()
+    kernel, fixed = layout.prepared or _prepare_attention(
+        query, kv_cache, block_tables, seq_lens, out, layout
+    )
     # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
-    q_scale, cap = params.scale * math.log2(math.e), 0.0
-    if params.logits_soft_cap is not None:
-        q_scale, cap = params.scale / params.logits_soft_cap, params.logits_soft_cap * math.log2(math.e)
-    batch = work.Batch(
-        query=query.data_ptr(),
-        query_token_stride=query.stride(0) * query_size,
-        query_head_stride=query.stride(1) * query_size,
-        out=out.data_ptr(),
-        out_token_stride=out.stride(0) * query_size,
-        out_head_stride=out.stride(1) * query_size,
-        lse=_address(lse),
-        cache=kv_cache.data_ptr(),
+    if params.logits_soft_cap is None:
+        factors = params.scale * work.LOG2E, 0.0
+    else:
+        factors = params.scale / params.logits_soft_cap, params.logits_soft_cap * work.LOG2E
+    arguments = (
+        query.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        kv_cache.data_ptr(),
+        block_tables.data_ptr(),
+        seq_lens.data_ptr(),
+        0 if query_start_loc is None else query_start_loc.data_ptr(),
+        0 if params.alibi_slopes is None else params.alibi_slopes.data_ptr(),
+        0 if params.sinks is None else params.sinks.data_ptr(),
+        0 if params.k_scale is None else params.k_scale.data_ptr(),
+        0 if params.v_scale is None else params.v_scale.data_ptr(),
+        params.causal,
+        params.sliding_window or 0,
+        *factors,
+        *fixed,
+    )
+    if kernel(arguments) == team.INVALID:
+        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
+        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
+
+
+def _prepare_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    num_tokens, num_heads, head_size = query.shape
+    num_blocks, _, num_kv_heads, block_size, _ = kv_cache.shape
+    itemsize, size = query.element_size(), kv_cache.element_size()
+    return _keep(
+        layout,
+        _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        work.Batch,
+        query_token_stride=query.stride(0) * itemsize,
+        query_head_stride=query.stride(1) * itemsize,
+        out_token_stride=out.stride(0) * itemsize,
+        out_head_stride=out.stride(1) * itemsize,
         block_stride=kv_cache.stride(0) * size,
         value_offset=num_kv_heads * block_size * head_size * size,
         kv_head_stride=block_size * head_size * size,
         row_bytes=head_size * size,
-        block_tables=block_tables.data_ptr(),
         table_stride=block_tables.stride(0) * 4,
-        seq_lens=seq_lens.data_ptr(),
-        query_start_loc=_address(query_start_loc),
-        alibi_slopes=_address(params.alibi_slopes),
-        sinks=_address(params.sinks),
-        k_scale=_address(params.k_scale),
-        v_scale=_address(params.v_scale),
         num_seqs=seq_lens.shape[0],
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        itemsize=query_size,
+        itemsize=itemsize,
         block_size=block_size,
-        num_blocks=kv_cache.shape[0],
+        num_blocks=num_blocks,
         table_width=block_tables.shape[1],
-        causal=int(params.causal),
-        window=params.sliding_window or 0,
-        q_scale=q_scale,
-        cap=cap,
     )
-    kernel = _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype])
-    if kernel(batch) == team.INVALID:
-        checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
-        raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
 
 
 def reshape_and_cache(
@@ -186,19 +216,6 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
         count=block_mapping.shape[0],
     )
     _kernel(memory.build_move_blocks, memory.Blocks)(blocks)
-
-
-# The fused operators are called in every layer, with little to do for one token. What the layout of the
-# tensors determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
-
-
-def _keep(
-    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
-) -> tuple[launch.Kernel, tuple[float, ...]]:
-    """Keep a kernel and the last of its arguments, which are given by name; return both."""
-    names = arguments._fields[-len(fixed) :]
-    layout.prepared = kernel, tuple(fixed[name] for name in names)
-    return layout.prepared
 
 
 def rms_norm(

@@ -38,25 +38,30 @@ class Batch(NamedTuple):
     """Hold the arguments of a call: addresses, 0 for an absent tensor, and strides in bytes."""
 
     query: int
-    query_token_stride: int
-    query_head_stride: int
     out: int
-    out_token_stride: int
-    out_head_stride: int
     lse: int
     cache: int
-    block_stride: int
-    value_offset: int
-    kv_head_stride: int
-    row_bytes: int
     block_tables: int
-    table_stride: int
     seq_lens: int
     query_start_loc: int
     alibi_slopes: int
     sinks: int
     k_scale: int
     v_scale: int
+    causal: int
+    window: int
+    q_scale: float  # factor of the dot products; with a soft cap they are s / cap
+    cap: float  # soft cap of the logits in base 2; 0 for none
+    # What the layout of the tensors determines.
+    query_token_stride: int
+    query_head_stride: int
+    out_token_stride: int
+    out_head_stride: int
+    block_stride: int
+    value_offset: int
+    kv_head_stride: int
+    row_bytes: int
+    table_stride: int
     num_seqs: int
     num_tokens: int
     num_heads: int
@@ -66,10 +71,6 @@ class Batch(NamedTuple):
     block_size: int
     num_blocks: int
     table_width: int
-    causal: int
-    window: int
-    q_scale: float  # factor of the dot products; with a soft cap they are s / cap
-    cap: float  # soft cap of the logits in base 2; 0 for none
 
 
 class Item(NamedTuple):

@@ -1,0 +1,1 @@
+"""Engines and servers that `benchmarks/throughput.py` measures in turns, each in its own environment."""
