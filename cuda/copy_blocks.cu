@@ -25,16 +25,28 @@ using unit_t = unsigned char;
 #error "CUPAGED_UNIT_BYTES must be 16 or 1"
 #endif
 
-extern "C" __global__ void __launch_bounds__(256)
-    copy_blocks(const unit_t* source, unit_t* target,
-                const cupaged::int64* __restrict__ block_mapping, cupaged::int64 source_stride,
-                cupaged::int64 target_stride, cupaged::int64 block_units) {
-    using cupaged::int64;
+namespace cupaged {
+
+struct CopyBlocksArguments {
+    const unit_t* source;
+    unit_t* target;
+    const int64* block_mapping;
+    int64 source_stride;
+    int64 target_stride;
+    int64 block_units;
+};
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS)
+    copy_blocks(const __grid_constant__ cupaged::CopyBlocksArguments args) {
+    using namespace cupaged;
+    const int64* __restrict__ const block_mapping = args.block_mapping;
     const int64 pair = blockIdx.x;
-    const unit_t* const from = source + block_mapping[2 * pair] * source_stride;
-    unit_t* const to = target + block_mapping[2 * pair + 1] * target_stride;
+    const unit_t* const from = args.source + block_mapping[2 * pair] * args.source_stride;
+    unit_t* const to = args.target + block_mapping[2 * pair + 1] * args.target_stride;
     const int64 step = static_cast<int64>(gridDim.y) * blockDim.x;
-    for (int64 i = static_cast<int64>(blockIdx.y) * blockDim.x + threadIdx.x; i < block_units;
+    for (int64 i = static_cast<int64>(blockIdx.y) * blockDim.x + threadIdx.x; i < args.block_units;
          i += step)
         to[i] = from[i];
 }

@@ -7,7 +7,7 @@
 
 namespace cupaged {
 
-constexpr int kMergeElems = 8;  // neighbouring elements of a row that one thread merges
+constexpr int kMergeElems = CUPAGED_MERGE_ELEMENTS;  // neighbours in a row that one thread merges
 
 // One row's N states: partial outputs and the logarithms of their sums.
 template <typename T>

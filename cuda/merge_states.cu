@@ -10,22 +10,42 @@
 #include "common.cuh"
 #include "merge.cuh"
 
-extern "C" __global__ void __launch_bounds__(128, 4)
-    merge_states(const scalar_t* __restrict__ outs, const float* __restrict__ lses,
-                 scalar_t* __restrict__ out, float* __restrict__ lse, cupaged::int64 num_rows,
-                 int num_states, int head_size, int aligned) {
+namespace cupaged {
+
+struct MergeStatesArguments {
+    const scalar_t* outs;
+    const float* lses;
+    scalar_t* out;
+    float* lse;
+    int64 num_rows;
+    int num_states;
+    int head_size;
+    int aligned;
+};
+
+}  // namespace cupaged
+
+extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS, 4)
+    merge_states(const __grid_constant__ cupaged::MergeStatesArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int threads_per_row = head_size / kMergeElems;
+    const int threads_per_row = args.head_size / kMergeElems;
     const int64 row = index / threads_per_row;
     const int element = static_cast<int>(index % threads_per_row) * kMergeElems;
-    if (row >= num_rows) return;
+    if (row >= args.num_rows) return;
 
-    const StateRow<scalar_t> states{
-        outs + row * head_size, lses + row, num_rows * head_size, num_rows, num_states, kLog2E};
+    const StateRow<scalar_t> states{args.outs + row * args.head_size,
+                                    args.lses + row,
+                                    args.num_rows * args.head_size,
+                                    args.num_rows,
+                                    args.num_states,
+                                    kLog2E};
     float result[kMergeElems];
-    const SoftmaxState merged = merge_row(states, element, aligned, result);
-    store_row(out + row * head_size + element, aligned, result, softmax_normaliser(merged));
+    const SoftmaxState merged = merge_row(states, element, args.aligned, result);
+    store_row(out + row * args.head_size + element, args.aligned, result,
+              softmax_normaliser(merged));
     if (element == 0)
         lse[row] = softmax_is_empty(merged) ? merged.max : merged.max + logf(merged.sum);
 }

@@ -117,6 +117,19 @@ struct Logits {
     }
 };
 
+// The logits of a kernel, but for the positions; `scale` includes what unpacked keys are to be
+// multiplied by.
+template <typename Arguments>
+__device__ __forceinline__ Logits logits_of(const Arguments& args, float scale) {
+    Logits logits;
+    logits.scale = scale;
+    logits.soft_cap_log2 = args.soft_cap_log2;
+    logits.window = args.window;
+    logits.causal = args.causal;
+    logits.has_slopes = args.alibi_slopes != nullptr;
+    return logits;
+}
+
 // The positions of a lane's two rows.
 struct RowPositions {
     int row[2];

@@ -2,17 +2,17 @@
 // without bfloat16 tensor cores. paged_decode_mma.cu serves the rest.
 //
 //   query            [T, H, D], contiguous in D         out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
-//   records          workspace of the pieces, see merge_splits.cu
-//   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
+//   partials         workspace of the KV splits, see merge_splits.cu
+//   split_size       int32 [1] or null: where the size of KV splits is left for merge_splits
 //
 // A work item (work.cuh) is one KV head, a tile of G = CUPAGED_HEAD_TILE of its query heads, one
-// query token, and one piece of its sequence: the keys and values read serve all G heads. The
+// query token, and one KV split of its sequence: the keys and values read serve all G heads. The
 // blocks of the grid (x) go round the items, so that any number of blocks will do.
 //
 // A row of D elements is spread over kLanes lanes of a warp, 16 bytes each (twice, if 32 lanes do
@@ -30,7 +30,8 @@
 // quantised cache, at most 256), CUPAGED_HEAD_TILE (at most 4 with a quantised cache, where a lane
 // holds twice the elements).
 #include "common.cuh"
-#include "piece_output.cuh"
+#include "attention_arguments.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "ptx.cuh"
 #include "quant.cuh"
@@ -42,7 +43,7 @@ namespace cupaged {
 
 constexpr int kHeadSize = CUPAGED_HEAD_SIZE;
 constexpr int kHeadTile = CUPAGED_HEAD_TILE;
-constexpr int kThreads = 128;
+constexpr int kThreads = CUPAGED_THREADS;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVec = kVecSize<cache_t>;
 constexpr int kQueryVec = kVecSize<scalar_t>;
@@ -60,7 +61,8 @@ constexpr int kMinBlocks = kHeadTile == 1                          ? 5
                            : kHeadTile == 2                        ? 4
                            : kHeadTile == 4 && sizeof(cache_t) > 1 ? 3
                                                                    : 2;
-constexpr int kMaxIds = 256;  // block ids in shared memory; longer pieces are done in several runs
+// Block IDs in shared memory; longer KV splits are done in several runs.
+constexpr int kMaxIds = 256;
 
 union Shared {
     uint4 stages[kStages][kUnroll][2][kChunksPerLane][kThreads];  // 2: key, value
@@ -194,36 +196,37 @@ __device__ __forceinline__ void merge_lane_groups(Accumulator& acc) {
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
-    paged_decode(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-                 const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                 const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-                 const float* __restrict__ sinks, const float* __restrict__ k_scale,
-                 const float* __restrict__ v_scale, scalar_t* __restrict__ out,
-                 float* __restrict__ lse, float* __restrict__ records, int* __restrict__ split_size,
-                 cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                 cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                 cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                 int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
-                 int window, int split_tokens, int max_splits, int subset, float query_scale,
-                 float soft_cap_log2, int query_aligned, int out_aligned) {
+    paged_decode(const cupaged::DecodeArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    float* __restrict__ const partials = args.partials;
+    int* __restrict__ const split_size = args.split_size;
     __shared__ Shared shared;
     __shared__ int ids[kMaxIds];
     __shared__ int sums[kThreads];
     __shared__ SoftmaxState warp_state[kWarps][kHeadTile];
 
-    const int group = num_heads / num_kv_heads;
-    const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                          kHeadSize};
-    const PieceOutput output{
-        out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
-        num_heads, kHeadSize, max_splits, out_aligned != 0};
-    Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
-                window,   split_tokens,    max_splits, static_cast<Subset>(subset)};
-    const RowTiles tiles{group, num_kv_heads, kHeadTile, 1};
+    const int group = args.num_heads / args.num_kv_heads;
+    const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, args.num_kv_heads,
+                                          args.block_shift, kHeadSize};
+    const SplitOutput output{out,
+                             lse,
+                             partials,
+                             args.sinks,
+                             args.out_token_stride,
+                             args.out_head_stride,
+                             args.num_heads,
+                             kHeadSize,
+                             args.max_splits,
+                             args.out_aligned != 0};
+    Batch batch{
+        args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
+        args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
+    const RowTiles tiles{group, args.num_kv_heads, kHeadTile, 1};
     balance_splits<kThreads>(batch, tiles, split_size, sums);
 
-    const SharedPieces none{nullptr, nullptr, 0};
+    const SharedSplits none{nullptr, nullptr, 0};
     for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
@@ -233,19 +236,20 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int kv_head = item.kv_head;
         const int first_head = kv_head * group + item.first_row % group;
         const int heads = item.num_rows;  // of this tile that exist
-        const int* const table = block_tables + item.sequence * table_stride;
+        const int* const table = args.block_tables + item.sequence * args.table_stride;
 
-        const float key_factor = query_scale * unpacked_factor(k_scale, kv_head);
-        const float value_factor = unpacked_factor(v_scale, kv_head);
+        const float key_factor = args.query_scale * unpacked_factor(args.k_scale, kv_head);
+        const float value_factor = unpacked_factor(args.v_scale, kv_head);
         float q[kHeadTile][kElems];
         Logits logits;
-        logits.soft_cap_log2 = soft_cap_log2;
+        logits.soft_cap_log2 = args.soft_cap_log2;
         logits.query_position = position;
         Accumulator acc;
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
-            logits.slope_log2[g] =
-                alibi_slopes != nullptr && g < heads ? alibi_slopes[first_head + g] * kLog2E : 0.0f;
+            logits.slope_log2[g] = args.alibi_slopes != nullptr && g < heads
+                                       ? args.alibi_slopes[first_head + g] * kLog2E
+                                       : 0.0f;
 #pragma unroll
             for (int c = 0; c < kChunksPerLane; ++c) {
                 const int chunk = c * kLanes + lane_in_row();
@@ -253,9 +257,10 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                 for (int i = 0; i < kVec; i += kQueryVec) {
                     uint4 raw = make_uint4(0, 0, 0, 0);
                     if (g < heads && chunk < kChunks)
-                        raw = load_vec(query + token * query_token_stride +
-                                           (first_head + g) * query_head_stride + chunk * kVec + i,
-                                       query_aligned);
+                        raw = load_vec(args.query + token * args.query_token_stride +
+                                           (first_head + g) * args.query_head_stride +
+                                           chunk * kVec + i,
+                                       args.query_aligned);
                     unpack<scalar_t>(raw, &q[g][c * kVec + i]);
                 }
             }
@@ -266,13 +271,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             for (int i = 0; i < kElems; ++i) acc.out[g][i] = 0.0f;
         }
 
-        // What this token sees of the piece.
-        const int first = window > 0 ? max(plan.begin_of(item.piece), position - window + 1)
-                                     : plan.begin_of(item.piece);
+        // What this token sees of the KV split.
+        const int first = args.window > 0
+                              ? max(plan.begin_of(item.split), position - args.window + 1)
+                              : plan.begin_of(item.split);
         const int end =
-            causal ? min(plan.end_of(item.piece), position + 1) : plan.end_of(item.piece);
+            args.causal ? min(plan.end_of(item.split), position + 1) : plan.end_of(item.split);
         // Tokens whose blocks fit in ids at any offset.
-        const int max_run = (kMaxIds - 1) << block_shift;
+        const int max_run = (kMaxIds - 1) << args.block_shift;
         for (int begin = first; begin < end; begin += max_run) {
             const int tokens = min(end - begin, max_run);
             const int first_index = cache.table_index(begin);
@@ -330,8 +336,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                     kHeadTile * kHeadSize, result);
 #pragma unroll
             for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
-            store_piece(output, token, batch.subset == kSingles ? item.sequence : token,
-                        first_head + g, item.piece, plan.count, element, state, result);
+            store_split(output, token, batch.subset == kSingles ? item.sequence : token,
+                        first_head + g, item.split, plan.count, element, state, result);
         }
     });
 }

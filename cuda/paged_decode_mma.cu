@@ -1,27 +1,27 @@
 // Attention of a few query tokens a sequence over its paged cache, on tensor cores.
 //
 //   query            [T, H, D], contiguous in D         out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]         lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1], or null: T = S, one query token a sequence. With kSingles the
 //                    sequences of one query token are computed, and no other row is written.
 //   k_scale, v_scale float32 [Hkv], null where the cache is not quantised
-//   records          workspace of the pieces, see merge_splits.cu
-//   split_size       int32 [1] or null: where the size of pieces is left for merge_splits
+//   partials         workspace of the KV splits, see merge_splits.cu
+//   split_size       int32 [1] or null: where the size of KV splits is left for merge_splits
 //   tile_counts      int32 [max_splits], tile_lists uint32 [max_splits, list_capacity], from
-//                    find_shared_pieces.cu; null: every sequence reads for itself
+//                    find_shared_splits.cu; null: every sequence reads for itself
 //
-// A work item (work.cuh) is one KV head, one piece of a sequence, and a tile of query rows: the
+// A work item (work.cuh) is one KV head, one KV split of a sequence, and a tile of query rows: the
 // query heads of the KV head, for one token or as many as fit, are the rows M of mma.m16n8k16, so
-// that keys and values are read once for them all. Sequences that have the same keys in the piece
-// put their rows into one tile. A row's result does not depend on the other rows, so it has the
-// same bits. Fewer rows leave the tensor cores half idle, which does not matter: they wait for
+// that keys and values are read once for them all. Sequences that have the same keys in the KV
+// split put their rows into one tile. A row's result does not depend on the other rows, so it has
+// the same bits. Fewer rows leave the tensor cores half idle, which does not matter: they wait for
 // memory.
 //
 // The kernel is compiled for tiles of two heights. One of 16 rows for everything, and one of
 // several row groups for the tiles that many sequences share, where memory no longer is what takes
-// the time; it has lists of tiles, which see the whole of their piece.
+// the time; it has lists of tiles, which see the whole of their KV split.
 //
 // A row group is kPhases warps. Each of them has every kPhases-th tile of kTileKeys keys to itself,
 // with its own softmax state; they are merged at the end, through shared memory. The warps of a
@@ -33,7 +33,7 @@
 // Why 64 rows, and not the 128 of prefill: rows for which a warp has no registers have to wait for
 // another pass over the keys. What limits such tiles next to the tensor cores is how fast they load
 // from shared memory, and that depends on the rows of a warp, 32 here as in prefill; tiles of the
-// same piece run at the same time, and find it in the L2 cache.
+// same KV split run at the same time, and find it in the L2 cache.
 //
 // Dynamic shared memory: kTileRows rows of the query, and kPhases * kStages * 2 tiles of kTileKeys
 // rows of 16 * kRowChunks bytes: at D = 128 in 16 bits (4 phases, 3 stages) 106 KiB, 119 KiB with
@@ -49,7 +49,8 @@
 // multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_STAGES,
 // CUPAGED_ROW_GROUPS (1 if not given).
 #include "common.cuh"
-#include "piece_output.cuh"
+#include "attention_arguments.cuh"
+#include "split_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
 #include "work.cuh"
@@ -73,7 +74,8 @@ constexpr int kTileKeys = 16;  // of a phase
 constexpr int kKeyStride = kPhases * kTileKeys;
 constexpr int kStages = CUPAGED_STAGES;
 constexpr int kTile = kTileKeys * kRowChunks;  // chunks of a tile of keys or values
-constexpr int kMaxIds = 512;  // block ids in shared memory; longer pieces are done in several runs
+// Block IDs in shared memory; longer KV splits are done in several runs.
+constexpr int kMaxIds = 512;
 // Where they leave no registers for the sums, the query is read again for every tile.
 constexpr bool kQueryInRegisters = kRowTiles * kHeadSize <= 128;
 
@@ -85,6 +87,8 @@ constexpr int kMinBlocks = kRowGroups > 1                        ? 1
                                                                  : 2;
 
 static_assert(kTileRows <= kMaxTileRows, "pack_tile");
+static_assert(kRowGroups > 1 || kTileRows == CUPAGED_DECODE_TILE_ROWS, "find_shared_splits");
+static_assert(kThreads == CUPAGED_THREADS, "as launched");
 
 // Floats of a row of phase_out: such that rows that a warp stores together are in banks of their
 // own, 8 floats of each of 4 rows, or 16 of each of 2.
@@ -98,6 +102,10 @@ struct Shared {
         float phase_out[kPhases][kGroupRows][kOutStride];  // of one row group at a time
     };
 };
+static_assert(sizeof(Shared) == CUPAGED_DYNAMIC_BYTES, "as launched");
+static_assert(4 * (kMaxIds + kThreads) + kPhases * kGroupRows * sizeof(SoftmaxState) <=
+                  CUPAGED_DECODE_MMA_STATIC_BYTES,
+              "what is static");
 
 // The rows of a tile, see WorkItem.
 struct Rows {
@@ -153,13 +161,12 @@ __device__ __forceinline__ void copy_chunk(const Run& run, int i, int begin, uin
     cp_async_16_zfill(target + kTile, source + to_value, valid);
 }
 
-// Beside the sums of more than 192 elements the rows and chunks of all copies of a lane, which
+// Beside the sums of more than 160 elements the rows and chunks of all copies of a lane, which
 // ptxas keeps in registers from tile to tile unless chunks are a power of two, are too many: it
-// spills. So these sizes copy a part at a time, of 13 to 15 copies, or 4 with row groups. Of the
-// sums of two tiles of rows, 104 and 112 elements are as many, in the code for two stages.
-constexpr bool kFewCopies =
-    next_power_of_two(kTileChunks) != kTileChunks &&
-    (kTileChunks > 24 || (kRowTiles > 1 && kTileChunks > 12 && kStages == 2));
+// spills. So these sizes copy a part at a time, of 11 to 15 copies, or 3 or 4 with row groups. Of
+// the sums of two tiles of rows, 104 and 112 elements are as many.
+constexpr bool kFewCopies = next_power_of_two(kTileChunks) != kTileChunks &&
+                            (kTileChunks > 20 || (kRowTiles > 1 && kTileChunks > 12));
 constexpr int kCopiesAtOnce = kRowGroups > 1 ? 1 : 4;
 
 // Begin copying a phase's tile. `thread` of kPhaseThreads.
@@ -195,21 +202,12 @@ __device__ __forceinline__ void load_query(const scalar_t* query, const Rows& ro
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
-    paged_decode_mma(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-                     const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                     const int* __restrict__ query_start_loc,
-                     const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
-                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                     scalar_t* __restrict__ out, float* __restrict__ lse,
-                     float* __restrict__ records, int* __restrict__ split_size,
-                     const int* __restrict__ tile_counts, const unsigned* __restrict__ tile_lists,
-                     cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                     cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                     cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                     int num_seqs, int num_heads, int num_kv_heads, int block_shift, int causal,
-                     int window, int split_tokens, int max_splits, int subset, int list_capacity,
-                     float query_scale, float soft_cap_log2, int query_aligned, int out_aligned) {
+    paged_decode_mma(const cupaged::DecodeArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    float* __restrict__ const partials = args.partials;
+    int* __restrict__ const split_size = args.split_size;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     __shared__ int ids[kMaxIds];
@@ -221,50 +219,55 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
     const int row_group = kRowGroups > 1 ? static_cast<int>(threadIdx.x) / kWarpSize / kPhases : 0;
     const int first_row = row_group * kGroupRows;  // of this warp
     const int phase_thread = row_group * kWarpSize + lane;
-    const int group = num_heads / num_kv_heads;
+    const int group = args.num_heads / args.num_kv_heads;
     const int tile_heads = min(group, kTileRows);
-    const RowTiles tiles{group, num_kv_heads, tile_heads, kTileRows / tile_heads};
-    const PieceOutput output{
-        out,       lse,       records,    sinks,           out_token_stride, out_head_stride,
-        num_heads, kHeadSize, max_splits, out_aligned != 0};
-    Batch batch{seq_lens, query_start_loc, num_seqs,   num_tokens,
-                window,   split_tokens,    max_splits, static_cast<Subset>(subset)};
+    const RowTiles tiles{group, args.num_kv_heads, tile_heads, kTileRows / tile_heads};
+    const SplitOutput output{out,
+                             lse,
+                             partials,
+                             args.sinks,
+                             args.out_token_stride,
+                             args.out_head_stride,
+                             args.num_heads,
+                             kHeadSize,
+                             args.max_splits,
+                             args.out_aligned != 0};
+    Batch batch{
+        args.seq_lens, args.query_start_loc, args.num_seqs,   args.num_tokens,
+        args.window,   args.split_tokens,    args.max_splits, static_cast<Subset>(args.subset)};
     balance_splits<kThreads>(batch, tiles, split_size, sums);
 
-    const SharedPieces shared_pieces{tile_counts, tile_lists, list_capacity};
-    for_each_item<kThreads>(batch, shared_pieces, tiles, sums, [&](const WorkItem& item) {
+    const SharedSplits shared_splits{args.tile_counts, args.tile_lists, args.list_capacity};
+    for_each_item<kThreads>(batch, shared_splits, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
         const SplitPlan plan = plan_splits(batch, sequence);
-        Run run{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize}, ids};
+        Run run{{args.kv_cache, args.block_stride, args.num_kv_heads, args.block_shift, kHeadSize},
+                ids};
         run.kv_head = item.kv_head;
         Rows rows{item.first_row, item.num_rows, group, item.kv_head * group};
         const int first_token = rows.token(0), last_token = rows.token(rows.count - 1);
         rows.first_position =
             sequence.seq_len - sequence.query_len + first_token - sequence.first_token;
-        // Rows of several sequences see the whole piece; this is as good as any.
+        // Rows of several sequences see the whole KV split; this is as good as any.
         rows.of_several = last_token >= sequence.first_token + sequence.query_len;
         rows.last_position = rows.first_position + (rows.of_several ? 0 : last_token - first_token);
 
-        // What the rows see of the piece.
-        const int first = window > 0
-                              ? max(plan.begin_of(item.piece), rows.first_position - window + 1)
-                              : plan.begin_of(item.piece);
-        const int end =
-            causal ? min(plan.end_of(item.piece), rows.last_position + 1) : plan.end_of(item.piece);
+        // What the rows see of the KV split.
+        const int first =
+            args.window > 0 ? max(plan.begin_of(item.split), rows.first_position - args.window + 1)
+                            : plan.begin_of(item.split);
+        const int end = args.causal ? min(plan.end_of(item.split), rows.last_position + 1)
+                                    : plan.end_of(item.split);
 
         Accumulator acc[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) clear(acc[m]);
         if (first < end)
-            load_query(query, rows, query_token_stride, query_head_stride, query_aligned,
-                       shared.query);
+            load_query(args.query, rows, args.query_token_stride, args.query_head_stride,
+                       args.query_aligned, shared.query);
         const uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
-        Logits logits;
-        logits.scale = query_scale * unpacked_factor(k_scale, run.kv_head);
-        logits.soft_cap_log2 = soft_cap_log2;
-        logits.window = window;
-        logits.causal = causal;
-        logits.has_slopes = alibi_slopes != nullptr;
+        Logits logits =
+            logits_of(args, args.query_scale * unpacked_factor(args.k_scale, run.kv_head));
         logits.first_position = rows.first_position;
         logits.last_position = rows.last_position;
         const auto lane_row = [&](int m, int r) {
@@ -280,19 +283,19 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                                       : rows.first_position + token - first_token;
             }
         const auto slope_log2 = [&](int m, int r) {
-            return alibi_slopes[rows.head(lane_row(m, r))] * kLog2E;
+            return args.alibi_slopes[rows.head(lane_row(m, r))] * kLog2E;
         };
         unsigned query_registers[kQueryInRegisters ? kRowTiles * kSteps : 1][4];
 
         // Tokens whose blocks fit in ids at any offset. Tiles fall to phases as in one run.
-        const int max_run = ((kMaxIds - 1) << block_shift) / kKeyStride * kKeyStride;
+        const int max_run = ((kMaxIds - 1) << args.block_shift) / kKeyStride * kKeyStride;
         for (int begin = first; begin < end; begin += max_run) {
             run.begin = begin;
             run.end = min(end, begin + max_run);
             run.first_index = run.cache.table_index(begin);
             const int last_index = run.cache.table_index(run.end - 1);
             if (begin > first) __syncthreads();  // the run before is done with ids
-            const int* const table = block_tables + item.sequence * table_stride;
+            const int* const table = args.block_tables + item.sequence * args.table_stride;
             for (int i = threadIdx.x; i <= last_index - run.first_index; i += kThreads)
                 ids[i] = table[run.first_index + i];
             __syncthreads();
@@ -330,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) sum_lanes(acc[m]);
-        const float value_factor = unpacked_factor(v_scale, run.kv_head);
+        const float value_factor = unpacked_factor(args.v_scale, run.kv_head);
 #pragma unroll 1
         for (int done = 0; done < rows.count; done += kGroupRows) {
             __syncthreads();  // the tiles, or the rows before, become phase_out
@@ -365,8 +368,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
                 for (int j = 0; j < kQueryVec; ++j) result[j] *= value_factor;
                 const int64 token = rows.token(done + row);
-                store_piece(output, token, batch.subset == kSingles ? item.sequence : token,
-                            rows.head(done + row), item.piece, plan.count, element, state, result);
+                store_split(output, token, batch.subset == kSingles ? item.sequence : token,
+                            rows.head(done + row), item.split, plan.count, element, state, result);
             }
         }
     });

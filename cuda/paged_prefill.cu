@@ -2,13 +2,13 @@
 // batches. On CUDA cores: for float32, and for GPUs before sm_80.
 //
 //   query            [T, H, D], contiguous in D      out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
-//   records          for merge_splits.cu, of tiles in several pieces
+//   partials         for merge_splits.cu, of tiles in several KV splits
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -31,7 +31,8 @@
 // Macros CUPAGED_DTYPE, CUPAGED_CACHE_DTYPE, CUPAGED_HEAD_SIZE (D, a multiple of 8, or of 16 with a
 // quantised cache, at most 256).
 #include "common.cuh"
-#include "piece_output.cuh"
+#include "attention_arguments.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx.cuh"
@@ -42,7 +43,7 @@
 namespace cupaged {
 
 constexpr int kHeadSize = CUPAGED_HEAD_SIZE;
-constexpr int kThreads = 128;
+constexpr int kThreads = CUPAGED_THREADS;
 constexpr int kThreadsX = 8;
 constexpr int kThreadsY = kThreads / kThreadsX;
 constexpr int kVec = kVecSize<scalar_t>;
@@ -115,22 +116,39 @@ __device__ __forceinline__ void unpack_chunk(const uint4* rows, int row, int chu
     }
 }
 
+// Put the tile's query rows into shared memory.
+template <bool kAligned>
+__device__ __forceinline__ void load_query(const PrefillArguments& args, const PrefillTile& tile,
+                                           uint4* target) {
+    constexpr int kLoadsAtOnce = kAligned ? 4 : 1;
+    const int heads = tile.num_heads;
+#pragma unroll kLoadsAtOnce
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (row < heads * tile.num_tokens)
+            raw = load_vec(args.query + (tile.first_token + row / heads) * args.query_token_stride +
+                               (tile.first_head + row % heads) * args.query_head_stride +
+                               chunk * kVec,
+                           kAligned);
+        target[row * kRowChunks + chunk] = raw;
+    }
+}
+
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlocks)
-    paged_prefill(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-                  const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                  const int* __restrict__ query_start_loc, const float* __restrict__ alibi_slopes,
-                  const float* __restrict__ sinks, const float* __restrict__ k_scale,
-                  const float* __restrict__ v_scale, scalar_t* __restrict__ out,
-                  float* __restrict__ lse, int* __restrict__ workspace, float* __restrict__ records,
-                  cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                  cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                  cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                  int num_seqs, int num_heads, int num_kv_heads, int tile_heads, int block_shift,
-                  int causal, int window, int max_splits, float query_scale, float soft_cap_log2,
-                  int query_aligned, int out_aligned) {
+    paged_prefill(const cupaged::PrefillArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const partials = args.partials;
+    // Read at the start: where the loops read them, ptxas spills at 112 and 120 elements.
+    const int num_heads = args.num_heads, num_kv_heads = args.num_kv_heads;
+    const int max_splits = args.max_splits, window = args.window, causal = args.causal;
+    const float query_scale = args.query_scale, soft_cap_log2 = args.soft_cap_log2;
     __shared__ uint4 shared_query[kTileRows * kRowChunks];
     __shared__ uint4 shared_key[kTileKeys * kCacheRowChunks];
     __shared__ uint4 shared_value[kTileKeys * kCacheRowChunks];
@@ -139,14 +157,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
     const int tx = threadIdx.x % kThreadsX;
     const int ty = threadIdx.x / kThreadsX;
-    const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{
-        {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
-        kTileRows / tile_heads,
-        num_heads,
-        num_kv_heads,
-        tile_heads,
-        l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
+    const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
+    const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs, args.num_tokens,
+                              window, 0, max_splits, kMultiToken},
+                             kTileRows / args.tile_heads,
+                             num_heads,
+                             num_kv_heads,
+                             args.tile_heads,
+                             l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared_tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
@@ -156,17 +174,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         const int heads = tile.num_heads;
         const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
 
-        for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
-            const int row = i / kChunks;
-            const int chunk = i % kChunks;
-            uint4 raw = make_uint4(0, 0, 0, 0);
-            if (row < num_rows)
-                raw =
-                    load_vec(query + (tile.first_token + row / heads) * query_token_stride +
-                                 (tile.first_head + row % heads) * query_head_stride + chunk * kVec,
-                             query_aligned);
-            shared_query[row * kRowChunks + chunk] = raw;
-        }
+        // Apart: one loop that tests the alignment costs registers, and ptxas spills.
+        if (args.query_aligned)
+            load_query<true>(args, tile, shared_query);
+        else
+            load_query<false>(args, tile, shared_query);
 
         // This thread's rows.
         int position[kThreadRows];
@@ -177,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
         for (int i = 0; i < kThreadRows; ++i) {
             const int row = ty + i * kThreadsY;
             position[i] = tile.first_position + row / heads;
-            slope_log2[i] = alibi_slopes != nullptr
-                                ? alibi_slopes[tile.first_head + row % heads] * kLog2E
+            slope_log2[i] = args.alibi_slopes != nullptr
+                                ? args.alibi_slopes[tile.first_head + row % heads] * kLog2E
                                 : 0.0f;
             state[i] = softmax_empty();
 #pragma unroll
@@ -189,12 +201,12 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 
         const int key_end = tile.end(causal);
         const int key_begin = tile.begin(window);
-        const PagedCache<const cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift,
-                                              kHeadSize};
-        const int* const table = block_tables + tile.sequence * table_stride;
+        const PagedCache<const cache_t> cache{args.kv_cache, args.block_stride, num_kv_heads,
+                                              args.block_shift, kHeadSize};
+        const int* const table = args.block_tables + tile.sequence * args.table_stride;
         const int64 to_value = cache.value_offset();
-        const float logit_factor = query_scale * unpacked_factor(k_scale, kv_head);
-        const float value_factor = unpacked_factor(v_scale, kv_head);
+        const float logit_factor = query_scale * unpacked_factor(args.k_scale, kv_head);
+        const float value_factor = unpacked_factor(args.v_scale, kv_head);
 
         if (key_begin < key_end) {
             copy_tile(cache, table, kv_head, key_begin, key_end, 0, shared_key);
@@ -314,25 +326,26 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
             for (int offset = kThreadsX / 2; offset > 0; offset /= 2)
                 state[i].sum += __shfl_xor_sync(kFullMask, state[i].sum, offset);
-        if (tile.num_pieces > 1) {
+        if (tile.num_splits > 1) {
 #pragma unroll
             for (int i = 0; i < kThreadRows; ++i) {
                 const int row = ty + i * kThreadsY;
                 if (row < num_rows) {
-                    float* const record =
-                        record_of(records, tile.first_token + row / heads, num_heads,
-                                  tile.first_head + row % heads, max_splits, tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, tile.first_token + row / heads,
+                                                      num_heads, tile.first_head + row % heads,
+                                                      max_splits, tile.split, kHeadSize);
                     const float factor = softmax_normaliser(state[i]) * value_factor;
-                    if (tx == 0) record[kHeadSize] = softmax_lse_log2(state[i]);
+                    if (tx == 0) partial[kHeadSize] = softmax_lse_log2(state[i]);
 #pragma unroll
                     for (int k = 0; k < kThreadChunks; ++k) {
                         const int chunk = tx + k * kThreadsX;
 #pragma unroll
                         for (int e = 0; e < kVec; e += 4)
                             if (chunk < kChunks)
-                                *reinterpret_cast<float4*>(record + chunk * kVec + e) = make_float4(
-                                    acc[i][k][e] * factor, acc[i][k][e + 1] * factor,
-                                    acc[i][k][e + 2] * factor, acc[i][k][e + 3] * factor);
+                                *reinterpret_cast<float4*>(partial + chunk * kVec + e) =
+                                    make_float4(acc[i][k][e] * factor, acc[i][k][e + 1] * factor,
+                                                acc[i][k][e + 2] * factor,
+                                                acc[i][k][e + 3] * factor);
                     }
                 }
             }
@@ -345,19 +358,20 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             const int64 token = tile.first_token + row / heads;
             const int head = tile.first_head + row % heads;
             float factor = 1.0f;
-            if (sinks != nullptr && !softmax_is_empty(state[i]))
-                factor = softmax_add_sink(state[i], sinks[head] * kLog2E);
+            if (args.sinks != nullptr && !softmax_is_empty(state[i]))
+                factor = softmax_add_sink(state[i], args.sinks[head] * kLog2E);
             factor *= softmax_normaliser(state[i]) * value_factor;
             if (lse != nullptr && tx == 0)
                 lse[token * num_heads + head] = softmax_lse_log2(state[i]) * kLn2;
-            scalar_t* const target = out + token * out_token_stride + head * out_head_stride;
+            scalar_t* const target =
+                out + token * args.out_token_stride + head * args.out_head_stride;
 #pragma unroll
             for (int k = 0; k < kThreadChunks; ++k) {
                 const int chunk = tx + k * kThreadsX;
                 if (chunk >= kChunks) continue;
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) acc[i][k][e] *= factor;
-                store_vec(target + chunk * kVec, pack<scalar_t>(acc[i][k]), out_aligned);
+                store_vec(target + chunk * kVec, pack<scalar_t>(acc[i][k]), args.out_aligned);
             }
         }
     }

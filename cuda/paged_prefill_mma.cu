@@ -2,13 +2,13 @@
 // prefill, mixed batches.
 //
 //   query            [T, H, D], contiguous in D      out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //   workspace        int32 [2 * S + 6], as plan_prefill.cu leaves it
-//   records          for merge_splits.cu, of tiles in several pieces
+//   partials         for merge_splits.cu, of tiles in several KV splits
 //
 // Blocks take one tile after the other, see prefill_tiles.cuh; any grid will do. A tile has at most
 // kTileRows rows: (token, head) pairs of one sequence and KV head, `tile_heads` heads of
@@ -33,7 +33,8 @@
 // multiple of 8, or of 16 with a quantised cache, at most 256), CUPAGED_TILE_KEYS (a multiple of
 // 16), CUPAGED_STAGES.
 #include "common.cuh"
-#include "piece_output.cuh"
+#include "attention_arguments.cuh"
+#include "split_output.cuh"
 #include "mma_attention.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
@@ -59,6 +60,9 @@ struct Shared {
     uint4 tiles[kStages][2][kTile];  // 2: keys, values
     int ids[kStages][kTileKeys];     // of the rows of a tile, or of the next one in its place
 };
+static_assert(sizeof(PrefillTile) == CUPAGED_PREFILL_TILE_BYTES, "which is part of the next");
+static_assert(sizeof(Shared) == CUPAGED_DYNAMIC_BYTES, "as launched");
+static_assert(kThreads == CUPAGED_THREADS, "as launched");
 
 // The keys that a block reads.
 struct Keys {
@@ -100,30 +104,22 @@ __device__ __forceinline__ void copy_tile(const Keys& keys, int begin, const int
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
-    paged_prefill_mma(const scalar_t* __restrict__ query, const cache_t* __restrict__ cache_data,
-                      const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                      const int* __restrict__ query_start_loc,
-                      const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
-                      const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                      scalar_t* __restrict__ out, float* __restrict__ lse,
-                      int* __restrict__ workspace, float* __restrict__ records,
-                      cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                      cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                      cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                      int num_seqs, int num_heads, int num_kv_heads, int tile_heads,
-                      int block_shift, int causal, int window, int max_splits, float query_scale,
-                      float soft_cap_log2, int query_aligned, int out_aligned) {
+    paged_prefill_mma(const cupaged::PrefillArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const partials = args.partials;
     CUPAGED_DYNAMIC_SMEM(dynamic, 16);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-    const PrefillBatch batch{
-        {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
-        kTileRows / tile_heads,
-        num_heads,
-        num_kv_heads,
-        tile_heads,
-        l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
+    const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
+    const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs, args.num_tokens,
+                              args.window, 0, args.max_splits, kMultiToken},
+                             kTileRows / args.tile_heads,
+                             args.num_heads,
+                             args.num_kv_heads,
+                             args.tile_heads,
+                             l2_tokens(kHeadSize * static_cast<int>(sizeof(cache_t)))};
     if (threadIdx.x == 0) shared.tile = take_tile(schedule, batch);
     for (;;) {
         __syncthreads();  // the tile is there, and all are done with the one before
@@ -131,12 +127,13 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         if (tile.num_tokens == 0) return;
         const int heads = tile.num_heads;
         const int num_rows = heads * tile.num_tokens;  // row r: head r % heads of token r / heads
-        Keys keys{{cache_data, block_stride, num_kv_heads, block_shift, kHeadSize},
-                  block_tables + tile.sequence * table_stride};
+        Keys keys{
+            {args.kv_cache, args.block_stride, args.num_kv_heads, args.block_shift, kHeadSize},
+            args.block_tables + tile.sequence * args.table_stride};
         keys.kv_head = tile.kv_head;
 
-        keys.end = tile.end(causal);
-        const int begin = tile.begin(window);
+        keys.end = tile.end(args.causal);
+        const int begin = tile.begin(args.window);
 
 #pragma unroll
         for (int stage = 0; stage < kStages; ++stage)
@@ -152,10 +149,11 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const int chunk = i % kQueryTileChunks;
             uint4 raw = make_uint4(0, 0, 0, 0);
             if (row < num_rows && chunk < kQueryChunks)
-                raw = load_vec(query + (tile.first_token + row / heads) * query_token_stride +
-                                   (tile.first_head + row % heads) * query_head_stride +
+                raw = load_vec(args.query +
+                                   (tile.first_token + row / heads) * args.query_token_stride +
+                                   (tile.first_head + row % heads) * args.query_head_stride +
                                    chunk * kQueryVec,
-                               query_aligned);
+                               args.query_aligned);
             store_query(shared.query + row * kQueryRowChunks, chunk, raw);
         }
 
@@ -165,20 +163,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         const int lane = threadIdx.x % kWarpSize;
         const int first_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
         uint4* const warp_query = shared.query + first_row * kQueryRowChunks;
-        Logits logits;
-        logits.scale = query_scale * unpacked_factor(k_scale, keys.kv_head);
-        logits.soft_cap_log2 = soft_cap_log2;
-        logits.window = window;
-        logits.causal = causal;
-        logits.has_slopes = alibi_slopes != nullptr;
+        Logits logits =
+            logits_of(args, args.query_scale * unpacked_factor(args.k_scale, keys.kv_head));
         logits.first_position = tile.first_position + min(first_row, num_rows - 1) / heads;
         logits.last_position =
             tile.first_position + min(first_row + kWarpRows - 1, num_rows - 1) / heads;
         // The keys that they see.
         const int warp_end = first_row >= num_rows ? 0
-                             : causal              ? min(keys.end, logits.last_position + 1)
+                             : args.causal         ? min(keys.end, logits.last_position + 1)
                                                    : keys.end;
-        const int warp_begin = window > 0 ? logits.first_position - window + 1 : 0;
+        const int warp_begin = args.window > 0 ? logits.first_position - args.window + 1 : 0;
         RowPositions positions[kRowTiles];
         Accumulator acc[kRowTiles];
 #pragma unroll
@@ -192,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         }
         const auto slope_log2 = [&](int m, int r) {
             const int row = min(first_row + 16 * m + 8 * r + lane / 4, num_rows - 1);
-            return alibi_slopes[tile.first_head + row % heads] * kLog2E;
+            return args.alibi_slopes[tile.first_head + row % heads] * kLog2E;
         };
 
         int stage = 0;
@@ -216,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         cp_async_wait<0>();
         __syncthreads();  // without keys: the query is there
 
-        const float value_factor = unpacked_factor(v_scale, keys.kv_head);
+        const float value_factor = unpacked_factor(args.v_scale, keys.kv_head);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
             sum_lanes(acc[m]);
@@ -225,27 +219,27 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const int row = first_row + 16 * m + 8 * r + lane / 4;
                 SoftmaxState state = acc[m].state[r];
                 float factor = 1.0f;
-                if (tile.num_pieces > 1) {
+                if (tile.num_splits > 1) {
                     if (row >= num_rows) continue;
-                    float* const record =
-                        record_of(records, tile.first_token + row / heads, num_heads,
-                                  tile.first_head + row % heads, max_splits, tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, tile.first_token + row / heads,
+                                                      args.num_heads, tile.first_head + row % heads,
+                                                      args.max_splits, tile.split, kHeadSize);
                     factor = softmax_normaliser(state) * value_factor;
                     for_each_element(acc[m], r, [&](int element, const float* x, int count) {
 #pragma unroll
                         for (int i = 0; i < count; i += 2)
-                            *reinterpret_cast<float2*>(record + element + i) =
+                            *reinterpret_cast<float2*>(partial + element + i) =
                                 make_float2(x[i] * factor, x[i + 1] * factor);
                     });
-                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    if (lane % 4 == 0) partial[kHeadSize] = softmax_lse_log2(state);
                     continue;
                 }
                 if (row < num_rows) {
                     const int head = tile.first_head + row % heads;
-                    if (sinks != nullptr && !softmax_is_empty(state))
-                        factor = softmax_add_sink(state, sinks[head] * kLog2E);
+                    if (args.sinks != nullptr && !softmax_is_empty(state))
+                        factor = softmax_add_sink(state, args.sinks[head] * kLog2E);
                     if (lse != nullptr && lane % 4 == 0)
-                        lse[(tile.first_token + row / heads) * static_cast<int64>(num_heads) +
+                        lse[(tile.first_token + row / heads) * static_cast<int64>(args.num_heads) +
                             head] = softmax_lse_log2(state) * kLn2;
                 }
                 factor *= softmax_normaliser(state) * value_factor;
@@ -261,15 +255,16 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 });
             }
         }
-        if (tile.num_pieces > 1) continue;
+        if (tile.num_splits > 1) continue;
         __syncwarp();
         for (int i = lane; i < kWarpRows * kQueryChunks; i += kWarpSize) {
             const int row = first_row + i / kQueryChunks;
             const int chunk = i % kQueryChunks;
             if (row < num_rows)
-                store_vec(out + (tile.first_token + row / heads) * out_token_stride +
-                              (tile.first_head + row % heads) * out_head_stride + chunk * kQueryVec,
-                          shared.query[row * kQueryRowChunks + chunk], out_aligned);
+                store_vec(out + (tile.first_token + row / heads) * args.out_token_stride +
+                              (tile.first_head + row % heads) * args.out_head_stride +
+                              chunk * kQueryVec,
+                          shared.query[row * kQueryRowChunks + chunk], args.out_aligned);
         }
     }
 }

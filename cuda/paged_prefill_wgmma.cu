@@ -2,7 +2,7 @@
 // chunked prefill, mixed batches.
 //
 //   query            [T, H, D], contiguous in D      out  the same
-//   cache            [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
+//   kv_cache         [num_blocks, 2, Hkv, B, D]      lse  float32 [T, H] or null
 //   block_tables     int32 [S, max_blocks]
 //   seq_lens         int32 [S]
 //   query_start_loc  int32 [S + 1]
@@ -35,8 +35,9 @@
 // Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_HEAD_SIZE (D, a multiple of 8, at most 256),
 // CUPAGED_TILE_KEYS (a multiple of 16, see Wgmma), CUPAGED_STAGES.
 #include "common.cuh"
+#include "attention_arguments.cuh"
 #include "mma_attention.cuh"
-#include "piece_output.cuh"
+#include "split_output.cuh"
 #include "paged.cuh"
 #include "prefill_tiles.cuh"
 #include "ptx_sm90.cuh"
@@ -85,6 +86,9 @@ struct Shared {
     Item items[3];  // the next one, the one at hand, and one whose output is being written
     unsigned long long full[kStages], empty[kStages], query_empty;
 };
+static_assert(sizeof(Shared) <= CUPAGED_DYNAMIC_BYTES, "as launched");
+static_assert(kThreads == CUPAGED_THREADS && kTileRows == CUPAGED_PREFILL_WGMMA_ROWS,
+              "as launched");
 
 // Which stage comes next, and which of its phases.
 struct RingPosition {
@@ -210,20 +214,12 @@ __device__ __forceinline__ void pack_terms(const float (&score)[2 * kKeyTiles][4
 }  // namespace cupaged
 
 extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
-    paged_prefill_wgmma(const scalar_t* __restrict__ query, const scalar_t* __restrict__ cache_data,
-                        const int* __restrict__ block_tables, const int* __restrict__ seq_lens,
-                        const int* __restrict__ query_start_loc,
-                        const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
-                        const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                        scalar_t* __restrict__ out, float* __restrict__ lse,
-                        int* __restrict__ workspace, float* __restrict__ records,
-                        cupaged::int64 query_token_stride, cupaged::int64 query_head_stride,
-                        cupaged::int64 out_token_stride, cupaged::int64 out_head_stride,
-                        cupaged::int64 block_stride, cupaged::int64 table_stride, int num_tokens,
-                        int num_seqs, int num_heads, int num_kv_heads, int tile_heads,
-                        int block_shift, int causal, int window, int max_splits, float query_scale,
-                        float soft_cap_log2, int query_aligned, int out_aligned) {
+    paged_prefill_wgmma(const cupaged::PrefillArguments args) {
     using namespace cupaged;
+    scalar_t* __restrict__ const out = args.out;
+    float* __restrict__ const lse = args.lse;
+    int* __restrict__ const workspace = args.workspace;
+    float* __restrict__ const partials = args.partials;
     CUPAGED_DYNAMIC_SMEM(dynamic, 1024);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     if (threadIdx.x == 0) {
@@ -241,18 +237,18 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
     RingPosition next;
     if (warpgroup == 0) {
         decrease_registers<kProducerRegisters>();
-        const PagedCache<const scalar_t> cache = {cache_data, block_stride, num_kv_heads,
-                                                  block_shift, kHeadSize};
+        const PagedCache<const scalar_t> cache = {args.kv_cache, args.block_stride,
+                                                  args.num_kv_heads, args.block_shift, kHeadSize};
         constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-        const PrefillSchedule schedule = prefill_schedule(workspace, num_seqs);
-        const PrefillBatch batch{
-            {seq_lens, query_start_loc, num_seqs, num_tokens, window, 0, max_splits, kMultiToken},
-            kTileRows / tile_heads,
-            num_heads,
-            num_kv_heads,
-            tile_heads,
-            l2_tokens(kHeadSize * static_cast<int>(sizeof(scalar_t)))};
+        const PrefillSchedule schedule = prefill_schedule(workspace, args.num_seqs);
+        const PrefillBatch batch{{args.seq_lens, args.query_start_loc, args.num_seqs,
+                                  args.num_tokens, args.window, 0, args.max_splits, kMultiToken},
+                                 kTileRows / args.tile_heads,
+                                 args.num_heads,
+                                 args.num_kv_heads,
+                                 args.tile_heads,
+                                 l2_tokens(kHeadSize * static_cast<int>(sizeof(scalar_t)))};
         RingPosition landing;
         int in_flight = 0;  // stages
         // What has landed is the consumers'.
@@ -266,8 +262,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             Item& item = shared.items[count % 3];
             if (threadIdx.x == 0) {
                 item.tile = take_tile(schedule, batch);
-                item.begin = item.tile.begin(window);
-                item.end = item.tile.end(causal);
+                item.begin = item.tile.begin(args.window);
+                item.end = item.tile.end(args.causal);
             }
             named_barrier_sync(kProducerBarrier, kWarpgroupSize);
             if (in_flight > 0) {
@@ -281,30 +277,31 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 const int num_rows = item.tile.num_heads * item.tile.num_tokens;
                 const int row = min(warp * kWarpSize + lane, num_rows - 1);
                 const Row mine = {
-                    query +
-                        (item.tile.first_token + row / item.tile.num_heads) * query_token_stride +
-                        (item.tile.first_head + row % item.tile.num_heads) * query_head_stride,
+                    args.query +
+                        (item.tile.first_token + row / item.tile.num_heads) *
+                            args.query_token_stride +
+                        (item.tile.first_head + row % item.tile.num_heads) * args.query_head_stride,
                     index < num_rows};
-                if (query_aligned)
+                if (args.query_aligned)
                     copy_rows<kTileRows, true>(mine, shared.query);
                 else
                     copy_rows<kTileRows, false>(mine, shared.query);
             }
             const int num_tiles = last_item ? 0 : num_key_tiles(item);
-            const int* const table = block_tables + item.tile.sequence * table_stride;
+            const int* const table = args.block_tables + item.tile.sequence * args.table_stride;
             int token = item.begin + warp * kWarpKeys + lane;
             bool valid = num_tiles > 0 && lane < kWarpKeys && token < item.end;
             int block = valid ? table[cache.table_index(token)] : 0;
-            Row values = {cache_data, false};
+            Row values = {args.kv_cache, false};
             for (int p = 0; p <= num_tiles; ++p) {
                 mbarrier_wait(&shared.empty[next.stage], next.phase ^ 1);
                 if (p > 0) copy_rows<kTileKeys, true>(values, shared.stages[next.stage].values);
                 if (p < num_tiles) {
-                    Row keys = {cache_data, valid};
+                    Row keys = {args.kv_cache, valid};
                     if (valid)
                         keys.data =
                             cache.key(block, item.tile.kv_head, cache.offset_in_block(token));
-                    values = {valid ? keys.data + cache.value_offset() : cache_data, valid};
+                    values = {valid ? keys.data + cache.value_offset() : args.kv_cache, valid};
                     token += kTileKeys;
                     valid = lane < kWarpKeys && token < item.end;
                     if (valid) block = table[cache.table_index(token)];
@@ -328,12 +325,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize % kWarpgroupWarps;
         const int group_row = consumer * kGroupRows;
         const uint4* const rows = shared.query[0] + group_row * 8;
-        Logits logits;
-        logits.scale = query_scale;
-        logits.soft_cap_log2 = soft_cap_log2;
-        logits.window = window;
-        logits.causal = causal;
-        logits.has_slopes = alibi_slopes != nullptr;
+        Logits logits = logits_of(args, args.query_scale);
         if (kInTurns && consumer == 1) named_barrier_arrive(kTurnBarrier, 2 * kWarpgroupSize);
         const auto take_turn = [&] {
             if (kInTurns) named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroupSize);
@@ -357,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
             const RowPositions positions = {{position_of(row_of(0)), position_of(row_of(1))}};
             const auto slope_log2 = [&](int r) {
                 const int row = min(row_of(r), last_row());
-                return alibi_slopes[item.tile.first_head + row % item.tile.num_heads] * kLog2E;
+                return args.alibi_slopes[item.tile.first_head + row % item.tile.num_heads] * kLog2E;
             };
             const int kv_end = item.end;
             AccumulatorOf<kColumns / 8> acc;
@@ -408,27 +400,28 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                 float factor = 1.0f;
                 const int token = item.tile.first_token + row / item.tile.num_heads;
                 const int head = item.tile.first_head + row % item.tile.num_heads;
-                if (item.tile.num_pieces > 1) {
+                if (item.tile.num_splits > 1) {
                     if (!used) continue;
-                    float* const record = record_of(records, token, num_heads, head, max_splits,
-                                                    item.tile.piece, kHeadSize);
+                    float* const partial = partial_of(partials, token, args.num_heads, head,
+                                                      args.max_splits, item.tile.split, kHeadSize);
                     factor = softmax_normaliser(state);
 #pragma unroll
                     for (int n = 0; n < kHeadSize / 8; ++n)
-                        *reinterpret_cast<float2*>(record + 8 * n + 2 * (lane % 4)) =
+                        *reinterpret_cast<float2*>(partial + 8 * n + 2 * (lane % 4)) =
                             make_float2(acc.out[n][2 * r] * factor, acc.out[n][2 * r + 1] * factor);
-                    if (lane % 4 == 0) record[kHeadSize] = softmax_lse_log2(state);
+                    if (lane % 4 == 0) partial[kHeadSize] = softmax_lse_log2(state);
                     continue;
                 }
                 if (used) {
-                    if (sinks != nullptr && !softmax_is_empty(state))
-                        factor = softmax_add_sink(state, sinks[head] * kLog2E);
+                    if (args.sinks != nullptr && !softmax_is_empty(state))
+                        factor = softmax_add_sink(state, args.sinks[head] * kLog2E);
                     if (lse != nullptr && lane % 4 == 0)
-                        lse[token * static_cast<int64>(num_heads) + head] =
+                        lse[token * static_cast<int64>(args.num_heads) + head] =
                             softmax_lse_log2(state) * kLn2;
                 }
                 factor *= softmax_normaliser(state);
-                scalar_t* const target = out + token * out_token_stride + head * out_head_stride;
+                scalar_t* const target =
+                    out + token * args.out_token_stride + head * args.out_head_stride;
                 // A quad holds 8 columns in words of its lanes: 32 of them become a chunk for each.
 #pragma unroll
                 for (int n = 0; n < 2 * kSteps; n += 4) {
@@ -446,7 +439,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 1)
                     const int chunk = n + lane % 4;
                     if (used && chunk < kChunks)
                         store_vec(target + chunk * kVec,
-                                  make_uint4(words[0], words[1], words[2], words[3]), out_aligned);
+                                  make_uint4(words[0], words[1], words[2], words[3]),
+                                  args.out_aligned);
                 }
             }
         }

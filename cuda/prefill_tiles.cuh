@@ -8,8 +8,8 @@
 // counter. Lengths are read on the device only, so a CUDA graph may be replayed with other lengths.
 //
 // A few short chunks over long prefixes are fewer work items than a GPU runs blocks. If the launch
-// allows KV splits (pieces, see work.cuh), each split of a tile is a work item, and merge_splits
-// merges their partials (records).
+// allows KV splits (work.cuh), each split of a tile is a work item, and merge_splits
+// merges their partials.
 #pragma once
 
 #include "common.cuh"
@@ -21,11 +21,11 @@ namespace cupaged {
 // sequence of one query token is not in it: it is left to decode, so that it has the same bits here
 // and there.
 struct PrefillSchedule {
-    int* split_tokens;   // of a piece
+    int* split_tokens;   // of a KV split
     int* num_sequences;  // n, with the padding
     int* next_item;      // that no block has taken
     int* sequences;      // [n] of S + 1, longest first; the last one is S, the padding
-    int* first_tiles;    // [n + 1] of S + 2: tiles of query tokens, times pieces, before each
+    int* first_tiles;    // [n + 1] of S + 2: tiles of query tokens, times KV splits, before each
 };
 
 __device__ __forceinline__ PrefillSchedule prefill_schedule(int* workspace, int num_seqs) {
@@ -52,7 +52,7 @@ struct PrefillBatch {
 };
 
 // What a block works on: num_heads query heads, all of one KV head, of num_tokens query tokens, and
-// a piece of the sequence's keys.
+// a KV split of the sequence's keys.
 struct alignas(16) PrefillTile {
     int sequence;     // S for padding
     int first_token;  // row of query
@@ -61,20 +61,20 @@ struct alignas(16) PrefillTile {
     int first_head;
     int num_heads;
     int first_position;  // of first_token in the sequence
-    int piece, num_pieces;
-    int piece_begin, piece_end;  // keys
+    int split, num_splits;
+    int split_begin, split_end;  // keys
 
-    // The keys of the piece that some query token sees; none if they end where they begin, or
+    // The keys of the KV split that some query token sees; none if they end where they begin, or
     // before.
     __device__ __forceinline__ int begin(int window) const {
-        return window > 0 ? max(piece_begin, first_position - window + 1) : piece_begin;
+        return window > 0 ? max(split_begin, first_position - window + 1) : split_begin;
     }
     __device__ __forceinline__ int end(int causal) const {
-        return causal != 0 ? min(piece_end, first_position + num_tokens) : piece_end;
+        return causal != 0 ? min(split_end, first_position + num_tokens) : split_end;
     }
 };
 
-// Tiles of the query tokens of a sequence, or of the padding, for each piece of its keys.
+// Tiles of the query tokens of a sequence, or of the padding, for each KV split of its keys.
 __device__ __forceinline__ int tiles_of(const Sequence& sequence, int tile_tokens) {
     return (sequence.query_len + tile_tokens - 1) / tile_tokens;
 }
@@ -98,17 +98,17 @@ __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule, 
     const Sequence sequence = sequence_of(batch.batch, index);
     const int tiles = tiles_of(sequence, batch.tile_tokens);
     batch.batch.split_tokens = *schedule.split_tokens;
-    const SplitPlan pieces = plan_splits(batch.batch, sequence);
-    const int num_pieces = max(1, pieces.count);
+    const SplitPlan splits = plan_splits(batch.batch, sequence);
+    const int num_splits = max(1, splits.count);
 
     int rest = item - schedule.first_tiles[low] * head_tiles;
     const int section_heads =
         min(batch.num_kv_heads, max(1, batch.l2_tokens / max(1, sequence.seq_len)));
-    const int section_items = section_heads * group_tiles * tiles * num_pieces;
+    const int section_items = section_heads * group_tiles * tiles * num_splits;
     const int first_kv_head = rest / section_items * section_heads;
     rest %= section_items;
     const int heads = min(section_heads, batch.num_kv_heads - first_kv_head) * group_tiles;
-    const int piece = rest / heads / tiles;
+    const int split = rest / heads / tiles;
     const int offset = (tiles - 1 - rest / heads % tiles) * batch.tile_tokens;
     const int kv_head = first_kv_head + rest % heads / group_tiles;
     const int head_in_group = rest % group_tiles * batch.tile_heads;
@@ -119,10 +119,10 @@ __device__ __forceinline__ PrefillTile tile_of(const PrefillSchedule& schedule, 
             kv_head * group + head_in_group,
             min(batch.tile_heads, group - head_in_group),
             sequence.seq_len - sequence.query_len + offset,
-            piece,
-            num_pieces,
-            pieces.begin_of(piece),
-            pieces.end_of(piece)};
+            split,
+            num_splits,
+            splits.begin_of(split),
+            splits.end_of(split)};
 }
 
 // The next item that no block has: for one thread, which tells the others.

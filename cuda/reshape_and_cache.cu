@@ -2,7 +2,7 @@
 // the cache is quantised.
 //
 //   key, value        [T, Hkv, D], contiguous in D
-//   cache             [num_blocks, 2, Hkv, B, D]
+//   kv_cache          [num_blocks, 2, Hkv, B, D]
 //   slot_mapping      int64 [T]: block * B + offset, -1 to skip the token
 //   k_scale, v_scale  float32 [Hkv], null where the cache is not quantised
 //
@@ -39,38 +39,61 @@ __device__ __forceinline__ uint4 load_codes(const scalar_t* source, float invers
 #endif
 }
 
+struct ReshapeAndCacheArguments {
+    const scalar_t* key;
+    const scalar_t* value;
+    cache_t* kv_cache;
+    const int64* slot_mapping;
+    const float* k_scale;
+    const float* v_scale;
+    int64 key_token_stride;
+    int64 key_head_stride;
+    int64 value_token_stride;
+    int64 value_head_stride;
+    int64 block_stride;
+    int num_kv_heads;
+    int head_size;
+    int block_shift;
+    int aligned;
+};
+
 }  // namespace cupaged
 
-extern "C" __global__ void __launch_bounds__(128)
-    reshape_and_cache(const scalar_t* __restrict__ key, const scalar_t* __restrict__ value,
-                      cache_t* __restrict__ cache_data,
-                      const cupaged::int64* __restrict__ slot_mapping,
-                      const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                      cupaged::int64 key_token_stride, cupaged::int64 key_head_stride,
-                      cupaged::int64 value_token_stride, cupaged::int64 value_head_stride,
-                      cupaged::int64 block_stride, int num_kv_heads, int head_size, int block_shift,
-                      int aligned) {
+extern "C" __global__ void __launch_bounds__(CUPAGED_THREADS)
+    reshape_and_cache(const __grid_constant__ cupaged::ReshapeAndCacheArguments args) {
     using namespace cupaged;
-    const int chunks = head_size / kVec;  // of 16 bytes in a row of the cache
+    cache_t* __restrict__ const kv_cache = args.kv_cache;
+    const int chunks = args.head_size / kVec;  // of 16 bytes in a row of the cache
 
     const int64 token = blockIdx.x;
-    const int64 slot = slot_mapping[token];
+    const int64 slot = args.slot_mapping[token];
     if (slot < 0) return;
-    const PagedCache<cache_t> cache{cache_data, block_stride, num_kv_heads, block_shift, head_size};
-    const int64 block = slot >> block_shift;
-    const int offset = static_cast<int>(slot & ((1 << block_shift) - 1));
-    key += token * key_token_stride;
-    value += token * value_token_stride;
+    const PagedCache<cache_t> cache{kv_cache, args.block_stride, args.num_kv_heads,
+                                    args.block_shift, args.head_size};
+    const int64 block = slot >> args.block_shift;
+    const int offset = static_cast<int>(slot & ((1 << args.block_shift) - 1));
+    const scalar_t* const key = args.key + token * args.key_token_stride;
+    const scalar_t* const value = args.value + token * args.value_token_stride;
 
-    for (int i = threadIdx.x; i < num_kv_heads * chunks; i += blockDim.x) {
-        const int head = i / chunks;
-        const int element = (i % chunks) * kVec;
-        cache_t* const target = cache.key(block, head, offset) + element;
-        const float inverse_k = k_scale == nullptr ? 1.0f : 1.0f / k_scale[head];
-        const float inverse_v = v_scale == nullptr ? 1.0f : 1.0f / v_scale[head];
-        const uint4 k = load_codes(key + head * key_head_stride + element, inverse_k, aligned);
-        const uint4 v = load_codes(value + head * value_head_stride + element, inverse_v, aligned);
-        store_vec(target, k, true);
-        store_vec(target + cache.value_offset(), v, true);
-    }
+    // A row of keys is stored before that of values is loaded: fewer registers, more blocks.
+    const auto copy = [&](bool aligned) {
+        for (int i = threadIdx.x; i < args.num_kv_heads * chunks; i += blockDim.x) {
+            const int head = i / chunks;
+            const int element = (i % chunks) * kVec;
+            cache_t* const target = cache.key(block, head, offset) + element;
+            const float inverse_k = args.k_scale == nullptr ? 1.0f : 1.0f / args.k_scale[head];
+            const float inverse_v = args.v_scale == nullptr ? 1.0f : 1.0f / args.v_scale[head];
+            store_vec(target,
+                      load_codes(key + head * args.key_head_stride + element, inverse_k, aligned),
+                      true);
+            store_vec(
+                target + cache.value_offset(),
+                load_codes(value + head * args.value_head_stride + element, inverse_v, aligned),
+                true);
+        }
+    };
+    if (args.aligned)
+        copy(true);
+    else
+        copy(false);
 }

@@ -1,30 +1,35 @@
 // The division of decode into work items, and the schedule by which blocks take them.
 //
-// A work item is a KV split of a sequence (called a piece in names), for one KV head and a tile of
-// its query rows: pairs of a query token and a query head. The number of KV splits of a sequence
-// depends on its length only, so its result has the same bits in every batch. The list of work
-// items is not stored: each block counts the items of kThreads sequences at a time, and takes every
-// gridDim.x-th. Only if sequences may share KV splits, find_shared_pieces.cu stores the list of
-// tiles. Lengths are read on the device only, so a CUDA graph may be replayed with other lengths.
+// A work item is a KV split of a sequence, for one KV head and a tile of its query rows: pairs of a
+// query token and a query head. The number of KV splits of a sequence depends on its length only,
+// so its result has the same bits in every batch. The list of work items is not stored: each block
+// counts the items of kThreads sequences at a time, and takes every gridDim.x-th. Only if sequences
+// may share KV splits, find_shared_splits.cu stores the list of tiles. Lengths are read on the
+// device only, so a CUDA graph may be replayed with other lengths.
 #pragma once
 
 #include "common.cuh"
 
 namespace cupaged {
 
-// The tokens [first, end) of a sequence in `count` pieces of `size` tokens, the last one shorter.
+// The tokens [first, end) of a sequence in `count` KV splits of `size` tokens, the last one
+// shorter.
 struct SplitPlan {
     int first, end, size, count;
 
-    __device__ __forceinline__ int begin_of(int piece) const { return first + piece * size; }
-    __device__ __forceinline__ int end_of(int piece) const {
-        return min(end, begin_of(piece) + size);
+    __device__ __forceinline__ int begin_of(int split) const { return first + split * size; }
+    __device__ __forceinline__ int end_of(int split) const {
+        return min(end, begin_of(split) + size);
     }
 };
 
 // Which sequences are for a launch: where some have several query tokens, those of one are decoded
 // and the others, which have chunks of a prompt, are left to prefill.
-enum Subset { kAllSequences, kSingles, kMultiToken };
+enum Subset {
+    kAllSequences = CUPAGED_ALL_SEQUENCES,
+    kSingles = CUPAGED_SINGLES,
+    kMultiToken = CUPAGED_MULTI_TOKEN
+};
 
 // What one launch divides.
 struct Batch {
@@ -33,8 +38,8 @@ struct Batch {
     int num_seqs;
     int num_tokens;
     int window;        // 0 for none
-    int split_tokens;  // of a piece; 0: as many as spread the batch evenly over the grid
-    int max_splits;    // beyond this many pieces they grow
+    int split_tokens;  // of a KV split; 0: as many as spread the batch evenly over the grid
+    int max_splits;    // beyond this many KV splits they grow
     Subset subset;
 };
 
@@ -86,14 +91,14 @@ __device__ __forceinline__ SplitPlan plan_splits(const Batch& batch, const Seque
     return {first, sequence.seq_len, size, count};
 }
 
-// A tile of query rows against one piece of keys. Row r of a KV head is its head r % group at token
-// r / group. The rows of the tile are those of `sequence`, or go on into the sequences after it,
-// which then have the same keys in this piece and see them all.
+// A tile of query rows against one KV split. Row r of a KV head is its head r % group at
+// token r / group. The rows of the tile are those of `sequence`, or go on into the sequences after
+// it, which then have the same keys in this KV split and see them all.
 struct WorkItem {
     int sequence;
     int first_row;
     int num_rows;
-    int piece;
+    int split;
     int kv_head;
 };
 
@@ -113,24 +118,25 @@ struct RowTiles {
     }
 };
 
-// The work of a batch whose sequences may share pieces, as find_shared_pieces.cu leaves it.
-struct SharedPieces {
-    const int* counts;  // [max_splits], tiles of each piece; null: sequences read for themselves
+// The work of a batch whose sequences may share KV splits, as find_shared_splits.cu leaves it.
+struct SharedSplits {
+    const int* counts;  // [max_splits], tiles of each KV split; null: sequences read for themselves
     const unsigned* tiles;  // [max_splits, capacity], packed by pack_tile, each for every KV head
     int capacity;
 };
 
-constexpr int kMaxTileRows = 64;  // rows of all tokens of a launch: below 2^32 / kMaxTileRows
+// Rows of all tokens of a launch: below 2^32 / kMaxTileRows.
+constexpr int kMaxTileRows = CUPAGED_MAX_TILE_ROWS;
 
 __device__ __forceinline__ unsigned pack_tile(int first_row, int num_rows) {
     return static_cast<unsigned>(first_row) * kMaxTileRows + num_rows - 1;
 }
 
 __device__ __forceinline__ WorkItem unpack_tile(const Batch& batch, int group, unsigned tile,
-                                                int piece, int kv_head) {
+                                                int split, int kv_head) {
     const int row = static_cast<int>(tile / kMaxTileRows);
     return {sequence_of_token(batch, row / group), row, static_cast<int>(tile % kMaxTileRows) + 1,
-            piece, kv_head};
+            split, kv_head};
 }
 
 // The sum of `value` over the threads up to this one. `sums` has kThreads elements; every thread
@@ -155,19 +161,19 @@ __device__ __forceinline__ void block_scan(int value, int* sums) {
 
 // Call body(item) for this block's items. All threads of the block call it together.
 template <int kThreads, typename Body>
-__device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPieces& shared,
+__device__ __forceinline__ void for_each_item(const Batch& batch, const SharedSplits& shared,
                                               const RowTiles& rows, int* sums, Body body) {
-    // The list goes sequence by sequence, or piece by piece where they are shared.
-    const bool by_piece = shared.counts != nullptr;
+    // The list goes sequence by sequence, or KV split by KV split where they are shared.
+    const bool by_split = shared.counts != nullptr;
     const int num_sequences = batch.num_seqs + (batch.query_start_loc != nullptr ? 1 : 0);
-    const int num_units = by_piece ? batch.max_splits : num_sequences;
-    const int head_tiles = by_piece ? rows.num_kv_heads : rows.head_tiles();
+    const int num_units = by_split ? batch.max_splits : num_sequences;
+    const int head_tiles = by_split ? rows.num_kv_heads : rows.head_tiles();
     int index = blockIdx.x;  // counted from the first item of the units at hand
     for (int base = 0; base < num_units; base += kThreads) {
         const int mine = base + threadIdx.x;
         int count = 0;
         if (mine < num_units) {
-            if (by_piece) {
+            if (by_split) {
                 count = shared.counts[mine];
             } else {
                 const Sequence sequence = sequence_of(batch, mine);
@@ -191,9 +197,10 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
             }
             const int unit = base + low;
             const int rest = index - (low > 0 ? sums[low - 1] : 0);
-            // Row tiles, then heads, then pieces: blocks that run together share keys and values.
+            // Row tiles, then heads, then KV splits: blocks that run together share keys and
+            // values.
             WorkItem item;
-            if (by_piece) {
+            if (by_split) {
                 const int tiles = shared.counts[unit];
                 const unsigned* const list =
                     shared.tiles + static_cast<int64>(unit) * shared.capacity;
@@ -216,7 +223,7 @@ __device__ __forceinline__ void for_each_item(const Batch& batch, const SharedPi
     }
 }
 
-// The size of pieces, of `smallest` tokens at least, that gives each of so many blocks about the
+// The size of KV splits, of `smallest` tokens at least, that gives each of so many blocks about the
 // same number of keys to read. For all threads of a block together.
 template <int kThreads>
 __device__ __forceinline__ int balanced_split_tokens(const Batch& batch, const RowTiles& rows,
@@ -238,14 +245,14 @@ __device__ __forceinline__ int balanced_split_tokens(const Batch& batch, const R
     return max(smallest, share * kGranularity);
 }
 
-// Where the launch leaves it open (split_tokens 0), choose the size of pieces. The same in every
+// Where the launch leaves it open (split_tokens 0), choose the size of KV splits. The same in every
 // block; left in split_size for merge_splits.
 template <int kThreads>
 __device__ __forceinline__ void balance_splits(Batch& batch, const RowTiles& rows, int* split_size,
                                                int* sums) {
     if (batch.split_tokens != 0) return;
-    constexpr int kSmallest = 128;
-    batch.split_tokens = balanced_split_tokens<kThreads>(batch, rows, gridDim.x, kSmallest, sums);
+    batch.split_tokens = balanced_split_tokens<kThreads>(batch, rows, gridDim.x,
+                                                         CUPAGED_SMALLEST_SPLIT_TOKENS, sums);
     if (blockIdx.x == 0 && threadIdx.x == 0) *split_size = batch.split_tokens;
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .backends.cuda.raw import raw_kernel
     from .fused import act_and_mul, rms_norm, rope_and_cache
     from .ops import (
         copy_blocks,
@@ -30,6 +31,7 @@ __all__ = [
     "copy_blocks",
     "merge_attention_states",
     "paged_attention",
+    "raw_kernel",
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",
@@ -38,13 +40,16 @@ __all__ = [
 
 
 def __getattr__(name: str):  # imports torch at the first use of a function
-    if name in __all__:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "raw_kernel":
+        from .backends.cuda import raw as module
+    else:
         from . import fused, ops
 
         module = fused if hasattr(fused, name) else ops
-        globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
-        return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
+    return function
 
 
 def __dir__() -> list[str]:

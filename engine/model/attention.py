@@ -34,6 +34,7 @@ class AttentionMetadata:
         shared_prefix: neighbouring sequences begin with the same blocks, which the kernels may read once.
         rotary_halves: what fused layers share in a step: cosines and sines as the operator takes them, by the
             id of the model's own, which stand beside them.
+        workspace: the `Workspace` in which the tensors of this step always are; None: they are new.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -45,6 +46,7 @@ class AttentionMetadata:
     windows: tuple[int | None, ...]
     shared_prefix: bool = False
     rotary_halves: dict[int, Any] = field(default_factory=dict)
+    workspace: Any = None
 
 
 def register_attention() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cupaged import backends
+from cupaged.backends.cpu import backend as cpu_backend
+
 from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
 from .attention import AttentionMetadata
@@ -15,6 +18,7 @@ from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
 from .fusion import Fusion, Proof, fuse_model
 from .kv_cache import KVCache, KVShape
+from .workspace import Workspaces
 
 _CACHE_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -42,6 +46,7 @@ class ModelRunner:
             kind = model.config.model_type  # type: ignore[union-attr]
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
+        self._workspaces: Workspaces | None = None
 
     @property
     def window(self) -> int | None:
@@ -117,6 +122,9 @@ class ModelRunner:
             torch.cuda.empty_cache()  # of the weights before they were merged
         if fusion is not None:
             fusion.bind()
+            on_cpu = self.device.type == "cpu" and backends.for_device("cpu") is cpu_backend
+            if on_cpu and fusion.can_replay(len(self._layers)):
+                self._workspaces = Workspaces(self._windows, self.kv_shape(block_size).dtype)
         return fusion
 
     @torch.inference_mode()
@@ -172,16 +180,25 @@ class ModelRunner:
             prompts = [np.arange(start, start + item.num_prompt_logits) for start, item in first]
             kept_rows = np.sort(np.concatenate([kept_rows, *prompts]))
 
-        metadata = AttentionMetadata(
-            kv_caches=cache.layers,
-            kv_scales=cache.scales,
-            slot_mapping=self._tensor(slots),
-            block_tables=self._tensor(block_tables),
-            seq_lens=self._tensor((starts + counts).astype(np.int32)),
-            query_start_loc=None if counts.max() == 1 else self._tensor(query_start_loc),
-            windows=self._windows,
-            shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
-        )
+        seq_lens = (starts + counts).astype(np.int32)
+        is_decode = counts.max() == 1
+        workspace = None
+        if is_decode and self._workspaces is not None:
+            workspace = self._workspaces.get(cache, num_seqs, block_tables.shape[1])
+        if workspace is not None:
+            workspace.begin_step(slots, block_tables, seq_lens)
+            metadata = workspace.paged
+        else:
+            metadata = AttentionMetadata(
+                kv_caches=cache.layers,
+                kv_scales=cache.scales,
+                slot_mapping=self._tensor(slots),
+                block_tables=self._tensor(block_tables),
+                seq_lens=self._tensor(seq_lens),
+                query_start_loc=None if is_decode else self._tensor(query_start_loc),
+                windows=self._windows,
+                shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
+            )
         output = self._model(
             input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
             position_ids=self._tensor(positions)[None],

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from cupaged.backends.cuda.arguments import OF_KERNEL
 from cupaged.backends.cuda.compile import cache_dir, cuda_dir, include_closure, toolkit_include_dir
 from cupaged.backends.cuda.specs import KernelSpec
 
@@ -44,18 +45,33 @@ CHECKS = (
 )
 
 
+class _ArgumentStruct(ctypes.Structure):
+    """`cupaged_host::Argument`."""
+
+    _fields_ = (("offset", ctypes.c_int), ("size", ctypes.c_int), ("kind", ctypes.c_char))
+
+
 class _KernelStruct(ctypes.Structure):
     """`cupaged_host::Kernel`."""
 
     _fields_ = (
         ("call", ctypes.c_void_p),
-        ("num_params", ctypes.c_int),
-        ("param_sizes", ctypes.POINTER(ctypes.c_int)),
-        ("param_kinds", ctypes.c_char_p),
+        ("num_arguments", ctypes.c_int),
+        ("arguments", ctypes.POINTER(_ArgumentStruct)),
+        ("struct_size", ctypes.c_int),
         ("max_threads", ctypes.c_int),
         ("shared_begin", ctypes.c_void_p),
         ("shared_end", ctypes.c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a launch gives a kernel: a parameter, or a field of the struct that is its only one."""
+
+    offset: int  # in the struct
+    size: int
+    kind: str  # p: pointer, c: pointer to const, i: integer, f: floating point
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ class Module:
 
     library: ctypes.CDLL
     kernel: int  # address of the struct
-    param_sizes: tuple[int, ...]
-    param_kinds: str  # p: pointer, c: pointer to const, i: integer, f: floating point
+    arguments: tuple[Argument, ...]
+    struct_size: int  # 0: each argument is a parameter
     max_threads: int  # of a block
     static_shared: int  # bytes, with padding between variables
 
@@ -182,6 +198,14 @@ def _launch_bound(source: str, entry: str) -> str:
     return f"({found[1]})" if found else str(MAX_THREADS)
 
 
+def _fields(entry: str) -> str:
+    """The macro that names the fields of a kernel's arguments, none for a kernel of these tests."""
+    if entry not in OF_KERNEL:
+        return ""
+    names = " ".join(f"F({name})" for name, _ in OF_KERNEL[entry]._fields_)
+    return f"#define CUPAGED_HOST_FIELDS(F) {names}\n"
+
+
 def load(spec: KernelSpec, sources: Path | None = None) -> Module:
     """Compile a kernel and load it.
 
@@ -196,7 +220,7 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
         f'#include "{source}"\n'
         f"#define CUPAGED_HOST_ENTRY {spec.entry}\n"
         f"#define CUPAGED_HOST_MAX_THREADS {_launch_bound(source.read_text(encoding='utf-8'), spec.entry)}\n"
-        '#include "module.h"\n'
+        f'{_fields(spec.entry)}#include "module.h"\n'
     )
     common = (
         *OPTIONS,
@@ -210,7 +234,7 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
         *common,
         *("-include", str(prelude)),
         *(f"-I{path}" for path in includes),
-        *(f"-D{name}={value}" for name, value in spec.defines),
+        *(f"-D{name}={value}" for name, value in spec.macros),
     )
     texts = [*include_closure(source, includes), *_emulation_headers(), toolkit_include_dir() / "cuda.h"]
     library = ctypes.CDLL(str(build(spec.entry, texts, unit, options, ("-nostartfiles",))), mode=os.RTLD_NOW)
@@ -220,8 +244,8 @@ def load(spec: KernelSpec, sources: Path | None = None) -> Module:
     return Module(
         library,
         ctypes.addressof(kernel),
-        tuple(kernel.param_sizes[: kernel.num_params]),
-        (kernel.param_kinds or b"").decode(),
+        tuple(Argument(a.offset, a.size, a.kind.decode()) for a in kernel.arguments[: kernel.num_arguments]),
+        kernel.struct_size,
         kernel.max_threads,
         kernel.shared_end - kernel.shared_begin,
     )

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 #include <elf.h>
+#include <fstream>
+#include <iterator>
 #include <string>
 
 namespace {
@@ -46,14 +48,18 @@ CUresult cuGetErrorString(CUresult, const char** text) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuModuleLoadData(CUmodule* module, const void* image) {
-    const auto* const header = static_cast<const Elf64_Ehdr*>(image);
-    if (std::memcmp(header->e_ident, ELFMAG, SELFMAG) != 0) return CUDA_ERROR_INVALID_IMAGE;
-    // The size is not passed: the image ends with one of its two tables.
+CUresult cuModuleLoad(CUmodule* module, const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
+    const std::string image{std::istreambuf_iterator<char>(file), {}};
+    const auto* const header = reinterpret_cast<const Elf64_Ehdr*>(image.data());
+    if (image.size() < sizeof(*header) || std::memcmp(header->e_ident, ELFMAG, SELFMAG) != 0)
+        return CUDA_ERROR_INVALID_IMAGE;
+    // It ends with one of its two tables.
     const size_t sections = header->e_shoff + size_t{header->e_shnum} * header->e_shentsize;
     const size_t segments = header->e_phoff + size_t{header->e_phnum} * header->e_phentsize;
-    const size_t bytes = std::max(sections, segments);
-    *module = reinterpret_cast<CUmodule>(new Module{{static_cast<const char*>(image), bytes}});
+    if (image.size() < std::max(sections, segments)) return CUDA_ERROR_INVALID_IMAGE;
+    *module = reinterpret_cast<CUmodule>(new Module{image});
     return CUDA_SUCCESS;
 }
 

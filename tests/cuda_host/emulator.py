@@ -12,20 +12,24 @@ import random
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from cupaged.backends.cuda.arguments import FLOAT, INT32, INT64, POINTER, KernelArguments
 from cupaged.backends.cuda.kernels import Kernels, Launch
-from cupaged.backends.cuda.plans import KernelCall, Number
-from cupaged.backends.cuda.specs import STATIC_SHARED_MEMORY, KernelSpec
+from cupaged.backends.cuda.specs import STATIC_SHARED_MEMORY, KernelCall, KernelSpec
 from tests.cpu_launcher import CpuLauncher
 
 from .build import Module, load, runtime
 from .guarded import GuardedMemory
 
 Dim3 = tuple[int, int, int]
+Number = np.int32 | np.int64 | np.float32  # carries its width
 Argument = torch.Tensor | Number | None
+KINDS = {POINTER: "p", INT32: "i", INT64: "i", FLOAT: "f"}
+NUMBERS = {INT32: np.int32, INT64: np.int64, FLOAT: np.float32}
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED_MEMORY = 227 * 1024
@@ -56,22 +60,34 @@ class HostLauncher(CpuLauncher):
         self._lock = threading.Lock()
 
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
+        def launch(tensors: Sequence[torch.Tensor | None]) -> None:
+            _check_layout(spec, self._load(spec), type(call.arguments))
+            self.launch(spec, *shape, (*tensors, *_numbers(call.arguments)))
+
         spec = call.spec
         shape = (*call.grid, 1), (spec.threads, 1, 1), spec.dynamic_shared_memory
-        return lambda tensors: self.launch(spec, *shape, (*tensors, *call.numbers))
+        return launch
 
     def launch(
         self, spec: KernelSpec, grid: Dim3, block: Dim3, smem_bytes: int, args: Sequence[Argument]
     ) -> None:
         """Run the kernel to its end.
 
+        Args:
+            args: the parameters, or the fields of the struct that is the only one.
+
         Raises:
             EmulationError: naming the kernel, the block, the thread, and what it did.
         """
+        module = self._load(spec)
         with self._lock:  # the runtime emulates one launch at a time
+            self._run(spec, module, grid, block, smem_bytes, args)
+
+    def _load(self, spec: KernelSpec) -> Module:
+        with self._lock:
             if spec not in self._modules:
                 self._modules[spec] = load(spec, self._sources)
-            self._run(spec, self._modules[spec], grid, block, smem_bytes, args)
+            return self._modules[spec]
 
     def _run(
         self,
@@ -85,10 +101,12 @@ class HostLauncher(CpuLauncher):
         _check_launch(spec, module, grid, block, smem_bytes)
         _check_arguments(spec, module, args)
         seed = self._random.getrandbits(63)
-        pointers = zip(args, module.param_kinds)
-        constants = {id(a): kind == "c" for a, kind in pointers if isinstance(a, torch.Tensor)}
+        constants: dict[int, bool] = {}
+        for arg, place in zip(args, module.arguments):
+            if isinstance(arg, torch.Tensor):  # one that is given twice is written if either may be
+                constants[id(arg)] = constants.get(id(arg), True) and place.kind == "c"
         with GuardedMemory([a for a in args if isinstance(a, torch.Tensor)], constants, seed) as memory:
-            values = [_value(arg, memory) for arg in args]
+            values = _parameters(module, [_value(arg, memory) for arg in args])
             addresses = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
             error = ctypes.create_string_buffer(2048)
             done = runtime().cupaged_host_launch(
@@ -131,16 +149,55 @@ def _check_launch(spec: KernelSpec, module: Module, grid: Dim3, block: Dim3, sme
 
 
 def _check_arguments(spec: KernelSpec, module: Module, args: Sequence[Argument]) -> None:
-    """The numbers and their widths must be those of the entry point's parameters."""
-    if len(args) != len(module.param_sizes):
-        raise EmulationError(f"{spec} has {len(module.param_sizes)} parameters, {len(args)} were given")
-    for i, (arg, size, kind) in enumerate(zip(args, module.param_sizes, module.param_kinds)):
+    """The numbers and their widths must be those that the kernel takes."""
+    if len(args) != len(module.arguments):
+        raise EmulationError(f"{spec} has {len(module.arguments)} parameters, {len(args)} were given")
+    for i, (arg, place) in enumerate(zip(args, module.arguments)):
         if arg is None or isinstance(arg, torch.Tensor):
-            fits = kind in "pc"
+            fits = place.kind in "pc"
         else:
-            fits = size == arg.itemsize and kind == ("f" if isinstance(arg, np.floating) else "i")
+            fits = place.size == arg.itemsize and place.kind == ("f" if isinstance(arg, np.floating) else "i")
         if not fits:
-            raise EmulationError(f"{spec}: parameter {i} is of kind {kind}, {size} bytes, got {arg!r:.80}")
+            raise EmulationError(
+                f"{spec}: parameter {i} is of kind {place.kind}, {place.size} bytes, got {arg!r:.80}"
+            )
+
+
+def _check_layout(spec: KernelSpec, module: Module, arguments: type[KernelArguments]) -> None:
+    """The struct in Python must be the kernel's."""
+    if ctypes.sizeof(arguments) != module.struct_size:
+        raise EmulationError(
+            f"{spec} takes {module.struct_size} bytes, {arguments.__name__} has {ctypes.sizeof(arguments)}"
+        )
+    for (name, kind), place in zip(arguments._fields_, module.arguments, strict=True):
+        field = getattr(arguments, name)
+        if (field.offset, field.size) != (place.offset, place.size) or KINDS[kind] != place.kind.replace(
+            "c", "p"
+        ):
+            raise EmulationError(
+                f"{spec} has {name} at {place.offset}, {place.size} bytes of kind {place.kind}, "
+                f"{arguments.__name__} at {field.offset}, {field.size} bytes of kind {KINDS[kind]}"
+            )
+
+
+def _numbers(arguments: KernelArguments) -> list[Number]:
+    """The fields that are no pointers, as they are in memory."""
+    content = bytes(arguments)
+    return [
+        np.frombuffer(content, NUMBERS[kind], 1, getattr(type(arguments), name).offset)[0]
+        for name, kind in arguments._fields_
+        if kind is not POINTER
+    ]
+
+
+def _parameters(module: Module, values: list[ctypes.Array | ctypes.c_void_p]) -> list[Any]:
+    """What the driver would take the addresses of: the values, or the one struct that they are in."""
+    if not module.struct_size:
+        return values
+    whole = (ctypes.c_char * module.struct_size)()
+    for value, place in zip(values, module.arguments):
+        ctypes.memmove(ctypes.addressof(whole) + place.offset, ctypes.addressof(value), place.size)
+    return [whole]
 
 
 def _value(arg: Argument, memory: GuardedMemory) -> ctypes.Array | ctypes.c_void_p:

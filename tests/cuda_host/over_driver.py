@@ -3,8 +3,8 @@
     LD_LIBRARY_PATH=<directory of that libcuda.so.1> python -m tests.cuda_host.over_driver
 
 prints what each of the checks below found, "" or how it failed, as JSON. CuPy's runtime API has libcudart
-inside, which asks a real driver for undocumented tables: `setDevice` alone of it is needed, and stood in for.
-So are torch's functions that ask which device and stream are current.
+inside, which asks a real driver for undocumented tables: what needs it is stood in for, `setDevice` and
+`RawModule`. So are torch's functions that ask which device and stream are current.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ import contextlib
 import ctypes
 import json
 import random
+import re
+import struct
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import cupy
 import numpy as np
+import pytest
 import torch
 
 import cupaged
 from cupaged import backends
 from cupaged.backends import reference
-from cupaged.backends.cuda import launcher
+from cupaged.backends.cuda import compile as kernel_compiler
+from cupaged.backends.cuda import launcher, raw
+from cupaged.backends.cuda.arguments import OF_KERNEL, DecodeArguments
 from cupaged.backends.cuda.kernels import Kernels
-from cupaged.backends.cuda.specs import paged_decode_mma
+from cupaged.backends.cuda.specs import KernelSpec, paged_decode_mma
 
-from .build import load, runtime
+from .build import Module, load, runtime
 
 INDEX = 1  # of the device that the launches are on; current is another
 STREAM = 0x7FFF12345678
-WIDTHS = {np.int32: 4, np.float32: 4, np.int64: 8}
 
 
 @dataclass
@@ -47,9 +52,10 @@ class Seen:
     extra: int | None
     params: int  # address of the addresses
 
-    def param(self, i: int, width: int) -> bytes:
-        address = ctypes.c_void_p.from_address(self.params + 8 * i).value
-        return ctypes.string_at(address, width)
+    def arguments(self, bytes_: int) -> bytes:
+        """The one parameter."""
+        address = ctypes.c_void_p.from_address(self.params).value
+        return ctypes.string_at(address, bytes_)
 
 
 class FakeTorch:
@@ -68,8 +74,10 @@ class FakeTorch:
     def device(self, index):
         before = torch.cuda.current_device()
         self._state.current = index
-        yield
-        self._state.current = before
+        try:
+            yield
+        finally:
+            self._state.current = before
 
     def set_device(self, index):
         assert index == torch.cuda.current_device() == INDEX
@@ -80,7 +88,43 @@ class FakeTorch:
         return getattr(self._state, "context", None)
 
 
+class FakeRawModule:
+    """`cupy.RawModule` of a file, by the driver alone."""
+
+    def __init__(self, *, path: str) -> None:
+        self._module = cupy.cuda.driver.moduleLoad(path)
+
+    def get_function(self, name: str) -> FakeRawKernel:
+        return FakeRawKernel(cupy.cuda.driver.moduleGetFunction(self._module, name))
+
+
+class FakeRawKernel:
+    """`cupy.RawKernel`, on CuPy's current stream."""
+
+    def __init__(self, function: int) -> None:
+        self.kernel = type("", (), {"ptr": function})
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return DRIVER.cupaged_dynamic_shared_memory(ctypes.c_void_p(self.kernel.ptr))
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, value: int) -> None:
+        attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        cupy.cuda.driver.funcSetAttribute(self.kernel.ptr, attribute, value)
+
+    def __call__(self, grid, block, args, *, shared_mem=0) -> None:
+        """Take arrays of the CPU as CuPy does: what they hold is the parameter."""
+        assert all(isinstance(arg, np.ndarray) for arg in args)
+        addresses = (ctypes.c_void_p * len(args))(*(arg.ctypes.data for arg in args))
+        shape = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3]
+        cupy.cuda.driver.launchKernel(
+            self.kernel.ptr, *shape, shared_mem, STREAM, ctypes.addressof(addresses), 0
+        )
+
+
 FAKE_TORCH = FakeTorch()
+cupy.RawModule = FakeRawModule
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_void_p,
@@ -117,46 +161,53 @@ class Address:
 
 def every_argument_arrives_bit_for_bit() -> None:
     rng = random.Random(1)
-    seen: list[tuple] = []
-    kinds = [rng.choice(list(WIDTHS)) for _ in range(20)]
-    numbers = [np.frombuffer(rng.randbytes(WIDTHS[kind]), kind)[0] for kind in kinds]  # a NaN has a payload
-    shape = tuple(rng.randrange(1, 2**31) for _ in range(7))
+    for kind in {*OF_KERNEL.values()}:
+        seen: list[tuple] = []
+        arguments = kind.from_buffer_copy(rng.randbytes(ctypes.sizeof(kind)))  # a NaN has a payload
+        before = bytes(arguments)
+        shape = tuple(rng.randrange(1, 2**31) for _ in range(7))
 
-    def record(launch: Seen) -> None:
-        pointers = [launch.param(i, 8) for i in range(6)]
-        values = [launch.param(i, WIDTHS[kind]) for i, kind in enumerate(kinds, 6)]
-        seen.append((launch.function, launch.shape, launch.stream, launch.extra, pointers, values))
+        def record(launch: Seen, seen=seen, kind=kind) -> None:
+            content = launch.arguments(ctypes.sizeof(kind))
+            seen.append((launch.function, launch.shape, launch.stream, launch.extra, content))
 
-    on_launch(record)
-    driver = cupy.cuda.driver
-    launch = launcher.PreparedLaunch(
-        partial(driver.launchKernel, 0x123456789ABC, *shape),
-        partial(cupy.cuda.runtime.setDevice, INDEX),
-        numbers,
-        INDEX,
-    )
-    for _ in range(3):
-        addresses = [rng.choice([None, rng.getrandbits(64)]) for _ in range(6)]
-        launch([None if address is None else Address(address) for address in addresses])
-        pointers = [(address or 0).to_bytes(8, "little") for address in addresses]
-        values = [number.tobytes() for number in numbers]
-        assert seen.pop() == (0x123456789ABC, shape, STREAM + INDEX, None, pointers, values)
+        on_launch(record)
+        driver = cupy.cuda.driver
+        launch = launcher.PreparedLaunch(
+            partial(driver.launchKernel, 0x123456789ABC, *shape),
+            partial(cupy.cuda.runtime.setDevice, INDEX),
+            arguments,
+            INDEX,
+        )
+        count = len(kind.pointers())
+        for _ in range(3):
+            addresses = [rng.choice([None, rng.getrandbits(64)]) for _ in range(count)]
+            launch([None if address is None else Address(address) for address in addresses])
+            pointers = b"".join((address or 0).to_bytes(8, "little") for address in addresses)
+            expected = pointers + before[len(pointers) :]
+            assert seen.pop() == (0x123456789ABC, shape, STREAM + INDEX, None, expected)
+        assert bytes(arguments) == before  # they are the plan's
+        for wrong in (count - 1, count + 1):
+            with contextlib.suppress(struct.error):
+                launch([None] * wrong)
+                raise AssertionError("a launch with too few or too many tensors")
     assert torch.cuda.current_device() == 0
 
 
 def threads_do_not_mix_their_arguments() -> None:
     seen: list[tuple[int, ...]] = []
-    on_launch(lambda launch: seen.append(tuple(int.from_bytes(launch.param(i, 8)) for i in range(12))))
+    count = len(DecodeArguments.pointers())
+    on_launch(lambda launch: seen.append(struct.unpack(f"={count}Q", launch.arguments(8 * count))))
     launch = launcher.PreparedLaunch(
         partial(cupy.cuda.driver.launchKernel, 1, *[1] * 7),
         partial(cupy.cuda.runtime.setDevice, INDEX),
-        (np.int32(0),),
+        DecodeArguments.from_buffer_copy(bytes(ctypes.sizeof(DecodeArguments))),
         INDEX,
     )
 
     def work(value: int) -> None:
         for _ in range(300):
-            launch([Address(value)] * 12)
+            launch([Address(value)] * count)
 
     threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 5)]
     for thread in threads:
@@ -165,6 +216,24 @@ def threads_do_not_mix_their_arguments() -> None:
         thread.join()
     assert len(seen) == 1200
     assert all(len(set(launch)) == 1 for launch in seen)
+
+
+def emulate(launch: Seen, name: str, module: Module) -> None:
+    """Run an emulated kernel on what arrived."""
+    error = ctypes.create_string_buffer(2048)
+    runtime().cupaged_host_launch(
+        ctypes.c_void_p(module.kernel),
+        name.encode(),
+        ctypes.c_void_p(launch.params),
+        (ctypes.c_uint * 3)(*launch.shape[:3]),
+        (ctypes.c_uint * 3)(*launch.shape[3:6]),
+        ctypes.c_size_t(launch.shape[6]),
+        ctypes.c_uint64(7),
+        ctypes.c_double(60.0),
+        error,
+        ctypes.c_size_t(len(error)),
+    )
+    assert not error.value, error.value.decode()
 
 
 class EmulatedLauncher(launcher.CupyLauncher):
@@ -196,20 +265,7 @@ class EmulatedLauncher(launcher.CupyLauncher):
     def _run(self, launch: Seen) -> None:
         spec, module = self._specs[launch.function]
         self.launched.append(spec.entry)
-        error = ctypes.create_string_buffer(2048)
-        runtime().cupaged_host_launch(
-            ctypes.c_void_p(module.kernel),
-            str(spec).encode(),
-            ctypes.c_void_p(launch.params),
-            (ctypes.c_uint * 3)(*launch.shape[:3]),
-            (ctypes.c_uint * 3)(*launch.shape[3:6]),
-            ctypes.c_size_t(launch.shape[6]),
-            ctypes.c_uint64(7),
-            ctypes.c_double(60.0),
-            error,
-            ctypes.c_size_t(len(error)),
-        )
-        assert not error.value, error.value.decode()
+        emulate(launch, str(spec), module)
 
 
 def kernels_run_on_what_arrives() -> None:
@@ -253,11 +309,83 @@ def large_shared_memory_is_asked_for() -> None:
     assert granted == spec.dynamic_shared_memory > 48 * 1024
 
 
+def the_documented_launch_is_right() -> None:
+    """`docs/kernels.md`: what it shows, on tensors of the CPU, over emulated kernels."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    documented: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], documented)
+    modules = {}
+
+    class Kernel(FakeRawKernel):
+        @property
+        def max_threads_per_block(self) -> int:
+            return modules[self.kernel.ptr].max_threads
+
+    def loaded(spec: KernelSpec, arch: str) -> Kernel:
+        assert (arch, spec) == ("90a", paged_decode_mma("bf16", "bf16", 64, "90a"))
+        kernel = Kernel(load_raw(spec, arch).kernel.ptr)
+        modules[kernel.kernel.ptr] = load(spec)
+        return kernel
+
+    def run(launch: Seen) -> None:
+        emulate(launch, "paged_decode_mma", modules[launch.function])
+
+    load_raw, raw.load = raw.load, loaded
+    cupy.cuda.Device = lambda: type("", (), {"compute_capability": "90"})
+    with torch.cuda.device(INDEX):
+        cupy.cuda.runtime.setDevice(INDEX)
+        on_launch(run)
+        generator = torch.Generator().manual_seed(3)
+        cache = torch.randn(40, 2, 2, 16, 64, generator=generator).bfloat16()
+        query = torch.randn(3, 8, 64, generator=generator).bfloat16()
+        tables = torch.stack([torch.randperm(40, generator=generator)[:36] for _ in range(3)]).int()
+        lengths = torch.tensor([550, 1, 33], dtype=torch.int32)
+        out = torch.full_like(query, float("nan"))
+        documented["decode"](query, cache, tables, lengths, out)
+    raw.load = load_raw
+    backends.for_device = lambda device_type: reference
+    expected = cupaged.paged_attention(query.float(), cache.float(), tables, lengths)
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def a_raw_kernel_of_no_kernel_is_refused() -> None:
+    for name, variant, message in (
+        ("paged_decod", {}, "there is no kernel 'paged_decod', only copy_blocks, "),
+        ("paged_decode_mma", {"dtype": torch.float16}, "missing: ['head_size'], unknown: []"),
+        ("copy_blocks", {"unit_bytes": 16, "dtype": "bf16"}, "missing: [], unknown: ['dtype']"),
+        ("merge_states", {"dtype": torch.int8}, "dtype must be one of fp32, fp16, bf16, got 'int8'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cupaged.raw_kernel(name, arch="80", **variant)
+    kernel = cupaged.raw_kernel("merge_states", arch="80", dtype=torch.float16)
+    assert (kernel.kernel.ptr > 0, kernel.max_dynamic_shared_size_bytes) == (True, 0)
+
+
+def a_kernel_is_loaded_that_cannot_be_kept() -> None:
+    """From a file that is gone afterwards."""
+    spec = paged_decode_mma("bf16", "bf16", 64, "90a")
+    whole = kernel_compiler.cubin(spec, "90a")
+    paths = []
+
+    class Module(FakeRawModule):
+        def __init__(self, *, path):
+            paths.append(Path(path))
+            super().__init__(path=path)
+
+    cupy.RawModule, kernel_compiler.cubin = Module, lambda spec, arch: replace(whole, path=None)
+    assert raw.load(spec, "90a").kernel.ptr
+    assert paths[0] != whole.path
+    assert not paths[0].exists()
+
+
 CHECKS = (
     every_argument_arrives_bit_for_bit,
     threads_do_not_mix_their_arguments,
     kernels_run_on_what_arrives,
     large_shared_memory_is_asked_for,
+    the_documented_launch_is_right,
+    a_raw_kernel_of_no_kernel_is_refused,
+    a_kernel_is_loaded_that_cannot_be_kept,
 )
 
 

@@ -20,6 +20,9 @@ CHECKS = (
     "threads_do_not_mix_their_arguments",
     "kernels_run_on_what_arrives",
     "large_shared_memory_is_asked_for",
+    "the_documented_launch_is_right",
+    "a_raw_kernel_of_no_kernel_is_refused",
+    "a_kernel_is_loaded_that_cannot_be_kept",
 )
 
 

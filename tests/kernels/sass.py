@@ -19,7 +19,7 @@ MATRIX = (*WIDE, "tensor cores", "ldmatrix")
 NEEDS: dict[str, tuple[str, ...]] = {
     "reshape_and_cache": WIDE,
     "copy_blocks": WIDE,
-    "find_shared_pieces": (),
+    "find_shared_splits": (),
     "plan_prefill": (),
     "merge_splits": WIDE,
     "merge_states": WIDE,

@@ -1,4 +1,4 @@
-"""How decode divides a sequence: into pieces that depend on nothing but the sequence itself."""
+"""How decode divides a sequence: into KV splits that depend on nothing but the sequence itself."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, mode, dtype):
 @pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 5001])
-def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
+def test_a_split_may_have_more_blocks_than_shared_memory_has_ids_for(
     backend, seed, monkeypatch, dtype, window
 ):
-    """Sequences beyond 64 pieces have longer ones; with one piece a short sequence does as well. Under a
-    window the first block is a part of one."""
+    """Sequences beyond 64 KV splits have longer ones; with one KV split a short sequence does as well.
+    Under a window the first block is a part of one."""
     monkeypatch.setattr(plans, "MAX_SPLITS", 1)
     problem = draw(
         seed,
@@ -84,9 +84,9 @@ def test_a_piece_may_have_more_blocks_than_shared_memory_has_ids_for(
 
 @pytest.mark.cuda_kernels
 @pytest.mark.parametrize("windowed", [False, True])
-def test_pieces_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch, windowed):
+def test_splits_grow_beyond_the_most_there_may_be(backend, seed, monkeypatch, windowed):
     monkeypatch.setattr(plans, "MAX_SPLITS", 3)
-    monkeypatch.setattr(plans, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than pieces: they go round
+    monkeypatch.setattr(plans, "DECODE_BLOCKS_PER_SM", 1)  # fewer blocks than KV splits: they go round
     problem = draw(
         seed,
         dtype=torch.float32,

@@ -138,8 +138,8 @@ def test_quantised_caches_on_every_generation(emulated_arch, seed, cache_dtype, 
 @pytest.mark.parametrize("queries", ["one", "few"])
 @pytest.mark.parametrize("features", [(), ("window", "sinks")], ids=["plain", "window+sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pieces_that_balance_the_load(backend, seed, queries, features, dtype):
-    """Without batch invariance the pieces depend on the whole batch; the result must not."""
+def test_splits_that_balance_the_load(backend, seed, queries, features, dtype):
+    """Without batch invariance the KV splits depend on the whole batch; the result must not."""
     rng = random.Random(seed)
     seq_lens = [rng.randrange(2000, 3000), 0, rng.randrange(1, 200), 128, 129]
     problem = draw(
@@ -192,7 +192,7 @@ def test_a_wrong_hint_changes_the_speed_only(backend, seed):
 
 
 def test_bits_do_not_depend_on_the_batch(backend, seed):
-    """Nor on how many blocks go round the pieces: also for a few query tokens on tensor cores."""
+    """Nor on how many blocks go round the KV splits: also for a few query tokens on tensor cores."""
     rng = random.Random(seed)
     seq_lens = [rng.randrange(1100, 1400), rng.randrange(8, 60), rng.randrange(520, 600)]
     query_lens = [4, 8, 1]

@@ -15,10 +15,12 @@ import torch
 
 from cupaged.backends.cuda import kernel_choice, plans
 from cupaged.backends.cuda import specs as kernel_specs
-from cupaged.backends.cuda.specs import KernelSpec
+from cupaged.backends.cuda.arguments import PlanPrefillArguments
+from cupaged.backends.cuda.specs import KernelCall, KernelSpec
 from cupaged.params import AttentionParams
 
 KERNELS = Path(__file__).parent.parent / "cuda_host" / "kernels"
+CPU = torch.device("cpu")
 Tile = tuple[int, ...]  # the fields of a PrefillTile
 
 
@@ -51,7 +53,7 @@ class Batch:
 
     @property
     def split_tokens(self) -> int:
-        """Of a piece: an equal share of what the blocks read, in units of 64."""
+        """Of a KV split: an equal share of what the blocks read, in units of 64."""
         if self.max_splits == 1:
             return 1 << 30
         units = sum(
@@ -62,11 +64,11 @@ class Batch:
         head_tiles = self.num_kv_heads * -(-self.group // self.tile_heads)
         return max(512, -(-units * head_tiles // self.blocks) * 64)
 
-    def pieces(self, s: int) -> list[range]:
+    def splits(self, s: int) -> list[range]:
         if s == len(self.query_lens) or not self.seq_lens[s]:
             return [range(0)]
         units = -(-len(self.seen(s)) // self.split_tokens)
-        return _pieces(self.seen(s), -(-units // self.max_splits) * self.split_tokens)
+        return _chunks(self.seen(s), -(-units // self.max_splits) * self.split_tokens)
 
     def tiles(self) -> Iterator[Tile]:
         """All of them in their order, from the rules."""
@@ -75,13 +77,13 @@ class Batch:
         picked = [s for s in range(count) if query_lens[s] > 1]
         for s in [*sorted(picked, key=lambda s: -seq_lens[s]), count]:
             section = max(1, self.l2_tokens // max(1, seq_lens[s]))
-            pieces = self.pieces(s)
-            for kv_heads in _pieces(range(self.num_kv_heads), section):
-                for (piece, keys), tokens, kv_head, heads in itertools.product(
-                    enumerate(pieces),
-                    reversed(_pieces(range(query_lens[s]), self.tile_tokens)),
+            splits = self.splits(s)
+            for kv_heads in _chunks(range(self.num_kv_heads), section):
+                for (split, keys), tokens, kv_head, heads in itertools.product(
+                    enumerate(splits),
+                    reversed(_chunks(range(query_lens[s]), self.tile_tokens)),
                     kv_heads,
-                    _pieces(range(self.group), self.tile_heads),
+                    _chunks(range(self.group), self.tile_heads),
                 ):
                     yield (
                         s,
@@ -91,14 +93,14 @@ class Batch:
                         kv_head * self.group + heads[0],
                         len(heads),
                         seq_lens[s] - query_lens[s] + tokens[0],
-                        piece,
-                        len(pieces),
+                        split,
+                        len(splits),
                         keys.start,
                         keys.stop,
                     )
 
 
-def _pieces(whole: range, size: int) -> list[range]:
+def _chunks(whole: range, size: int) -> list[range]:
     return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
@@ -110,7 +112,7 @@ class Schedule:
             pytest.skip("no g++ to build the emulation with")
         from tests.cuda_host.emulator import HostLauncher
 
-        self._plan = HostLauncher(seed).launch
+        self._launcher = HostLauncher(seed)
         self._list = HostLauncher(seed, KERNELS).launch
         generator = torch.Generator().manual_seed(seed)
         self._workspace = torch.randint(
@@ -122,19 +124,29 @@ class Schedule:
         lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
         starts = torch.tensor(batch.starts, dtype=torch.int32)
         sizes = np.int32(batch.num_tokens), np.int32(len(batch.seq_lens)), np.int32(batch.tile_tokens)
-        spec = kernel_specs.plan_prefill()
         heads = batch.num_kv_heads, batch.tile_heads
         splits = batch.window, batch.max_splits
-        numbers = (*sizes, *map(np.int32, (batch.group, *heads, *splits, batch.blocks)))
-        self._plan(spec, (1, 1, 1), (spec.threads, 1, 1), 0, (lengths, starts, self._workspace, *numbers))
+        arguments = PlanPrefillArguments(
+            num_tokens=batch.num_tokens,
+            num_seqs=len(batch.seq_lens),
+            tile_tokens=batch.tile_tokens,
+            group=batch.group,
+            num_kv_heads=batch.num_kv_heads,
+            tile_heads=batch.tile_heads,
+            window=batch.window,
+            max_splits=batch.max_splits,
+            blocks=batch.blocks,
+        )
+        plan = self._launcher.prepare(KernelCall(kernel_specs.plan_prefill(), (1, 1), arguments), CPU)
+        plan((lengths, starts, self._workspace))
         assert self._workspace[0] == batch.split_tokens
         share = len(list(batch.tiles())) // blocks + 2
         found = torch.zeros(share * blocks, 11, dtype=torch.int32)
         num_heads = batch.num_kv_heads * batch.group
         numbers = (*sizes, *map(np.int32, (num_heads, *heads, batch.l2_tokens, *splits, share)))
         count = torch.zeros(1, dtype=torch.int32)
-        arguments = (lengths, starts, self._workspace, found, count, *numbers)
-        self._list(KernelSpec("list_tiles.cu", "list_tiles"), (blocks, 1, 1), (1, 1, 1), 0, arguments)
+        parameters = (lengths, starts, self._workspace, found, count, *numbers)
+        self._list(KernelSpec("list_tiles.cu", "list_tiles"), (blocks, 1, 1), (1, 1, 1), 0, parameters)
         assert count.item() == share * blocks
         rows = [tuple(row) for row in found.tolist()]
         end = next(i for i, row in enumerate(rows) if row[2] == 0)
@@ -202,8 +214,8 @@ def test_the_tiles_come_by_the_rules(seed, kind, count):
 def assert_rows_are_covered_once(batch: Batch, tiles: list[Tile]) -> None:
     """Those of sequences of several tokens, and the padding."""
     covered = np.zeros((batch.num_tokens, batch.num_kv_heads * batch.group), dtype=int)
-    for _, token, num_tokens, kv_head, head, num_heads, _, piece, *_ in tiles:
-        if piece > 0:
+    for _, token, num_tokens, kv_head, head, num_heads, _, split, *_ in tiles:
+        if split > 0:
             continue
         assert head // batch.group == (head + num_heads - 1) // batch.group == kv_head
         covered[token : token + num_tokens, head : head + num_heads] += 1
@@ -236,5 +248,5 @@ def test_the_grid_is_no_larger_than_the_items_or_what_fits(arch):
         blocks = kernel_choice.prefill_kernel("fp16", "fp16", 64, 2, arch).blocks_per_sm * sm_count
         assert plan.prefill.grid == (min(3 * (num_tokens // tokens + 6), blocks), 1)
         assert plan.schedule.grid == (1, 1)
-        assert plan.schedule.numbers[2] == tokens
+        assert plan.schedule.arguments.tile_tokens == tokens
         assert plan.schedule_size == 16

@@ -18,7 +18,7 @@ from cupaged.backends.cuda.specs import KernelSpec
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 BLOCK_SIZE = 16
-LONG = 600 // BLOCK_SIZE  # blocks of a sequence that is divided into pieces
+LONG = 600 // BLOCK_SIZE  # blocks of a sequence that is divided into KV splits
 
 
 class Recorder:

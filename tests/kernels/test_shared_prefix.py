@@ -15,22 +15,27 @@ from cupaged.backends.cuda import kernels, plans
 
 from .test_attention import run
 
-PIECE = plans.SPLIT_TOKENS
+SPLIT = plans.SPLIT_TOKENS
+Launch = tuple[str, dict[str, torch.Tensor]]  # the entry point, and its tensors by name
 
 
 @pytest.fixture
 def emulation(monkeypatch, seed):
-    """The emulated kernels, with the arguments of all launches."""
+    """The emulated kernels, with the tensors of all launches."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build the emulation with")
     from tests.cuda_host import emulator
 
-    launches: list[tuple[str, tuple]] = []
+    launches: list[Launch] = []
 
     class Recorder(emulator.HostLauncher):
-        def launch(self, spec, grid, block, smem_bytes, args):
-            super().launch(spec, grid, block, smem_bytes, args)
-            launches.append((spec.entry, tuple(args)))
+        def prepare(self, call, device):
+            def launch(tensors):
+                prepared(tensors)
+                launches.append((call.spec.entry, dict(zip(call.arguments.pointers(), tensors))))
+
+            prepared = super().prepare(call, device)
+            return launch
 
     module = kernels.Kernels(Recorder(seed))
     monkeypatch.setattr(backends, "for_device", lambda device_type: module)
@@ -60,15 +65,15 @@ def share(problem: Problem, pairs: list[tuple[int, int, int]]) -> Problem:
 def draw_shared(seed: int, *, queries: str = "one", **options) -> Problem:
     """Two families of sequences with prefixes in common, of which one has branches, and some loners."""
     rng = random.Random(seed)
-    prefix = PIECE * rng.randrange(1, 3) + rng.choice([0, 1, 40])
-    branch = prefix // PIECE * PIECE + PIECE
+    prefix = SPLIT * rng.randrange(1, 3) + rng.choice([0, 1, 40])
+    branch = prefix // SPLIT * SPLIT + SPLIT
     lengths = [
         *(prefix + rng.randrange(9, 600) for _ in range(3)),
         rng.randrange(1, 700),
         *(branch + rng.randrange(9, 80) for _ in range(4)),
         0,
-        PIECE + 9,
-        PIECE + 8,
+        SPLIT + 9,
+        SPLIT + 8,
     ]
     problem = draw(
         seed,
@@ -80,7 +85,7 @@ def draw_shared(seed: int, *, queries: str = "one", **options) -> Problem:
         **options,
     )
     pairs = [(0, 1, prefix), (0, 2, prefix)]
-    pairs += [(4, 5, branch), (4, 6, prefix), (6, 7, branch), (9, 10, PIECE)]
+    pairs += [(4, 5, branch), (4, 6, prefix), (6, 7, branch), (9, 10, SPLIT)]
     return share(problem, pairs)
 
 
@@ -139,7 +144,7 @@ def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
     rng = random.Random(seed)
     tokens = 1 if queries == "one" else 4
     many, few = (-(-rows // (group * tokens)) for rows in (65, 33))
-    lengths = [PIECE + rng.randrange(tokens, 40) for _ in range(many + 1 + few)]
+    lengths = [SPLIT + rng.randrange(tokens, 40) for _ in range(many + 1 + few)]
     problem = draw(
         seed,
         dtype=rng.choice([torch.float16, torch.bfloat16]),
@@ -150,8 +155,8 @@ def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
         padding_rows=0 if queries == "one" else rng.choice([0, 3]),
         **options,
     )
-    share(problem, [(0, s, PIECE) for s in range(1, many)])
-    share(problem, [(many + 1, s, PIECE) for s in range(many + 2, len(lengths))])
+    share(problem, [(0, s, SPLIT) for s in range(1, many)])
+    share(problem, [(many + 1, s, SPLIT) for s in range(many + 2, len(lengths))])
     problem.options["max_query_len"] = 4
     return problem
 
@@ -208,7 +213,7 @@ def test_wide_tiles_of_less_shared_memory(emulated_arch, seed, head_size, cache_
 
 @pytest.mark.parametrize("emulated_arch", ["90a"], indirect=True)
 def test_wide_tiles_of_more_blocks_than_shared_memory_has_ids_for(emulated_arch, seed, monkeypatch):
-    """All warps of a block go through the runs of a piece together."""
+    """All warps of a block go through the runs of a KV split together."""
     monkeypatch.setattr(plans, "MAX_SPLITS", 2)
     rng = random.Random(seed)
     problem = draw(
@@ -218,9 +223,9 @@ def test_wide_tiles_of_more_blocks_than_shared_memory_has_ids_for(emulated_arch,
         block_size=8,
         num_kv_heads=1,
         group=17,
-        seq_lens=[16 * PIECE + rng.randrange(1, PIECE) for _ in range(2)],
+        seq_lens=[16 * SPLIT + rng.randrange(1, SPLIT) for _ in range(2)],
     )
-    share(problem, [(0, 1, 9 * PIECE)])
+    share(problem, [(0, 1, 9 * SPLIT)])
     problem.options["shared_prefix"] = True
     out, lse = run(problem, "cpu")
     check(out, problem, lse)
@@ -234,9 +239,9 @@ def test_every_backend_takes_the_flag(backend, seed):
         block_size=16,
         num_kv_heads=1,
         group=2,
-        seq_lens=[PIECE + 20, PIECE + 50],
+        seq_lens=[SPLIT + 20, SPLIT + 50],
     )
-    share(problem, [(0, 1, PIECE)])
+    share(problem, [(0, 1, SPLIT)])
     problem.options["shared_prefix"] = True
     out, lse = run(problem, backend[1])
     check(out, problem, lse)
@@ -245,15 +250,15 @@ def test_every_backend_takes_the_flag(backend, seed):
 Tiles = list[tuple[int, int]]  # (first query row of a KV head, rows)
 
 
-def tiles_of(launches: list[tuple[str, tuple]]) -> list[tuple[Tiles, Tiles]]:
-    """The tiles of every piece: those of 16 rows, and the wide ones."""
-    (args,) = [args for entry, args in launches if entry == "find_shared_pieces"]
+def tiles_of(launches: list[Launch]) -> list[tuple[Tiles, Tiles]]:
+    """The tiles of every KV split: those of 16 rows, and the wide ones."""
+    (tensors,) = [tensors for entry, tensors in launches if entry == "find_shared_splits"]
     lists = [
         [
             [(int(tile) // 64, int(tile) % 64 + 1) for tile in tiles[:count]]
-            for count, tiles in zip(counts, pieces)
+            for count, tiles in zip(counts, splits)
         ]
-        for counts, pieces in zip(args[3].tolist(), args[4])
+        for counts, splits in zip(tensors["counts"].tolist(), tensors["tiles"])
     ]
     return list(zip(lists[0], lists[1] if len(lists) == 2 else [[]] * len(lists[0])))
 
@@ -269,17 +274,17 @@ def expected_tiles(problem: Problem, max_splits: int) -> list[tuple[Tiles, Tiles
     if problem.query_start_loc is not None:
         lengths, starts = [*lengths, 0], [*starts, num_tokens]
     found: list[tuple[Tiles, Tiles]] = []
-    sizes = [max(1, -(-n // (PIECE * max_splits))) * PIECE for n in lengths]
+    sizes = [max(1, -(-n // (SPLIT * max_splits))) * SPLIT for n in lengths]
     first_positions = [n - max(1, b - a) for n, a, b in zip(lengths, starts, starts[1:])]
 
     def is_whole(s: int, end: int) -> bool:
         return sizes[s] < lengths[s] and end <= first_positions[s] + 1
 
-    for piece in range(max_splits):
-        runs: list[tuple[list[int], bool]] = []  # of sequences, and whether they see all of the piece
+    for split in range(max_splits):
+        runs: list[tuple[list[int], bool]] = []  # of sequences, and whether they see all of the KV split
         for s, length in enumerate(lengths):
-            begin, end = piece * sizes[s], (piece + 1) * sizes[s]
-            if begin >= length and (piece or length):
+            begin, end = split * sizes[s], (split + 1) * sizes[s]
+            if begin >= length and (split or length):
                 continue
             blocks = slice(begin // block_size, end // block_size)
             joins = (
@@ -310,11 +315,11 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     monkeypatch.setattr(plans, "MAX_SPLITS", max_splits)
     rng = random.Random(seed)
     count = rng.randrange(130, 150)
-    lengths = [rng.choice([0, 1, PIECE, PIECE + 1, 2 * PIECE + 30, 3 * PIECE + 2]) for _ in range(count)]
+    lengths = [rng.choice([0, 1, SPLIT, SPLIT + 1, 2 * SPLIT + 30, 3 * SPLIT + 2]) for _ in range(count)]
     query_lens = [min(n, rng.randrange(5)) for n in lengths]
-    # Neither one piece alone is searched, nor a batch without query tokens; there are runs at the borders.
+    # Neither one KV split alone is searched, nor a batch without query tokens; there are runs at the borders.
     for some in (rng.randrange(count), *(s for s in range(count) if (s + 1) % 32 < 2)):
-        lengths[some], query_lens[some] = 2 * PIECE + 30, rng.randrange(1, 5)
+        lengths[some], query_lens[some] = 2 * SPLIT + 30, rng.randrange(1, 5)
     problem = draw(
         seed,
         dtype=torch.bfloat16,
@@ -328,9 +333,9 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
     )
     for s in range(1, count):  # any blocks of the sequence before, not only the first ones
         if rng.random() < 0.7:
-            pieces = range(min(lengths[s - 1], lengths[s]) // PIECE)
-            for piece in (p for p in pieces if rng.random() < 0.8):
-                blocks = slice(piece * PIECE // 128, (piece + 1) * PIECE // 128 - (rng.random() < 0.1))
+            splits = range(min(lengths[s - 1], lengths[s]) // SPLIT)
+            for split in (p for p in splits if rng.random() < 0.8):
+                blocks = slice(split * SPLIT // 128, (split + 1) * SPLIT // 128 - (rng.random() < 0.1))
                 problem.block_tables[s, blocks] = problem.block_tables[s - 1, blocks]
                 if rng.random() < 0.1:  # the same blocks in another order are others
                     problem.block_tables[s, blocks] = problem.block_tables[s, blocks].flip(0)
@@ -352,7 +357,7 @@ def test_what_is_found(emulation, monkeypatch, seed, queries, max_splits):
 )
 def test_a_prefix_is_read_once(emulation, seed, group, count, expected):
     """For each 16 rows of all sequences, or each 64 where they are more than 32."""
-    prefix = 2 * PIECE
+    prefix = 2 * SPLIT
     problem = draw(
         seed,
         dtype=torch.float16,
@@ -370,9 +375,9 @@ def test_a_prefix_is_read_once(emulation, seed, group, count, expected):
 
 
 def test_no_search_where_it_cannot_help(emulation, seed):
-    """One piece, a window, float32."""
+    """One KV split, a window, float32."""
     for options, feature in (
-        ({"seq_lens": [PIECE - 40] * 3}, {}),
+        ({"seq_lens": [SPLIT - 40] * 3}, {}),
         ({}, {"sliding_window": 600}),
         ({"dtype": torch.float32}, {}),
     ):
@@ -382,7 +387,7 @@ def test_no_search_where_it_cannot_help(emulation, seed):
             "block_size": 64,
             "num_kv_heads": 1,
             "group": 2,
-            "seq_lens": [2 * PIECE + 8] * 3,
+            "seq_lens": [2 * SPLIT + 8] * 3,
         }
         problem = draw(seed, **(common | options))
         problem.block_tables = problem.block_tables[:, : -(-int(problem.seq_lens[0]) // 64)]
@@ -395,4 +400,4 @@ def test_no_search_where_it_cannot_help(emulation, seed):
             **feature,
         )
     assert emulation
-    assert not [entry for entry, _ in emulation if entry == "find_shared_pieces"]
+    assert not [entry for entry, _ in emulation if entry == "find_shared_splits"]

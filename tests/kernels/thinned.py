@@ -27,7 +27,7 @@ Kernel = tuple[KernelSpec, str]  # and its architecture
 Value = tuple[str, str]  # of a macro, or the architecture
 KINDS = (
     "copy_blocks",
-    "find_shared_pieces",
+    "find_shared_splits",
     "merge_splits",
     "merge_states",
     "paged_decode",

@@ -15,8 +15,7 @@ import torch
 
 from cupaged.backends.cuda import compile as kernel_compiler
 from cupaged.backends.cuda.kernels import Kernels, Launch
-from cupaged.backends.cuda.plans import KernelCall
-from cupaged.backends.cuda.specs import KernelSpec
+from cupaged.backends.cuda.specs import KernelCall, KernelSpec
 from tests.cpu_launcher import CpuLauncher
 
 from .machine import Machine
@@ -39,7 +38,7 @@ def ptx(spec: KernelSpec, arch: str) -> str:
         f"--gpu-architecture=compute_{arch}",
         f"-I{directory}",
         f"-I{kernel_compiler.toolkit_include_dir()}",
-        *(f"-D{name}={value}" for name, value in spec.defines),
+        *(f"-D{name}={value}" for name, value in spec.macros),
     )
     program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
     try:
@@ -77,14 +76,13 @@ class PtxLauncher(CpuLauncher):
             spec = call.spec
             machine = _machine(self._change(ptx(spec, self._arch)))
             memory = GlobalMemory([tensor for tensor in tensors if tensor is not None])
-            addresses = [0 if tensor is None else memory.address(tensor) for tensor in tensors]
-            params = [address.to_bytes(8, "little") for address in addresses]
-            params += [number.tobytes() for number in call.numbers]
+            addresses = (0 if tensor is None else memory.address(tensor) for tensor in tensors)
+            arguments = call.arguments.copy().point_to(addresses)
             machine.launch(
                 call.grid,
                 spec.threads,
                 spec.dynamic_shared_memory,
-                params,
+                bytes(arguments),
                 memory.space,
                 self._random,
                 None if self.traffic is None else self.traffic.setdefault(spec.entry, Traffic()),

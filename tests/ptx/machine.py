@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import numpy as np
 
 from .memory import POISON, PtxError, Space, TensorSpace
-from .memory_steps import Copy
+from .memory_steps import PARAM_BASE, Copy
 from .program import Instruction, Program
 from .races import Order, Races
 from .steps import Step, step
@@ -38,7 +37,7 @@ class Machine:
         grid: tuple[int, int],
         threads: int,
         dynamic_shared: int,
-        params: Sequence[bytes],
+        arguments: bytes,
         memory: TensorSpace,
         rng: random.Random,
         traffic: Traffic | None = None,
@@ -48,14 +47,11 @@ class Machine:
         Raises:
             PtxError: naming the block, the warp and the instruction.
         """
-        named = dict(zip(self.program.params, params))
-        if [len(value) for value in params] != list(self.program.params.values()):
-            raise PtxError(f"the parameters have sizes {list(self.program.params.values())}")
         blocks = [(x, y) for x in range(grid[0]) for y in range(grid[1])]
         rng.shuffle(blocks)
         with np.errstate(all="ignore"):
             for block in blocks:
-                Block(self, grid, block, threads, dynamic_shared, named, memory, rng, traffic).run()
+                Block(self, grid, block, threads, dynamic_shared, arguments, memory, rng, traffic).run()
 
 
 class Block:
@@ -68,14 +64,14 @@ class Block:
         index: tuple[int, int],
         threads: int,
         dynamic_shared: int,
-        params: dict[str, bytes],
+        arguments: bytes,
         memory: TensorSpace,
         rng: random.Random,
         traffic: Traffic | None,
     ) -> None:
         self.traffic = traffic
         self.program, self.code, self._limit = machine.program, machine.code, machine.limit
-        self.params, self.memory, self.random, self.threads = params, memory, rng, threads
+        self.arguments, self.memory, self.random, self.threads = arguments, memory, rng, threads
         self._index = index
         sizes = {"%ntid": (threads, 1), "%ctaid": index, "%nctaid": grid}
         self.special = {
@@ -84,6 +80,7 @@ class Block:
             for axis, value in zip("xyz", (*values, 1 if name != "%ctaid" else 0))
         }
         self.symbols, size = _place(self.program, dynamic_shared)
+        self.symbols[self.program.param] = PARAM_BASE
         self.shared = Space("shared", SHARED_BASE, np.full(size, POISON, np.uint8))
         self.order = Order(threads)
         self.races = Races("shared", self.order, SHARED_BASE, size)

@@ -9,8 +9,8 @@ import numpy as np
 
 from .arithmetic import DTYPES, bits_of
 from .memory import PtxError
-from .operands import address_of, parts, read, write
-from .program import Address, Immediate, Instruction, Program, Symbol, Vector
+from .operands import address_of, parts, read, same, write
+from .program import Immediate, Instruction, Program, Vector
 from .races import WORD, Races
 from .warp import Warp
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Action = Callable[[Warp], None]
 VECTOR = {"v2": 2, "v4": 4}
+PARAM_BASE = 1 << 50  # of the arguments, where no global memory is
 
 
 def move_parts(instruction: Instruction) -> Action:
@@ -87,13 +88,20 @@ def _races(block: Block, shared: bool, size: int) -> Races | None:
 
 
 def _load_param(instruction: Instruction, kind: str, program: Program) -> Action:
+    """Whole fields of the arguments, one or several neighbours."""
     to, address = instruction.operands
-    if not isinstance(address, Address) or not isinstance(address.base, Symbol) or address.offset:
-        raise ValueError(f"unknown instruction: {instruction.text}")
-    put, name = write(to, kind), address.base.name
-    if program.params[name] * 8 != bits_of(kind):
-        raise ValueError(f"part of a parameter: {instruction.text}")
-    return lambda warp: put(warp, np.frombuffer(warp.block.params[name], DTYPES[kind])[0])
+    puts = [write(part, kind, loose=True) for part in parts(to)]
+    addresses, width = address_of(address), bits_of(kind) // 8
+
+    def act(warp: Warp) -> None:
+        start = same(addresses(warp)[warp.mask]) - PARAM_BASE
+        for i, put in enumerate(puts):
+            offset = start + i * width
+            if program.fields.get(offset) != width:
+                raise PtxError(f"{width} bytes of the arguments at {offset} are no field")
+            put(warp, np.frombuffer(warp.block.arguments, DTYPES[kind], 1, offset)[0])
+
+    return act
 
 
 def store(instruction: Instruction, modifiers: list[str], program: Program) -> Action:

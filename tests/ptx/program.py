@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import PurePath
+
+from cupaged.backends.cuda.arguments import OF_KERNEL
 
 WIDTHS = {"pred": 1, "b8": 8, "u8": 8, "b16": 16, "u16": 16, "f16": 16, "b32": 32, "u32": 32, "s32": 32}
 WIDTHS |= {"f32": 32, "b64": 64, "u64": 64, "s64": 64}
@@ -91,14 +94,16 @@ class Program:
     Attributes:
         labels: the index of the instruction after each.
         registers: how many there are of each width.
-        params: the size in bytes of each parameter.
+        param: the name of the parameter, a struct.
+        fields: its fields' sizes in bytes, by offset.
     """
 
     entry: str
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[int, int] = field(default_factory=dict)
-    params: dict[str, int] = field(default_factory=dict)
+    param: str = ""
+    fields: dict[int, int] = field(default_factory=dict)
     shared: dict[str, Variable] = field(default_factory=dict)
 
 
@@ -106,7 +111,7 @@ _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)".*$', re.MULTILINE)
 _LINE = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^\n]*\n")
 _COMMENT = re.compile(r"//[^\n]*")
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{(.*)\}", re.DOTALL)
-_PARAM = re.compile(r"\.param\s+\.(\w+)\s+(\w+)")
+_PARAM = re.compile(r"\s*\.param\s+\.align\s+8\s+\.b8\s+(\w+)\[(\d+)\]\s*")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(?:\[(\d*)\])?")
 _LABEL = re.compile(r"([\w$]+):\s*")
 _GUARD = re.compile(r"@(!?)(%?\w+)\s+(.*)", re.DOTALL)
@@ -125,7 +130,14 @@ def parse(text: str) -> Program:
     found = _ENTRY.search(text)
     if found is None:
         raise ValueError("no entry point")
-    program = Program(found[1], params={name: WIDTHS[kind] // 8 for kind, name in _PARAM.findall(found[2])})
+    program = Program(found[1])
+    arguments, param = OF_KERNEL[found[1]], _PARAM.fullmatch(found[2])
+    if param is None or int(param[2]) != ctypes.sizeof(arguments):
+        raise ValueError(f"{found[1]} takes {found[2].strip()}, not the {arguments.__name__}")
+    program.param = param[1]
+    for name, _ in arguments._fields_:
+        place = getattr(arguments, name)
+        program.fields[place.offset] = place.size
     for alignment, kind, name, count in _SHARED.findall(text):
         size = WIDTHS[kind] // 8 * int(count) if count else None
         if not count and f"{name}[" not in text:

@@ -73,6 +73,19 @@ FAULTS = {
     "hopper: another register first": Fault(
         HOPPER, r"(wgmma.mma\S+ \{)(%f\d+), (%f\d+)", r"\1\3, \2", WRONG, n=-8
     ),
+    # Arguments
+    "decode: across two pointers": Fault(
+        DECODE, r"(ld.param.u64[^[]*\[\w+)\+\d+\]", r"\1+4]", "8 bytes of the arguments at 4 are no field"
+    ),
+    "decode: half a pointer": Fault(
+        DECODE,
+        r"(ld.param.v2.u32[^[]*\[\w+)\+\d+\]",
+        r"\1+72]",
+        "4 bytes of the arguments at 72 are no field",
+    ),
+    "decode: beyond the arguments": Fault(
+        DECODE, r"(ld.param.u32[^[]*\[\w+)\+\d+\]", r"\1+232]", "4 bytes of the arguments at 232 are no field"
+    ),
     # Control
     "decode: a lane stays away": Fault(
         DECODE, r"(shfl.sync.bfly\S+\s+\S+ \S+ \S+ \S+) (%r\d+);", r"\1 1;", "not in the mask"

@@ -66,7 +66,7 @@ def check_attention(arch: str, seed: int, mode: str, cache_dtype: torch.dtype | 
 
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
-def test_pieces_by_the_load(arch, seed, mode):
+def test_splits_by_the_load(arch, seed, mode):
     """Few sequences that are long: their keys are divided as the planner on the device says."""
     rng = random.Random(seed)
     problem = draw(
@@ -88,8 +88,8 @@ def test_pieces_by_the_load(arch, seed, mode):
 @pytest.mark.parametrize("arch", ["80", "90a"], indirect=True)
 @pytest.mark.parametrize(("group", "cache_dtype"), [(2, None), (12, None), (12, torch.float8_e4m3fn)])
 def test_shared_prefix(arch, seed, group, cache_dtype):
-    """Pieces that several sequences have are read for all of them, with many rows by the wide kernel, which
-    for e4m3 unpacks in another way. No bit changes."""
+    """KV splits that several sequences have are read for all of them, with many rows by the wide kernel,
+    which for e4m3 unpacks in another way. No bit changes."""
     rng = random.Random(seed)
     lengths = [plans.SPLIT_TOKENS + rng.randrange(9, 60) for _ in range(6)]
     problem = draw(

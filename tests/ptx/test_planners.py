@@ -10,12 +10,12 @@ import random
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from cupaged.backends.cuda import plans, specs
-from cupaged.backends.cuda.plans import KernelCall
+from cupaged.backends.cuda.arguments import PlanPrefillArguments
+from cupaged.backends.cuda.specs import KernelCall
 from cupaged.params import AttentionParams
 from tests.cuda_host.emulator import HostLauncher
 
@@ -34,16 +34,26 @@ def plan_prefill(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
     prefixes = torch.tensor([rng.choice([0, rng.randrange(3000)]) for _ in range(count)])
     starts = torch.cat([torch.zeros(1, dtype=torch.long), query_lens.cumsum(0)]).int()
     padded = int(starts[-1]) + rng.choice([0, 5])
-    numbers = (padded, count, 16, 4, 2, 4, rng.choice([0, 700]), rng.choice([1, 4]), rng.choice([8, 300]))
+    arguments = PlanPrefillArguments(
+        num_tokens=padded,
+        num_seqs=count,
+        tile_tokens=16,
+        group=4,
+        num_kv_heads=2,
+        tile_heads=4,
+        window=rng.choice([0, 700]),
+        max_splits=rng.choice([1, 4]),
+        blocks=rng.choice([8, 300]),
+    )
     tensors = [
         (query_lens + prefixes * (query_lens > 0)).int(),
         starts,
         torch.full((2 * count + 6,), -1).int(),
     ]
-    return KernelCall(specs.plan_prefill(), (1, 1), tuple(map(np.int32, numbers))), tensors
+    return KernelCall(specs.plan_prefill(), (1, 1), arguments), tensors
 
 
-def find_shared_pieces(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
+def find_shared_splits(rng: random.Random) -> tuple[KernelCall, list[torch.Tensor]]:
     """Families of sequences, some with more members than are looked at together."""
     block_size, width = 32, 3 * plans.SPLIT_TOKENS // 32
     rows: list[list[int]] = []
@@ -64,7 +74,7 @@ def find_shared_pieces(rng: random.Random) -> tuple[KernelCall, list[torch.Tenso
     return plan.search, [block_tables, seq_lens, None, *lists]
 
 
-PLANNERS = {"plan_prefill": plan_prefill, "find_shared_pieces": find_shared_pieces}
+PLANNERS = {"plan_prefill": plan_prefill, "find_shared_splits": find_shared_splits}
 
 
 @pytest.mark.parametrize("name", PLANNERS)

@@ -154,6 +154,7 @@ def test_public_names():
         "copy_blocks",
         "merge_attention_states",
         "paged_attention",
+        "raw_kernel",
         "reshape_and_cache",
         "rms_norm",
         "rope_and_cache",

@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -29,6 +30,8 @@ _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _TEAM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 _SIGNATURE = types.int64(types.int64)
+# The calls made while `tape.recorded` records them.
+RECORDING: ContextVar[list[tuple[int, bytes]] | None] = ContextVar("RECORDING", default=None)
 
 
 class Kernel:
@@ -47,7 +50,8 @@ class Kernel:
             disk_cache.cfunc(f, _SIGNATURE, _version()) for f in (entry, work) if f is not None
         ]
         self.cache_hits = sum(function.cache_hits for function in self._functions)
-        self._call = _ENTRY(self._functions[0].address or 0)
+        self._entry = self._functions[0].address or 0
+        self._call = _ENTRY(self._entry)
         self._work = self._functions[-1].address
         hints = get_type_hints(arguments)
         self._pack = struct.Struct(
@@ -56,7 +60,10 @@ class Kernel:
 
     def __call__(self, arguments: tuple[Any, ...]) -> int:
         """Run the kernel on as many threads as torch uses, and return its status."""
-        return self._call(self._pack(_team(), self._work, torch.get_num_threads(), *arguments))
+        packed = self._pack(_team(), self._work, torch.get_num_threads(), *arguments)
+        if (recording := RECORDING.get()) is not None:
+            recording.append((self._entry, packed))
+        return self._call(packed)
 
 
 @cache

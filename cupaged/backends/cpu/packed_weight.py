@@ -66,16 +66,18 @@ class PackedWeight:
         """Return the weight [outputs, inputs], a copy."""
         return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ weight.T + bias, summed in float32 and rounded once.
 
         The bits of a row do not depend on the other rows, nor on the number of threads.
 
         Args:
             x: [..., inputs] in the weight's dtype.
+            out: [..., outputs], contiguous, to write into, in the same dtype; returned.
         """
         outputs, inputs = self.shape
-        out = x.new_empty((*x.shape[:-1], outputs))
+        if out is None:
+            out = x.new_empty((*x.shape[:-1], outputs))
         if x.dim() != 2 or x.stride(1) != 1:
             x = x.reshape(-1, inputs).contiguous()
         rows, size = x.shape[0], x.element_size()

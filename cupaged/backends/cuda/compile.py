@@ -164,7 +164,7 @@ def digest(spec: KernelSpec, arch: str, sources: Path | None = None) -> str:
         content = _read_toolkit(path) if directory not in path.parents else path.read_bytes()
         sha.update(f"{path.name} {len(content)}\n".encode())
         sha.update(content)
-    sha.update(repr((ENTRY_FORMAT, spec.defines, OPTIONS, nvrtc_version(), arch)).encode())
+    sha.update(repr((ENTRY_FORMAT, spec.macros, OPTIONS, nvrtc_version(), arch)).encode())
     return sha.hexdigest()[:32]
 
 
@@ -192,7 +192,7 @@ def compile_cubin(
         f"--gpu-architecture=sm_{arch}",
         f"-I{directory}",
         f"-I{toolkit_include_dir()}",
-        *(f"-D{name}={value}" for name, value in spec.defines),
+        *(f"-D{name}={value}" for name, value in spec.macros),
     )
     program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
     try:

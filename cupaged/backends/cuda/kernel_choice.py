@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from . import specs as kernel_specs
+from .constants import DECODE_TILE_ROWS, PREFILL_WGMMA_ROWS
+from .layouts import ceil_div
 from .specs import KernelSpec
 
-DECODE_TILE_ROWS = 16  # query rows, (token, head) pairs, of a tile of the tensor core kernel
 # Blocks of prefill to launch per multiprocessor: the most that fit on any, by their registers and shared
 # memory (`python -m cupaged.compile`). Where fewer fit, the others come last and find no tile left.
 PREFILL_BLOCKS_PER_SM = 4
 PREFILL_MMA_BLOCKS_PER_SM = 2
 PREFILL_MMA_SMALL_BLOCKS_PER_SM = 3  # head sizes up to 64
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CACHE_DTYPE_NAMES = DTYPE_NAMES | {
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -24,11 +34,6 @@ class DecodeKernel:
     tile_tokens: int  # query tokens of a tile
     head_tiles: int  # tiles that the query heads of a KV head take
     wide_spec: KernelSpec | None = None  # over larger tiles, for KV splits that many query rows share
-
-    @property
-    def can_share(self) -> bool:
-        """Return whether a tile may hold query tokens of several sequences."""
-        return self.wide_spec is not None
 
 
 @cache
@@ -65,7 +70,7 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
     """Choose between the prefill kernels: tensor cores for 16 bits, Hopper's where the cache has 16 too."""
     if kernel_specs.has_wgmma(arch) and dtype != "fp32" and cache_dtype == dtype:
         spec = kernel_specs.paged_prefill_wgmma(dtype, head_size)
-        rows = kernel_specs.PREFILL_WGMMA_ROWS
+        rows = PREFILL_WGMMA_ROWS
         blocks = 1
     elif dtype != "fp32" and kernel_specs.has_mma(arch):
         spec = kernel_specs.paged_prefill_mma(dtype, cache_dtype, head_size, arch)
@@ -82,8 +87,3 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
 def _prefill_tile_rows(row_bytes: int) -> int:
     """Return the query rows of a tile of paged_prefill: as many as fit into 48 KiB of shared memory."""
     return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)

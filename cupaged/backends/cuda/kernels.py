@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from ...params import AttentionParams
-from . import plans
-from .plans import DecodePlan, KernelCall, PrefillPlan
+from . import cache_plans, layouts, plans
+from .plans import DecodePlan, PrefillPlan
+from .specs import KernelCall
 
 PLANS = 1024  # kept at most; the layers of a batch share theirs
 # Swapping has two ways: a GPU's copy engine, or a kernel that reads and writes pinned memory. Published for
@@ -24,7 +25,8 @@ PLANS = 1024  # kept at most; the layers of a batch share theirs
 # `benchmarks/kernels.py --section memory` measures both.
 COPY_ENGINE_BYTES = 4 << 20
 # Runs a prepared kernel on the current stream. A tensor stands for its address, None for a null pointer.
-Launch = Callable[[Sequence[torch.Tensor | None]], None]
+Tensors = Sequence[torch.Tensor | None]
+Launch = Callable[[Tensors], None]
 
 
 class Launcher(Protocol):
@@ -33,7 +35,7 @@ class Launcher(Protocol):
     def prepare(self, call: KernelCall, device: torch.device) -> Launch:
         """Return a launch without its addresses, to be called many times.
 
-        It is given the tensors of the entry point's pointers, which come before its numbers.
+        It is given the tensors of the arguments' pointers, in their order.
         """
 
     def sm_count(self, device: torch.device) -> int:
@@ -105,7 +107,7 @@ class Kernels:
         plan_key = layout, key.data_ptr() % 16, value.data_ptr() % 16, kv_cache.data_ptr() % 16
         launch = self._plans.get(plan_key)
         if launch is None:
-            call = plans.reshape_and_cache(key, value, kv_cache)
+            call = cache_plans.reshape_and_cache(key, value, kv_cache)
             launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
         launch((key, value, kv_cache, slot_mapping, k_scale, v_scale))
 
@@ -115,7 +117,7 @@ class Kernels:
     def _copy(
         self, src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor, device: torch.device
     ) -> None:
-        call = plans.copy_blocks(src, dst, block_mapping.shape[0])
+        call = cache_plans.copy_blocks(src, dst, block_mapping.shape[0])
         self._launcher.prepare(call, device)((src, dst, block_mapping))
 
     def paged_attention(
@@ -137,6 +139,8 @@ class Kernels:
             plan = self._keep(
                 plan_key, self._prepare(query, kv_cache, block_tables, query_start_loc, out, params)
             )
+        # In the order of the arguments' pointers, which is what a launch takes.
+        sinks = params.sinks
         tensors = (
             query,
             kv_cache,
@@ -144,45 +148,59 @@ class Kernels:
             seq_lens,
             query_start_loc,
             params.alibi_slopes,
-            params.sinks,
+            sinks,
             params.k_scale,
             params.v_scale,
             out,
             lse,
         )
-        self._decode(plan, tensors)
+        self._decode(plan, tensors, block_tables, seq_lens, query_start_loc, sinks, out, lse)
         if plan.prefill is not None:
-            self._prefill(plan.prefill, tensors)
+            self._prefill(plan.prefill, tensors, seq_lens, query_start_loc, sinks, out, lse)
 
-    def _prefill(self, prepared: PreparedPrefill, tensors: tuple[Any, ...]) -> None:
-        query, _, _, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
-        plan, device, empty = prepared.plan, query.device, self._launcher.empty
+    def _prefill(
+        self,
+        prepared: PreparedPrefill,
+        tensors: Tensors,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        plan, device, empty = prepared.plan, out.device, self._launcher.empty
         schedule = empty((plan.schedule_size,), torch.int32, device)
         prepared.schedule((seq_lens, query_start_loc, schedule))
-        records = None if plan.records is None else empty(plan.records, torch.float32, device)
-        prepared.prefill((*tensors, schedule, records))
-        if prepared.merge is not None:  # the schedule begins with the size of pieces
-            prepared.merge((records, seq_lens, query_start_loc, schedule, sinks, out, lse))
+        partials = None if plan.partials is None else empty(plan.partials, torch.float32, device)
+        prepared.prefill((*tensors, schedule, partials))
+        if prepared.merge is not None:  # the schedule begins with the size of KV splits
+            prepared.merge((partials, seq_lens, query_start_loc, schedule, sinks, out, lse))
 
-    def _decode(self, prepared: PreparedAttention, tensors: tuple[Any, ...]) -> None:
-        query, _, block_tables, seq_lens, query_start_loc, _, sinks, _, _, out, lse = tensors
-        plan, device, empty = prepared.plan, query.device, self._launcher.empty
-        records = None if plan.records is None else empty(plan.records, torch.float32, device)
+    def _decode(
+        self,
+        prepared: PreparedAttention,
+        tensors: Tensors,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        plan, device, empty = prepared.plan, out.device, self._launcher.empty
+        partials = None if plan.partials is None else empty(plan.partials, torch.float32, device)
         split_size = empty((1,), torch.int32, device) if plan.balances else None
-        workspace = [records, split_size]
-        if plan.can_share:
-            counts = tiles = None
-            if prepared.search is not None and plan.tile_lists is not None:
-                lists = empty(plan.tile_lists[:2], torch.int32, device)
-                tile_lists = empty(plan.tile_lists, torch.int32, device)
-                prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
-                counts, tiles = lists[0], tile_lists[0]
-                if prepared.wide is not None:
-                    prepared.wide((*tensors, *workspace, lists[1], tile_lists[1]))
-            workspace += counts, tiles
-        prepared.decode((*tensors, *workspace))
+        counts = tiles = None
+        if prepared.search is not None and plan.tile_lists is not None:
+            lists = empty(plan.tile_lists[:2], torch.int32, device)
+            tile_lists = empty(plan.tile_lists, torch.int32, device)
+            prepared.search((block_tables, seq_lens, query_start_loc, lists, tile_lists))
+            counts, tiles = lists[0], tile_lists[0]
+            if prepared.wide is not None:
+                prepared.wide((*tensors, partials, split_size, lists[1], tile_lists[1]))
+        prepared.decode((*tensors, partials, split_size, counts, tiles))
         if prepared.merge is not None:
-            prepared.merge((records, seq_lens, query_start_loc, split_size, sinks, out, lse))
+            prepared.merge((partials, seq_lens, query_start_loc, split_size, sinks, out, lse))
 
     def _prepare(
         self,
@@ -219,7 +237,7 @@ class Kernels:
         device = src.device if src.is_cuda else dst.device
         reached = self._launcher.reaches(src, device) and self._launcher.reaches(dst, device)
         by_kernel: list[list[int]] = []
-        engine_bytes = self._copy_engine_bytes if reached and plans.copy_unit(src, dst) == 16 else 0
+        engine_bytes = self._copy_engine_bytes if reached and layouts.copy_unit(src, dst) == 16 else 0
         block_bytes = src.shape[1:].numel() * src.element_size()
         # One copy a run of neighbouring blocks.
         for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):

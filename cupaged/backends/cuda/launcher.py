@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from . import compile as kernel_compiler
-from . import specs as kernel_specs
+from .arguments import KernelArguments
 from .kernels import Kernels
-from .plans import KernelCall, Number
-from .specs import KernelSpec
+from .raw import load
+from .specs import KernelCall, KernelSpec
 
 
 def backend(arch: str | None = None) -> Kernels:
@@ -34,14 +34,15 @@ def backend(arch: str | None = None) -> Kernels:
 class CupyLauncher:
     """Compile and load a kernel when it is first prepared on a device, and launch it.
 
-    Tensors are passed as their addresses: a DLPack capsule for each would cost more than the launch. So would
-    `cupy.RawKernel`, which makes an object of each argument and of the stream at every launch.
+    A launch writes the tensors' addresses into a struct that is there already and calls the driver: a DLPack
+    capsule for each would cost more than the launch, and so would to call the `cupy.RawKernel`.
     """
 
     def __init__(self, arch: str | None = None) -> None:
         self._chosen_arch = arch
         self._cuda = kernel_compiler.import_cupy().cuda
-        self._functions: dict[tuple[KernelSpec, int], int] = {}  # the driver's handles
+        self._functions: dict[tuple[KernelSpec, int], int] = {}  # the driver's handles, by device
+        self._kernels: list[Any] = []  # whose they are: cupy.RawKernel
         self._lock = threading.Lock()
 
     def sm_count(self, device: torch.device) -> int:
@@ -66,20 +67,16 @@ class CupyLauncher:
         shape = (*call.grid, 1, spec.threads, 1, 1, spec.dynamic_shared_memory)
         driver, runtime = self._cuda.driver, self._cuda.runtime
         launch = partial(driver.launchKernel, function, *shape)
-        return PreparedLaunch(launch, partial(runtime.setDevice, index), call.numbers, index)
+        return PreparedLaunch(launch, partial(runtime.setDevice, index), call.arguments, index)
 
     def _load(self, spec: KernelSpec, index: int) -> int:
-        """The kernel in the device's context. Modules are never unloaded."""
-        driver, arch = self._cuda.driver, self._chosen_arch or _arch(index)
+        """Load the kernel in the device's context, for as long as this lives. Return the driver's handle."""
         with self._lock, torch.cuda.device(index):
             if (spec, index) not in self._functions:
                 self._cuda.runtime.setDevice(index)
-                module = driver.moduleLoadData(kernel_compiler.cubin(spec, arch).content)
-                function = driver.moduleGetFunction(module, spec.entry)
-                if spec.dynamic_shared_memory > kernel_specs.STATIC_SHARED_MEMORY:
-                    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    driver.funcSetAttribute(function, attribute, spec.dynamic_shared_memory)
-                self._functions[spec, index] = function
+                kernel = load(spec, self._chosen_arch or _arch(index))
+                self._kernels.append(kernel)
+                self._functions[spec, index] = int(kernel.kernel.ptr)
             return self._functions[spec, index]
 
 
@@ -89,14 +86,17 @@ class PreparedLaunch:
     Args:
         launch: `cupy.cuda.driver.launchKernel` with all that comes before the stream.
         set_device: makes the device's context the thread's own, which the driver takes for granted.
-        numbers: the arguments after the pointers.
+        arguments: but for the pointers.
         index: of the device.
     """
 
-    def __init__(self, launch: Any, set_device: Any, numbers: Sequence[Number], index: int) -> None:
-        self._launch, self._set_device = launch, set_device
-        self._numbers, self._index = numbers, index
-        self._arguments: ctypes.Array[ctypes.c_uint64] | None = None
+    def __init__(self, launch: Any, set_device: Any, arguments: KernelArguments, index: int) -> None:
+        self._launch, self._set_device, self._index = launch, set_device, index
+        self._arguments = arguments.copy()
+        self._pack = struct.Struct(f"={len(arguments.pointers())}Q").pack_into  # which come first
+        # The driver takes the address of each parameter, of which there is one.
+        self._parameters = ctypes.c_void_p(ctypes.addressof(self._arguments))
+        self._parameters_address = ctypes.addressof(self._parameters)
         self._lock = threading.Lock()  # of the arguments, which the driver copies before it returns
 
     def __call__(self, tensors: Sequence[torch.Tensor | None]) -> None:
@@ -107,25 +107,10 @@ class PreparedLaunch:
             return
         self._set_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         with self._lock:
-            if self._arguments is None:
-                self._arguments = self._allocate(len(pointers))
-            self._pack(self._arguments, 0, *pointers)
-            self._launch(stream, self._addresses, 0)
-
-    def _allocate(self, num_pointers: int) -> ctypes.Array[ctypes.c_uint64]:
-        """Eight bytes an argument, then the address of each, which is what the driver takes."""
-        count = num_pointers + len(self._numbers)
-        arguments = (ctypes.c_uint64 * (2 * count))()
-        address = ctypes.addressof(arguments)
-        for i, number in enumerate(self._numbers, num_pointers):
-            ctypes.memmove(address + 8 * i, number.tobytes(), number.itemsize)
-        for i in range(count):
-            arguments[count + i] = address + 8 * i
-        self._pack = struct.Struct(f"={num_pointers}Q").pack_into
-        self._addresses = address + 8 * count
-        return arguments
+            self._pack(self._arguments, 0, *addresses)
+            self._launch(stream, self._parameters_address, 0)
 
 
 @cache

@@ -14,8 +14,8 @@ from .specs import KernelSpec
 def reachable(arch: str) -> tuple[KernelSpec, ...]:
     """Return every kernel that some call launches on an architecture.
 
-    Attention's are those that `plans` chooses for any dtypes, head size and group of query heads, so what a
-    launch can choose is in this list.
+    Attention's are those that `kernel_choice` chooses for any dtypes, head size and group of query heads, so
+    what a launch can choose is in this list.
     """
     found: dict[KernelSpec, None] = dict.fromkeys(
         [*(kernel_specs.copy_blocks(unit_bytes) for unit_bytes in (16, 1)), kernel_specs.plan_prefill()]
@@ -31,7 +31,7 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
                     prefill = kernel_choice.prefill_kernel(dtype, cache_dtype, head_size, group, arch)
                     found |= {decode.spec: None, prefill.spec: None}
                     if decode.wide_spec is not None:
-                        found |= {decode.wide_spec: None, kernel_specs.find_shared_pieces(): None}
+                        found |= {decode.wide_spec: None, kernel_specs.find_shared_splits(): None}
     return tuple(found)
 
 

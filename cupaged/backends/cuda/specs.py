@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import constants
+from .arguments import KernelArguments
+
 DTYPES = ("fp32", "fp16", "bf16")
 CACHE_DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8")  # of quantised caches, under queries of any of the above
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
@@ -28,14 +31,8 @@ SHARED_MEMORY = {
     "120": 99 * 1024,
     "121": 99 * 1024,
 }
-
-
-# Static shared memory of paged_decode_mma: block ids, the planner's sums, the warps' states.
-DECODE_MMA_STATIC = 4 * 1024
-PREFILL_TILE = 48  # bytes of a PrefillTile (prefill_tiles.cuh)
-# paged_prefill_wgmma: rows of the query, and its shared memory besides tiles: items, barriers.
-PREFILL_WGMMA_ROWS = 128
-PREFILL_WGMMA_STATIC = 256
+# Shared memory of paged_prefill_wgmma besides tiles, at most: items, barriers.
+PREFILL_WGMMA_OTHER_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,24 @@ class KernelSpec:
     threads: int = 128
     dynamic_shared_memory: int = 0
 
+    @property
+    def macros(self) -> tuple[tuple[str, str], ...]:
+        """Return all macros of the source, those that it shares with its launch included."""
+        launch = {"CUPAGED_THREADS": self.threads, "CUPAGED_DYNAMIC_BYTES": self.dynamic_shared_memory}
+        return (*self.defines, *((name, str(value)) for name, value in launch.items()), *constants.MACROS)
+
     def __str__(self) -> str:
         values = (f"{name.removeprefix('CUPAGED_').lower()}={value}" for name, value in self.defines)
         return f"{self.entry}[{', '.join(values)}]".lower().replace("cupaged_", "")
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A launch without its addresses, over blocks of ``spec.threads``."""
+
+    spec: KernelSpec
+    grid: tuple[int, int]
+    arguments: KernelArguments  # but for its pointers
 
 
 def reshape_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
@@ -78,7 +90,9 @@ def has_mma(arch: str) -> bool:
 def decode_mma_rows(head_size: int, arch: str, wide: bool) -> int:
     """Return the query rows of a tile of paged_decode_mma: 16, or more with `wide`, for shared prefixes."""
     # Rows of 512 bytes leave a block of 99 KiB no room for more.
-    return (32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else 64) if wide else 16
+    if not wide:
+        return constants.DECODE_TILE_ROWS
+    return 32 if head_size > 240 and _shared_memory(arch) < 128 * 1024 else constants.MAX_TILE_ROWS
 
 
 def paged_decode_mma(
@@ -90,7 +104,7 @@ def paged_decode_mma(
     query_row, cache_row = _mma_rows(cache_dtype, head_size)
     for stages in (3, 2):
         shared_bytes = rows * query_row + phases * stages * 2 * 16 * cache_row
-        if shared_bytes + DECODE_MMA_STATIC <= _shared_memory(arch):
+        if shared_bytes + constants.DECODE_MMA_STATIC_BYTES <= _shared_memory(arch):
             break
     spread = 16 if cache_dtype in CACHE_DTYPES else 8
     out_row = 4 * (head_size + (spread if head_size // spread % 2 == 0 else 0))
@@ -117,8 +131,8 @@ def _mma_rows(cache_dtype: str, head_size: int) -> tuple[int, int]:
     return 16 * (elements // 8 + 1), 16 * (chunks + 1)
 
 
-def find_shared_pieces() -> KernelSpec:
-    return KernelSpec("find_shared_pieces.cu", "find_shared_pieces", ())
+def find_shared_splits() -> KernelSpec:
+    return KernelSpec("find_shared_splits.cu", "find_shared_splits", ())
 
 
 def plan_prefill() -> KernelSpec:
@@ -142,7 +156,9 @@ def paged_prefill_mma(dtype: str, cache_dtype: str, head_size: int, arch: str) -
     most_keys = 16 if arch.startswith("12") and head_size > 112 else 32
     for keys, stages in ((most_keys, 3), (most_keys, 2), (16, 3), (16, 2)):
         tile_bytes = keys * (2 * cache_row + 4)
-        shared_bytes = PREFILL_TILE + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
+        shared_bytes = (
+            constants.PREFILL_TILE_BYTES + prefill_mma_rows(head_size) * query_row + stages * tile_bytes
+        )
         if shared_bytes <= _shared_memory(arch):
             break
     defines = _defines(dtype, cache_dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
@@ -159,7 +175,7 @@ def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
     keys = 128 if head_size <= 128 else 96 if head_size <= 192 else 80
     stages = 3 if head_size <= 128 else 2
     row_bytes = 128 * -(-head_size // 64)
-    shared_bytes = (PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_STATIC
+    shared_bytes = (constants.PREFILL_WGMMA_ROWS + stages * 2 * keys) * row_bytes + PREFILL_WGMMA_OTHER_BYTES
     defines = _defines(dtype, HEAD_SIZE=head_size, TILE_KEYS=keys, STAGES=stages)
     return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
 
@@ -190,7 +206,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
     """
     specs = [*(copy_blocks(unit_bytes) for unit_bytes in (16, 1)), plan_prefill()]
     if has_mma(arch):
-        specs.append(find_shared_pieces())
+        specs.append(find_shared_splits())
     for dtype in DTYPES:
         specs += [merge_splits(dtype), merge_states(dtype)]
         specs += [reshape_and_cache(dtype, cache_dtype) for cache_dtype in (dtype, *CACHE_DTYPES)]

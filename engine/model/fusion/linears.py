@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..cpu_linear import PackedLinear
 from .calls import NotRecognised, Stub
 from .formulas import Draw
 
+LinearFunction = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 MERGED = "merged_linear"  # name of the merged layer among the children of its module
 
 
@@ -88,12 +90,17 @@ class MergedLinear:
         self.module._modules.update(zip(self.names, self.originals))
 
 
-def function_of(parent: torch.nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the shortest way to call a child with one tensor."""
+def function_of(parent: torch.nn.Module, name: str) -> LinearFunction:
+    """Return the shortest way to call a child with rows, and with where to write if it `can_replay`."""
     module = parent.get_submodule(name)
-    if module._forward_hooks or module._forward_pre_hooks:
-        return module
-    if type(module) is torch.nn.Linear:
+    if type(module) is PackedLinear:
+        return module.multiply
+    if type(module) is torch.nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         weight, bias, linear = module.weight.detach(), module.bias, torch._C._nn.linear
-        return lambda x: linear(x, weight, bias)
-    return module.forward
+        return lambda x, out: linear(x, weight, bias)
+    return lambda x, out: module(x)
+
+
+def can_replay(parent: torch.nn.Module, *names: str) -> bool:
+    """Return whether children are linear layers that a `Tape` records."""
+    return all(type(parent.get_submodule(name)) is PackedLinear for name in names)

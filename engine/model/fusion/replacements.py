@@ -7,20 +7,24 @@ merged. What a call needs is looked up once, in `bind`, so that little Python ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 import cupaged
+from cupaged.backends.cpu.tape import Tape, recorded
 
 from ..attention import AttentionMetadata
+from ..workspace import Workspace
 from .attention import Attention, half_of
 from .layers import Layer
-from .linears import MergedLinear, function_of
+from .linears import MergedLinear, can_replay, function_of
 from .mlp import GatedMLP
 from .norms import RMSNorm
 
-Rows = Callable[[torch.Tensor], torch.Tensor]  # from rows [T, C] to rows [T, C]
+# Returns where to write an intermediate result of a name and a number of columns; None: into new memory.
+Buffer = Callable[[str, int], torch.Tensor | None]
+Rows = Callable[[torch.Tensor, Buffer], torch.Tensor]  # from rows [T, C] to rows [T, C]
 Halves = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -40,6 +44,15 @@ class Replacement(Protocol):
 
     def undo(self) -> None:
         """Restore the module."""
+
+
+def _new(name: str, columns: int) -> None:
+    """Let an intermediate result be written into new memory."""
+
+
+def _columns(parent: torch.nn.Module, name: str) -> int:
+    """Return the number of outputs of a linear layer."""
+    return cast(torch.nn.Linear, parent.get_submodule(name)).out_features
 
 
 def _restore(module: torch.nn.Module) -> None:
@@ -94,14 +107,26 @@ class FusedMLP:
 
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
             size = hidden_states.shape[-1]
-            return rows(hidden_states.reshape(-1, size)).view(*hidden_states.shape[:-1], -1)
+            return rows(hidden_states.reshape(-1, size), _new).view(*hidden_states.shape[:-1], -1)
 
         self.module.forward = forward
 
+    @property
+    def can_replay(self) -> bool:
+        return can_replay(self.module, self._merged.name, self._mlp.output)
+
     def _make_rows(self) -> Rows:
-        gate_up, down = (function_of(self.module, name) for name in (self._merged.name, self._mlp.output))
+        names = self._merged.name, self._mlp.output
+        gate_up, down = (function_of(self.module, name) for name in names)
+        wide, size = (_columns(self.module, name) for name in names)
         activation, act_and_mul = self._mlp.activation, cupaged.act_and_mul
-        return lambda x: down(act_and_mul(gate_up(x), activation=activation))
+
+        def rows(x: torch.Tensor, buffer: Buffer) -> torch.Tensor:
+            both = gate_up(x, buffer("gate and up", wide))
+            product = act_and_mul(both, activation=activation, out=buffer("activated", wide // 2))
+            return down(product, buffer("down", size))
+
+        return rows
 
     def release(self) -> None:
         _restore(self.module)
@@ -130,7 +155,7 @@ class FusedAttention:
 
         def forward(hidden_states: torch.Tensor, *_: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
             size = hidden_states.shape[-1]
-            out = rows(hidden_states.view(-1, size), halves(keywords), keywords["paged"])
+            out = rows(hidden_states.view(-1, size), halves(keywords), keywords["paged"], _new)
             return out.view(*hidden_states.shape[:-1], -1), None
 
         self.module.forward = forward
@@ -143,9 +168,14 @@ class FusedAttention:
             return lambda keywords: (None, None)
         name, layout = rotary.keyword, rotary.layout
 
+        def cut_half(part: torch.Tensor) -> torch.Tensor:
+            return half_of(part, layout)
+
         def halves(keywords: dict[str, Any]) -> Halves:
-            parts = keywords[name]
-            key, cut = id(parts[0]), keywords["paged"].rotary_halves
+            parts, paged = keywords[name], keywords["paged"]
+            if paged.workspace is not None:
+                return paged.workspace.halves(parts, cut_half)
+            key, cut = id(parts[0]), paged.rotary_halves
             entry = cut.get(key)
             if entry is None:  # holds the whole tensors too, so that the key stays theirs
                 cut[key] = entry = (half_of(parts[0], layout), half_of(parts[1], layout)), parts
@@ -153,9 +183,15 @@ class FusedAttention:
 
         return halves
 
-    def _make_rows(self) -> Callable[[torch.Tensor, Halves, AttentionMetadata], torch.Tensor]:
+    @property
+    def can_replay(self) -> bool:
+        return can_replay(self.module, self._merged.name, self._attention.output)
+
+    def _make_rows(self) -> Callable[[torch.Tensor, Halves, AttentionMetadata, Buffer], torch.Tensor]:
         attention, module = self._attention, self.module
-        qkv, out = (function_of(module, name) for name in (self._merged.name, attention.output))
+        names = self._merged.name, attention.output
+        qkv, output = (function_of(module, name) for name in names)
+        wide, columns = (_columns(module, name) for name in names)
         layer, head_size = attention.layer, attention.head_size
         sizes = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         num_heads, size = sum(sizes), attention.num_heads * head_size
@@ -169,8 +205,10 @@ class FusedAttention:
             attend["sinks"] = module._parameters[attention.sinks].detach().float()  # type: ignore[union-attr]
         rope_and_cache, paged_attention = cupaged.rope_and_cache, cupaged.paged_attention
 
-        def rows(x: torch.Tensor, halves: Halves, paged: AttentionMetadata) -> torch.Tensor:
-            query, key, value = qkv(x).view(-1, num_heads, head_size).split_with_sizes(sizes, 1)
+        def rows(x: torch.Tensor, halves: Halves, paged: AttentionMetadata, buffer: Buffer) -> torch.Tensor:
+            heads = qkv(x, buffer("query, key and value", wide)).view(-1, num_heads, head_size)
+            query, key, value = heads.split_with_sizes(sizes, 1)
+            out = buffer("attended", size)
             kv_cache = paged.kv_caches[layer]
             k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]
             rope_and_cache(
@@ -180,9 +218,10 @@ class FusedAttention:
             attended = paged_attention(
                 query, kv_cache, paged.block_tables, paged.seq_lens, paged.query_start_loc,
                 sliding_window=paged.windows[layer], k_scale=k_scale, v_scale=v_scale,
-                shared_prefix=paged.shared_prefix, **attend,
+                shared_prefix=paged.shared_prefix,
+                out=None if out is None else out.view(-1, sizes[0], head_size), **attend,
             )  # fmt: skip
-            return out(attended.view(-1, size))
+            return output(attended.view(-1, size), buffer("projected", columns))
 
         return rows
 
@@ -255,18 +294,43 @@ class FusedLayer:
         settings: dict[str, Any] = {"epsilon": norm.epsilon, "weight_offset": norm.weight_offset}
         attend, halves, size = self._attention.rows, self._attention.halves, len(first)
         mlp = self._mlp.rows if self._mlp else _as_rows(layer.mlp)
-        rms_norm = cupaged.rms_norm
+        rms_norm, module = cupaged.rms_norm, self.module
 
-        def forward(hidden_states: torch.Tensor, *_: Any, **keywords: Any) -> torch.Tensor:
+        def compute(
+            residual: torch.Tensor, x: torch.Tensor, rotary: Halves, paged: AttentionMetadata, buffer: Buffer
+        ) -> torch.Tensor:
+            normed = buffer("normed", size)
             if source is None:
-                residual = hidden_states.view(-1, size)
-                x = rms_norm(residual, first, **settings)
+                x = rms_norm(residual, first, out=normed, **settings)
+            else:
+                x = rms_norm(x, first, residual=residual, input_weight=source.weight, out=normed, **settings)
+            x = attend(x, rotary, paged, buffer)
+            x = rms_norm(x, second, residual=residual, input_weight=after, out=normed, **settings)
+            return mlp(x, buffer)
+
+        def replay(hidden_states: torch.Tensor, keywords: dict[str, Any], workspace: Workspace) -> None:
+            """Run the layer in a workspace, where its calls are recorded once."""
+            if source is None:
+                residual = x = workspace.buffer("residual", size)
+                residual.copy_(hidden_states.view(-1, size))
             else:
                 residual, x = source.take()
-                x = rms_norm(x, first, residual=residual, input_weight=source.weight, **settings)
-            x = attend(x, halves(keywords), keywords["paged"])
-            x = rms_norm(x, second, residual=residual, input_weight=after, **settings)
-            x = mlp(x)
+            rotary, tape = halves(keywords), workspace.tapes.get(module)
+            if tape is None:
+                with recorded() as calls:
+                    compute(residual, x, rotary, keywords["paged"], workspace.buffer)
+                workspace.tapes[module] = Tape(calls)
+            elif not tape.replay():  # the operator that refuses its arguments says why
+                compute(residual, x, rotary, keywords["paged"], workspace.buffer)
+            link.residual, link.addend = residual, workspace.buffer("down", size)
+
+        def forward(hidden_states: torch.Tensor, *_: Any, **keywords: Any) -> torch.Tensor:
+            paged = keywords["paged"]
+            if paged.workspace is not None:
+                replay(hidden_states, keywords, paged.workspace)
+                return hidden_states
+            residual, x = (hidden_states.view(-1, size),) * 2 if source is None else source.take()
+            x = compute(residual, x, halves(keywords), paged, _new)
             if linked:
                 link.residual, link.addend = residual, x
             else:
@@ -278,6 +342,11 @@ class FusedLayer:
     def release(self) -> None:
         _restore(self.module)
 
+    @property
+    def can_replay(self) -> bool:
+        """Return whether all that the layer computes is recorded by a `Tape`."""
+        return self._linked and self._attention.can_replay and self._mlp is not None and self._mlp.can_replay
+
     def keep(self) -> None:
         pass
 
@@ -288,7 +357,7 @@ class FusedLayer:
 def _as_rows(module: torch.nn.Module) -> Rows:
     """Return a function of rows that calls a module with the hidden states of a step."""
 
-    def rows(x: torch.Tensor) -> torch.Tensor:
+    def rows(x: torch.Tensor, buffer: Buffer) -> torch.Tensor:
         output = module(x[None])
         return (output[0] if isinstance(output, tuple) else output).view(x.shape)
 

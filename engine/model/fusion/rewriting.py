@@ -38,6 +38,11 @@ class Fusion:
         for replacement in self.replacements:
             replacement.release()
 
+    def can_replay(self, num_layers: int) -> bool:
+        """Return whether a `Tape` records all that the model's layers compute."""
+        layers = [replacement for replacement in self.replacements if isinstance(replacement, FusedLayer)]
+        return len(layers) == num_layers and all(layer.can_replay for layer in layers)
+
     def undo(self) -> None:
         """Restore the model."""
         while self.replacements:

@@ -81,13 +81,20 @@ struct Product {
 void wgmma(const Product& product, Site site);
 
 // A kernel as its module describes it to the launcher.
+// What a launch gives a kernel.
+struct Argument {
+    int offset;  // in the struct that is the only parameter; 0 of a parameter of its own
+    int size;
+    char kind;  // 'p' pointer, 'c' pointer to const, 'i' integer, 'f' floating point
+};
+
 struct Kernel {
     void (*call)(void** args);
-    int num_params;
-    const int* param_sizes;
-    const char* param_kinds;  // 'p' pointer, 'c' pointer to const, 'i' integer, 'f' floating point
-    int max_threads;          // of a block
-    char* shared_begin;       // static shared memory
+    int num_arguments;
+    const Argument* arguments;
+    int struct_size;     // 0: each argument is a parameter of its own
+    int max_threads;     // of a block
+    char* shared_begin;  // static shared memory
     char* shared_end;
 };
 

@@ -1,7 +1,9 @@
 // Included after a kernel, exports what the launcher needs. CUPAGED_HOST_ENTRY is the kernel,
-// CUPAGED_HOST_MAX_THREADS its launch bound.
+// CUPAGED_HOST_MAX_THREADS its launch bound, CUPAGED_HOST_FIELDS(F) applies F to the name of each
+// field of the struct that is its only parameter, and is not there for a kernel with others.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 #include <utility>
 
@@ -22,10 +24,41 @@ constexpr char param_kind() {
 }
 
 template <typename... P>
-struct Entry {
-    static constexpr int sizes[] = {static_cast<int>(sizeof(P))...};
-    static constexpr char kinds[] = {param_kind<P>()..., '\0'};
+struct Parameters {
+    static constexpr Argument arguments[] = {{0, static_cast<int>(sizeof(P)), param_kind<P>()}...};
+    static constexpr int struct_size = 0;
+};
 
+#ifdef CUPAGED_HOST_FIELDS
+// Whether so many values initialise a struct.
+struct Anything {
+    template <typename T>
+    operator T() const;
+};
+template <typename S, size_t... I>
+constexpr auto takes(std::index_sequence<I...>) -> decltype(S{(I, Anything())...}, true) {
+    return true;
+}
+template <typename S>
+constexpr bool takes(...) {
+    return false;
+}
+
+template <typename S>
+struct Fields {
+#define CUPAGED_HOST_FIELD(name) \
+    {offsetof(S, name), sizeof(S::name), param_kind<decltype(S::name)>()},
+    static constexpr Argument arguments[] = {CUPAGED_HOST_FIELDS(CUPAGED_HOST_FIELD)};
+    static constexpr int struct_size = sizeof(S);
+    static constexpr size_t count = sizeof(arguments) / sizeof(Argument);
+    static_assert(takes<S>(std::make_index_sequence<count>()) &&
+                      !takes<S>(std::make_index_sequence<count + 1>()),
+                  "the struct has fields that are not named");
+};
+#endif
+
+template <typename... P>
+struct Entry {
     template <void (*function)(P...)>
     static void call(void** args) {
         apply<function>(args, std::index_sequence_for<P...>());
@@ -38,9 +71,18 @@ struct Entry {
 
 template <auto function, typename... P>
 constexpr Kernel describe(void (*)(P...)) {
-    using E = Entry<P...>;
-    return {E::template call<function>, sizeof...(P), E::sizes, E::kinds,
-            CUPAGED_HOST_MAX_THREADS,   __bss_start,  _end};
+#ifdef CUPAGED_HOST_FIELDS
+    using A = Fields<P...>;
+#else
+    using A = Parameters<P...>;
+#endif
+    return {Entry<P...>::template call<function>,
+            sizeof(A::arguments) / sizeof(Argument),
+            A::arguments,
+            A::struct_size,
+            CUPAGED_HOST_MAX_THREADS,
+            __bss_start,
+            _end};
 }
 
 constexpr Kernel kernel = describe<::CUPAGED_HOST_ENTRY>(::CUPAGED_HOST_ENTRY);

@@ -26,9 +26,9 @@ extern "C" __global__ void list_tiles(const int* seq_lens, const int* query_star
         row[4] = tile.first_head;
         row[5] = tile.num_heads;
         row[6] = tile.first_position;
-        row[7] = tile.piece;
-        row[8] = tile.num_pieces;
-        row[9] = tile.piece_begin;
-        row[10] = tile.piece_end;
+        row[7] = tile.split;
+        row[8] = tile.num_splits;
+        row[9] = tile.split_begin;
+        row[10] = tile.split_end;
     }
 }

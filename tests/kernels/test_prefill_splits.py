@@ -25,7 +25,7 @@ def plan_of(problem: Problem, arch: str, sm_count: int = SM_COUNT, **settings) -
 
 
 def draw_long(seed: int, **options) -> Problem:
-    """Two chunks over prefixes of some pieces and one over none; a decode of some pieces, and padding."""
+    """Two chunks over prefixes of some KV splits and one over none; a decode of some, and padding."""
     rng = random.Random(seed)
     query_lens = [rng.randrange(2, 20), 1, 0, rng.randrange(2, 20), rng.randrange(2, 9)]
     prefixes = [rng.randrange(1030, 1600), rng.randrange(1030, 1600), 0, rng.randrange(513, 1300), 0]
@@ -77,7 +77,7 @@ def test_quantised_caches(emulated_arch, seed, cache_dtype):
 
 def test_it_is_for_the_asking_and_for_small_batches(seed):
     """Nothing is divided where the blocks have work without, or where bits may not depend on the batch; and
-    the records are bounded by the GPU, however long the sequences are."""
+    the partials are bounded by the GPU, however long the sequences are."""
     rng = random.Random(seed)
     sm_count = 132
     for _ in range(200):
@@ -97,7 +97,7 @@ def test_it_is_for_the_asking_and_for_small_batches(seed):
             None,
             {},
         )
-        assert plan_of(problem, arch, sm_count).records is None
+        assert plan_of(problem, arch, sm_count).partials is None
         assert plan_of(problem, arch, sm_count, batch_invariant=False, shared_prefix=True).merge is None
         plan = plan_of(problem, arch, sm_count, batch_invariant=False)
         kernel = kernel_choice.prefill_kernel("fp16", "fp16", head_size, group, arch)
@@ -107,8 +107,8 @@ def test_it_is_for_the_asking_and_for_small_batches(seed):
         if tiles >= blocks or problem.block_tables.shape[1] * 16 <= 512:
             assert plan.merge is None
             continue
-        assert plan.records is not None
-        tokens, heads, pieces, width = plan.records
+        assert plan.partials is not None
+        tokens, heads, splits, width = plan.partials
         assert (tokens, heads, width) == (num_tokens, num_kv_heads * group, head_size + 4)
-        assert 2 <= pieces <= 16
-        assert tokens * heads * pieces <= 2 * blocks * tile_rows
+        assert 2 <= splits <= 16
+        assert tokens * heads * splits <= 2 * blocks * tile_rows

@@ -1,5 +1,5 @@
-// Store the result of a KV split (a piece, see work.cuh): in the output if it is the only one of
-// its sequence, else as a partial (a record) in the workspace that merge_splits reads.
+// Store the result of a KV split (work.cuh): in the output if it is the only one of its sequence,
+// else as a partial in the workspace that merge_splits reads.
 #pragma once
 
 #include "common.cuh"
@@ -8,21 +8,22 @@
 
 namespace cupaged {
 
-// Floats from one piece's record in the workspace to the next: its output, and after it its lse.
-__host__ __device__ constexpr int record_stride(int head_size) {
-    return head_size + 4;  // outputs begin at 16 bytes
+// Floats from one partial in the workspace to the next: its output, and after it its lse.
+__host__ __device__ constexpr int partial_stride(int head_size) {
+    return head_size + CUPAGED_PARTIAL_PADDING;  // outputs begin at 16 bytes
 }
 
-// The record of a piece of one row; `slot` is the row's token, or its sequence where each has one.
-__device__ __forceinline__ float* record_of(float* records, int64 slot, int num_heads, int head,
-                                            int max_splits, int piece, int head_size) {
-    return records + ((slot * num_heads + head) * max_splits + piece) * record_stride(head_size);
+// The partial of a KV split of one row; `slot` is the row's token, or its sequence where each has
+// one.
+__device__ __forceinline__ float* partial_of(float* partials, int64 slot, int num_heads, int head,
+                                             int max_splits, int split, int head_size) {
+    return partials + ((slot * num_heads + head) * max_splits + split) * partial_stride(head_size);
 }
 
-struct PieceOutput {
+struct SplitOutput {
     scalar_t* out;                    // [T, H, D]
     float* lse;                       // [T, H] or null
-    float* records;                   // [T or S, H, max_splits, D + 4]; lse in base 2
+    float* partials;                  // [T or S, H, max_splits, D + 4]; lse in base 2
     const float* sinks;               // [H] or null
     int64 token_stride, head_stride;  // of out
     int num_heads, head_size, max_splits;
@@ -50,31 +51,31 @@ __device__ __forceinline__ SoftmaxState merge_warps(const SoftmaxState* states, 
 }
 
 // Write kVecSize<scalar_t> elements of one row, starting at `element`. `sums` are the weighted sums
-// of values that belong to `state`. See record_of for the slot.
-__device__ __forceinline__ void store_piece(const PieceOutput& output, int64 token, int64 slot,
-                                            int head, int piece, int pieces, int element,
+// of values that belong to `state`. See partial_of for the slot.
+__device__ __forceinline__ void store_split(const SplitOutput& output, int64 token, int64 slot,
+                                            int head, int split, int splits, int element,
                                             SoftmaxState state, float* sums) {
     constexpr int kVec = kVecSize<scalar_t>;
     float factor = 1.0f;
-    if (pieces <= 1 && output.sinks != nullptr && !softmax_is_empty(state))
+    if (splits <= 1 && output.sinks != nullptr && !softmax_is_empty(state))
         factor = softmax_add_sink(state, output.sinks[head] * kLog2E);
     factor *= softmax_normaliser(state);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[i] *= factor;
-    if (pieces <= 1) {
+    if (splits <= 1) {
         store_vec(output.out + token * output.token_stride + head * output.head_stride + element,
                   pack<scalar_t>(sums), output.aligned);
         if (output.lse != nullptr && element == 0)
             output.lse[token * output.num_heads + head] = softmax_lse_log2(state) * kLn2;
         return;
     }
-    float* const record = record_of(output.records, slot, output.num_heads, head, output.max_splits,
-                                    piece, output.head_size);
-    float4* const target = reinterpret_cast<float4*>(record + element);
+    float* const partial = partial_of(output.partials, slot, output.num_heads, head,
+                                      output.max_splits, split, output.head_size);
+    float4* const target = reinterpret_cast<float4*>(partial + element);
 #pragma unroll
     for (int i = 0; i < kVec; i += 4)
         target[i / 4] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-    if (element == 0) record[output.head_size] = softmax_lse_log2(state);
+    if (element == 0) partial[output.head_size] = softmax_lse_log2(state);
 }
 
 }  // namespace cupaged
