@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from .pairs import dot_pairs, has_pairs, interleave_pairs, pack_pairs
 from .simd import (
     HALF,
     LANES,
     WIDE,
     add,
-    dot_pairs,
     exp2,
     fma,
-    has_pairs,
     inner,
-    interleave_pairs,
     load,
     load_scalar,
     maximum,
     mul,
-    pack_pairs,
     splat,
     store,
     store_float,
