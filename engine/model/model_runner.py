@@ -114,15 +114,17 @@ class ModelRunner:
         fusion = None
         if fuse:
             fusion = fuse_model(self._model, self.proof(block_size))
+        if fusion is not None:
+            fusion.release()
         if self.device.type == "cpu":
             pack_linears(self._model)
-            if fusion is not None:
-                fusion.bind()
-                if fusion.can_replay(len(self._layers)) and backends.for_device("cpu") is cpu_backend:
-                    dtype = self.kv_shape(block_size).dtype
-                    self._workspaces = Workspaces(self._windows, dtype)
-        elif fusion is not None:
+        else:
             torch.cuda.empty_cache()  # of the weights before they were merged
+        if fusion is not None:
+            fusion.bind()
+            on_cpu = self.device.type == "cpu" and backends.for_device("cpu") is cpu_backend
+            if on_cpu and fusion.can_replay(len(self._layers)):
+                self._workspaces = Workspaces(self._windows, self.kv_shape(block_size).dtype)
         return fusion
 
     @torch.inference_mode()

@@ -167,14 +167,16 @@ ALMOST = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ALMOST)
-def test_what_computes_something_else_is_left_as_it_is(name, dtype, seed):
+def test_what_computes_something_else_is_left_as_it_is(name, dtype, seed, caplog):
     model = tiny("llama", seed, dtype)
     part, forward = ALMOST[name]
     layer = model.model.layers[0]
     module = layer.get_submodule(part)
     change(module, forward)
-    report, before, after = fused(model)
+    with caplog.at_level(logging.INFO, "cupaged.engine"):
+        report, before, after = fused(model)
     assert report.undone is None
+    assert [record.getMessage() for record in caplog.records] == [report.line()]
     assert "forward" not in vars(module)
     assert "Almost" in report.line()
     assert report.fused["layers"] == (2 if part == "mlp" else 1)
@@ -189,6 +191,34 @@ def test_a_scale_by_late_positions_is_seen(tmp_path, seed):
     report, before, after = fused(built(config, seed))
     assert report.undone is None
     assert "attentions" not in report.fused
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_frequencies_are_those_of_transformers(rope_type, seed):
+    config = tiny_configs.tiny_config("llama")
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}
+    report, before, after = fused(built(config, seed))
+    assert report.fused["layers"] == config.num_hidden_layers
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -282,7 +312,7 @@ def test_a_module_in_two_places_is_left_as_it_is(seed):
 
 
 def test_the_plain_weights_are_gone(seed):
-    """The merged ones too, where they are packed."""
+    """The merged ones too, where they are packed: one after the other, before the next is packed."""
     model = tiny("llama", seed, torch.bfloat16)
     runner = ModelRunner(model)
     plain = [

@@ -62,7 +62,8 @@ def test_the_model_is_left_as_it_was():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        assert probe_layers(model, None) == (LayerAttention(2, 16, None),) * 3
+        expected = [LayerAttention(layer.self_attn, 2, 16, None) for layer in model.model.layers]
+        assert probe_layers(model, None) == tuple(expected)
         assert model.config._attn_implementation == implementation
         model.model.layers[1].self_attn.layer_idx = 0
         with pytest.raises(ValueError, match="attends twice in layer 0"):

@@ -120,7 +120,7 @@ def widen(builder: ir.IRBuilder, dtype: types.DType, register: ir.Value) -> list
     return result
 
 
-def _nearest_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def nearest_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Round to nearest, ties to even; NaN stays NaN."""
     lanes = value.type.count
     bits = builder.bitcast(value, low.vector(I32, lanes))
@@ -185,7 +185,7 @@ def store(builder: ir.IRBuilder, dtype: types.DType, address: ir.Value, value: i
     if kind == np.float16:
         value = builder.fptrunc(value, low.vector(ir.HalfType(), lanes))
     elif kind == BFLOAT16:
-        value = _nearest_bfloat16(builder, value)
+        value = nearest_bfloat16(builder, value)
     elif kind == FLOAT8_E4M3:
         value = _nearest_float8(builder, value, 3, 7, 448.0)
     elif kind == FLOAT8_E5M2:

@@ -58,3 +58,30 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:
     return builder.inttoptr(address, element.as_pointer())
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    """Add the products of two pairs of bfloat16, given as 32-bit words, to each lane of a machine register.
+
+    Needs `BFLOAT16_PRODUCTS`.
+    """
+    lanes = total.type.count
+    pairs = ir.VectorType(_BFloat(), 2 * lanes)
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(total.type, [total.type, pairs, pairs]), name
+    )
+    return builder.call(function, [total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])

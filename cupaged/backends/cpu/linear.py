@@ -48,19 +48,6 @@ class Linear(NamedTuple):
     outputs: int
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not know."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
 def _multiply_add(builder, kind, total, words, weights):
     """Add the products of a broadcast word, one float32 or two bfloat16, and of weights to each lane."""
     floats = low.vector(F32, NATIVE)
@@ -70,14 +57,7 @@ def _multiply_add(builder, kind, total, words, weights):
         for x, weight in zip(formats.widen_pairs(builder, words), formats.widen_pairs(builder, weights)):
             total = low.fma(builder, x, weight, total)
         return total
-    pairs = ir.VectorType(_BFloat(), 2 * NATIVE)
-    bits = 32 * NATIVE
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(total.type, [total.type, pairs, pairs]),
-        f"llvm.x86.avx512bf16.dpbf16ps.{bits}",
-    )
-    return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(weights, pairs)])
+    return low.dot_pairs(builder, words, weights, total)
 
 
 def _load(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, offset: int) -> ir.Value:

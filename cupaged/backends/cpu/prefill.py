@@ -2,12 +2,16 @@
 
 Q is transposed once, logits and output are transposed too, keys and values are broadcast scalars, and the
 softmax needs no sums across lanes.
+
+Where the CPU multiplies pairs of bfloat16 (AVX512-BF16), queries and values of a bfloat16 cache are arranged
+in pairs, of dimensions and of keys, and the weights of the values are rounded to bfloat16, as on a GPU.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .pairs import dot_pairs, has_pairs, interleave_pairs, pack_pairs
 from .simd import (
     HALF,
     LANES,
@@ -89,6 +93,75 @@ def _values_tile(weights, values, count, size, out, column, alpha, like):
 
 
 @inner
+def _logits_pairs(query, keys, count, size, logits, column, like):
+    """Compute what `_logits_tile` does, of pairs of bfloat16: query is [size / 2, rows] of pairs."""
+    for k in range(0, count, 4):
+        k0, k1, k2, k3 = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
+        q = query + 4 * column
+        c0 = splat(np.float32(0.0), like)
+        c1, c2, c3 = c0, c0, c0
+        for d in range(size // 2):
+            vector = load(F32, q, like)
+            c0 = dot_pairs(splat(load_scalar(F32, k0 + 4 * d), like), vector, c0)
+            c1 = dot_pairs(splat(load_scalar(F32, k1 + 4 * d), like), vector, c1)
+            c2 = dot_pairs(splat(load_scalar(F32, k2 + 4 * d), like), vector, c2)
+            c3 = dot_pairs(splat(load_scalar(F32, k3 + 4 * d), like), vector, c3)
+            q += 4 * ROWS
+        at = logits + 4 * (k * ROWS + column)
+        store(F32, at, c0)
+        store(F32, at + 4 * ROWS, c1)
+        store(F32, at + 8 * ROWS, c2)
+        store(F32, at + 12 * ROWS, c3)
+
+
+@inner
+def _values_pairs(weights, values, count, size, out, column, alpha, like):
+    """Compute what `_values_tile` does, of `count` pairs of keys."""
+    scale = load(F32, alpha + 4 * column, like)
+    for d in range(0, size, 4):
+        at = out + 4 * (d * ROWS + column)
+        c0 = mul(load(F32, at, like), scale)
+        c1 = mul(load(F32, at + 4 * ROWS, like), scale)
+        c2 = mul(load(F32, at + 8 * ROWS, like), scale)
+        c3 = mul(load(F32, at + 12 * ROWS, like), scale)
+        w, v = weights + 4 * column, values + 4 * d
+        for _ in range(count):
+            vector = load(F32, w, like)
+            c0 = dot_pairs(splat(load_scalar(F32, v), like), vector, c0)
+            c1 = dot_pairs(splat(load_scalar(F32, v + 4), like), vector, c1)
+            c2 = dot_pairs(splat(load_scalar(F32, v + 8), like), vector, c2)
+            c3 = dot_pairs(splat(load_scalar(F32, v + 12), like), vector, c3)
+            w += 4 * ROWS
+            v += 4 * size
+        store(F32, at, c0)
+        store(F32, at + 4 * ROWS, c1)
+        store(F32, at + 8 * ROWS, c2)
+        store(F32, at + 12 * ROWS, c3)
+
+
+@inner
+def _pair_values(values, count, size, target):
+    """Store the rows at the addresses `values` as pairs of keys [(count + 1) / 2, size]."""
+    for k in range(0, count, 2):
+        second = values[min(k + 1, count - 1)]  # of an odd number of keys the last has a weight of 0 twice
+        for d in range(0, size, HALF):
+            interleave_pairs(values[k] + 2 * d, second + 2 * d, target + 4 * (k // 2 * size + d))
+
+
+@inner
+def _pair_weights(weights, count, columns):
+    """Replace weights [count, rows] by those of pairs of keys, rounded to bfloat16."""
+    for column in range(0, columns, LANES):
+        for k in range(0, count, 2):
+            at = weights + 4 * (k * ROWS + column)
+            second = splat(np.float32(0.0), LANES)
+            if k + 1 < count:
+                second = load(F32, at + 4 * ROWS, LANES)
+            pairs = pack_pairs(load(F32, at, LANES), second)
+            store(F32, weights + 4 * (k // 2 * ROWS + column), pairs)
+
+
+@inner
 def _widen(dtype, itemsize, size, addresses, count, padded, target):
     """Copy rows as float32 to `target` and set `addresses` to the copies. float32 rows are not copied."""
     if itemsize == 4:
@@ -104,8 +177,8 @@ def _widen(dtype, itemsize, size, addresses, count, padded, target):
 
 
 @inner
-def _softmax_tile(batch, start, count, masked, columns, logits, state):
-    """Turn logits [k, rows] into weights, and update running maximum, denominator and rescaling factor."""
+def _softmax_tile(batch, scale, start, count, masked, columns, logits, state):
+    """Turn logits [k, rows], times `scale`, into weights; update maximum, denominator and rescaling."""
     lower, upper, position, slope, top, total, alpha = state
     zero = splat(np.float32(0.0), LANES)
     minus_infinity = splat(-INFINITY, LANES)
@@ -119,7 +192,7 @@ def _softmax_tile(batch, start, count, masked, columns, logits, state):
         largest = old_top
         for k in range(count):
             at = logits + 4 * (k * ROWS + column)
-            s = load(F32, at, LANES)
+            s = mul(load(F32, at, LANES), splat(scale, LANES))
             j = splat(np.float32(start + k), LANES)
             if batch.cap != 0.0:
                 s = mul(tanh(s), splat(np.float32(batch.cap), LANES))
@@ -150,6 +223,7 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     itemsize = batch.row_bytes // size
     scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     unit = unit_of(kv_dtype, batch.v_scale, head)
+    paired = has_pairs(dtype, kv_dtype)
     memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
     out = query + 4 * ROWS * size
     logits = out + 4 * ROWS * size
@@ -183,9 +257,13 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
         source = row_address(
             batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
         )
-        for d in range(size):
-            value = load_scalar(dtype, source + batch.itemsize * d)
-            store_float(query + 4 * (d * ROWS + r), np.float32(value * scale))
+        if paired:
+            for d in range(size // 2):
+                store_float(query + 4 * (d * ROWS + r), load_scalar(F32, source + 4 * d))
+        else:
+            for d in range(size):
+                value = load_scalar(dtype, source + batch.itemsize * d)
+                store_float(query + 4 * (d * ROWS + r), np.float32(value * scale))
 
     # Every row of the tile sees the keys from `full_low` to `full_high`.
     full_low = item.low
@@ -200,20 +278,37 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
         key_addresses(batch, item, head, start, count, padded, np.int64(keys.ctypes.data))
         for k in range(padded):
             values[k] = keys[k] + batch.value_offset
-        _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
-        _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
         masked = start < full_low or start + count > full_high
-        if narrow:
-            _logits_tile(query, keys, padded, size, logits, 0, lanes)
+        if paired:
+            # Scaled after the products, which are exact.
+            _pair_values(values, count, size, wide_values)
+            pairs = (count + 1) // 2
+            if narrow:
+                _logits_pairs(query, keys, padded, size, logits, 0, lanes)
+            else:
+                for column in range(0, columns, WIDE):
+                    _logits_pairs(query, keys, padded, size, logits, column, wide)
+            _softmax_tile(batch, scale, start, count, masked, columns, logits, state)
+            _pair_weights(logits, count, columns)
+            if narrow:
+                _values_pairs(logits, wide_values, pairs, size, out, 0, state[6], lanes)
+            else:
+                for column in range(0, columns, WIDE):
+                    _values_pairs(logits, wide_values, pairs, size, out, column, state[6], wide)
         else:
-            for column in range(0, columns, WIDE):
-                _logits_tile(query, keys, padded, size, logits, column, wide)
-        _softmax_tile(batch, start, count, masked, columns, logits, state)
-        if narrow:
-            _values_tile(logits, values, count, size, out, 0, state[6], lanes)
-        else:
-            for column in range(0, columns, WIDE):
-                _values_tile(logits, values, count, size, out, column, state[6], wide)
+            _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
+            _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
+            if narrow:
+                _logits_tile(query, keys, padded, size, logits, 0, lanes)
+            else:
+                for column in range(0, columns, WIDE):
+                    _logits_tile(query, keys, padded, size, logits, column, wide)
+            _softmax_tile(batch, np.float32(1.0), start, count, masked, columns, logits, state)
+            if narrow:
+                _values_tile(logits, values, count, size, out, 0, state[6], lanes)
+            else:
+                for column in range(0, columns, WIDE):
+                    _values_tile(logits, values, count, size, out, column, state[6], wide)
 
     for r in range(item.rows):
         for d in range(size):

@@ -113,7 +113,7 @@ def _rounded(builder: ir.IRBuilder, dtype: types.DType, value: ir.Value) -> ir.V
     """Round float32 lanes to a model's dtype, ties to even."""
     kind = formats.kind_of(dtype)
     if kind == formats.BFLOAT16:
-        wide = builder.zext(formats._nearest_bfloat16(builder, value), low.vector(I32, value.type.count))
+        wide = builder.zext(formats.nearest_bfloat16(builder, value), low.vector(I32, value.type.count))
         shift = ir.Constant(low.vector(I32, value.type.count), [16] * value.type.count)
         return builder.bitcast(builder.shl(wide, shift), value.type)
     if kind == "float16":

@@ -21,6 +21,7 @@ from ..kv_cache import KVCache, KVShape
 _LENGTHS = (9, 4, 1)  # tokens of the prompts
 _MAX_POSITION = 1 << 20
 _FACTOR = 4.0  # maximum difference, as a multiple of that by rounding
+_MOST = 0.5  # relative to the standard deviation of a row
 _FLOOR = 1e-5  # relative to a row's largest logit
 
 
@@ -111,7 +112,9 @@ class Proof:
         with _rounding(self._model), torch.no_grad():
             other = self._run(self._cache(), [(0, n) for n in _LENGTHS], self._tokens[: sum(_LENGTHS)])
         largest = _distance(other, plain[: len(_LENGTHS)]).max()
-        return _FACTOR * largest + _FLOOR * plain.abs().amax(-1)
+        # Where rounding changes logits by more than this, they could not tell a wrong model from a right one.
+        most = _MOST * plain.std(-1)
+        return most.clamp(max=_FACTOR * largest) + _FLOOR * plain.abs().amax(-1)
 
     def difference(self, logits: torch.Tensor, plain: torch.Tensor, bound: torch.Tensor) -> str | None:
         """Return what is wrong with logits, or None if they are within the bound."""

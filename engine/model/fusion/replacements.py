@@ -34,7 +34,10 @@ class Replacement(Protocol):
     module: torch.nn.Module
 
     def bind(self) -> None:
-        """Override the module's forward; again after its linear layers were replaced."""
+        """Override the module's forward."""
+
+    def release(self) -> None:
+        """Drop the weights that `bind` looked up."""
 
     def keep(self) -> None:
         """Drop what `undo` needs."""
@@ -80,6 +83,9 @@ class FusedNorm:
 
         self.module.forward = forward if source is None else forward_and_add
 
+    def release(self) -> None:
+        _restore(self.module)
+
     def keep(self) -> None:
         pass
 
@@ -121,6 +127,10 @@ class FusedMLP:
             return down(product, buffer("down", size))
 
         return rows
+
+    def release(self) -> None:
+        _restore(self.module)
+        del self.rows
 
     def keep(self) -> None:
         self._merged.keep()
@@ -214,6 +224,10 @@ class FusedAttention:
             return output(attended.view(-1, size), buffer("projected", columns))
 
         return rows
+
+    def release(self) -> None:
+        _restore(self.module)
+        del self.rows
 
     def keep(self) -> None:
         self._merged.keep()
@@ -324,6 +338,9 @@ class FusedLayer:
             return hidden_states
 
         self.module.forward = forward
+
+    def release(self) -> None:
+        _restore(self.module)
 
     @property
     def can_replay(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -33,12 +34,19 @@ class Report:
         self.undone = reason
         self.fused.clear()
 
+    @property
+    def level(self) -> int:
+        """Return the level of the line in the log: that everything is fused is nothing to tell."""
+        if self.undone is not None:
+            return logging.WARNING
+        return logging.INFO if self.left else logging.DEBUG
+
     def line(self) -> str:
         """Return a line for the log."""
         if self.undone is not None:
             return f"the model runs unfused, as its logits were others when fused: {self.undone}"
-        parts = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
-        text = f"fused {parts} of {self.num_layers} layers"
+        parts = [f"{count} {kind}" for kind, count in self.fused.items() if kind != "layers"]
+        text = ", ".join([f"fused {self.fused['layers']} of {self.num_layers} layers", *parts])
         if self.left:
             text += "; as they are: " + "; ".join(self.left_lines())
         return text

@@ -29,9 +29,14 @@ class Fusion:
     replacements: list[Replacement] = field(default_factory=list)
 
     def bind(self) -> None:
-        """Look up what the replacements call; again after linear layers were replaced."""
+        """Look up what the replacements call."""
         for replacement in self.replacements:
             replacement.bind()
+
+    def release(self) -> None:
+        """Drop the weights that `bind` looked up, before linear layers are replaced; `bind` has to follow."""
+        for replacement in self.replacements:
+            replacement.release()
 
     def can_replay(self, num_layers: int) -> bool:
         """Return whether a `Tape` records all that the model's layers compute."""
@@ -70,7 +75,7 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
         fusion.report.refuse(problem)
     for replacement in fusion.replacements:
         replacement.keep()
-    _log.info("%s", fusion.report.line())
+    _log.log(fusion.report.level, "%s", fusion.report.line())
     return fusion
 
 

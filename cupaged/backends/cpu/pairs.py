@@ -1,0 +1,87 @@
+"""Multiply pairs of bfloat16 (AVX512-BF16): intrinsics for numba.
+
+A pair is a lane of 32 bits. Vectors of pairs are typed as float32, but nothing computes with their lanes.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import formats
+from . import ir as low
+from .ir import I16, I32
+from .simd import HALF
+
+
+@intrinsic
+def has_pairs(typingctx, dtype, kv_dtype):
+    """Return whether `dot_pairs` takes elements of these dtypes, a constant at compile time."""
+    kinds = {formats.kind_of(dtype), formats.kind_of(kv_dtype)}
+    pairs = kinds == {formats.BFLOAT16} and low.BFLOAT16_PRODUCTS
+    return types.boolean(dtype, kv_dtype), lambda context, builder, signature, args: ir.IntType(1)(pairs)
+
+
+def _registers(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
+    """Divide a vector into machine registers."""
+    masks = [range(first, first + low.NATIVE) for first in range(0, value.type.count, low.NATIVE)]
+    return [
+        builder.shuffle_vector(value, value, ir.Constant(low.vector(I32, low.NATIVE), list(mask)))
+        for mask in masks
+    ]
+
+
+def _joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Join vectors, as many as a power of two."""
+    while len(parts) > 1:
+        lanes = 2 * parts[0].type.count
+        mask = ir.Constant(low.vector(I32, lanes), list(range(lanes)))
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
+@intrinsic
+def dot_pairs(typingctx, a, b, total):
+    """Return total + the products of two pairs of bfloat16 in each lane, whose bits are those of `a`, `b`.
+
+    Only where `has_pairs`; elsewhere it returns `total`.
+    """
+
+    def codegen(context, builder, signature, args):
+        if not low.BFLOAT16_PRODUCTS:
+            return args[2]
+        parts = zip(*(_registers(builder, arg) for arg in args))
+        return _joined(builder, [low.dot_pairs(builder, *registers) for registers in parts])
+
+    return total(a, b, total), codegen
+
+
+@intrinsic
+def pack_pairs(typingctx, first, second):
+    """Round two vectors to bfloat16; return lanes of pairs for `dot_pairs`."""
+
+    def codegen(context, builder, signature, args):
+        words = low.vector(I32, args[0].type.count)
+        halves = [builder.zext(formats.nearest_bfloat16(builder, arg), words) for arg in args]
+        shift = ir.Constant(words, [16] * words.count)
+        return builder.bitcast(builder.or_(halves[0], builder.shl(halves[1], shift)), args[0].type)
+
+    return first(first, second), codegen
+
+
+@intrinsic
+def interleave_pairs(typingctx, first, second, target):
+    """Store HALF pairs of bfloat16, one of the elements at `first`, the other of those at `second`."""
+
+    def codegen(context, builder, signature, args):
+        halves, words = low.vector(I16, HALF), low.vector(I32, HALF)
+        a, b = (
+            builder.zext(builder.load(low.pointer(builder, address, halves), align=2), words)
+            for address in args[:2]
+        )
+        pairs = builder.or_(a, builder.shl(b, ir.Constant(words, [16] * HALF)))
+        builder.store(pairs, low.pointer(builder, args[2], words), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
