@@ -344,7 +344,6 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                     for (int r = 0; r < 2; ++r) {
                         const int row = 16 * m + 8 * r + lane / 4;
                         if (done + row >= rows.count) continue;
-                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                         float* const target = shared.phase_out[phase][row];
                         for_each_element(acc[m], r, [&](int element, const float* x, int count) {
 #pragma unroll
@@ -352,6 +351,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                                 *reinterpret_cast<float2*>(target + element + i) =
                                     make_float2(x[i], x[i + 1]);
                         });
+                        if (lane % 4 == 0) phase_state[phase][row] = acc[m].state[r];
                     }
             }
             __syncthreads();
