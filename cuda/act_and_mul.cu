@@ -6,12 +6,12 @@
 // Grid (T, y): the y blocks of a row share its chunks of 16 bytes, a thread one of the gate and one
 // of up at a time. No shared memory.
 //
-// Predicted, not measured yet: where 1024 threads fit on a multiprocessor they have 32 KB under way,
-// twice what covers the latency of an H100's memory. An exponential and a division of a float that
-// loads 4 bytes and stores 2 take a tenth of that time.
+// Predicted, not measured yet: where 1024 threads fit on a multiprocessor they have 32 KB under
+// way, twice what covers the latency of an H100's memory. An exponential and a division of a float
+// that loads 4 bytes and stores 2 take a tenth of that time.
 //
-// Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows of both, and I) elements are accessed one at
-// a time. `activation` is one of the enumeration below.
+// Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows of both, and I) elements are accessed one
+// at a time. `activation` is one of the enumeration below.
 #include "chunks.cuh"
 #include "common.cuh"
 #include "vec.cuh"
@@ -40,7 +40,8 @@ __device__ __forceinline__ float times_sigmoid(float x, float y) {
 template <int kActivation>
 __device__ __forceinline__ float activate(float x) {
     if (kActivation == kSilu) return times_sigmoid(x, x);
-    if (kActivation == kGelu) return fmaf(0.5f * x, erff(0.70710678f * x), 0.5f * x);  // sqrt(1 / 2)
+    if (kActivation == kGelu)
+        return fmaf(0.5f * x, erff(0.70710678f * x), 0.5f * x);  // sqrt(1 / 2)
     // x / 2 * (1 + tanh(y / 2)) is x times a sigmoid; sqrt(2 / pi) is 0.7978...
     return times_sigmoid(x, 2.0f * 0.79788456f * x * fmaf(0.044715f * x, x, 1.0f));
 }

@@ -1,5 +1,5 @@
-// Rows of any length, in chunks of 16 bytes. Where rows do not all begin at a multiple of 16 bytes, or
-// do not end with a chunk, they are accessed one element at a time.
+// Rows of any length, in chunks of 16 bytes. Where rows do not all begin at a multiple of 16 bytes,
+// or do not end with a chunk, they are accessed one element at a time.
 #pragma once
 
 #include "common.cuh"

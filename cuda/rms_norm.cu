@@ -91,8 +91,7 @@ struct Chunks {
                                               const F& function) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-            if ((first + i * step) * kVec < size)
-                held[i] = function(first + i * step, held[i], i);
+            if ((first + i * step) * kVec < size) held[i] = function(first + i * step, held[i], i);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
             const int chunk = first + i * step;
@@ -118,7 +117,8 @@ template <bool kAligned>
 __device__ __forceinline__ void normalise_row(const RmsNormArguments& args, int64 row, int first,
                                               int step, float (&sums)[2][kWarps]) {
     const scalar_t* const input = args.input + row * args.input_stride;
-    const bool has_residual = args.residual != nullptr, has_input_norm = args.input_weight != nullptr;
+    const bool has_residual = args.residual != nullptr,
+               has_input_norm = args.input_weight != nullptr;
     scalar_t* const residual = has_residual ? args.residual + row * args.residual_stride : nullptr;
     const NormWeights weights{args.weight, args.float_weight != 0, args.weight_offset};
     const NormWeights input_weights{args.input_weight, args.float_weight != 0, args.weight_offset};
@@ -152,15 +152,15 @@ __device__ __forceinline__ void normalise_row(const RmsNormArguments& args, int6
     const scalar_t* const source = has_residual ? residual : input;
     const float squares = row_sum(chunks.squares(source), args.whole_block != 0, sums[1]);
     const float inverse = inverse_rms(squares, args.size, args.epsilon);
-    chunks.transform(source, args.out + row * args.out_stride,
-                     [&](int chunk, const uint4& raw, int) {
-                         float x[kVec], weight[kVec];
-                         unpack<scalar_t>(raw, x);
-                         weights.load<kAligned, scalar_t>(chunk * kVec, chunks.count(chunk), weight);
+    chunks.transform(
+        source, args.out + row * args.out_stride, [&](int chunk, const uint4& raw, int) {
+            float x[kVec], weight[kVec];
+            unpack<scalar_t>(raw, x);
+            weights.load<kAligned, scalar_t>(chunk * kVec, chunks.count(chunk), weight);
 #pragma unroll
-                         for (int j = 0; j < kVec; ++j) x[j] = x[j] * inverse * weight[j];
-                         return pack<scalar_t>(x);
-                     });
+            for (int j = 0; j < kVec; ++j) x[j] = x[j] * inverse * weight[j];
+            return pack<scalar_t>(x);
+        });
 }
 
 }  // namespace cupaged

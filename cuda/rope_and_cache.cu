@@ -152,7 +152,8 @@ __device__ __forceinline__ void rotate_unit(const RopeAndCacheArguments& args, c
     const int item = args.float_angles ? 4 : static_cast<int>(sizeof(scalar_t));
     const char* const cosines = static_cast<const char*>(args.cos) + token * args.cos_stride * item;
     const char* const sines = static_cast<const char*>(args.sin) + token * args.sin_stride * item;
-    load_floats<kAligned, scalar_t>(cosines, args.float_angles != 0, unit.pair, unit.num_pairs, cos);
+    load_floats<kAligned, scalar_t>(cosines, args.float_angles != 0, unit.pair, unit.num_pairs,
+                                    cos);
     load_floats<kAligned, scalar_t>(sines, args.float_angles != 0, unit.pair, unit.num_pairs, sin);
     if (args.interleaved) {
 #pragma unroll

@@ -6,7 +6,7 @@ from . import attention, ceilings, check, fused, host, memory, mixed
 SECTIONS = (
     Section("check", "right or wrong, against float64", 90, check.run, timed=False),
     Section("ceilings", "what the machine can do", 20, ceilings.run),
-    Section("decode", "decode against dense attention and other libraries", 170, attention.decode),
+    Section("decode", "decode against dense attention and other libraries", 160, attention.decode),
     Section("prefill", "prefill against dense attention and other libraries", 80, attention.prefill),
     Section("mixed", "prefill chunks and decodes in one call, against their parts", 15, mixed.run),
     Section("memory", "writing, copying, swapping; the cache's allocation", 60, memory.run),
