@@ -30,7 +30,7 @@ from .team import HEADER_BYTES, Launch, read, run_parallel
 VECTORS = 2  # vectors of a panel
 PANEL = VECTORS * NATIVE  # outputs of a panel
 STEP_BYTES = 4 * PANEL  # bytes of weights of a step: a pair of bfloat16 or a float32 per output
-ROW_BLOCK = 48  # rows for which a panel is used before the next one: in the second-level cache
+ROW_BLOCK = 128  # rows for which a panel is used before the next one: in the second-level cache
 CHUNK_BYTES = 1 << 17  # bytes of weights that a thread takes at a time
 
 
