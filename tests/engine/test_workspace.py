@@ -56,8 +56,18 @@ def seen_logits(engine, seed: int) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3"])
-@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"dtype": "bfloat16"}),
+        ("qwen3", {}),
+        ("gemma2", {}),
+        ("gemma3", {}),
+        ("gemma3", {"kv_cache_dtype": "fp8"}),
+    ],
+    ids=str,
+)
 def test_a_replayed_step_has_the_bits_of_a_new_one(directories, seed, monkeypatch, name, settings):
     """Sequences come and go, tables grow, blocks are swapped and shared; what no step has written is NaN."""
     settings = {**settings, "num_gpu_blocks_override": 30, "preemption_mode": "swap"}

@@ -176,6 +176,7 @@ def test_a_server_that_hangs_is_left(canned, job):
 # -- the floor ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_the_floor_is_of_the_models_own_layers(llama_dir, job):
     """Three layers of hidden size 64, 4 query and 2 KV heads of size 16, an MLP of 96, 320 tokens."""
     layers, head = linear_floor.shapes(llama_dir)

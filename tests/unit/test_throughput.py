@@ -216,6 +216,7 @@ def test_the_work_is_the_same_in_every_run(llama_dir):
     assert len({len(prompt) for prompt in work[1].prompts}) > 3
 
 
+@pytest.mark.matrix
 def test_ours_over_http_and_offline_beside_a_contender_that_fails(llama_dir, tmp_path, monkeypatch, capsys):
     """The whole command: ours on a tiny model, and a peer that crashes."""
     peer = virtual_environment(tmp_path / "venv", STAND_IN + CRASH)
