@@ -67,7 +67,7 @@ class _KernelStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Argument:
-    """What a launch gives a kernel: a parameter, or a field of the struct that is its only one."""
+    """Describe what a launch gives a kernel: a parameter, or a field of the struct that is its only one."""
 
     offset: int  # in the struct
     size: int

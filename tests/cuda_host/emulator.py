@@ -191,7 +191,7 @@ def _numbers(arguments: KernelArguments) -> list[Number]:
 
 
 def _parameters(module: Module, values: list[ctypes.Array | ctypes.c_void_p]) -> list[Any]:
-    """What the driver would take the addresses of: the values, or the one struct that they are in."""
+    """Return what the driver would take the addresses of: the values, or the struct that they are in."""
     if not module.struct_size:
         return values
     whole = (ctypes.c_char * module.struct_size)()

@@ -185,7 +185,7 @@ def test_what_computes_something_else_is_left_as_it_is(name, dtype, seed, caplog
 
 
 def test_a_scale_by_late_positions_is_seen(tmp_path, seed):
-    """Of queries, which no position below 32 has."""
+    """Scale queries as no position below 32 has it."""
     config = tiny_configs.tiny_config("ministral3")
     config.rope_parameters = {**config.rope_parameters, "original_max_position_embeddings": 32}
     report, before, after = fused(built(config, seed))

@@ -1,4 +1,4 @@
-"""What the tests of the fused operators share: tensors that lie in poisoned memory, and the allowed error."""
+"""Make tensors that lie in poisoned memory, and check errors, for the tests of the fused operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How decode divides a sequence: into KV splits that depend on nothing but the sequence itself."""
+"""Check that decode divides a sequence into KV splits that depend on nothing but the sequence."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_window_that_moves_under_the_rows(backend, seed, dtype):
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_decode_among_prefills_has_the_bits_of_a_decode(backend, seed, dtype, group):
-    """Of one KV split and of several; nothing of the others, or of the padding, is touched by it."""
+    """Compute sequences of one KV split and of several; the others and the padding are not touched."""
     rng = random.Random(seed)
     query_lens = [1, rng.randrange(30, 60), 1, 0, 1, 2]
     problem = draw(
