@@ -124,26 +124,11 @@ def decode(
         kernel.spec,
         (min(items, DECODE_BLOCKS_PER_SM * sm_count), 1),
         DecodeArguments(
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            block_stride=kv_cache.stride(0),
-            table_stride=block_tables.stride(0),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_shift=block_shift(kv_cache),
-            causal=params.causal,
-            window=window,
+            **_attention_numbers(query, kv_cache, block_tables, out, params),
             max_splits=max_splits,
-            query_aligned=rows_aligned(query),
-            out_aligned=rows_aligned(out),
             split_tokens=split_tokens,
             subset=subset,
             list_capacity=capacity,
-            **_logit_factors(params),
         ),
     )
     if max_splits == 1:
@@ -253,24 +238,9 @@ def prefill(
         kernel.spec,
         (min(tiles * head_tiles * max_splits, blocks), 1),
         PrefillArguments(
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            block_stride=kv_cache.stride(0),
-            table_stride=block_tables.stride(0),
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_shift=block_shift(kv_cache),
-            causal=params.causal,
-            window=window,
+            **_attention_numbers(query, kv_cache, block_tables, out, params),
             max_splits=max_splits,
-            query_aligned=rows_aligned(query),
-            out_aligned=rows_aligned(out),
             tile_heads=tile_heads,
-            **_logit_factors(params),
         ),
     )
     plan = PrefillPlan(schedule, call, 2 * num_seqs + 6)
@@ -295,10 +265,33 @@ def merge_states(outs: torch.Tensor, out: torch.Tensor) -> KernelCall:
     )
 
 
-def _logit_factors(params: AttentionParams) -> dict[str, float]:
-    """Return the query's factor, and the soft cap or 0, such that logits are in units of log2(e)."""
+def _attention_numbers(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+    params: AttentionParams,
+) -> dict[str, float]:
+    """Return the numbers that the arguments of decode and of prefill have in common."""
+    num_tokens, num_heads, _ = query.shape
     cap = params.logits_soft_cap or 0.0
     return {
+        "query_token_stride": query.stride(0),
+        "query_head_stride": query.stride(1),
+        "out_token_stride": out.stride(0),
+        "out_head_stride": out.stride(1),
+        "block_stride": kv_cache.stride(0),
+        "table_stride": block_tables.stride(0),
+        "num_tokens": num_tokens,
+        "num_seqs": len(block_tables),
+        "num_heads": num_heads,
+        "num_kv_heads": kv_cache.shape[2],
+        "block_shift": block_shift(kv_cache),
+        "causal": params.causal,
+        "window": params.sliding_window or 0,
+        "query_aligned": rows_aligned(query),
+        "out_aligned": rows_aligned(out),
+        # Such that logits are in units of log2(e).
         "query_scale": params.scale / cap if cap else params.scale * LOG2E,
         "soft_cap_log2": cap * LOG2E,
     }
