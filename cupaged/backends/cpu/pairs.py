@@ -15,12 +15,16 @@ from .ir import I16, I32
 from .simd import HALF
 
 
+def _has_pairs(dtype: types.DType, kv_dtype: types.DType) -> bool:
+    kinds = {formats.kind_of(dtype), formats.kind_of(kv_dtype)}
+    return kinds == {formats.BFLOAT16} and low.BFLOAT16_PRODUCTS
+
+
 @intrinsic
 def has_pairs(typingctx, dtype, kv_dtype):
-    """Return whether `dot_pairs` takes elements of these dtypes, a constant at compile time."""
-    kinds = {formats.kind_of(dtype), formats.kind_of(kv_dtype)}
-    pairs = kinds == {formats.BFLOAT16} and low.BFLOAT16_PRODUCTS
-    return types.boolean(dtype, kv_dtype), lambda context, builder, signature, args: ir.IntType(1)(pairs)
+    """Return whether queries and a cache of these dtypes are multiplied in pairs, a compile-time constant."""
+    pairs = ir.IntType(1)(_has_pairs(dtype, kv_dtype))
+    return types.boolean(dtype, kv_dtype), lambda context, builder, signature, args: pairs
 
 
 def _registers(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
@@ -42,24 +46,22 @@ def _joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
 
 
 @intrinsic
-def dot_pairs(typingctx, a, b, total):
-    """Return total + the products of two pairs of bfloat16 in each lane, whose bits are those of `a`, `b`.
-
-    Only where `has_pairs`; elsewhere it returns `total`.
-    """
+def multiply_add(typingctx, dtype, kv_dtype, a, b, total):
+    """Return total + a * b; where `has_pairs`, + the products of the two pairs in each lane."""
 
     def codegen(context, builder, signature, args):
-        if not low.BFLOAT16_PRODUCTS:
-            return args[2]
-        parts = zip(*(_registers(builder, arg) for arg in args))
+        *factors, total = args[2:]
+        if not _has_pairs(dtype, kv_dtype):
+            return low.fma(builder, *factors, total)
+        parts = zip(*(_registers(builder, value) for value in (*factors, total)))
         return _joined(builder, [low.dot_pairs(builder, *registers) for registers in parts])
 
-    return total(a, b, total), codegen
+    return total(dtype, kv_dtype, a, b, total), codegen
 
 
 @intrinsic
 def pack_pairs(typingctx, first, second):
-    """Round two vectors to bfloat16; return lanes of pairs for `dot_pairs`."""
+    """Round two vectors to bfloat16; return lanes of pairs for `multiply_add`."""
 
     def codegen(context, builder, signature, args):
         words = low.vector(I32, args[0].type.count)

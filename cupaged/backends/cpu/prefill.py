@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .pairs import dot_pairs, has_pairs, interleave_pairs, pack_pairs
+from .pairs import has_pairs, interleave_pairs, multiply_add, pack_pairs
 from .simd import (
     HALF,
     LANES,
@@ -46,19 +46,23 @@ from .work import (
 
 
 @inner
-def _logits_tile(query, keys, count, size, logits, column, like):
-    """Compute logits[k, rows] = sum over d of keys[k, d] * query[d, rows], in vectors like `like`."""
+def _logits_tile(dtype, kv_dtype, query, keys, count, steps, logits, column, like):
+    """Compute logits[k, rows] = sum over d of keys[k, d] * query[d, rows], in vectors like `like`.
+
+    Args:
+        steps: number of d: of elements, or of pairs of them.
+    """
     for k in range(0, count, 4):
         k0, k1, k2, k3 = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
         q = query + 4 * column
         c0 = splat(np.float32(0.0), like)
         c1, c2, c3 = c0, c0, c0
-        for d in range(size):
+        for d in range(steps):
             vector = load(F32, q, like)
-            c0 = fma(splat(load_scalar(F32, k0 + 4 * d), like), vector, c0)
-            c1 = fma(splat(load_scalar(F32, k1 + 4 * d), like), vector, c1)
-            c2 = fma(splat(load_scalar(F32, k2 + 4 * d), like), vector, c2)
-            c3 = fma(splat(load_scalar(F32, k3 + 4 * d), like), vector, c3)
+            c0 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, k0 + 4 * d), like), vector, c0)
+            c1 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, k1 + 4 * d), like), vector, c1)
+            c2 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, k2 + 4 * d), like), vector, c2)
+            c3 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, k3 + 4 * d), like), vector, c3)
             q += 4 * ROWS
         at = logits + 4 * (k * ROWS + column)
         store(F32, at, c0)
@@ -68,8 +72,12 @@ def _logits_tile(query, keys, count, size, logits, column, like):
 
 
 @inner
-def _values_tile(weights, values, count, size, out, column, alpha, like):
-    """Compute out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows]."""
+def _values_tile(dtype, kv_dtype, weights, values, count, size, out, column, alpha, like):
+    """Compute out[d, rows] = alpha[rows] * out[d, rows] + sum over k of values[k, d] * weights[k, rows].
+
+    Args:
+        count: number of k: of keys, or of pairs of them.
+    """
     scale = load(F32, alpha + 4 * column, like)
     for d in range(0, size, 4):
         at = out + 4 * (d * ROWS + column)
@@ -81,58 +89,11 @@ def _values_tile(weights, values, count, size, out, column, alpha, like):
         for k in range(count):
             vector = load(F32, w, like)
             v = values[k] + 4 * d
-            c0 = fma(splat(load_scalar(F32, v), like), vector, c0)
-            c1 = fma(splat(load_scalar(F32, v + 4), like), vector, c1)
-            c2 = fma(splat(load_scalar(F32, v + 8), like), vector, c2)
-            c3 = fma(splat(load_scalar(F32, v + 12), like), vector, c3)
+            c0 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, v), like), vector, c0)
+            c1 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, v + 4), like), vector, c1)
+            c2 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, v + 8), like), vector, c2)
+            c3 = multiply_add(dtype, kv_dtype, splat(load_scalar(F32, v + 12), like), vector, c3)
             w += 4 * ROWS
-        store(F32, at, c0)
-        store(F32, at + 4 * ROWS, c1)
-        store(F32, at + 8 * ROWS, c2)
-        store(F32, at + 12 * ROWS, c3)
-
-
-@inner
-def _logits_pairs(query, keys, count, size, logits, column, like):
-    """Compute what `_logits_tile` does, of pairs of bfloat16: query is [size / 2, rows] of pairs."""
-    for k in range(0, count, 4):
-        k0, k1, k2, k3 = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
-        q = query + 4 * column
-        c0 = splat(np.float32(0.0), like)
-        c1, c2, c3 = c0, c0, c0
-        for d in range(size // 2):
-            vector = load(F32, q, like)
-            c0 = dot_pairs(splat(load_scalar(F32, k0 + 4 * d), like), vector, c0)
-            c1 = dot_pairs(splat(load_scalar(F32, k1 + 4 * d), like), vector, c1)
-            c2 = dot_pairs(splat(load_scalar(F32, k2 + 4 * d), like), vector, c2)
-            c3 = dot_pairs(splat(load_scalar(F32, k3 + 4 * d), like), vector, c3)
-            q += 4 * ROWS
-        at = logits + 4 * (k * ROWS + column)
-        store(F32, at, c0)
-        store(F32, at + 4 * ROWS, c1)
-        store(F32, at + 8 * ROWS, c2)
-        store(F32, at + 12 * ROWS, c3)
-
-
-@inner
-def _values_pairs(weights, values, count, size, out, column, alpha, like):
-    """Compute what `_values_tile` does, of `count` pairs of keys."""
-    scale = load(F32, alpha + 4 * column, like)
-    for d in range(0, size, 4):
-        at = out + 4 * (d * ROWS + column)
-        c0 = mul(load(F32, at, like), scale)
-        c1 = mul(load(F32, at + 4 * ROWS, like), scale)
-        c2 = mul(load(F32, at + 8 * ROWS, like), scale)
-        c3 = mul(load(F32, at + 12 * ROWS, like), scale)
-        w, v = weights + 4 * column, values + 4 * d
-        for _ in range(count):
-            vector = load(F32, w, like)
-            c0 = dot_pairs(splat(load_scalar(F32, v), like), vector, c0)
-            c1 = dot_pairs(splat(load_scalar(F32, v + 4), like), vector, c1)
-            c2 = dot_pairs(splat(load_scalar(F32, v + 8), like), vector, c2)
-            c3 = dot_pairs(splat(load_scalar(F32, v + 12), like), vector, c3)
-            w += 4 * ROWS
-            v += 4 * size
         store(F32, at, c0)
         store(F32, at + 4 * ROWS, c1)
         store(F32, at + 8 * ROWS, c2)
@@ -141,11 +102,16 @@ def _values_pairs(weights, values, count, size, out, column, alpha, like):
 
 @inner
 def _pair_values(values, count, size, target):
-    """Store the rows at the addresses `values` as pairs of keys [(count + 1) / 2, size]."""
+    """Copy the rows at the addresses `values` to `target` as pairs of keys; set the first addresses to these.
+
+    Of an odd number of keys the last is a pair with itself, of which `_pair_weights` weighs one with 0.
+    """
     for k in range(0, count, 2):
-        second = values[min(k + 1, count - 1)]  # of an odd number of keys the last has a weight of 0 twice
+        first, second = values[k], values[min(k + 1, count - 1)]
+        at = target + 4 * (k // 2 * size)
         for d in range(0, size, HALF):
-            interleave_pairs(values[k] + 2 * d, second + 2 * d, target + 4 * (k // 2 * size + d))
+            interleave_pairs(first + 2 * d, second + 2 * d, at + 4 * d)
+        values[k // 2] = at
 
 
 @inner
@@ -223,7 +189,10 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     itemsize = batch.row_bytes // size
     scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     unit = unit_of(kv_dtype, batch.v_scale, head)
+    # Pairs are multiplied as they are, exactly, and their sums are scaled.
     paired = has_pairs(dtype, kv_dtype)
+    steps = size // 2 if paired else size
+    logit_scale = scale if paired else np.float32(1.0)
     memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
     out = query + 4 * ROWS * size
     logits = out + 4 * ROWS * size
@@ -280,35 +249,25 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
             values[k] = keys[k] + batch.value_offset
         masked = start < full_low or start + count > full_high
         if paired:
-            # Scaled after the products, which are exact.
             _pair_values(values, count, size, wide_values)
-            pairs = (count + 1) // 2
-            if narrow:
-                _logits_pairs(query, keys, padded, size, logits, 0, lanes)
-            else:
-                for column in range(0, columns, WIDE):
-                    _logits_pairs(query, keys, padded, size, logits, column, wide)
-            _softmax_tile(batch, scale, start, count, masked, columns, logits, state)
-            _pair_weights(logits, count, columns)
-            if narrow:
-                _values_pairs(logits, wide_values, pairs, size, out, 0, state[6], lanes)
-            else:
-                for column in range(0, columns, WIDE):
-                    _values_pairs(logits, wide_values, pairs, size, out, column, state[6], wide)
         else:
             _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
             _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
-            if narrow:
-                _logits_tile(query, keys, padded, size, logits, 0, lanes)
-            else:
-                for column in range(0, columns, WIDE):
-                    _logits_tile(query, keys, padded, size, logits, column, wide)
-            _softmax_tile(batch, np.float32(1.0), start, count, masked, columns, logits, state)
-            if narrow:
-                _values_tile(logits, values, count, size, out, 0, state[6], lanes)
-            else:
-                for column in range(0, columns, WIDE):
-                    _values_tile(logits, values, count, size, out, column, state[6], wide)
+        if narrow:
+            _logits_tile(dtype, kv_dtype, query, keys, padded, steps, logits, 0, lanes)
+        else:
+            for column in range(0, columns, WIDE):
+                _logits_tile(dtype, kv_dtype, query, keys, padded, steps, logits, column, wide)
+        _softmax_tile(batch, logit_scale, start, count, masked, columns, logits, state)
+        terms = count
+        if paired:
+            _pair_weights(logits, count, columns)
+            terms = (count + 1) // 2
+        if narrow:
+            _values_tile(dtype, kv_dtype, logits, values, terms, size, out, 0, state[6], lanes)
+        else:
+            for column in range(0, columns, WIDE):
+                _values_tile(dtype, kv_dtype, logits, values, terms, size, out, column, state[6], wide)
 
     for r in range(item.rows):
         for d in range(size):
