@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Hashable
 from functools import cache
 from typing import Protocol, cast
 
 import torch
 
+from ..layout import Layout
 from ..params import AttentionParams
 
 NAMES = ("reference", "cpu", "cuda")
@@ -35,7 +35,7 @@ class Backend(Protocol):
         slot_mapping: torch.Tensor,
         k_scale: torch.Tensor | None,
         v_scale: torch.Tensor | None,
-        layout: Hashable,
+        layout: Layout,
     ) -> None: ...
 
     def paged_attention(
@@ -48,7 +48,7 @@ class Backend(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor | None,
         params: AttentionParams,
-        layout: Hashable,
+        layout: Layout,
     ) -> None: ...
 
     def merge_attention_states(
@@ -68,11 +68,11 @@ class Backend(Protocol):
         residual: torch.Tensor | None,
         input_weight: torch.Tensor | None,
         out: torch.Tensor,
-        layout: Hashable,
+        layout: Layout,
     ) -> None: ...
 
     def act_and_mul(
-        self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Hashable
+        self, input: torch.Tensor, activation: str, out: torch.Tensor, layout: Layout
     ) -> None: ...
 
     def rope_and_cache(
@@ -91,7 +91,7 @@ class Backend(Protocol):
         weight_offset: float,
         k_scale: torch.Tensor | None,
         v_scale: torch.Tensor | None,
-        layout: Hashable,
+        layout: Layout,
     ) -> None: ...
 
 

@@ -6,7 +6,7 @@ the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn
 
@@ -35,10 +35,6 @@ def _kernel(build: Callable[..., Any], arguments: type, *dtypes: np.dtype | None
     """Return the kernel that `build` makes for the dtypes."""
     entry, work_of_thread = build(*dtypes)
     return launch.Kernel(entry, work_of_thread, arguments)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # Most operators are called in every layer, with little to do for one token. What the layout of the tensors
@@ -103,9 +99,8 @@ def _prepare_attention(
     out: torch.Tensor,
     layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
-    num_tokens, num_heads, head_size = query.shape
-    num_blocks, _, num_kv_heads, block_size, _ = kv_cache.shape
-    itemsize, size = query.element_size(), kv_cache.element_size()
+    num_tokens, num_heads, _ = query.shape
+    itemsize = query.element_size()
     return _keep(
         layout,
         _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
@@ -114,20 +109,14 @@ def _prepare_attention(
         query_head_stride=query.stride(1) * itemsize,
         out_token_stride=out.stride(0) * itemsize,
         out_head_stride=out.stride(1) * itemsize,
-        block_stride=kv_cache.stride(0) * size,
-        value_offset=num_kv_heads * block_size * head_size * size,
-        kv_head_stride=block_size * head_size * size,
-        row_bytes=head_size * size,
         table_stride=block_tables.stride(0) * 4,
         num_seqs=seq_lens.shape[0],
         num_tokens=num_tokens,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
         itemsize=itemsize,
-        block_size=block_size,
-        num_blocks=num_blocks,
+        num_blocks=kv_cache.shape[0],
         table_width=block_tables.shape[1],
+        **_cache_numbers(kv_cache),
     )
 
 
@@ -138,37 +127,60 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    layout: Hashable = None,
+    layout: Layout,
 ) -> None:
-    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    key_size, size = key.element_size(), kv_cache.element_size()
-    tokens = memory.Tokens(
-        key=key.data_ptr(),
-        key_token_stride=key.stride(0) * key_size,
-        key_head_stride=key.stride(1) * key_size,
-        value=value.data_ptr(),
-        value_token_stride=value.stride(0) * key_size,
-        value_head_stride=value.stride(1) * key_size,
-        cache=kv_cache.data_ptr(),
-        block_stride=kv_cache.stride(0) * size,
-        value_offset=num_kv_heads * block_size * head_size * size,
-        kv_head_stride=block_size * head_size * size,
-        row_bytes=head_size * size,
-        slot_mapping=slot_mapping.data_ptr(),
+    kernel, fixed = layout.prepared or _prepare_cache_write(key, value, kv_cache, k_scale, layout)
+    addresses = (
+        key.data_ptr(),
+        value.data_ptr(),
+        kv_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        0 if k_scale is None else k_scale.data_ptr(),
+        0 if v_scale is None else v_scale.data_ptr(),
+    )
+    if kernel((*addresses, *fixed)) == team.INVALID:
+        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _prepare_cache_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    layout: Layout,
+) -> tuple[launch.Kernel, tuple[float, ...]]:
+    size = key.element_size()
+    dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
+    return _keep(
+        layout,
+        _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes),
+        memory.Tokens,
+        key_token_stride=key.stride(0) * size,
+        key_head_stride=key.stride(1) * size,
+        value_token_stride=value.stride(0) * size,
+        value_head_stride=value.stride(1) * size,
         num_tokens=key.shape[0],
-        num_kv_heads=num_kv_heads,
-        num_slots=kv_cache.shape[0] * block_size,
-        block_size=block_size,
-        head_size=head_size,
-        itemsize=key_size,
-        k_scale=_address(k_scale),
-        v_scale=_address(v_scale),
+        num_slots=kv_cache.shape[0] * kv_cache.shape[3],
+        itemsize=size,
         smallest_scale=checks.SCALE_RANGE[0],
         largest_scale=checks.SCALE_RANGE[1],
+        **_cache_numbers(kv_cache),
     )
-    dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
-    if _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes)(tokens) == team.INVALID:
-        _raise_for_cache_write(kv_cache, slot_mapping, k_scale, v_scale)
+
+
+def _cache_numbers(kv_cache: torch.Tensor) -> dict[str, int]:
+    """Return a cache's sizes, and its strides in bytes, by the names that all kernels have for them."""
+    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    row_bytes = head_size * kv_cache.element_size()
+    return {
+        "block_stride": kv_cache.stride(0) * kv_cache.element_size(),
+        "value_offset": num_kv_heads * block_size * row_bytes,
+        "kv_head_stride": block_size * row_bytes,
+        "row_bytes": row_bytes,
+        "num_kv_heads": num_kv_heads,
+        "block_size": block_size,
+        "head_size": head_size,
+    }
 
 
 def _raise_for_cache_write(
@@ -331,9 +343,8 @@ def _prepare_rope(
     query_weight: torch.Tensor | None,
     layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
-    num_tokens, num_heads, head_size = query.shape
-    _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    itemsize, kv_itemsize = query.element_size(), kv_cache.element_size()
+    num_tokens, num_heads, _ = query.shape
+    itemsize = query.element_size()
     cos_itemsize = 0 if cos is None else cos.element_size()
     return _keep(
         layout,
@@ -345,18 +356,11 @@ def _prepare_rope(
         key_head_stride=key.stride(1) * itemsize,
         value_token_stride=value.stride(0) * itemsize,
         value_head_stride=value.stride(1) * itemsize,
-        block_stride=kv_cache.stride(0) * kv_itemsize,
-        value_offset=num_kv_heads * block_size * head_size * kv_itemsize,
-        kv_head_stride=block_size * head_size * kv_itemsize,
-        row_bytes=head_size * kv_itemsize,
         num_tokens=num_tokens,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        num_slots=kv_cache.shape[0] * block_size,
-        block_size=block_size,
-        head_size=head_size,
+        num_slots=kv_cache.shape[0] * kv_cache.shape[3],
         itemsize=itemsize,
-        kv_itemsize=kv_itemsize,
+        kv_itemsize=kv_cache.element_size(),
         cos_stride=0 if cos is None else cos.stride(0) * cos_itemsize,
         sin_stride=0 if sin is None else sin.stride(0) * cos_itemsize,
         cos_itemsize=cos_itemsize,
@@ -364,4 +368,5 @@ def _prepare_rope(
         weight_itemsize=0 if query_weight is None else query_weight.element_size(),
         smallest_scale=checks.SCALE_RANGE[0],
         largest_scale=checks.SCALE_RANGE[1],
+        **_cache_numbers(kv_cache),
     )

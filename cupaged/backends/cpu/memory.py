@@ -18,25 +18,26 @@ class Tokens(NamedTuple):
     """Hold the arguments of a call of reshape_and_cache: addresses, and strides in bytes."""
 
     key: int
+    value: int
+    cache: int
+    slot_mapping: int
+    k_scale: int
+    v_scale: int
+    # What the layout of the tensors determines.
     key_token_stride: int
     key_head_stride: int
-    value: int
     value_token_stride: int
     value_head_stride: int
-    cache: int
     block_stride: int
     value_offset: int
     kv_head_stride: int
     row_bytes: int
-    slot_mapping: int
     num_tokens: int
     num_kv_heads: int
     num_slots: int
     block_size: int
     head_size: int
     itemsize: int  # of key and value
-    k_scale: int
-    v_scale: int
     smallest_scale: float
     largest_scale: float
 
