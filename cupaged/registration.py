@@ -186,15 +186,9 @@ def _rms_norm(
 
 
 def _fake_rms_norm(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    epsilon: float,
-    weight_offset: float,
-    residual: torch.Tensor | None,
-    input_weight: torch.Tensor | None,
-    out: torch.Tensor,
+    input: torch.Tensor, weight: torch.Tensor, epsilon: float, weight_offset: float, *tensors: Any
 ) -> None:
-    fused_checks.rms_norm(input, weight, residual, input_weight, out)
+    fused_checks.rms_norm(input, weight, *tensors)
 
 
 def _act_and_mul(input: torch.Tensor, activation: str, out: torch.Tensor) -> None:
@@ -259,14 +253,9 @@ def _fake_rope_and_cache(
     sin: torch.Tensor | None,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    interleaved: bool,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    epsilon: float,
-    weight_offset: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    *settings_and_tensors: Any,
 ) -> None:
+    _, query_weight, key_weight, *_, k_scale, v_scale = settings_and_tensors
     fused_checks.rope_and_cache(
         query, key, value, cos, sin, kv_cache, slot_mapping, query_weight, key_weight, k_scale, v_scale
     )

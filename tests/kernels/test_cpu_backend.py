@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import cupaged
-from benchmarks.cases import draw
+from benchmarks.cases import Problem, draw
 from cupaged import checks
 from cupaged.backends.cpu import backend as cpu
 from cupaged.backends.cpu import ir, launch
@@ -31,6 +31,13 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def attend(problem: Problem) -> torch.Tensor:
+    out = torch.full_like(problem.query, float("nan"))
+    tensors = problem.query, problem.kv_cache, problem.block_tables, problem.seq_lens, problem.query_start_loc
+    cpu.paged_attention(*tensors, out, None, problem.params(), Layout())
+    return out
 
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
@@ -49,19 +56,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed, mode, dtype):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        out = torch.full_like(problem.query, float("nan"))
-        cpu.paged_attention(
-            problem.query,
-            problem.kv_cache,
-            problem.block_tables,
-            problem.seq_lens,
-            problem.query_start_loc,
-            out,
-            None,
-            problem.params(),
-            Layout(),
-        )
-        results.append(out)
+        results.append(attend(problem))
     assert torch.equal(*results)
 
 
@@ -93,19 +88,7 @@ def test_without_an_openmp_library_a_pool_of_threads_does_the_work(seed, monkeyp
     torch.set_num_threads(2)
     for address in (launch._team(), ctypes.cast(counted, ctypes.c_void_p).value):
         monkeypatch.setattr(launch, "_team", lambda address=address: address)
-        out = torch.full_like(problem.query, float("nan"))
-        cpu.paged_attention(
-            problem.query,
-            problem.kv_cache,
-            problem.block_tables,
-            problem.seq_lens,
-            problem.query_start_loc,
-            out,
-            None,
-            problem.params(),
-            Layout(),
-        )
-        results.append(out)
+        results.append(attend(problem))
     assert torch.equal(*results)
     assert used == [2, 2]  # attention, and the merge of KV splits
 
