@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ class Workspace:
         buffer: returns the intermediate result of a name, ``[num_seqs, columns]``.
 
     Attributes:
-        tapes: by module, its calls.
+        tapes: by module, its calls and its result.
     """
 
     def __init__(
@@ -48,12 +47,11 @@ class Workspace:
         buffer: Callable[[str, int], torch.Tensor],
     ) -> None:
         self.buffer = buffer
-        self.tapes: dict[torch.nn.Module, Tape] = {}
+        self.tapes: dict[torch.nn.Module, tuple[Tape, torch.Tensor]] = {}
         self._slots = np.full(num_seqs, -1, dtype=np.int64)
         self._tables = np.zeros((num_seqs, width), dtype=np.int32)
         self._lens = np.zeros(num_seqs, dtype=np.int32)
-        self._halves: list[Halves] = []  # in the order in which a step's layers ask for them
-        self._of_step: dict[int, tuple[Halves, Any]] = {}
+        self._halves: list[Halves] = []
         self.paged = AttentionMetadata(
             kv_caches=cache.layers,
             kv_scales=cache.scales,
@@ -70,25 +68,19 @@ class Workspace:
         self._slots[:] = slots
         self._tables[:, : block_tables.shape[1]] = block_tables
         self._lens[:] = seq_lens
-        self._of_step.clear()
+        self.paged.rotary_halves.clear()
 
-    def halves(self, parts: Halves, cut: Callable[[torch.Tensor], torch.Tensor]) -> Halves:
-        """Return the cosines and sines of a step, as the operator takes them, where they always are.
+    def keep_halves(self, index: int, halves: Halves) -> Halves:
+        """Copy the cosines and sines of a step to where they always are; return those.
 
         Args:
-            parts: the model's own, of this step.
-            cut: returns what the operator takes of them.
+            index: which of the step's it is, in the order in which layers ask for them.
         """
-        known = self._of_step.get(id(parts[0]))
-        if known is None:
-            index, new = len(self._of_step), (cut(parts[0]), cut(parts[1]))
-            if index == len(self._halves):
-                self._halves.append((torch.empty_like(new[0]), torch.empty_like(new[1])))
-            for kept, part in zip(self._halves[index], new):
-                kept.copy_(part)
-            known = self._halves[index], parts  # the parts, so that no other tensor gets their id
-            self._of_step[id(parts[0])] = known
-        return known[0]
+        if index == len(self._halves):
+            self._halves.append((torch.empty_like(halves[0]), torch.empty_like(halves[1])))
+        for kept, half in zip(self._halves[index], halves):
+            kept.copy_(half)
+        return self._halves[index]
 
 
 class Workspaces:

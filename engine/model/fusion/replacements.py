@@ -168,17 +168,16 @@ class FusedAttention:
             return lambda keywords: (None, None)
         name, layout = rotary.keyword, rotary.layout
 
-        def cut_half(part: torch.Tensor) -> torch.Tensor:
-            return half_of(part, layout)
-
         def halves(keywords: dict[str, Any]) -> Halves:
             parts, paged = keywords[name], keywords["paged"]
-            if paged.workspace is not None:
-                return paged.workspace.halves(parts, cut_half)
-            key, cut = id(parts[0]), paged.rotary_halves
-            entry = cut.get(key)
-            if entry is None:  # holds the whole tensors too, so that the key stays theirs
-                cut[key] = entry = (half_of(parts[0], layout), half_of(parts[1], layout)), parts
+            known = paged.rotary_halves
+            entry = known.get(id(parts[0]))
+            if entry is None:
+                cut = half_of(parts[0], layout), half_of(parts[1], layout)
+                if paged.workspace is not None:
+                    cut = paged.workspace.keep_halves(len(known), cut)
+                # Holds the whole tensors too, so that no other one gets their id.
+                known[id(parts[0])] = entry = cut, parts
             return entry[0]
 
         return halves
@@ -315,14 +314,14 @@ class FusedLayer:
                 residual.copy_(hidden_states.view(-1, size))
             else:
                 residual, x = source.take()
-            rotary, tape = halves(keywords), workspace.tapes.get(module)
-            if tape is None:
+            rotary, entry = halves(keywords), workspace.tapes.get(module)
+            if entry is None:
                 with recorded() as calls:
-                    compute(residual, x, rotary, keywords["paged"], workspace.buffer)
-                workspace.tapes[module] = Tape(calls)
-            elif not tape.replay():  # the operator that refuses its arguments says why
+                    result = compute(residual, x, rotary, keywords["paged"], workspace.buffer)
+                entry = workspace.tapes[module] = Tape(calls), result
+            elif not entry[0].replay():  # the operator that refuses its arguments says why
                 compute(residual, x, rotary, keywords["paged"], workspace.buffer)
-            link.residual, link.addend = residual, workspace.buffer("down", size)
+            link.residual, link.addend = residual, entry[1]
 
         def forward(hidden_states: torch.Tensor, *_: Any, **keywords: Any) -> torch.Tensor:
             paged = keywords["paged"]
