@@ -19,9 +19,11 @@ import cupaged
 from benchmarks.cases import Problem, draw
 from cupaged import checks
 from cupaged.backends.cpu import backend as cpu
-from cupaged.backends.cpu import ir, launch
+from cupaged.backends.cpu import launch
 from cupaged.fused_checks import ACTIVATIONS
 from cupaged.layout import Layout
+
+from .narrower import check_on_narrower_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,15 +194,4 @@ def test_a_second_process_compiles_nothing(tmp_path):
     ],
 )
 def test_results_are_right_on_a_cpu_with_narrower_registers(file, which):
-    if ir.NATIVE != 16:
-        pytest.skip("this CPU has no AVX-512: every other test is this one")
-    features = ",".join(
-        f"+{f}" for f in ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "lzcnt", "sse4.2")
-    )
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"tests/kernels/{file}"]
-    command += ["--backend", "cpu", "-k", which]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
+    check_on_narrower_cpu("-m", "", f"tests/kernels/{file}", "--backend", "cpu", "-k", which)

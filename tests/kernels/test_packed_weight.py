@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +10,7 @@ import torch
 from cupaged.backends.cpu import ir
 from cupaged.backends.cpu.packed_weight import PackedWeight, can_pack
 
-ROOT = Path(__file__).resolve().parents[2]
-FEATURES = ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "lzcnt", "sse4.2")
-# What makes numba compile for a CPU with AVX2 at most; another CPU than one with AVX-512 is narrower itself.
-NARROWER = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in FEATURES)}
+from .narrower import check_on_narrower_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +114,4 @@ def test_bfloat16_is_left_to_matrix_units(monkeypatch):
 
 @pytest.mark.matrix  # the kernels are compiled again, for that CPU
 def test_results_are_right_on_a_cpu_with_narrower_registers():
-    environment = {**os.environ, **(NARROWER if ir.NATIVE == 16 else {})}
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    check_on_narrower_cpu(__file__)
