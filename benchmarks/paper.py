@@ -31,8 +31,9 @@ else:
 
 import torch
 
+from benchmarks.cost_model import Costs
 from benchmarks.memory_use import memory_use
-from benchmarks.simulation import EOS, Costs, Request, SimulatedEngine, Trace
+from benchmarks.simulation import Record, Request, SimulatedEngine, Spans
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 
 SLOTS = 15_700
@@ -94,7 +95,7 @@ def requests(load: Load, count: int, rate: float | None = None, **width: int) ->
             for mean in (load.prompt, load.output)
         )
         time += rng.expovariate(rate) if rate else 0.0
-        drawn.append(Request(time, [rng.randrange(EOS) for _ in range(prompt)], output, **width))
+        drawn.append(Request(time, Spans((0, prompt)), output, **width))
     return drawn
 
 
@@ -119,7 +120,7 @@ def memory(load: Load, policy: str, batching: str, count: int, **width: int) -> 
     simulated = engine(policy, batching)
     totals = dict.fromkeys((*KINDS, "saved", "seconds"), 0.0)
 
-    def observe(trace: Trace, seconds: float) -> None:
+    def observe(trace: Record, seconds: float) -> None:
         if trace.num_steps % 10 or not simulated.scheduler.waiting:
             return
         use = memory_use(simulated.blocks, simulated.scheduler.running, tokens_at_end, policy != "paged")
@@ -148,7 +149,7 @@ def running(load: Load, policy: str, batching: str, count: int) -> float:
     begin, end = arriving[count // 5].time, arriving[-1].time
     request_seconds = observed_seconds = 0.0
 
-    def observe(trace: Trace, seconds: float) -> None:
+    def observe(trace: Record, seconds: float) -> None:
         nonlocal request_seconds, observed_seconds
         if begin <= trace.seconds <= end:
             request_seconds += seconds * len(simulated.scheduler.running)

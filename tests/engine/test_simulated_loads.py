@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from benchmarks.simulation import EOS, Costs, Request, SimulatedEngine
+from benchmarks.cost_model import Costs
+from benchmarks.simulation import EOS, Request, SimulatedEngine
 from cupaged.engine.scheduling.preemption import Preemption
 
 
@@ -40,34 +41,34 @@ def chats(
 def test_a_long_load_is_served_in_order(mode, caching, seed):
     """Twice what fits: the queue grows, the memory is always short."""
     requests = chats(random.Random(seed), 500, rate=40)
-    trace = SimulatedEngine(1200, mode, enable_prefix_caching=caching).run(requests, seed)
-    arrivals = [group.arrival for group in trace.admitted]
+    record = SimulatedEngine(1200, mode, enable_prefix_caching=caching).run(requests, seed)
+    arrivals = [served.arrival for served in record.served]
     assert arrivals == sorted(arrivals), "the first token comes in the order of arrival"
     needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
-    assert trace.num_computed < 1.25 * needed, "most of the work is done twice"
-    assert trace.most_preempted <= 10
+    assert record.num_computed < 1.25 * needed, "most of the work is done twice"
+    assert record.most_preempted <= 10
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
 def test_thousands_with_beams_among_them_are_served_in_order(mode, seed):
     requests = chats(random.Random(seed), 2000, rate=200, means=(20, 30), beams=0.2)
     engine = SimulatedEngine(150, mode)
-    trace = engine.run(requests, seed)
+    record = engine.run(requests, seed)
     assert engine.scheduler.num_preemptions > 20
-    arrivals = [group.arrival for group in trace.admitted]
+    arrivals = [served.arrival for served in record.served]
     assert arrivals == sorted(arrivals)
     needed = sum(len(r.prompt) + r.width * r.num_tokens for r in requests)
-    assert trace.num_computed < 1.25 * needed
-    assert trace.most_preempted <= 10
+    assert record.num_computed < 1.25 * needed
+    assert record.most_preempted <= 10
 
 
 def test_thousands_with_a_common_beginning_compute_it_once(seed):
     requests = chats(random.Random(seed), 3000, rate=1000, shared=160, means=(20, 40))
     engine = SimulatedEngine(100_000, max_num_seqs=256)
-    trace = engine.run(requests, seed)
+    record = engine.run(requests, seed)
     assert engine.scheduler.num_prefix_hits >= 160 * (len(requests) - 1)
     needed = sum(len(r.prompt) - 160 + r.n * r.num_tokens for r in requests) + 160
-    assert trace.num_computed <= needed
+    assert record.num_computed <= needed
 
 
 def hostile(rng: random.Random) -> dict[str, list[Request]]:
@@ -91,11 +92,11 @@ def hostile(rng: random.Random) -> dict[str, list[Request]]:
 def test_a_hostile_load_is_served(name, mode, seed):
     requests = hostile(random.Random(seed))[name]
     for caching in (True, False):
-        trace = SimulatedEngine(64, mode, enable_prefix_caching=caching).run(requests, seed)
-        arrivals = [group.arrival for group in trace.admitted]
+        record = SimulatedEngine(64, mode, enable_prefix_caching=caching).run(requests, seed)
+        arrivals = [served.arrival for served in record.served]
         assert arrivals == sorted(arrivals)
         needed = sum(len(r.prompt) + r.width * r.num_tokens for r in requests)
-        assert trace.num_computed < 3 * needed  # where the swap space is full, swapping computes again, too
+        assert record.num_computed < 3 * needed  # where the swap space is full, swapping computes again, too
 
 
 def test_the_urgent_pass_and_the_others_are_served_too(seed):
@@ -107,8 +108,8 @@ def test_the_urgent_pass_and_the_others_are_served_too(seed):
     ]
     waited = {}
     for policy in ("fcfs", "priority"):
-        trace = SimulatedEngine(1200, scheduling_policy=policy).run(requests, seed)
-        urgent = [seconds for group, seconds in trace.waited.items() if group.priority == 0]
+        record = SimulatedEngine(1200, scheduling_policy=policy).run(requests, seed)
+        urgent = [s.time_to_first_token for s in record.served if s.request.priority == 0]
         waited[policy] = sum(urgent) / len(urgent)
     assert waited["priority"] < 0.2 * waited["fcfs"]
 
@@ -118,14 +119,14 @@ def test_auto_is_the_mode_that_is_faster_for_every_group(moved_block, faster, se
     """A token is computed in 0.1 ms. A block of one token or more is moved out and in again in 0.02 ms, or in
     0.2 s, where at most 6 beams compute its 16 tokens again in 9.6 ms."""
     requests = chats(random.Random(seed), 150, rate=40, beams=0.1)
-    traces = {}
+    records = {}
     for mode in (faster, "auto"):
         engine = SimulatedEngine(300, mode, costs=Costs(moved_block=moved_block), enable_prefix_caching=False)
-        trace = engine.run(requests, seed)
+        record = engine.run(requests, seed)
         assert engine.scheduler.num_preemptions > 5
-        traces[mode] = trace.seconds, trace.num_steps, trace.num_moved, trace.num_computed
-    assert traces["auto"] == traces[faster]
-    assert (traces["auto"][2] > 0) == (faster == "swap")
+        records[mode] = record.seconds, record.num_steps, record.num_moved, record.num_computed
+    assert records["auto"] == records[faster]
+    assert (records["auto"][2] > 0) == (faster == "swap")
 
 
 @pytest.mark.parametrize("moved_block", [1e-4, 4e-4, 8e-4, 2e-3])
@@ -149,10 +150,10 @@ def test_auto_pays_for_each_group_the_less_of_the_two(moved_block, seed, monkeyp
 
     monkeypatch.setattr(Preemption, "swaps", watching)
     steps = []
-    trace = engine.run(requests, seed, observe=lambda trace, seconds: steps.append(seconds))
+    record = engine.run(requests, seed, observe=lambda record, seconds: steps.append(seconds))
     # Without preemption every token but an output's last is computed once, a prompt once for all outputs.
     once = sum(len(r.prompt) + r.width * (r.num_tokens - 1) for r in requests)
-    paid = sum(steps) - trace.num_steps * costs.step - once * costs.prompt_token
+    paid = sum(steps) - record.num_steps * costs.step - once * costs.prompt_token
     assert len(swapping) == engine.scheduler.num_preemptions > 5
     assert paid == pytest.approx(
         sum(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 
-from cupaged.engine import EngineConfig, SamplingParams
-from cupaged.engine.memory.block_manager import BlockManager
+from benchmarks.simulation import SimulatedEngine
+from cupaged.engine import SamplingParams
 from cupaged.engine.model.kv_cache import in_turn
 from cupaged.engine.scheduling.beam_search import num_candidates
 from cupaged.engine.scheduling.failed_step import FailedStep
-from cupaged.engine.scheduling.preemption import Preemption, Rates
 from cupaged.engine.scheduling.request import Candidates, Sequence, SequenceGroup, Status
-from cupaged.engine.scheduling.scheduler import Scheduler
 from cupaged.engine.scheduling.step_plan import Plan
 from tests.unit.paged_memory import PagedMemory
 
@@ -19,8 +17,8 @@ EOS = 99
 SALTS = (None, "salt")
 
 
-class Simulation:
-    """Steps a scheduler and computes in a simulated memory."""
+class Simulation(SimulatedEngine):
+    """Steps the simulated engine and computes in a simulated memory."""
 
     def __init__(
         self,
@@ -40,28 +38,25 @@ class Simulation:
         static: bool = False,
         window: int | None = None,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, num_cpu_blocks, block_size)
-        self.memory = PagedMemory(self.blocks, SALTS)
         max_num_seqs = min(max_num_seqs, budget)  # as an engine's settings have to be
-        self.max_num_seqs, self.budget = max_num_seqs, budget
-        self.max_model_len = max_model_len or num_blocks * block_size
-        self.rates = Rates(block_bytes=block_size)
-        self.by_priority = by_priority
-        self.scheduler = Scheduler(
-            EngineConfig(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                enable_prefix_caching=caching,
-                scheduling_policy="priority" if by_priority else "fcfs",
-                memory_policy=memory_policy,
-                batching="static" if static else "continuous",
-            ),
-            blocks=self.blocks,
-            preemption=Preemption(mode, self.rates),
-            max_model_len=self.max_model_len,
-            eos_token_ids=frozenset([EOS]),
+        super().__init__(
+            num_blocks,
+            mode,
+            num_cpu_blocks=num_cpu_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            max_model_len=max_model_len,
             window=window,
+            eos=EOS,
+            enable_prefix_caching=caching,
+            scheduling_policy="priority" if by_priority else "fcfs",
+            memory_policy=memory_policy,
+            batching="static" if static else "continuous",
         )
+        self.memory = PagedMemory(self.blocks, SALTS)
+        self.max_num_seqs, self.budget = max_num_seqs, budget
+        self.by_priority = by_priority
         self.window = window
         self.random = random.Random(seed)
         self.eos_chance = eos_chance
@@ -259,7 +254,7 @@ class Simulation:
                 first = self.first_seen(seq.num_computed) if seq in running else 0
                 self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed], first)
 
-    def run(self, limit: int = 10000) -> None:
+    def run_all(self, limit: int = 10000) -> None:
         while self.scheduler.has_unfinished():
             limit -= 1
             assert limit, "requests do not finish"
