@@ -215,7 +215,10 @@ class SimulatedEngine:
         self.hesitation = hesitation
         config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, **settings)
         self.blocks = BlockManager(
-            num_blocks, num_blocks if num_cpu_blocks is None else num_cpu_blocks, block_size
+            num_blocks,
+            num_blocks if num_cpu_blocks is None else num_cpu_blocks,
+            block_size,
+            config.eviction_policy,
         )
         self.max_model_len = max_model_len or num_blocks * block_size
         self.rates = Rates(block_bytes=1)

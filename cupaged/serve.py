@@ -22,6 +22,7 @@ from .device import choose_device
 from .engine.config import (
     BATCHING,
     DTYPES,
+    EVICTION_POLICIES,
     KV_CACHE_DTYPES,
     MEMORY_POLICIES,
     PREEMPTION_MODES,
@@ -34,6 +35,7 @@ _CHOICES = {
     "preemption_mode": PREEMPTION_MODES,
     "scheduling_policy": SCHEDULING_POLICIES,
     "memory_policy": MEMORY_POLICIES,
+    "eviction_policy": tuple(EVICTION_POLICIES),
     "batching": BATCHING,
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .memory.eviction import EVICTION_POLICIES, MakePolicy
 from .validation import is_integer, is_number
 
 PREEMPTION_MODES = ("recompute", "swap", "auto")
@@ -38,6 +39,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scheduling_policy": (lambda v: v in SCHEDULING_POLICIES, f"one of {', '.join(SCHEDULING_POLICIES)}"),
     "memory_policy": (lambda v: v in MEMORY_POLICIES, f"one of {', '.join(MEMORY_POLICIES)}"),
     "batching": (lambda v: v in BATCHING, f"one of {', '.join(BATCHING)}"),
+    "eviction_policy": (
+        lambda v: callable(v) if not isinstance(v, str) else v in EVICTION_POLICIES,
+        f"one of {', '.join(EVICTION_POLICIES)}, or a function that makes an EvictionPolicy",
+    ),
     "enable_prefix_caching": (lambda v: isinstance(v, bool), "True or False"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
@@ -83,6 +88,11 @@ class EngineConfig:
             ``max_num_seqs`` and the tokens of one step.
         enable_prefix_caching: share the blocks of common prefixes between requests, and keep blocks for later
             requests until their memory is needed.
+        eviction_policy: which unused block of the prefix cache loses its content first: "lru" the least
+            recently used one, "lfu" the least frequently used one, "cost" the one that costs least to lose,
+            by how often and how long ago it was used and how many blocks are of no use without it. From
+            Python also a class derived from `cupaged.engine.memory.eviction.EvictionPolicy`, or a function
+            that makes one.
         dtype: dtype of the weights; "auto" follows the checkpoint.
         kv_cache_dtype: dtype of the KV cache; "auto" is that of the weights. "fp8" ("fp8_e4m3"), "fp8_e5m2"
             and "int8" hold twice the tokens of a 16-bit cache in the same memory, at a loss of accuracy: it
@@ -116,6 +126,7 @@ class EngineConfig:
     memory_policy: str = "paged"
     batching: str = "continuous"
     enable_prefix_caching: bool = True
+    eviction_policy: str | MakePolicy = "lru"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0

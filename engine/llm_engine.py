@@ -90,7 +90,9 @@ class LLMEngine:
         size = choose_cache_size(config, self._runner, shape, model_len)
         self.max_model_len = size.max_model_len
         self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
-        self._blocks = BlockManager(size.num_gpu_blocks, size.num_cpu_blocks, config.block_size)
+        self._blocks = BlockManager(
+            size.num_gpu_blocks, size.num_cpu_blocks, config.block_size, config.eviction_policy
+        )
         self._cache = self._allocate_cache(shape, size)
         self._rates = Rates(shape.block_bytes)
         self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")

@@ -16,6 +16,7 @@ import numpy as np
 
 from .block_pool import BlockPool, KeyedBlocks, move, num_to_move
 from .block_tables import NO_BLOCK, BlockTable, BlockTables
+from .eviction import MakePolicy, make_policies
 
 
 class BlockManager:
@@ -25,15 +26,25 @@ class BlockManager:
     change nothing) before they call a method that takes some. Tokens that a step is planned to write count as
     written while the step is planned: call `confirm` when it has run and `revoke` when it has failed.
 
+    Args:
+        eviction_policy: name of an eviction policy, or what makes one for each pool.
+
     Attributes:
         writable: sequence ID -> first position without a slot of the sequence's own. Tokens before it can be
             written without a call of `append`.
     """
 
-    def __init__(self, num_gpu_blocks: int, num_cpu_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_gpu_blocks: int,
+        num_cpu_blocks: int,
+        block_size: int,
+        eviction_policy: str | MakePolicy = "lru",
+    ) -> None:
         self.block_size = block_size
-        self.gpu = BlockPool(num_gpu_blocks)
-        self.cpu = BlockPool(num_cpu_blocks)
+        gpu_policy, cpu_policy = make_policies(eviction_policy)
+        self.gpu = BlockPool(num_gpu_blocks, gpu_policy)
+        self.cpu = BlockPool(num_cpu_blocks, cpu_policy)
         self.writable: dict[int, int] = {}
         self._tables = BlockTables()  # of GPU blocks
         self._swapped: dict[int, BlockTable] = {}  # of CPU blocks; without rows
@@ -176,8 +187,9 @@ class BlockManager:
         if (table := self._tables.remove(seq_id)) is not None:
             for i in range(table.num_keyed, min(held // self.block_size, len(keys))):
                 self.gpu.register(table.blocks[i], keys[i])
-            for block in reversed(table.held):  # evict the end first: it is useless without the beginning
-                self.gpu.release(block)
+            # Evict the end first: it is useless without the beginning.
+            for num_lost, block in enumerate(reversed(table.held), 1):
+                self.gpu.release(block, num_lost)
         if (table := self._swapped.pop(seq_id, None)) is not None:
             for block in reversed(table.held):
                 self.cpu.release(block)

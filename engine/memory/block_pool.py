@@ -1,8 +1,8 @@
-"""Manage a pool of equal blocks: reference counts, content keys, LRU eviction. It knows nothing of attention.
+"""Manage a pool of equal blocks: reference counts, content keys, eviction. It knows nothing of attention.
 
 A block is an ID; the memory behind it belongs to the caller. It is used (it has references), cached (it has
 none, and its content can still be found by its key), or empty. `num_free` counts cached and empty blocks:
-allocation takes empty blocks first, then the least recently used cached block.
+allocation takes empty blocks first, then the cached block that the eviction policy chooses.
 
 The caller chooses the keys: a hash of tokens for a KV cache, a name and a page number for an adapter. Here
 the pages of LoRA adapters share four blocks of memory:
@@ -45,8 +45,10 @@ True
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+
+from .eviction import LRU, EvictionPolicy
 
 # Blocks in order, and the keys of the first len(keys) blocks.
 KeyedBlocks = tuple[Sequence[int], Sequence[Hashable]]
@@ -55,14 +57,19 @@ KeyedBlocks = tuple[Sequence[int], Sequence[Hashable]]
 class BlockPool:
     """Manage the blocks 0 to ``num_blocks - 1``: their references, content keys and eviction order.
 
-    Every operation but `take` takes constant time. Callers check `num_free` before they take blocks.
+    Every operation but `take` takes constant time, with an eviction policy that does. Callers check
+    `num_free` before they take blocks.
+
+    Args:
+        policy: chooses among the cached blocks, and belongs to this pool alone; None: the least recently used
+            one loses its content.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, policy: EvictionPolicy | None = None) -> None:
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is warm in caches
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cached = LRU() if policy is None else policy
         self._keys: list[Hashable] = [None] * num_blocks  # block -> key; None: it cannot be found
         self._block_of: dict[Hashable, int] = {}  # the inverse
         self._promised: list[int] = []
@@ -94,7 +101,7 @@ class BlockPool:
         if self._empty:
             block = self._empty.pop()
         else:
-            block, _ = self._cached.popitem(last=False)
+            block = self._cached.evict()
             del self._block_of[self._keys[block]]
             self._keys[block] = None
         self.ref_counts[block] = 1
@@ -110,17 +117,23 @@ class BlockPool:
     def share(self, block: int) -> None:
         """Add a reference to a used or cached block."""
         if self.ref_counts[block] == 0:
-            del self._cached[block]
+            self._cached.remove(block)
         self.ref_counts[block] += 1
 
-    def release(self, block: int) -> None:
-        """Drop one reference; the last one frees the block."""
+    def release(self, block: int, num_lost: int = 1) -> None:
+        """Drop one reference; the last one frees the block.
+
+        Args:
+            num_lost: number of blocks that are of no use without this one, itself included; for the eviction
+                policy.
+        """
         count = self.ref_counts[block] = self.ref_counts[block] - 1
         if count == 0:
-            if self._keys[block] is None:
+            key = self._keys[block]
+            if key is None:
                 self._empty.append(block)
             else:
-                self._cached[block] = None
+                self._cached.add(block, key, num_lost)
 
     def register(self, block: int, key: Hashable) -> bool:
         """Register the content of a used block under a key.
@@ -158,7 +171,7 @@ class BlockPool:
             self._keys[block] = None
             del self._block_of[key]
             if block in self._cached:
-                del self._cached[block]
+                self._cached.remove(block)
                 self._empty.append(block)
 
     def check_integrity(self, references: Counter[int]) -> None:
@@ -240,6 +253,6 @@ def move(
             if i < len(keys):
                 target.promise(copies[block], keys[i])
     for blocks, _ in block_lists:
-        for block in reversed(blocks):  # evict the end first: it is useless without the beginning
-            source.release(block)
+        for num_lost, block in enumerate(reversed(blocks), 1):  # evict the end first: see `BlockManager.free`
+            source.release(block, num_lost)
     return moved, list(copies.items())  # type: ignore[return-value]

@@ -221,11 +221,11 @@ def miscount(pool: BlockPool) -> None:
 
 
 def cache_in_use(pool: BlockPool) -> None:
-    pool._cached[0] = None
+    pool._cached.add(0, None, 1)
 
 
 def cache_nothing(pool: BlockPool) -> None:
-    pool._cached[pool._empty.pop()] = None
+    pool._cached.add(pool._empty.pop(), None, 1)
 
 
 def find_wrong(pool: BlockPool) -> None:

@@ -26,6 +26,7 @@ BAD = {
     "scheduling_policy": ["lifo", None, 1],
     "memory_policy": ["orca", None, 1],
     "batching": ["dynamic", None, True],
+    "eviction_policy": ["fifo", "", None, 1],
     "enable_prefix_caching": ["yes", None, 1],
     "dtype": ["int8", "half", None, torch.float16],
     "kv_cache_dtype": ["bfloat16", "int4", None, torch.int8],
