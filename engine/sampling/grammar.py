@@ -11,6 +11,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as SequenceABC
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llguidance as ll
 import llguidance.hf
@@ -19,6 +20,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 from transformers import PreTrainedTokenizerBase
 
 from ..structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 _KEPT = 64  # number of compiled grammars that are kept
 # A grammar's lexer keeps its states, up to 2 kB each, as long as the grammar is kept.
@@ -147,7 +151,9 @@ class GrammarCompiler:
         try:
             return llguidance.hf.from_tokenizer(self._hf_tokenizer, n_vocab=size, eos_token=eos)  # type: ignore[arg-type]
         except Exception as error:  # PanicException as well, which is not one
-            raise ValueError(f"structured_outputs: llguidance cannot use the model's tokenizer: {error}") from error
+            raise ValueError(
+                f"structured_outputs: llguidance cannot use the model's tokenizer: {error}"
+            ) from error
 
     def _compile(self, source: str, kind: str) -> Grammar:
         self.prepare()
@@ -155,7 +161,8 @@ class GrammarCompiler:
         _check(matcher.error, kind)
         mask = np.zeros((self._tokenizer.vocab_size + 31) // 32, dtype=np.int32)
         matcher.raw.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        _check(matcher.error or (None if mask.any() else "the model has no token to begin with"), kind)
+        bits = np.unpackbits(mask.view(np.uint8), count=self._num_samplable, bitorder="little")
+        _check(matcher.error or (None if bits.any() else "the model has no token to begin with"), kind)
         return Grammar(matcher, mask)
 
 
@@ -166,7 +173,7 @@ def _source(params: StructuredOutputsParams) -> str:
         ValueError: GBNF has an error, or a text has half of a surrogate pair.
     """
     from_schema = ll.LLMatcher.grammar_from_json_schema
-    options: ll.JsonCompileOptions = {"whitespace_flexible": not params.disable_any_whitespace}
+    options: JsonCompileOptions = {"whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     try:

@@ -1,4 +1,4 @@
-"""Compile a grammar from the standard input and print why it cannot be; a script, which only imports llguidance.
+"""Compile a grammar from the standard input and print why it cannot be: a script.
 
 Intersections of regular expressions and multiples of large numbers take exponential time and memory, which
 llguidance does not limit.
@@ -20,7 +20,7 @@ class _Bytes:
 
     eos_token_id = 256
     bos_token_id = None
-    tokens = tuple(bytes([byte]) for byte in range(256)) + (b"<eos>",)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<eos>")
     special_token_ids = (eos_token_id,)
 
     def __call__(self, text: str | bytes) -> list[int]:

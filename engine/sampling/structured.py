@@ -16,6 +16,9 @@ from .grammar import Grammar, Matcher
 from .logits_processors import Users
 
 
+_FOR_POOL = 4  # number of masks for which it pays to wake llguidance's threads
+
+
 class GrammarError(RuntimeError):
     """Report that an output cannot be continued by its grammar: a limit of llguidance, or of the model."""
 
@@ -52,6 +55,7 @@ class StructuredOutputs:
         self._masks = np.zeros((0, 0), dtype=np.int32)  # [slots, words], a bit for each token
         self._sampled: list[_State] = []  # in the last step
         self._pending: Future[None] | None = None  # computes masks
+        self._known = np.zeros(0, dtype=np.int32)  # the bits of the model's tokens
         self._thread: ThreadPoolExecutor | None = None
         self._pool: ll.LLExecutor | None = None
 
@@ -65,7 +69,7 @@ class StructuredOutputs:
         if not self._free:
             old, words = len(self._masks), len(grammar.first_mask)
             masks = np.zeros((max(8, 2 * old), words), dtype=np.int32)
-            masks[:old] = self._masks
+            masks[:old] = self._masks if old else 0
             self._masks, self._free = masks, list(range(len(masks) - 1, old - 1, -1))
         own_ends = np.array(sorted(ends), dtype=np.int64)
         same = np.array_equal(own_ends, self._eos)
@@ -90,7 +94,7 @@ class StructuredOutputs:
         states = [self._states[row] for row in users.rows.tolist()]
         self._compute([(state, new) for state in states if (new := state.new_tokens)])  # of new forks
         slots = np.array([state.slot for state in states])
-        masks = self._masks[slots]
+        masks = self._masks[slots] & self._model_tokens(logits.shape[-1])
         for state, has_tokens in zip(states, masks.any(-1).tolist()):
             if state.matcher.error is not None or not has_tokens:
                 raise GrammarError(
@@ -115,6 +119,13 @@ class StructuredOutputs:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="cupaged-grammars")
             self._pending = self._thread.submit(self._compute, work)
 
+    def _model_tokens(self, num_tokens: int) -> np.ndarray:
+        """Return a mask of the first ``num_tokens`` tokens: a tokenizer may have more than the model."""
+        if not len(self._known):
+            bits = np.arange(self._masks.shape[1] * 32) < num_tokens
+            self._known = np.packbits(bits, bitorder="little").view(np.int32)
+        return self._known
+
     def _wait(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -124,29 +135,34 @@ class StructuredOutputs:
         """Append tokens to matchers and compute the masks of what may follow."""
         if not work:
             return
-        if self._pool is None:
-            self._pool = ll.LLExecutor()
         for state, tokens in work:
             state.matcher.advance(tokens)
-        raw = [(state.matcher.raw, state.slot) for state, _ in work]
-        masks = self._masks
-        self._pool.unsafe_compute_mask_ptr(raw, masks.ctypes.data, masks.strides[0], len(masks))
+        masks, size = self._masks, self._masks.strides[0]
+        if len(work) < _FOR_POOL:
+            for state, _ in work:
+                state.matcher.raw.unsafe_compute_mask_ptr(masks[state.slot].ctypes.data, size)
+        else:
+            self._pool = self._pool or ll.LLExecutor()
+            raw = [(state.matcher.raw, state.slot) for state, _ in work]
+            self._pool.unsafe_compute_mask_ptr(raw, masks.ctypes.data, size, len(masks))
         for state, _ in work:
             self._set_ends(state)
 
     def _set_ends(self, state: _State) -> None:
-        """Permit the tokens that end an output where its grammar may end, and only there."""
+        """Permit the tokens that end an output where its grammar may end, and only there.
+
+        Where the grammar permits nothing else, they are text and cut the output, as stop strings do.
+        """
         if state.ends is None:
             return
         mask = self._masks[state.slot]
-        _set_bits(mask, self._eos, False)
-        _set_bits(mask, state.ends, state.matcher.may_end)
-
-
-def _set_bits(mask: np.ndarray, tokens: np.ndarray, value: bool) -> None:
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    bits[tokens] = value
-    mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+        bits = _bits(mask, mask.size * 32)
+        bits[self._eos] = False
+        text_before = bits[state.ends]
+        bits[state.ends] = state.matcher.may_end
+        if not bits.any():
+            bits[state.ends] = text_before
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _rule_out_others(logits: torch.Tensor, masks: np.ndarray, positions: np.ndarray) -> None:
