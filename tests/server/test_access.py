@@ -162,13 +162,13 @@ def test_keys_come_from_the_options_or_else_from_the_environment(monkeypatch):
     def keys(*arguments: str) -> tuple[str, ...]:
         return serve._access(serve.parser().parse_args(arguments)).api_keys
 
-    monkeypatch.delenv(serve.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv("CUPAGED_API_KEY", raising=False)
     assert keys() == ()
     assert keys("--api-key", "a", "--api-key", "b") == ("a", "b")
-    monkeypatch.setenv(serve.API_KEY_VARIABLE, "c")
+    monkeypatch.setenv("CUPAGED_API_KEY", "c")
     assert keys() == ("c",)
     assert keys("--api-key", "a") == ("a",)
-    monkeypatch.setenv(serve.API_KEY_VARIABLE, "")
+    monkeypatch.setenv("CUPAGED_API_KEY", "")
     assert keys() == ()
 
 
