@@ -115,6 +115,12 @@ def test_monitors_and_the_page_need_no_key(locked, method, path):
     assert httpx.request(method, locked.url + path).status_code == 200
 
 
+def test_every_file_that_the_page_loads_needs_no_key(locked):
+    for name in re.findall(r'(?:src|href)="([^":,]+)"', httpx.get(locked.url).text):
+        assert httpx.get(f"{locked.url}/{name}").status_code == 200
+    assert httpx.get(f"{locked.url}/page/none").status_code == 404
+
+
 def test_the_sdk_has_its_key(locked):
     base = f"{locked.url}/v1"
     for key in KEYS:
