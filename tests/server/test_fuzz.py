@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cupaged.engine.server.limits import Limits
 from cupaged.engine.server.protocol import UNSUPPORTED
 
 from .conftest import MODEL, Running, wait_until
@@ -111,8 +112,8 @@ def test_mutated_requests_leave_nothing_behind(llama_dir, seed, num_requests):
         "max_num_batched_tokens": 32,
         "num_gpu_blocks_override": 30,
     }
-    threads = 4
-    with Running(llama_dir, **config) as server, ThreadPoolExecutor(threads) as pool:
+    threads, limits = 4, Limits(keep_alive_timeout=600)  # on a busy machine clients are slow
+    with Running(llama_dir, limits=limits, **config) as server, ThreadPoolExecutor(threads) as pool:
 
         def work(number: int) -> list[str]:
             draws = random.Random(f"{seed} {number}")
