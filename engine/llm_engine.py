@@ -31,6 +31,7 @@ from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
+from .scheduling.block_watch import BlockWatch
 from .scheduling.failed_step import FailedStep
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
@@ -370,6 +371,10 @@ class LLMEngine:
             prefix_cache_hits=scheduler.num_prefix_hits,
             num_failed_steps=self._totals.failed_steps,
         )
+
+    def watch_blocks(self) -> BlockWatch:
+        """Start to report what happens to the blocks, until the watch is closed."""
+        return BlockWatch(self._blocks, self._scheduler)
 
     def check_integrity(self) -> None:
         """Verify the reference counts, and that without requests only pinned prefixes hold blocks.

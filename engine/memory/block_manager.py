@@ -65,7 +65,7 @@ class BlockManager:
             self.journal.append((what, list(seq_ids), list(blocks)))
 
     def place(self, seq_id: int) -> tuple[str, Sequence[int]]:
-        """Return the pool that the sequence's blocks are in, "gpu" or "cpu", and the blocks as a live view."""
+        """Return the pool of the sequence's blocks, "gpu" or "cpu", and the blocks as a live view."""
         if seq_id in self._swapped:
             return "cpu", self._swapped[seq_id].blocks
         table = self._tables.get(seq_id)

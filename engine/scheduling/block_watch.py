@@ -6,7 +6,7 @@ What is reported are plain dictionaries, as `/kv_cache/events` sends them; docs/
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -50,7 +50,7 @@ class BlockWatch:
         held = {name: [_state(pool, b) for b in _held(pool)] for name, pool in self._pools.items()}
         events: list[Json] = [{"type": "AllBlocksCleared"}]
         for name, states in held.items():
-            if hashes := [name_of_key for _, _, name_of_key in states if name_of_key]:
+            if hashes := [content for _, _, content in states if content]:
                 events.append(self._event("BlockStored", hashes, name))
         return {
             "type": "snapshot",
@@ -104,7 +104,7 @@ class BlockWatch:
         for kind, notes in groupby(content, key=lambda note: note[0]):
             yield self._event(kind, [key for _, key in notes], name)
 
-    def _event(self, kind: str, hashes: list[str | None], name: str) -> Json:
+    def _event(self, kind: str, hashes: Sequence[str | None], name: str) -> Json:
         size = {"block_size": self._blocks.block_size} if kind == "BlockStored" else {}
         return {"type": kind, "block_hashes": hashes, **size, "medium": _MEDIA[name]}
 

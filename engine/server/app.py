@@ -8,11 +8,10 @@ import functools
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
+from .block_events import add_block_events
 from .bodies import Bodies, BodyTooLargeError, json_body
 from .chat import render, rendered_prompt
 from .choices import CHAT, TEXT
@@ -30,6 +30,7 @@ from .completions import Completions
 from .fields import shortened, shown
 from .limits import BusyError, Limits
 from .metrics import Metrics
+from .page_files import add_page
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, ErrorResponse, error_body
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
@@ -175,10 +176,8 @@ def create_app(
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
-
+    add_block_events(app, engine)
+    add_page(app)
     return app
 
 
@@ -190,7 +189,7 @@ class _HeadAsGet:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", "head": True}
         await self.app(scope, receive, send)
 
 

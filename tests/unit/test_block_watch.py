@@ -109,7 +109,7 @@ def load(rng: random.Random, simulation: Simulation, caching: bool) -> None:
                 return  # does not fit beside a pinned prefix, or alone
     elif choice < 0.5 and simulation.unfinished():
         simulation.scheduler.abort(rng.choice(simulation.unfinished()))
-    elif choice < 0.53 and caching:
+    elif choice < 0.53 and caching and simulation.scheduler._memory.preempts:
         if simulation.scheduler.pinned.groups:
             simulation.scheduler.remove_prefix(next(iter(simulation.scheduler.pinned.groups)))
         else:
@@ -132,6 +132,7 @@ def draw(rng: random.Random, caching: bool) -> Simulation:
         seed=rng.getrandbits(32),
         eos_chance=0.02,
         window=rng.choice([None, None, 5]),
+        memory_policy=rng.choice(["paged"] * 5 + ["orca-oracle"]),
     )
 
 
