@@ -19,7 +19,7 @@ from tests.unit.test_block_watch import Replay
 from .conftest import MODEL, Running, wait_until
 
 PATH = "/kv_cache/events"
-LONG = {"model": MODEL, "prompt": "a" * 40, "n": 3, "max_tokens": 60, "ignore_eos": True, "temperature": 1.0}
+LONG = {"model": MODEL, "prompt": "a" * 44, "n": 3, "max_tokens": 60, "ignore_eos": True, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,12 @@ def test_a_load_is_followed_to_its_end(small):
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["cache-control"] == "no-cache"
         texts = response.iter_text()
-        rest, statuses, sent = "", [], []
+        rest, sent = "", []
         for text in texts:
             *events, rest = (rest + text).split("\n\n")
             for event in events:
                 for report in parsed(event):
                     replay.read(report)
-                    statuses += [request["status"] for request in report["requests"]]
             if not sent:
                 sent = [
                     pool.submit(httpx.post, f"{small.url}/v1/completions", json=LONG, timeout=60)
@@ -70,7 +69,6 @@ def test_a_load_is_followed_to_its_end(small):
             if all(answer.done() for answer in sent) and equals_truth(replay, small):
                 break
     assert all(answer.result().status_code == 200 for answer in sent)
-    assert {"running", "swapped"} <= set(statuses)
     assert {"fork", "copy_on_write", "swap_out", "swap_in"} <= set(replay.happened)
     wait_until(lambda: small.engine._blocks.journal is None)  # nobody watches any more
 
