@@ -44,6 +44,7 @@ function askForKey(reason) {
 
 $("key").addEventListener("click", () => askForKey());
 document.addEventListener("key-needed", (event) => askForKey(event.detail));
+$("cancel-key").addEventListener("click", () => $("key-dialog").close("cancel"));
 $("key-dialog").addEventListener("close", () => {
   if ($("key-dialog").returnValue === "save") {
     setKey($("key-input").value.trim());
@@ -54,7 +55,7 @@ $("key-dialog").addEventListener("close", () => {
 
 function begin() {
   $("key").textContent = hasKey() ? "Key ✓" : "Key";
-  findModel().catch((error) => showError(error.message));
+  findModel().catch((error) => error.status !== 401 && showError(error.message)); // the dialog says that
   if (location.hash === "#pool") openPool();
 }
 

@@ -265,15 +265,13 @@ $("open-settings").addEventListener("click", async () => {
   const known = Object.keys(defaults).length ? defaults : OWN_DEFAULTS;
   for (const name of FIELDS) form.elements[name].placeholder = known[name] ?? "not set";
 });
+$("clear-settings").addEventListener("click", () => form.reset());
 $("settings").addEventListener("close", () => {
-  if ($("settings").returnValue === "clear") settings = {};
-  else {
-    settings = {};
-    for (const name of FIELDS) {
-      const { value, valueAsNumber } = form.elements[name];
-      if (value !== "" && Number.isFinite(valueAsNumber)) settings[name] = valueAsNumber;
-    }
-    if (form.elements.system.value.trim()) settings.system = form.elements.system.value.trim();
+  settings = {};
+  for (const name of FIELDS) {
+    const { value, valueAsNumber } = form.elements[name];
+    if (value !== "" && Number.isFinite(valueAsNumber)) settings[name] = valueAsNumber;
   }
+  if (form.elements.system.value.trim()) settings.system = form.elements.system.value.trim();
   localStorage.setItem("settings", JSON.stringify(settings));
 });

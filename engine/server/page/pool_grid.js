@@ -14,6 +14,7 @@ export const KINDS = {
 const FLASH = 1100; // milliseconds
 const MAX_FLASHES = 400;
 const TITLE = 26; // height of the heading of the swap space
+const MARGIN = 5; // around all cells, for what flashes
 
 export function isDark() {
   const { theme } = document.documentElement.dataset;
@@ -48,7 +49,7 @@ export class Grid {
   /** Let what a report tells flash. */
   flash(report) {
     const start = performance.now();
-    for (const { type, sequences, blocks, block, medium } of report.happened ?? []) {
+    for (const { type, sequences, blocks, block, medium, held } of report.happened ?? []) {
       const add = (from, to = null) => this.flashes.push({ kind: type, from, to, start });
       const at = (place, number) => ({ medium: place, block: number });
       if (type === "eviction") add(at(medium, block));
@@ -56,17 +57,10 @@ export class Grid {
       else if (type === "prefix_hit") blocks.forEach(([found]) => add(at("GPU", found)));
       else if (type === "swap_out") blocks.forEach(([from, to]) => add(at("GPU", from), at("CPU", to)));
       else if (type === "swap_in") blocks.forEach(([from, to]) => add(at("CPU", from), at("GPU", to)));
-      else if (type === "fork") for (const held of this.held(sequences[1])) add(held);
+      else if (type === "fork") this.model?.heldBy([sequences[1]]).forEach((place) => add(place));
+      else if (type === "recompute") held.forEach((place) => add(place));
     }
     this.flashes.splice(0, this.flashes.length - MAX_FLASHES);
-  }
-
-  held(sequence) {
-    for (const { sequences } of this.model?.requests.values() ?? []) {
-      const found = sequences.get(sequence);
-      if (found) return found.table.filter((b) => b !== null).map((block) => ({ medium: found.medium, block }));
-    }
-    return [];
   }
 
   // -- places --------------------------------------------------------------------------------------------
@@ -74,7 +68,8 @@ export class Grid {
   /** Choose the size of cells: as large as the place allows. */
   layout() {
     const style = getComputedStyle(this.canvas.parentElement);
-    const width = this.canvas.parentElement.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    const box = this.canvas.parentElement.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    const width = box - 2 * MARGIN;
     const sizes = MEDIA.map((medium) => this.model?.pools[medium].size ?? 0);
     const height = Math.max(260, innerHeight - 380);
     const rows = (cell) => sizes.map((size) => Math.ceil(size / Math.max(1, Math.floor(width / cell))));
@@ -82,11 +77,11 @@ export class Grid {
     while (cell > 7 && rows(cell)[0] * cell + rows(cell)[1] * cell + TITLE > height) cell -= 1;
     const columns = Math.max(1, Math.floor(width / cell));
     const [gpuRows, cpuRows] = rows(cell);
-    const cpuTop = gpuRows * cell + TITLE;
-    this.places = { cell, columns, tops: { GPU: 0, CPU: cpuTop }, width };
-    const total = sizes[1] ? cpuTop + cpuRows * cell : gpuRows * cell;
+    const cpuTop = MARGIN + gpuRows * cell + TITLE;
+    this.places = { cell, columns, tops: { GPU: MARGIN, CPU: cpuTop }, width: box };
+    const total = (sizes[1] ? cpuTop + cpuRows * cell : MARGIN + gpuRows * cell) + MARGIN;
     const scale = devicePixelRatio || 1;
-    const [w, h] = [Math.round(width * scale), Math.round(Math.max(total, cell) * scale)];
+    const [w, h] = [Math.round(box * scale), Math.round(Math.max(total, cell) * scale)];
     if (this.canvas.width !== w || this.canvas.height !== h) {
       Object.assign(this.canvas, { width: w, height: h });
       this.canvas.style.height = `${h / scale}px`;
@@ -98,7 +93,7 @@ export class Grid {
   /** Return the corner of a block's cell. */
   corner({ medium, block }) {
     const { cell, columns, tops } = this.places;
-    return [(block % columns) * cell, tops[medium] + Math.floor(block / columns) * cell];
+    return [MARGIN + (block % columns) * cell, tops[medium] + Math.floor(block / columns) * cell];
   }
 
   /** Return the block at a point of the canvas, or null. */
@@ -106,7 +101,7 @@ export class Grid {
     if (!this.places || !this.model) return null;
     const { cell, columns, tops } = this.places;
     const medium = this.model.pools.CPU.size && y >= tops.CPU ? "CPU" : "GPU";
-    const column = Math.floor(x / cell);
+    const column = Math.floor((x - MARGIN) / cell);
     const block = Math.floor((y - tops[medium]) / cell) * columns + column;
     const inside = column >= 0 && column < columns && block >= 0 && block < this.model.pools[medium].size;
     return inside ? { medium, block } : null;
@@ -151,7 +146,7 @@ export class Grid {
     context.font = "600 11.5px system-ui";
     context.textAlign = "left";
     context.textBaseline = "middle";
-    context.fillText(`Swap space (CPU), ${this.model.pools.CPU.size} blocks`, 1, places.tops.CPU - TITLE / 2 + 2);
+    context.fillText(`Swap space (CPU), ${this.model.pools.CPU.size} blocks`, MARGIN + 1, places.tops.CPU - TITLE / 2 + 2);
   }
 
   drawCell(medium, block) {
@@ -181,6 +176,12 @@ export class Grid {
       context.textAlign = "center";
       context.textBaseline = "middle";
       context.globalAlpha = dim;
+      if (look.colors.length > 1) {
+        context.lineWidth = 3;
+        context.lineJoin = "round";
+        context.strokeStyle = this.dark ? "#ffffffb0" : "#00000090";
+        context.strokeText(label, x + places.cell / 2, y + places.cell / 2 + 0.5);
+      }
       context.fillStyle = this.dark ? "#0b0f16" : "#ffffff";
       context.fillText(label, x + places.cell / 2, y + places.cell / 2 + 0.5);
       context.globalAlpha = 1;

@@ -57,6 +57,7 @@ export class PoolModel {
       this.known = known;
       this.nextColor = nextColor;
     } else if (report.number !== this.number + 1) return false;
+    for (const event of report.happened ?? []) if (event.type === "recompute") event.held = this.heldBy(event.sequences);
     this.number = report.number;
     this.time = report.time;
     this.totals = {
@@ -75,6 +76,14 @@ export class PoolModel {
     this.known = null;
     this.index = null;
     return true;
+  }
+
+  /** Return the places of the blocks that sequences hold. */
+  heldBy(numbers) {
+    return numbers.flatMap((number) => {
+      const held = this.requests.get(this.requestOf.get(number)?.id)?.sequences.get(number);
+      return (held?.table ?? []).flatMap((block) => (block === null ? [] : [{ medium: held.medium, block }]));
+    });
   }
 
   setBlocks(pool, blocks) {
