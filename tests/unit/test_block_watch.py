@@ -186,6 +186,8 @@ def test_what_happens_is_told(mode, seed):
         assert copied == list(plan.copies)
         assert len(copied) == simulation.num_copies - before
         swaps += [pair for e in report["happened"] if e["type"] == "swap_out" for pair in e["blocks"]]
+        back = [pair for e in report["happened"] if e["type"] == "swap_in" for pair in e["blocks"]]
+        assert back == list(plan.swap_in)
     assert replay.happened["fork"] >= forks
     assert replay.happened["copy_on_write"] == simulation.num_copies > 0
     assert replay.happened["eviction"] > 0

@@ -3,7 +3,7 @@
 import { ServerError, findModel, post, request, serverEvents } from "./api.js";
 import { element } from "./markdown.js";
 import { drawChart } from "./pool_chart.js";
-import { Grid, KINDS, requestColor } from "./pool_grid.js";
+import { CACHED, Grid, KINDS, requestColor } from "./pool_grid.js";
 import { History, PoolModel } from "./pool_model.js";
 import { showNumbers, showRequests, showTable, tell } from "./pool_panels.js";
 
@@ -251,7 +251,7 @@ function showLegend() {
   $("legend").replaceChildren(
     swatch(`linear-gradient(to top, ${own} 60%, ${requestColor(0, 0.3)} 60%)`, "used, as full as it stands"),
     swatch(own, "shared, with references", "3"),
-    swatch(requestColor(0, 0.22), "cached"),
+    swatch(requestColor(0, CACHED), "cached"),
     swatch("var(--raised)", "free"),
     ...Object.entries(KINDS).filter(([kind]) => kind !== "recompute").map(ring),
   );

@@ -14,6 +14,7 @@ export const KINDS = {
 const FLASH = 1100; // milliseconds
 const MAX_FLASHES = 400;
 const TITLE = 26; // height of the heading of the swap space
+export const CACHED = 0.3; // opacity of a cached block
 const MARGIN = 5; // around all cells, for what flashes
 
 export function isDark() {
@@ -71,7 +72,7 @@ export class Grid {
     const box = this.canvas.parentElement.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
     const width = box - 2 * MARGIN;
     const sizes = MEDIA.map((medium) => this.model?.pools[medium].size ?? 0);
-    const height = Math.max(260, innerHeight - 380);
+    const height = Math.max(260, innerHeight - 350);
     const rows = (cell) => sizes.map((size) => Math.ceil(size / Math.max(1, Math.floor(width / cell))));
     let cell = Math.min(44, width / 8);
     while (cell > 7 && rows(cell)[0] * cell + rows(cell)[1] * cell + TITLE > height) cell -= 1;
@@ -128,6 +129,7 @@ export class Grid {
     if (!this.model || !this.canvas.offsetParent) return;
     const { context } = this;
     this.dark = isDark();
+    this.dims = this.model.requests.has(this.selected); // not one that has ended
     const total = this.layout();
     context.clearRect(0, 0, this.places.width, total + 1);
     for (const medium of MEDIA)
@@ -155,11 +157,11 @@ export class Grid {
     const [x, y] = this.corner({ medium, block });
     const gap = places.cell > 14 ? 2.5 : places.cell > 8 ? 1.5 : 1;
     const [side, radius] = [places.cell - gap, Math.min(6, places.cell / 5)];
-    const dim = this.selected && !look.chosen ? 0.28 : 1;
+    const dim = this.dims && !look.chosen ? 0.28 : 1;
     const box = () => (context.beginPath(), context.roundRect(x + gap / 2, y + gap / 2, side, side, radius));
     box();
     if (look.kind === "free") context.fillStyle = this.dark ? "#1b212c" : "#eceff4";
-    else if (look.kind === "cached") context.fillStyle = requestColor(look.last, 0.22 * dim);
+    else if (look.kind === "cached") context.fillStyle = requestColor(look.last, CACHED * dim);
     else context.fillStyle = requestColor(look.colors[0], 0.3 * dim);
     context.fill();
     if (look.kind === "used") this.drawFilling(look, x + gap / 2, y + gap / 2, side, radius, dim);

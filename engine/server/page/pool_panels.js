@@ -146,12 +146,18 @@ export function tell(report, model) {
     if (type === "swap_in") lines.push([type, `${who} is back: ${blocks(pairs.length)} swapped in`]);
     if (type === "recompute") lines.push([type, `${who} preempted: to be computed again`]);
   }
-  if (evicted) lines.push(["eviction", `${blocks(evicted)} evicted from the cache`]);
+  // One line for evictions that follow each other.
+  const before = lines.length ? 0 : Number(list.firstChild?.dataset.evicted ?? 0);
+  const total = before + evicted;
+  if (evicted) lines.push(["eviction", `${blocks(total)} evicted from the cache`]);
+  if (evicted && before) list.firstChild.remove();
   const time = new Date(1000 * report.time).toTimeString().slice(0, 8);
   for (const [type, text] of lines) {
     const dot = element("i");
     dot.style.background = KINDS[type].color;
-    list.prepend(element("li", {}, dot, element("span", { textContent: text }), element("time", { textContent: time })));
+    const line = element("li", {}, dot, element("span", { textContent: text }), element("time", { textContent: time }));
+    if (type === "eviction") line.dataset.evicted = total;
+    list.prepend(line);
   }
   while (list.children.length > MAX_EVENTS) list.lastChild.remove();
 }
