@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTINGS = [
-    *("--num-gpu-blocks-override", "120", "--max-model-len", "640", "--max-num-seqs", "24"),
+    *("--num-gpu-blocks-override", "96", "--max-model-len", "640", "--max-num-seqs", "24"),
     *("--preemption-mode", "swap", "--swap-space", "0.05"),
 ]
 SYSTEM = (
@@ -33,7 +34,7 @@ SYSTEM = (
     "in one sentence each why they are worth reading, and end with a question about the weather."
 )
 QUESTIONS = ["About cats?", "About whales?", "About bridges?", "About bread?", "About maps?", "About clocks?"]
-CHAT = "Write a Python function that reverses a string, and explain it in two short sentences."
+CHAT = "What is a KV cache, and why is it cut into blocks? Answer with a short list, and with **bold** words."
 
 
 @contextlib.contextmanager
@@ -51,19 +52,27 @@ def serving() -> Iterator[str]:
             raise RuntimeError("the server has not started")
     finally:
         server.terminate()
+        server.terminate()  # what still runs is not waited for
         server.wait()
 
 
 def send(address: str, question: str, n: int) -> None:
     """Send a chat request and wait for its answers."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-    body: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "messages": messages, "n": n, "max_tokens": 300}
+    body: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "messages": messages, "n": n, "max_tokens": 400}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions",
         json.dumps({**body, "ignore_eos": True}).encode(),
         {"Content-Type": "application/json"},
     )
     urllib.request.urlopen(request, timeout=600).read()
+
+
+def take(page: Page, path: Path) -> None:
+    """Write a picture of the page, in 256 colours."""
+    page.screenshot(path=path)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def wait_for_preemption(page: Page) -> None:
@@ -84,22 +93,22 @@ def main(arguments: list[str] | None = None) -> int:
     if browser_path is None:
         print("error: no Chromium is installed", file=sys.stderr)
         return 1
-    with serving() as address, sync_playwright() as playwright, ThreadPoolExecutor(len(QUESTIONS)) as pool:
+    pool = ThreadPoolExecutor(len(QUESTIONS))
+    with serving() as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
         page.goto(address)
         page.fill("#input", CHAT)
         page.press("#input", "Enter")
         page.wait_for_selector(".message .stats", timeout=300_000)
-        page.screenshot(path=options.out / "page-chat.png")
+        take(page, options.out / "page-chat.png")
         page.click("#tab-pool")
         page.wait_for_selector("#pool-status.live")
-        sent = [pool.submit(send, address, question, 1 + i % 4) for i, question in enumerate(QUESTIONS)]
+        for i, question in enumerate(QUESTIONS):
+            pool.submit(send, address, question, 1 + i % 4)
         wait_for_preemption(page)
         time.sleep(0.25)
-        page.screenshot(path=options.out / "page-pool.png")
-        for answer in sent:
-            answer.result()
+        take(page, options.out / "page-pool.png")
         browser.close()
     return 0
 

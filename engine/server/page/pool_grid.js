@@ -236,8 +236,8 @@ export class Grid {
       context.moveTo(x1, y1);
       context.quadraticCurveTo(cx, cy, x2, y2);
       context.strokeStyle = color;
-      context.lineWidth = 1.5;
-      context.globalAlpha *= 0.7;
+      context.lineWidth = 1.2;
+      context.globalAlpha *= 0.5;
       context.stroke();
       const t = this.still ? 1 : Math.min(1, age * 1.6);
       const point = (a, b, c) => (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c;

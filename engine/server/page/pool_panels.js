@@ -22,7 +22,7 @@ export function showNumbers(counts) {
     ["Free", `${size - used - cached}`, ""],
     ["Saved by sharing", `${saved}`, saved === 1 ? "block" : "blocks"],
     ["Slots unfilled", slots ? percent(slots - filled, slots) : "0%", "in use"],
-    ["Prefix hits", percent(hits, queries), "of tokens"],
+    ["Prefix hits", percent(hits, queries), ""],
     ["Run · wait · swapped", `${states.running} · ${states.waiting + states.preempted} · ${states.swapped}`, ""],
     ["Preemptions", `${preemptions}`, ""],
   ];
