@@ -43,5 +43,7 @@ def test_files_are_short_and_ask_for_nothing_elsewhere(name):
     assert len(text.splitlines()) <= 400
     addresses = set(re.findall(r"https?://[\w.]+", text)) - {"http://www.w3.org"}  # SVG's name
     assert not addresses
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", text)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", text
+    )
     assert not re.search(r"<[^>]*\s(style|on\w+)=", text), "the policy forbids it"
