@@ -33,6 +33,7 @@ from .sampling import bad_words
 from .sampling.grammar import Grammar, GrammarCompiler
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
+from .scheduling.block_watch import BlockWatch
 from .scheduling.failed_step import FailedStep
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
@@ -374,6 +375,10 @@ class LLMEngine:
             num_gpu_blocks=gpu.num_blocks,
             num_cpu_blocks=cpu.num_blocks,
         )
+
+    def watch_blocks(self) -> BlockWatch:
+        """Start to report what happens to the blocks, until the watch is closed."""
+        return BlockWatch(self._blocks, self._scheduler)
 
     def check_integrity(self) -> None:
         """Verify the reference counts, and that without requests only pinned prefixes hold blocks.

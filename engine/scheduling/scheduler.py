@@ -284,6 +284,7 @@ class Scheduler:
             draft.swap_out += self._blocks.swap_out([seq.seq_id for seq in group.live])
             group.status = Status.SWAPPED
         else:
+            self._blocks.note("recompute", [seq.seq_id for seq in group.live])
             self._memory.drop(group)
         self._queues.add(group)
 
