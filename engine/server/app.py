@@ -28,6 +28,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .middleware import HeadAsGet
 from .protocol import ChatCompletionRequest, CompletionRequest
+from .translated_apis import TRANSLATED_MODELS, add_translated_apis
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
@@ -77,7 +78,9 @@ def create_app(
         limits.max_waiting_requests,
         bodies.in_thread,
     )
-    add_error_handlers(app, {CHAT_PATH: ChatCompletionRequest, TEXT_PATH: CompletionRequest})
+    add_error_handlers(
+        app, {CHAT_PATH: ChatCompletionRequest, TEXT_PATH: CompletionRequest, **TRANSLATED_MODELS}
+    )
 
     def check_model(name: str) -> None:
         if name != served_model_name:
@@ -89,10 +92,13 @@ def create_app(
         content: bytes, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[ChatCompletionRequest, SamplingParams]:
         body = bodies.parse(content, ChatCompletionRequest)
+        return body, checked(body)
+
+    def checked(body: ChatCompletionRequest) -> SamplingParams:
         check_model(body.model)
         params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         limits.check_choices(1, params.num_sequences)
-        return body, params
+        return params
 
     def read_text(
         content: bytes, tokenizer: PreTrainedTokenizerBase
@@ -115,10 +121,14 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         completions.check_room(1)
         body, params = await bodies.read(request, read_chat)
+        return await completions.respond(request, CHAT, [await rendered(body)], params, body)
+
+    async def rendered(body: ChatCompletionRequest) -> Prompt:
         # In another thread, as a template may take seconds.
         text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
-        prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
-        return await completions.respond(request, CHAT, [prompt], params, body)
+        return await bodies.work(len(text), functools.partial(rendered_prompt, text))
+
+    add_translated_apis(app, bodies, completions, checked, rendered)
 
     @app.post(TEXT_PATH, responses=RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:

@@ -14,13 +14,13 @@ from email.message import Message
 from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from .limits import BusyError, Limits
-from .protocol import ChatCompletionRequest, CompletionRequest
 
 _Result = TypeVar("_Result")
-_Model = TypeVar("_Model", ChatCompletionRequest, CompletionRequest)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _SMALL = 16 * 1024  # maximum size in bytes of a body that is processed at once, within milliseconds
 
