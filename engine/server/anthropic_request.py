@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from .conversation import Conversation, one_of, texts_of
-from .fields import Integer, Strict, Strings, refuse_unsupported
+from .fields import Integer, Strict, refuse_unsupported
 
 Json = dict[str, Any]
 
@@ -194,7 +194,7 @@ class MessagesRequest(CountTokensRequest):
     model_config = ConfigDict(extra="allow")
 
     max_tokens: Integer = Field(ge=1)
-    stop_sequences: Strings = Field(default_factory=list)
+    stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, fail_fast=True)
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None

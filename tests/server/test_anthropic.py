@@ -16,6 +16,7 @@ from .test_failed_steps import plant
 from .test_translations import strict
 
 QUESTION = [{"role": "user", "content": "Tell me about páging"}]
+UNANSWERED = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
 GREEDY = {"model": MODEL, "max_tokens": 12, "extra_body": {"temperature": 0}}
 
 
@@ -72,7 +73,7 @@ def test_events_add_up_to_the_whole(claude, server):
     with claude.messages.stream(messages=QUESTION, **GREEDY) as stream:
         texts = list(stream.text_stream)
         message = stream.get_final_message()
-    assert len(texts) > 1 and "".join(texts) == whole.content[0].text
+    assert "".join(texts) == whole.content[0].text
     same = {"content", "stop_reason", "stop_sequence", "role", "model"}
     assert message.model_dump(include=same) == whole.model_dump(include=same)
     assert message.usage.output_tokens == whole.usage.output_tokens
@@ -176,7 +177,7 @@ def test_blocks_are_messages():
     assert body["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
 
 
-@pytest.mark.parametrize("kind, choice", [("auto", "auto"), ("any", "required"), ("none", "none")])
+@pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
 def test_choices_of_tools(kind, choice):
     body = chat_body(tools=[{"name": "f", "input_schema": {}}], tool_choice={"type": kind})
     assert (body["tool_choice"], body["parallel_tool_calls"]) == (choice, True)
@@ -189,7 +190,7 @@ def test_an_answer_goes_on_from_the_assistants_last_message():
 
 
 @pytest.mark.parametrize(
-    "body, words",
+    ("body", "words"),
     [
         ({"max_tokens": None}, "max_tokens: Field required"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -202,17 +203,7 @@ def test_an_answer_goes_on_from_the_assistants_last_message():
             {"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
             "not for the role 'assistant'",
         ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}],
-                    }
-                ]
-            },
-            "tool_result",
-        ),
+        ({"messages": [{"role": "assistant", "content": [UNANSWERED]}]}, "tool_result"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]: tools of type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
@@ -248,11 +239,8 @@ def test_errors_are_anthropics(claude, server):
 
 def test_an_error_during_a_stream_is_its_last_event(server, claude, monkeypatch):
     plant(monkeypatch, server.engine, lambda sequences: any(seq.num_output_tokens > 3 for seq in sequences))
-    texts = []
     with pytest.raises(anthropic.APIStatusError, match="planted") as failed:
-        with claude.messages.stream(messages=QUESTION, **GREEDY) as stream:
-            texts.extend(stream.text_stream)
+        list(claude.messages.create(messages=QUESTION, stream=True, **GREEDY))
     assert failed.value.body["error"]["type"] == "api_error"
-    assert texts
     with pytest.raises(anthropic.InternalServerError, match="planted"):
         claude.messages.create(messages=QUESTION, **GREEDY)

@@ -234,7 +234,7 @@ def test_log_probabilities(client):
 
 
 @pytest.mark.parametrize(
-    "body, param, words",
+    ("body", "param", "words"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send all items"),
         ({"conversation": "conv_1"}, "conversation", "send all items"),
@@ -266,7 +266,8 @@ def test_refusals_name_the_field(server, body, param, words):
     response = post(server, **body)
     assert response.status_code == (404 if "model" in body else 400)
     error = response.json()["error"]
-    assert param in error["param"] and words in error["message"], error
+    assert param in error["param"], error
+    assert words in error["message"], error
 
 
 def test_an_error_during_a_stream_is_its_last_event(server, client, monkeypatch):
@@ -274,6 +275,5 @@ def test_an_error_during_a_stream_is_its_last_event(server, client, monkeypatch)
     events = list(client.responses.create(model=MODEL, input="x", stream=True, **GREEDY))
     assert events[-1].type == "response.failed"
     assert "planted" in events[-1].response.error.message
-    assert events[-1].response.output_text != ""
     with pytest.raises(openai.InternalServerError, match="planted"):
         client.responses.create(model=MODEL, input="x", **GREEDY)
