@@ -369,6 +369,8 @@ class LLMEngine:
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
             num_failed_steps=self._totals.failed_steps,
+            num_gpu_blocks=gpu.num_blocks,
+            num_cpu_blocks=cpu.num_blocks,
         )
 
     def check_integrity(self) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from .event_stream import ChunkWriter, Json, TranslatedWriter, Translation, enco
 from .limits import BusyError
 from .logprobs import for_prompt
 from .metrics import Metrics, RequestTimer
+from .middleware import unique_id
 from .protocol import ChatCompletionRequest, CompletionRequest, Wanted
 from .streams import Item
 
@@ -93,7 +93,7 @@ class Completions:
         if body.cache_salt is not None:
             prompts = [_salted(prompt, body.cache_salt) for prompt in prompts]
         head: Json = {
-            "id": f"{(translation or style).id_prefix}{uuid.uuid4().hex}",
+            "id": f"{(translation or style).id_prefix}{unique_id(request)}",
             "object": style.chunk_object if wanted.stream else style.object,
             "created": int(time.time()),
             "model": self._model_name,
@@ -162,7 +162,7 @@ class Completions:
         unfinished = len(prompts)
         try:
             for position, prompt in enumerate(prompts):
-                timer = self._metrics.request(params.n)
+                timer = self._metrics.request(params)
                 name, put_one = f"{request_id}-{position}", functools.partial(put, position, timer)
                 running.append((self._engine.submit(name, prompt, params, put_one, priority), timer))
             while unfinished:
@@ -283,4 +283,9 @@ def _usage(outputs: Iterable[RequestOutput]) -> Json:
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     sampled = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+    }

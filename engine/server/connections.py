@@ -16,8 +16,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from .errors import error_json
 from .limits import Limits
-from .protocol import error_body
 
 _log = logging.getLogger("cupaged.server")
 
@@ -213,12 +213,13 @@ class Connection(H11Protocol):
     def _refuse(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
         """Send an error in place of the application's answer and close."""
         self._head_refused = self.conn.their_state is h11.IDLE
+        path = ""  # of a request whose head has not arrived
         if self.cycle is not None and not self.cycle.response_complete:
+            path = self.scope["path"]
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
-            kind = "server_error" if status >= 500 else "invalid_request_error"
-            body = json.dumps(error_body(message, kind)).encode()
+            body = json.dumps(error_json(path, status, message)).encode()
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),

@@ -21,8 +21,7 @@ from .protocol import UNSUPPORTED, ErrorResponse, error_body
 # Responses in the OpenAPI document; all errors have one schema, whatever their status.
 Responses = dict[int | str, dict[str, Any]]
 OTHER_ERRORS: Responses = {"default": {"model": ErrorResponse, "description": "Another error"}}
-RESPONSES: Responses = {
-    200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
+ERRORS: Responses = {
     400: {"model": ErrorResponse, "description": "The request is refused"},
     404: {"model": ErrorResponse, "description": "This server has another model"},
     413: {"model": ErrorResponse, "description": "The body is larger than the server takes"},
@@ -30,6 +29,10 @@ RESPONSES: Responses = {
     500: {"model": ErrorResponse, "description": "The engine cannot run the request"},
     503: {"model": ErrorResponse, "description": "The engine has failed, or the server stops"},
     **OTHER_ERRORS,
+}
+RESPONSES: Responses = {
+    200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
+    **ERRORS,
 }
 
 
@@ -60,6 +63,11 @@ _ANTHROPIC_KINDS = {
 }
 
 
+def is_anthropic(path: str) -> bool:
+    """Return whether Anthropic's clients ask for a path."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
 class UnknownModelError(Exception):
     """Report that a request names a model that this server does not have."""
 
@@ -73,7 +81,7 @@ def error_json(
         param: field of the request that the error is about.
         code: OpenAI's name of the error, for clients to tell it by.
     """
-    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+    if is_anthropic(path):
         kind = _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": sendable(shortened(message))}}
     kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -158,7 +166,7 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
         if error.status_code == 404:
             return respond(request, 404, f"{request.scope['path']} does not exist")
         if error.status_code == 405:
-            # No origin is allowed by CORS, so a preflight gets the same answer as any other OPTIONS.
+            # A preflight of a page whose origin is allowed is answered before (CORSMiddleware).
             methods = {*headers["Allow"].split(", "), "OPTIONS"}
             if "GET" in methods:
                 methods.add("HEAD")
