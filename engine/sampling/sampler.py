@@ -272,7 +272,8 @@ class Sampler:
             return _draw(logits, batch.settings, batch.lengths, batch.num_samples)
         row_of = np.repeat(np.arange(len(batch.rows)), batch.num_samples)
         if not drawing.any():
-            return _argmax(logits)[_on(logits, row_of)]
+            best = _argmax(logits)
+            return best if len(row_of) == len(best) else best[_on(logits, row_of)]
         greedy_rows, drawing_rows = (
             _on(logits, np.flatnonzero(~drawing)),
             _on(logits, np.flatnonzero(drawing)),
