@@ -13,7 +13,7 @@ import pytest
 
 from cupaged.engine.server import chat
 from cupaged.engine.server.protocol import ChatCompletionRequest
-from cupaged.engine.server.time_limit import run_within
+from cupaged.engine.time_limit import run_within
 from tests import tiny_models
 
 from .conftest import MODEL, Running
