@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .llm_engine import LLMEngine
     from .outputs import CompletionOutput, Logprob, RequestOutput
     from .sampling_params import SamplingParams
+    from .structured_outputs import StructuredOutputsParams
 
 _MODULES = {
     "LLM": "llm",
@@ -23,6 +24,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
+    "StructuredOutputsParams": "structured_outputs",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .structured_outputs import StructuredOutputsParams
 from .validation import is_integer, is_number
 
 
@@ -13,11 +14,12 @@ from .validation import is_integer, is_number
 class SamplingParams:
     """Hold the sampling settings of one request, under vLLM's names.
 
-    They apply in this order: ``allowed_token_ids``, ``min_tokens``, ``bad_words``, ``logit_bias``, the
-    repetition, frequency and presence penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``. Greedy
-    decoding takes the most likely token after the penalties. Log probabilities are those of the model, before
-    any setting applies. ``logit_bias``, ``allowed_token_ids`` and ``stop_token_ids`` must not have tokens
-    that the model cannot sample; such tokens have no effect in bad words and as end-of-sequence tokens.
+    They apply in this order: ``structured_outputs``, ``allowed_token_ids``, ``min_tokens``, ``bad_words``,
+    ``logit_bias``, the repetition, frequency and presence penalties, ``temperature``, ``min_p``, ``top_k``,
+    ``top_p``. Greedy decoding takes the most likely token after the penalties. Log probabilities are those of
+    the model, before any setting applies. ``logit_bias``, ``allowed_token_ids`` and ``stop_token_ids`` must
+    not have tokens that the model cannot sample; such tokens have no effect in bad words and as
+    end-of-sequence tokens.
 
     Args:
         n: number of outputs; they share the blocks of the prompt.
@@ -54,6 +56,11 @@ class SamplingParams:
         early_stopping: True: stop with ``beam_width`` finished beams; False: stop when the best running beam,
             at its current length, is no better than the worst finished one; "never": the same at its best
             possible length.
+        structured_outputs: a JSON schema, regular expression, choice of texts or grammar that the text of the
+            outputs follows. They end by a stop token, which is sampled only where the text is complete.
+            ``max_tokens`` and ``stop`` cut them as any output; then the text is a beginning. The grammar
+            prevails over ``allowed_token_ids``, ``min_tokens``, ``bad_words`` and ``ignore_eos`` where they
+            leave no token that it permits.
 
     Raises:
         ValueError: a setting is out of range.
@@ -84,6 +91,7 @@ class SamplingParams:
     beam_width: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -206,6 +214,7 @@ _NOT_WITH_BEAMS = (
     "min_tokens",
     "logprobs",
     "prompt_logprobs",
+    "structured_outputs",
 )
 
 # By setting: a description of valid values, and a check of its value.
@@ -244,5 +253,9 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beam_width": ("an integer of at least 1 or None", _or_none(_integer_from(1))),
     # With this exponent, powers of lengths and quotients by them neither overflow nor underflow.
     "length_penalty": ("a number in [-16, 16]", _number_in(-16, 16)),
+    "structured_outputs": (
+        "StructuredOutputsParams or None",
+        _or_none(lambda v: isinstance(v, StructuredOutputsParams)),
+    ),
     "early_stopping": ('True, False or "never"', lambda v: isinstance(v, bool) or v == "never"),
 }

@@ -35,6 +35,7 @@ BAD = {
     "beam_width": [0, -1, 1.5, True, "2"],
     "length_penalty": [-17, 16.5, math.nan, math.inf, None, "1"],
     "early_stopping": [1, None, "always"],
+    "structured_outputs": [{"regex": "a"}, "a", 1, True],
 }
 
 
