@@ -28,6 +28,7 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from .engine.server.chat_settings import ChatSettings
 from .engine.server.limits import Limits
 
 _CHOICES = {
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="names besides localhost that requests may give as their host, * for any; without this option "
         "any, unless --host is a loopback address",
     )
+    _add_settings(cli.add_argument_group("chat"), ChatSettings)
     _add_settings(cli.add_argument_group("limits"), Limits)
     _add_settings(cli.add_argument_group("engine"), EngineConfig)
     return cli
@@ -205,6 +207,7 @@ def _serve(options: argparse.Namespace) -> int:
     EngineConfig(**settings)  # report a wrong setting before anything slow
     _set_up_logs(options)
     limits = Limits(**_settings(options, Limits))
+    chat_settings = ChatSettings(**_settings(options, ChatSettings))
     _allow_descriptors(limits.max_connections)
     with listen(options.host, options.port) as listener:
         # Before torch and transformers are imported, and because the hub may take half a minute to fail.
@@ -213,7 +216,7 @@ def _serve(options: argparse.Namespace) -> int:
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(listener, options, EngineConfig(**{**settings, "device": str(device)}), limits)
+        _run(listener, options, EngineConfig(**{**settings, "device": str(device)}), limits, chat_settings)
     return 0
 
 
@@ -242,7 +245,13 @@ def _allow_descriptors(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig, limits: Limits) -> None:
+def _run(
+    bound: socket.socket,
+    options: argparse.Namespace,
+    config: EngineConfig,
+    limits: Limits,
+    chat_settings: ChatSettings,
+) -> None:
     from .engine import LLMEngine
     from .engine.server.async_engine import AsyncEngine
     from .engine.server.hosts import allowed_hosts
@@ -262,7 +271,9 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
     bound_to, port = bound.getsockname()[:2]
     address = _address(options.host, port)
 
-    greeting = _greeting(address, name, chat=bool(engine.tokenizer.chat_template))
+    greeting = _greeting(
+        address, name, chat=bool(chat_settings.chat_template or engine.tokenizer.chat_template)
+    )
     server = Server(
         AsyncEngine(engine),
         name,
@@ -272,6 +283,7 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
         shutdown_timeout=options.shutdown_timeout,
         step_timeout=options.step_timeout,
         log_stats=options.log_stats,
+        chat_settings=chat_settings,
     )
     server.run(sockets=[bound])
     if server.failure is not None:

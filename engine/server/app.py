@@ -20,11 +20,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_template import rendered_prompt
 from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine, EngineDeadError, StepFailedError
 from .bodies import Bodies, BodyTooLargeError, json_body
-from .chat import render, rendered_prompt
+from .chat import Chat
+from .chat_settings import ChatSettings
 from .choices import CHAT, TEXT
 from .completions import Completions
 from .fields import shortened, shown
@@ -57,6 +59,7 @@ def create_app(
     limits: Limits | None = None,
     healthy: Callable[[], bool] | None = None,
     run_engine: bool = True,
+    chat_settings: ChatSettings | None = None,
 ) -> FastAPI:
     """Create the application around an engine.
 
@@ -66,6 +69,7 @@ def create_app(
         healthy: returns whether ``/health`` answers 200; by default whether the engine accepts requests.
         run_engine: run the engine in a thread of its own during the application's lifespan; False: the caller
             runs it.
+        chat_settings: settings of chats.
     """
     limits = limits or Limits()
 
@@ -86,6 +90,7 @@ def create_app(
     metrics = Metrics(served_model_name, engine.stats)
     started = int(time.time())
     bodies = Bodies(limits, engine.engine.tokenizer)
+    chat = Chat(chat_settings or ChatSettings(), bodies.tokenizer, engine.engine.max_characters)
     completions = Completions(
         engine,
         metrics,
@@ -133,9 +138,10 @@ def create_app(
         completions.check_room(1)
         body, params = await bodies.read(request, read_chat)
         # In another thread, as a template may take seconds.
-        text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
+        text = await asyncio.to_thread(chat.render, body)
         prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
-        return await completions.respond(request, CHAT, [prompt], params, body)
+        params, create_reader = chat.reading(body, params, text)
+        return await completions.respond(request, CHAT, [prompt], params, body, create_reader)
 
     @app.post(TEXT_PATH, responses=_RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:

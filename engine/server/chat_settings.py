@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .reasoning import REASONING
+from .tools.registry import PARSERS
+
 AUTO, NONE = "auto", "none"  # names in place of a parser's
 
 
@@ -33,9 +36,6 @@ class ChatSettings:
     reasoning_parser: str = AUTO
 
     def __post_init__(self) -> None:
-        from .reasoning import REASONING
-        from .tools.registry import PARSERS
-
         for name, parsers in (("tool_call_parser", PARSERS), ("reasoning_parser", REASONING)):
             value = getattr(self, name)
             if value not in (AUTO, NONE, *parsers):

@@ -17,6 +17,7 @@ import uvicorn
 
 from .app import LAST_STEP_SECONDS, create_app
 from .async_engine import AsyncEngine, EngineDeadError
+from .chat_settings import ChatSettings
 from .connections import Connection, Connections
 from .drain import Drain
 from .hosts import HostCheck
@@ -49,6 +50,7 @@ class Server(uvicorn.Server):
             Then the engine stops, and the remaining requests get an error.
         step_timeout: seconds after which a step is reported as hanging and ``/health`` answers 503; 0: never.
         log_stats: log the load every ten seconds, while there is any.
+        chat_settings: settings of chats.
 
     Attributes:
         failure: the error of the engine, if that is why the server stops.
@@ -66,11 +68,12 @@ class Server(uvicorn.Server):
         shutdown_timeout: float = 25.0,
         step_timeout: float = 300.0,
         log_stats: bool = True,
+        chat_settings: ChatSettings | None = None,
     ) -> None:
         limits = limits or Limits()
         self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_name, limits, self._healthy, run_engine=False))
+        self._drain = Drain(create_app(engine, model_name, limits, self._healthy, False, chat_settings))
         super().__init__(
             uvicorn.Config(
                 HostCheck(self._drain, allowed_hosts),

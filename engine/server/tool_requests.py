@@ -95,7 +95,11 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(element, place) for element in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {name: _moved(value, place) for name, value in schema.items() if name not in ("$id", "$schema")}
+    moved = {
+        name: _moved(value, place)
+        for name, value in schema.items()
+        if not (name in ("$id", "$schema") and isinstance(value, str))
+    }
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]

@@ -23,7 +23,8 @@ def _hermes(calls: Sequence[Call]) -> str:
 def _hermes_reversed(calls: Sequence[Call]) -> str:
     """The arguments first, as some of the family write."""
     return "".join(
-        f"<tool_call>{json.dumps({'arguments': arguments, 'name': name})}</tool_call>" for name, arguments in calls
+        f"<tool_call>{json.dumps({'arguments': arguments, 'name': name})}</tool_call>"
+        for name, arguments in calls
     )
 
 
@@ -134,4 +135,6 @@ WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
     "kimi_k2": _kimi_k2,
 }
 # Families whose calls may follow other text; the others' are the whole answer.
-ANYWHERE = tuple(name for name in WRITERS if not name.startswith("llama3_json") or "tag" in name and name != "pythonic")
+ANYWHERE = tuple(
+    name for name in WRITERS if not name.startswith("llama3_json") or ("tag" in name and name != "pythonic")
+)

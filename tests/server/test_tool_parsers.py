@@ -19,16 +19,57 @@ FAMILIES = list(WRITERS)
 # Characters that formats have a use for, and others.
 AWKWARD = st.text(st.sampled_from("ab \n\t\"'\\{}[](),:;<>/=|é漢😀\u2028\u00a0`"), max_size=12)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | AWKWARD,
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | AWKWARD,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(AWKWARD, inner, max_size=3),
     max_leaves=6,
 )
 NAMES = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda name: name not in KEYWORDS)
-KEYWORDS = {"as", "if", "in", "is", "or", "and", "def", "del", "for", "not", "try", "elif", "else", "from", "pass", "with"}
-KEYWORDS |= {"async", "await", "break", "class", "raise", "while", "yield", "assert", "except", "global", "import"}
+KEYWORDS = {
+    "as",
+    "if",
+    "in",
+    "is",
+    "or",
+    "and",
+    "def",
+    "del",
+    "for",
+    "not",
+    "try",
+    "elif",
+    "else",
+    "from",
+    "pass",
+    "with",
+}
+KEYWORDS |= {
+    "async",
+    "await",
+    "break",
+    "class",
+    "raise",
+    "while",
+    "yield",
+    "assert",
+    "except",
+    "global",
+    "import",
+}
 KEYWORDS |= {"lambda", "return", "finally", "continue", "nonlocal"}
 CALLS = st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=4)), min_size=1, max_size=3)
-TYPES = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+TYPES = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 
 
 def schemas(calls) -> dict:

@@ -37,7 +37,8 @@ class ToolParser:
     """
 
     starts: tuple[str, ...] = ()  # texts that begin calls
-    markers: tuple[str, ...] = ()  # other texts that the parser needs, which may be special tokens
+    ends: tuple[str, ...] = ()  # texts that may follow a call, which are dropped
+    others: tuple[str, ...] = ()  # other texts of the format that may be special tokens
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
@@ -84,9 +85,9 @@ class ToolParser:
 
     def _in_text(self) -> bool:
         """Read text of the answer up to the next call."""
-        found = [(position, -len(start), start) for start in self.starts if (position := self._buffer.find(start)) >= 0]
+        found = [(self._buffer.find(start), start) for start in self.starts if start in self._buffer]
         if found:
-            position, _, start = min(found)
+            position, start = min(found)
             self._text(self._buffer[:position])
             self._buffer = self._buffer[position:]
             self._take(len(start))

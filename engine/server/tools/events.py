@@ -55,7 +55,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
     for event in events:
         last = result[-1] if result else None
         if isinstance(event, (Reasoning, Text, Arguments)) and type(last) is type(event):
-            result[-1] = type(event)(last.text + event.text)  # type: ignore[union-attr]
+            result[-1] = type(event)(last.text + event.text)
         else:
             result.append(event)
     return result

@@ -19,13 +19,11 @@ class JsonParser(ToolParser):
     follow it.
     """
 
-    ends: tuple[str, ...] = ()  # texts that may follow a call, which are dropped
     separators = ""  # characters that may stand between two objects
     header: re.Pattern[str] | None = None  # the text between the start and the arguments
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
-        self.markers = self.ends
         self._in_list = False
         self._known: Tools | None = None  # the only functions that an object may call
         self._call = CallReader()
@@ -178,19 +176,10 @@ class Llama3Json(BareParser):
     first = "{["
 
 
-class ForcedCalls(BareParser):
-    """Parse the list of calls that an answer consists of under ``tool_choice="required"``."""
-
-    first = "["
-
-
 class Mistral(JsonParser):
     starts = ("[TOOL_CALLS]",)
     header = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?")
-
-    def __init__(self, tools: Tools) -> None:
-        super().__init__(tools)
-        self.markers = ("[ARGS]", "[CALL_ID]")
+    others = ("[ARGS]", "[CALL_ID]")
 
     @staticmethod
     def call_id() -> str:
@@ -215,24 +204,28 @@ class Jamba(JsonParser):
 
 class InternLM(JsonParser):
     starts = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
+    others = ("<|action_start|>", "<|plugin|>")
     ends = ("<|action_end|>",)
 
 
 class DeepSeekV3(JsonParser):
     starts = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
     ends = ("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
+    others = ("<｜tool▁sep｜>",)
     header = re.compile(r"\s*function<｜tool▁sep｜>\s*(?P<name>\S+)\s*(?:```json\s*)?")
 
 
 class DeepSeekV31(JsonParser):
     starts = DeepSeekV3.starts
     ends = DeepSeekV3.ends[1:]
+    others = DeepSeekV3.others
     header = re.compile(r"\s*(?P<name>[^\s<]+)\s*<｜tool▁sep｜>\s*")
 
 
 class KimiK2(JsonParser):
     starts = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
     ends = ("<|tool_call_end|>", "<|tool_calls_section_end|>")
+    others = ("<|tool_call_argument_begin|>",)
     header = re.compile(
         r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>\s*"
     )

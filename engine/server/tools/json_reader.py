@@ -238,9 +238,9 @@ class CallReader:
         self._state = self._after_value
         if self._key == "name":
             name = self._parse(text)
-            if not (isinstance(name, str) and name and is_sendable(name)):
-                self.broken = True
-            elif self._known is not None and name not in self._known:
+            if not (isinstance(name, str) and name and is_sendable(name)) or (
+                self._known is not None and name not in self._known
+            ):
                 self.broken = True
             else:
                 self._name = name

@@ -24,7 +24,7 @@ class Pythonic(ToolParser):
     """
 
     starts = ("<|python_start|>", "<|python_tag|>")
-    markers = ("<|python_end|>",)
+    ends = ("<|python_end|>",)
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
@@ -128,7 +128,7 @@ class Pythonic(ToolParser):
 
     def _after_list(self) -> bool:
         rest = self._buffer.lstrip(SPACE)
-        for end in self.markers:
+        for end in self.ends:
             if rest.startswith(end):
                 self._buffer = rest[len(end) :]
                 return True
@@ -138,7 +138,11 @@ class Pythonic(ToolParser):
         return True
 
     def _ended(self) -> None:
-        if self._state in (self._in_list, self._after_list) and self._any_in_list and not self._buffer.strip():
+        if (
+            self._state in (self._in_list, self._after_list)
+            and self._any_in_list
+            and not self._buffer.strip()
+        ):
             self._raw = []
         super()._ended()
 

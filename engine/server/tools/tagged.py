@@ -27,11 +27,9 @@ class TaggedParser(ToolParser):
     value_end = ""
     line_ends = False  # whether a line end stands on either side of a value
     call_end = ""
-    ends: tuple[str, ...] = ()  # texts that may follow a call, which are dropped
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
-        self.markers = (self.key_start, self.key_end, self.value_start, self.value_end, self.call_end, *self.ends)
         self._function = ""
         self._key = ""
         self._keys: set[str] = set()
@@ -159,6 +157,7 @@ class Qwen3Coder(TaggedParser):
     line_ends = True
     call_end = "</function>"
     ends = ("</tool_call>",)
+    others = ("</function>", "<parameter=", "</parameter>")
 
     def _opened(self) -> bool:
         if self._raw[-1] == "<function=":
@@ -178,6 +177,7 @@ class Glm45(TaggedParser):
     key_start, key_end = "<arg_key>", "</arg_key>"
     value_start, value_end = "<arg_value>", "</arg_value>"
     call_end = "</tool_call>"
+    others = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>")
 
 
 def _string_part(text: str) -> str:
