@@ -15,8 +15,8 @@ from . import reasoning
 from .answers import AnswerReader
 from .chat_settings import AUTO, NONE, ChatSettings
 from .protocol import ChatCompletionRequest
-from .reasoning import REASONING, ReasoningParser
-from .tool_requests import Tool, calls_schema, parameters
+from .reasoning import REASONING, ReasoningParser, Tags
+from .tool_requests import calls_schema, parameters
 from .tools import registry
 from .tools.base import ToolParser
 from .tools.forced import ForcedCall, ForcedCalls
@@ -29,7 +29,7 @@ class _Formats:
 
     template: str | None
     tool_parser: type[ToolParser] | None
-    tags: reasoning.Tags | None
+    tags: Tags | None
 
 
 class Chat:
@@ -87,22 +87,26 @@ class Chat:
         """
         formats, tools = self._formats(body), body.offered_tools()
         tool_parser = formats.tool_parser or ToolParser
+        schemas = {tool.function.name: parameters(tool) for tool in tools}
         named = body.named_tool()
+        tags: Tags | None = None
+        create_tools: Callable[[], ToolParser] | None = None
         if named is not None:
-            tags, create_tools = None, functools.partial(ForcedCall, named.function.name)
+            create_tools = functools.partial(ForcedCall, named.function.name)
             params = _constrained(params, parameters(named))
         elif body.tool_choice == "required":
-            tags, create_tools = None, functools.partial(ForcedCalls, _schemas(tools))
+            create_tools = functools.partial(ForcedCalls, schemas)
             params = _constrained(params, calls_schema(tools, body.parallel_tool_calls is not False))
         else:
-            tags = None if params.structured_outputs else formats.tags
-            create_tools = None
+            markers: set[str] = set()  # texts to be read
             if tools:
-                create_tools = functools.partial(tool_parser, _schemas(tools))
-            if create_tools is None and tags is None:
+                create_tools = functools.partial(tool_parser, schemas)
+                markers.update(tool_parser.starts, tool_parser.ends, tool_parser.others)
+            if formats.tags is not None and params.structured_outputs is None:
+                tags = formats.tags
+                markers.update((tags.start, tags.end))
+            if not markers:
                 return params, None
-            markers = (*tool_parser.starts, *tool_parser.ends, *tool_parser.others) if create_tools else ()
-            markers += (tags.start, tags.end) if tags else ()
             if params.skip_special_tokens and not self._special_tokens.isdisjoint(markers):
                 params = replace(params, skip_special_tokens=False)
 
@@ -155,10 +159,6 @@ def _formats(template: str | None, tool_parser: str, reasoning_parser: str) -> _
     if reasoning_parser == AUTO:
         reasoning_parser = reasoning.guess(template or "") or NONE
     return _Formats(template, PARSERS.get(tool_parser), REASONING.get(reasoning_parser))
-
-
-def _schemas(tools: list[Tool]) -> dict[str, dict]:
-    return {tool.function.name: parameters(tool) for tool in tools}
 
 
 def _constrained(params: SamplingParams, schema: dict) -> SamplingParams:

@@ -138,12 +138,10 @@ class Pythonic(ToolParser):
         return True
 
     def _ended(self) -> None:
-        if (
-            self._state in (self._in_list, self._after_list)
-            and self._any_in_list
-            and not self._buffer.strip()
-        ):
-            self._raw = []
+        if self._state == self._after_list:
+            self._buffer = ""  # a part of an end
+        elif self._state == self._in_list and self._any_in_list:
+            self._raw = []  # a list that is not closed
         super()._ended()
 
 
