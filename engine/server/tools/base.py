@@ -140,8 +140,10 @@ class ToolParser:
         """Turn the current call into text of the answer, as it is broken."""
         raw, self._raw = "".join(self._raw), []
         if self._begun:
-            self._events.append(BrokenCall(self._space + raw))
-            self._space = ""
+            text = self._space + raw
+            shown = text.rstrip()
+            self._events.append(BrokenCall(shown))
+            self._space = text[len(shown) :]
         elif raw:
             self._text(raw)
         self._begun = False

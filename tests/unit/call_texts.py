@@ -134,7 +134,3 @@ WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
     "deepseek_v31": _deepseek_v31,
     "kimi_k2": _kimi_k2,
 }
-# Families whose calls may follow other text; the others' are the whole answer.
-ANYWHERE = tuple(
-    name for name in WRITERS if not name.startswith("llama3_json") or ("tag" in name and name != "pythonic")
-)
