@@ -24,6 +24,7 @@ from .logits_processors import Penalties, TokenTable, Users
 from .logprobs import TokenLogprobs, token_logprobs
 
 _MAX_INT = 2**62  # requests may contain any integer; the arrays hold 64 bits
+_CHUNK = 768  # tokens of a chunk of logits in `_argmax`; 512 to 1024 took the same time
 _PROMPT_SLICE = 64  # number of prompt positions whose log probabilities are computed at once
 
 
@@ -360,8 +361,20 @@ def _sampled_logprobs(
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return the argmax of each row, by max: on a CPU that is several times faster and breaks ties alike."""
-    return logits.max(-1).indices
+    """Return the first argmax of each row.
+
+    On a CPU that of the chunks' maxima and then of one chunk: torch's maximum without a position is several
+    times faster than with one, and `max` faster than `argmax`.
+    """
+    num_chunks = logits.shape[1] // _CHUNK
+    if logits.device.type != "cpu" or num_chunks < 2:
+        return logits.max(-1).indices
+    maxima = logits[:, : num_chunks * _CHUNK].unflatten(1, (num_chunks, _CHUNK)).amax(-1)
+    last = logits.shape[1] - _CHUNK  # start of a chunk that overlaps the one before
+    maxima = torch.cat([maxima, logits[:, last:].amax(-1, keepdim=True)], dim=1)
+    starts = (maxima.max(-1).indices * _CHUNK).clamp(max=last).unsqueeze(1)
+    chunks = logits.gather(1, starts + torch.arange(_CHUNK))
+    return starts.squeeze(1) + chunks.max(-1).indices
 
 
 def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:

@@ -199,6 +199,21 @@ def test_greedy_is_the_largest_logit_alone_and_among_others(seed):
     assert sample(logits, [*greedy, scheduled(SamplingParams(), 5)])[:3] == best[:3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_of_equal_logits_in_a_large_vocabulary(dtype, seed):
+    """Its size is not a multiple of anything, and few values make many ties; one row has a NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    size = int(torch.randint(700, 9000, (), generator=generator))
+    logits = torch.randint(-2, 3, (6, size), generator=generator).to(dtype)
+    for row in range(1, 5):  # the largest stands once, or in both of two places; anywhere
+        places = torch.randint(size, (row % 2 + 1,), generator=generator)
+        logits[row, places] = 9.0
+    logits[5, int(torch.randint(size, (), generator=generator))] = torch.nan
+    best = [[int(row.float().numpy().argmax())] for row in logits]  # numpy's is the first
+    items = [scheduled(SamplingParams(temperature=0), i) for i in range(6)]
+    assert sample(logits, items) == best
+
+
 def test_sequences_that_do_not_sample_take_no_row(seed):
     logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     chunk = scheduled(SamplingParams(temperature=0), 0, num_samples=0)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .decode import few_rows
+from .decode import few_rows, scratch_bytes
 from .prefill import many_rows
 from .simd import HALF, fetch_add, inner, load_scalar, splat, store, store_float
 from .team import HEADER_BYTES, INVALID, Launch, read, run_parallel
@@ -32,9 +32,11 @@ from .work import (
     ROWS,
     Batch,
     Item,
+    aligned,
     are_valid,
     merge_row,
     plan,
+    prefetch_keys,
     query_range,
 )
 
@@ -49,6 +51,7 @@ class Shared(NamedTuple):
     partials: int  # float32 [partials, Hkv, ROWS, D]
     partial_lse: int  # float32 [partials, Hkv, ROWS], in base 2
     is_merge: int
+    threads: int
 
 
 @inner
@@ -82,15 +85,20 @@ def _clear_empty(dtype, batch):
 @inner
 def _work(dtype, kv_dtype, batch, shared):
     """Process work items until none is left, in one thread. Starts with the last, which are the longest."""
+    memory, scratch = aligned(scratch_bytes(kv_dtype, batch))
     tasks = shared.count * batch.num_kv_heads
     while True:
         task = tasks - 1 - fetch_add(shared.counter)
         if task < 0:
-            return
+            return memory.size  # keeps the scratch memory alive until here
         item = _item(shared.items, task // batch.num_kv_heads)
         head = task % batch.num_kv_heads
+        if task >= shared.threads:  # what this thread will probably take next
+            following = task - shared.threads
+            next_item = _item(shared.items, following // batch.num_kv_heads)
+            prefetch_keys(batch, next_item, following % batch.num_kv_heads)
         if item.rows <= FEW_ROWS:
-            few_rows(dtype, kv_dtype, batch, item, head, shared.partials, shared.partial_lse)
+            few_rows(dtype, kv_dtype, batch, item, head, shared.partials, shared.partial_lse, scratch)
         else:
             many_rows(dtype, kv_dtype, batch, item, head, shared.partials, shared.partial_lse)
 
@@ -127,16 +135,17 @@ def build(dtype, kv_dtype):
         rows = num_partials * batch.num_kv_heads * ROWS
         partials = np.empty(rows * batch.head_size, np.float32)
         partial_lse = np.empty(rows, np.float32)
-        shared = np.zeros(8, np.int64)  # a Shared, and the counter
+        shared = np.zeros(9, np.int64)  # a Shared, and the counter
         shared[0] = address + HEADER_BYTES
-        shared[1] = shared.ctypes.data + 8 * 7
+        shared[1] = shared.ctypes.data + 8 * 8
         shared[2] = items.ctypes.data
         shared[3] = count
         shared[4] = partials.ctypes.data
         shared[5] = partial_lse.ctypes.data
+        shared[7] = launch.threads
         run_parallel(launch, np.int64(shared.ctypes.data))
         if num_partials > 0:
-            shared[6], shared[7] = 1, 0
+            shared[6], shared[8] = 1, 0
             run_parallel(launch, np.int64(shared.ctypes.data))
         kept = items.size + partials.size + partial_lse.size + shared.size  # until here
         return min(kept, 0)

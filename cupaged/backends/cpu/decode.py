@@ -46,7 +46,6 @@ from .work import (
     FEW_ROWS,
     INFINITY,
     KEYS,
-    aligned,
     finish_row,
     key_addresses,
     row_address,
@@ -56,6 +55,8 @@ from .work import (
 
 SUMS_STRIDE = 4 * KEYS * QUAD
 WEIGHTS_STRIDE = 4 * KEYS
+STATE_BYTES = 7 * 4 * LANES
+ADDRESSES_BYTES = 8 * (KEYS + HALF)  # of the keys of a tile
 
 
 @inner
@@ -159,31 +160,34 @@ def _softmax(batch, rows, scale, start, count, masked, sums, weights, state):
 
 
 @inner
-def few_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
-    """Run a work item of at most FEW_ROWS rows for one KV head."""
+def scratch_bytes(kv_dtype, batch):
+    """Return the size of the scratch memory that `few_rows` needs; a thread allocates it once."""
+    row_bytes = 2 * 4 * padded_size(kv_dtype, batch.head_size) + SUMS_STRIDE + WEIGHTS_STRIDE + 4 * LANES
+    return FEW_ROWS * row_bytes + STATE_BYTES + 2 * ADDRESSES_BYTES
+
+
+@inner
+def few_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse, scratch):
+    """Run a work item of at most FEW_ROWS rows for one KV head.
+
+    Args:
+        scratch: address of `scratch_bytes` bytes of memory.
+    """
     size = batch.head_size
     padded = padded_size(kv_dtype, size)
     scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     stride = 4 * padded
-    memory, query = aligned(FEW_ROWS * (2 * stride + SUMS_STRIDE + WEIGHTS_STRIDE + 4 * LANES))
+    query = scratch
     out = query + FEW_ROWS * stride
     sums = out + FEW_ROWS * stride
     weights = sums + FEW_ROWS * SUMS_STRIDE
     total = weights + FEW_ROWS * WEIGHTS_STRIDE
-    keys = np.empty((2, KEYS + HALF), np.int64)
-    rows = np.zeros((7, LANES), np.float32)  # lower, upper, position, slope, top, alpha, shift
-    rows[4] = -INFINITY
-    row_state = np.int64(rows.ctypes.data)
-    state = (
-        row_state,
-        row_state + 4 * LANES,
-        row_state + 8 * LANES,
-        row_state + 12 * LANES,
-        row_state + 16 * LANES,
-        total,
-        row_state + 20 * LANES,
-        row_state + 24 * LANES,
-    )
+    lower = total + FEW_ROWS * 4 * LANES
+    upper, position, slope = lower + 4 * LANES, lower + 8 * LANES, lower + 12 * LANES
+    top, alpha, shift = lower + 16 * LANES, lower + 20 * LANES, lower + 24 * LANES
+    state = (lower, upper, position, slope, top, total, alpha, shift)
+    current = lower + STATE_BYTES
+    ahead = current + ADDRESSES_BYTES
     zero = splat(np.float32(0.0), LANES)
     for r in range(item.rows):
         source = row_address(
@@ -197,16 +201,16 @@ def few_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
             store(F32, query + r * stride + 4 * d, elements)
         reorder_query(kv_dtype, query + r * stride, padded)
         store(F32, total + 4 * LANES * r, zero)
-    row_limits(batch, item, head, rows[0], rows[1], rows[2], rows[3])
+    store(F32, top, splat(-INFINITY, LANES))
+    store(F32, shift, zero)
+    row_limits(batch, item, head, lower, upper, position, slope)
     # Every row sees the keys from `full_low` to `full_high`.
     full_low = item.low
     if batch.window:
-        full_low = np.int64(rows[0, item.rows - 1]) + 1
-    full_high = np.int64(rows[1, 0]) + 1
+        full_low = np.int64(load_scalar(F32, lower + 4 * (item.rows - 1))) + 1
+    full_high = np.int64(load_scalar(F32, upper)) + 1
 
     count = min(KEYS, item.high - item.low)
-    current = np.int64(keys.ctypes.data)
-    ahead = current + 8 * (KEYS + HALF)
     key_addresses(batch, item, head, item.low, count, KEYS, current)
     for start in range(item.low, item.high, KEYS):
         count = min(KEYS, item.high - start)
@@ -216,14 +220,14 @@ def few_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
         _scores(kv_dtype, batch, item.rows, query, stride, current, count, sums)
         masked = start < full_low or start + count > full_high or count % LANES != 0
         _softmax(batch, item.rows, scale, start, count, masked, sums, weights, state)
-        _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, state[6])
+        _values(kv_dtype, batch, item.rows, weights, current, count, ahead, out, stride, alpha)
         current, ahead = ahead, current
 
     for r in range(item.rows):
         unit = unit_of(kv_dtype, batch.v_scale, head)
         reorder_output(kv_dtype, out + r * stride, padded)
-        top, denominator = rows[4, r], sum_lanes(load(F32, total + 4 * LANES * r, LANES))
+        largest = load_scalar(F32, top + 4 * r)
+        denominator = sum_lanes(load(F32, total + 4 * LANES * r, LANES))
         finish_row(
-            dtype, batch, item, r, head, out + r * stride, unit, top, denominator, partials, partial_lse
+            dtype, batch, item, r, head, out + r * stride, unit, largest, denominator, partials, partial_lse
         )
-    return memory.size + keys.size + rows.size  # keeps the scratch memory alive until here

@@ -214,7 +214,7 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
         row_state + 20 * ROWS,
         row_state + 24 * ROWS,
     )
-    row_limits(batch, item, head, rows[0], rows[1], rows[2], rows[3])
+    row_limits(batch, item, head, state[0], state[1], state[2], state[3])
     narrow = item.rows <= LANES
     columns = LANES if narrow else (item.rows + WIDE - 1) // WIDE * WIDE
     zero = splat(np.float32(0.0), LANES)

@@ -81,6 +81,17 @@ def _merge_all(builder: ir.IRBuilder, vectors: list[ir.Value], group: int) -> ir
 
 
 @intrinsic
+def prefetch(typingctx, address):
+    """Prefetch the cache line at `address`."""
+
+    def codegen(context, builder, signature, args):
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def code_unit(typingctx, kv_dtype):
     """Return the factor of `formats.code_unit` for keys or values of this dtype."""
     unit = formats.code_unit(formats.kind_of(kv_dtype))

@@ -22,11 +22,12 @@ from .simd import (
     store_int,
     store_ramp,
 )
-from .tiles import code_unit
+from .tiles import code_unit, prefetch
 
 KEYS = 64  # keys of a tile
 ROWS = 64  # maximum number of query rows in a tile
 FEW_ROWS = 8  # maximum number of rows in the decode form
+LINE_BYTES = 64  # of a cache line
 SPLIT_KEYS = 512  # maximum number of keys in a KV split
 
 F32, I32, I64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
@@ -176,18 +177,24 @@ def aligned(size):
 
 @inner
 def row_limits(batch, item, head, lower, upper, position, slope):
-    """Set each row's visible keys j (lower < j <= upper), its position, and its ALiBi slope in base 2."""
+    """Store each row's visible keys j (lower < j <= upper), its position, and its ALiBi slope in base 2.
+
+    Args:
+        lower, upper, position, slope: addresses of a float32 for each row.
+    """
     group = batch.num_heads // batch.num_kv_heads
     for r in range(item.rows):
         token = (item.row + r) // group
-        row_position = item.position + token
-        position[r] = row_position
-        lower[r] = row_position - batch.window if batch.window else -INFINITY
-        upper[r] = min(row_position, item.high - 1) if batch.causal else item.high - 1
-        slope[r] = 0.0
+        row_position = np.float32(item.position + token)
+        last = np.float32(item.high - 1)
+        store_float(position + 4 * r, row_position)
+        store_float(lower + 4 * r, row_position - batch.window if batch.window else -INFINITY)
+        store_float(upper + 4 * r, min(row_position, last) if batch.causal else last)
+        row_slope = np.float32(0.0)
         if batch.alibi_slopes != 0:
             h = head * group + (item.row + r) % group
-            slope[r] = np.float32(load_scalar(F32, batch.alibi_slopes + 4 * h) * LOG2E)
+            row_slope = np.float32(load_scalar(F32, batch.alibi_slopes + 4 * h) * LOG2E)
+        store_float(slope + 4 * r, row_slope)
 
 
 @inner
@@ -222,6 +229,22 @@ def key_addresses(batch, item, head, start, count, padded, keys):
     last = load_scalar(I64, keys + 8 * (count - 1))
     for rest in range(count, padded, HALF):
         store_ramp(keys + 8 * rest, last, 0)
+
+
+@inner
+def prefetch_keys(batch, item, head):
+    """Prefetch the first tile of keys of a work item."""
+    table = batch.block_tables + item.seq * batch.table_stride
+    position, end = item.low, min(item.low + KEYS, item.high)
+    while position < end:
+        block = position // batch.block_size
+        offset = position - block * batch.block_size
+        number = np.int64(load_scalar(I32, table + 4 * block))
+        address = batch.cache + number * batch.block_stride + head * batch.kv_head_stride
+        rows = min(batch.block_size - offset, end - position)
+        for at in range(offset * batch.row_bytes, (offset + rows) * batch.row_bytes, LINE_BYTES):
+            prefetch(address + at)
+        position += rows
 
 
 @inner
