@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from .chat_template import render, rendered_prompt
 from .config import EngineConfig
 from .llm_engine import LLMEngine
 from .outputs import RequestOutput
 from .prompts import Prompt
 from .sampling_params import SamplingParams
+from .server.messages import read_messages
+
+Message = dict[str, Any]
 
 
 class LLM:
@@ -70,6 +75,60 @@ class LLM:
         With ``generation_config="vllm"`` they are those of `SamplingParams` alone.
         """
         return self.engine.default_sampling_params()
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer."""
+        return self.engine.tokenizer
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, rendered by the model's chat template as the server does.
+
+        The outputs are what the model writes: neither tool calls nor reasoning are read.
+
+        Args:
+            messages: messages of a conversation in OpenAI's format, or several conversations.
+            sampling_params, use_tqdm, priority: as in `generate`.
+            chat_template: a template in place of the model's.
+            add_generation_prompt: end with the beginning of an assistant's message; by default unless the
+                last message is continued.
+            continue_final_message: let the model continue the last message.
+            tools: functions that the model may call, in OpenAI's format.
+            chat_template_kwargs: other variables of the template.
+
+        Raises:
+            ValueError: a message is malformed, the template refuses the conversation, or `generate` does.
+        """
+        single = bool(messages) and not isinstance(messages[0], (list, tuple))
+        conversations = [messages] if single else messages
+        prompts = []
+        for position, conversation in enumerate(conversations):
+            try:
+                text = render(
+                    self.engine.tokenizer,
+                    read_messages(conversation),
+                    max_characters=self.engine.max_characters,
+                    tools=tools,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            except ValueError as error:
+                raise error if single else ValueError(f"conversation {position}: {error}") from None
+            prompts.append(rendered_prompt(text, self.engine.tokenizer))
+        return self.generate(prompts, sampling_params, use_tqdm, priority)
 
     def generate(
         self,

@@ -12,14 +12,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_template import rendered_prompt
 from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
 from .bodies import Bodies, json_body
-from .chat import render, rendered_prompt
+from .chat import Chat
+from .chat_settings import ChatSettings
 from .choices import CHAT, TEXT
 from .completions import Completions
 from .errors import RESPONSES, add_error_handlers
+from .event_stream import Translation
 from .limits import Limits
 from .metrics import Metrics
 from .middleware import HeadAsGet
@@ -39,6 +42,7 @@ def create_app(
     limits: Limits | None = None,
     healthy: Callable[[], bool] | None = None,
     run_engine: bool = True,
+    chat_settings: ChatSettings | None = None,
 ) -> FastAPI:
     """Create the application around an engine.
 
@@ -48,6 +52,7 @@ def create_app(
         healthy: returns whether ``/health`` answers 200; by default whether the engine accepts requests.
         run_engine: run the engine in a thread of its own during the application's lifespan; False: the caller
             runs it.
+        chat_settings: settings of chats.
     """
     limits = limits or Limits()
 
@@ -69,6 +74,7 @@ def create_app(
     check_model = names.check
     metrics = Metrics(names.first, engine.stats, engine.engine.config, engine.engine.max_model_len)
     bodies = Bodies(limits, engine.engine.tokenizer)
+    chat = Chat(chat_settings or ChatSettings(), bodies.tokenizer, engine.engine.max_characters)
     completions = Completions(
         engine,
         metrics,
@@ -120,14 +126,24 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         completions.check_room(1)
         body, params = await bodies.read(request, read_chat)
-        return await completions.respond(request, CHAT, [await rendered(body)], params, body)
+        return await respond_chat(request, body, params)
 
-    async def rendered(body: ChatCompletionRequest) -> Prompt:
+    async def rendered(body: ChatCompletionRequest) -> tuple[str, Prompt]:
         # In another thread, as a template may take seconds.
-        text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
-        return await bodies.work(len(text), functools.partial(rendered_prompt, text))
+        text = await asyncio.to_thread(chat.render, body)
+        return text, await bodies.work(len(text), functools.partial(rendered_prompt, text))
 
-    add_translated_apis(app, bodies, completions, checked, rendered)
+    async def respond_chat(
+        request: Request,
+        body: ChatCompletionRequest,
+        params: SamplingParams,
+        translation: Translation | None = None,
+    ) -> Response:
+        text, prompt = await rendered(body)
+        params, create_reader = chat.reading(body, params, text)
+        return await completions.respond(request, CHAT, [prompt], params, body, create_reader, translation)
+
+    add_translated_apis(app, bodies, completions.check_room, checked, rendered, respond_chat)
 
     @app.post(TEXT_PATH, responses=RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:
@@ -136,7 +152,7 @@ def create_app(
         return await completions.respond(request, TEXT, prompts, params, body)
 
     add_operations(app, names, engine.engine, metrics, healthy or (lambda: engine.error is None))
-    add_tokenization(app, bodies, check_model, engine.engine)
+    add_tokenization(app, bodies, check_model, engine.engine, chat.render)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..outputs import RequestOutput
 from ..prompts import Prompt
 from ..sampling_params import SamplingParams
+from .answers import AnswerReader, ReadChoice
 from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style
 from .event_stream import ChunkWriter, Json, TranslatedWriter, Translation, encode
@@ -76,11 +77,13 @@ class Completions:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         body: ChatCompletionRequest | CompletionRequest,
+        create_reader: Callable[[], AnswerReader] | None = None,
         translation: Translation | None = None,
     ) -> Response:
         """Run a request of one or more prompts, each with ``params.n`` choices.
 
         Args:
+            create_reader: creates a reader of a choice's text; None: the text is the answer.
             translation: writes the answer in another API's format.
 
         Raises:
@@ -102,7 +105,11 @@ class Completions:
 
         def choices(tokenizer: PreTrainedTokenizerBase) -> list[Choice]:
             count = len(prompts) * params.n
-            return [Choice(style, index, tokenizer, params, wanted) for index in range(count)]
+            if create_reader is None:
+                return [Choice(style, index, tokenizer, params, wanted) for index in range(count)]
+            return [
+                ReadChoice(style, index, tokenizer, params, wanted, create_reader()) for index in range(count)
+            ]
 
         if not wanted.stream:
             latest = await _unless_disconnected(request, _collect(outputs))

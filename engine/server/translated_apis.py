@@ -14,10 +14,9 @@ from . import anthropic_request, responses_request
 from .anthropic_answer import MessagesTranslation
 from .anthropic_request import CountTokensRequest, MessagesRequest
 from .bodies import Bodies, json_body
-from .choices import CHAT
-from .completions import Completions
 from .conversation import as_chat
 from .errors import ANTHROPIC_PATH, ANTHROPIC_RESPONSES, RESPONSES
+from .event_stream import Translation
 from .protocol import ChatCompletionRequest
 from .responses_answer import ResponsesTranslation
 from .responses_request import ResponsesRequest
@@ -30,15 +29,20 @@ TRANSLATED_MODELS = {RESPONSES_PATH: ResponsesRequest}  # by path, for errors th
 def add_translated_apis(
     app: FastAPI,
     bodies: Bodies,
-    completions: Completions,
+    check_room: Callable[[int], None],
     checked: Callable[[ChatCompletionRequest], SamplingParams],
-    rendered: Callable[[ChatCompletionRequest], Awaitable[Prompt]],
+    rendered: Callable[[ChatCompletionRequest], Awaitable[tuple[str, Prompt]]],
+    respond_chat: Callable[
+        [Request, ChatCompletionRequest, SamplingParams, Translation], Awaitable[Response]
+    ],
 ) -> None:
     """Add the routes to the application.
 
     Args:
+        check_room: raises an error if so many more prompts may not wait.
         checked: checks a chat request beyond its fields and returns its sampling settings.
-        rendered: returns the prompt of a chat request.
+        rendered: returns the text of a chat request and its prompt.
+        respond_chat: answers a chat request.
     """
 
     @app.post(RESPONSES_PATH, responses=RESPONSES, openapi_extra=json_body(RESPONSES_PATH, ResponsesRequest))
@@ -50,10 +54,9 @@ def add_translated_apis(
             chat = as_chat(asked.for_chat(), responses_request.NAMES)
             return asked, chat, checked(chat)
 
-        completions.check_room(1)
+        check_room(1)
         asked, chat, params = await bodies.read(request, read)
-        translation = ResponsesTranslation(asked, params)
-        return await completions.respond(request, CHAT, [await rendered(chat)], params, chat, translation)
+        return await respond_chat(request, chat, params, ResponsesTranslation(asked, params))
 
     @app.post(
         ANTHROPIC_PATH,
@@ -68,10 +71,9 @@ def add_translated_apis(
             chat = as_chat(asked.for_chat(), anthropic_request.NAMES)
             return asked, chat, checked(chat)
 
-        completions.check_room(1)
+        check_room(1)
         asked, chat, params = await bodies.read(request, read)
-        translation = MessagesTranslation(asked.max_tokens)
-        return await completions.respond(request, CHAT, [await rendered(chat)], params, chat, translation)
+        return await respond_chat(request, chat, params, MessagesTranslation(asked.max_tokens))
 
     @app.post(
         COUNT_PATH, responses=ANTHROPIC_RESPONSES, openapi_extra=json_body(COUNT_PATH, CountTokensRequest)
@@ -83,6 +85,6 @@ def add_translated_apis(
             checked(chat)
             return chat
 
-        prompt = await rendered(await bodies.read(request, read))
+        _, prompt = await rendered(await bodies.read(request, read))
         assert isinstance(prompt, dict)  # as tokens
         return {"input_tokens": len(prompt["prompt_token_ids"])}
