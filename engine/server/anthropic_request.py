@@ -173,12 +173,9 @@ class CountTokensRequest(Strict):
         chat: Json = {"model": self.model, "messages": conversation.messages}
         if self.messages[-1].role == "assistant":  # the answer goes on from there
             chat.update(continue_final_message=True, add_generation_prompt=False)
-        if self.tools:
-            chat["tools"] = [tool.for_chat() for tool in self.tools]
-            chat["tool_choice"] = self.tool_choice.for_chat()
-            chat["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
-        elif self.tool_choice.type in ("any", "tool"):
-            raise ValueError("tool_choice needs tools: send them, or leave it out")
+        chat["tools"] = [tool.for_chat() for tool in self.tools]
+        chat["tool_choice"] = self.tool_choice.for_chat()
+        chat["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
         if self.thinking is not None:  # under the names that templates have for it
             thinks = self.thinking.type != "disabled"
             chat["chat_template_kwargs"] = {"enable_thinking": thinks, "thinking": thinks}

@@ -273,12 +273,9 @@ class ResponsesRequest(Strict):
             reasoning_effort=self.reasoning.effort,
             stream=self.stream,
         )
-        if self.tools:
-            chat["tool_choice"], tools = self._choice()
-            chat["tools"] = [tool.for_chat() for tool in tools]
-            chat["parallel_tool_calls"] = self.parallel_tool_calls
-        elif self.tool_choice.type not in ("none", "auto"):
-            raise ValueError("tool_choice needs tools: send them, or leave it out")
+        chat["tool_choice"], tools = self._choice()
+        chat["tools"] = [tool.for_chat() for tool in tools]
+        chat["parallel_tool_calls"] = self.parallel_tool_calls
         if self.stream:
             chat["stream_options"] = {"include_usage": True}
         if self.logprobs:
@@ -299,14 +296,14 @@ class ResponsesRequest(Strict):
         """Return the chat endpoint's ``tool_choice``, and the tools among which the model chooses.
 
         Raises:
-            ValueError: a tool is named that is not there.
+            ValueError: a tool is permitted that is not there.
         """
         choice, tools = self.tool_choice, self.tools
         if isinstance(choice, _Mode):
             return choice.type, tools
-        named = {choice.name} if isinstance(choice, _FunctionChoice) else {each.name for each in choice.tools}
-        if missing := sorted(named - {tool.name for tool in tools}):
-            raise ValueError(f"tool_choice names {shown(missing[0])}, which is not one of the tools")
         if isinstance(choice, _FunctionChoice):
             return {"type": "function", "function": {"name": choice.name}}, tools
+        named = {each.name for each in choice.tools}
+        if missing := sorted(named - {tool.name for tool in tools}):
+            raise ValueError(f"tool_choice names {shown(missing[0])}, which is not one of the tools")
         return choice.mode, [tool for tool in tools if tool.name in named]
