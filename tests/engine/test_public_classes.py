@@ -14,7 +14,13 @@ import torch
 from cupaged.engine import LLM, AsyncLLM, BeamSearchParams, EngineConfig, LLMEngine, SamplingParams
 from tests.server.conftest import wait_until
 
-CONFIG = {"device": "cpu", "block_size": 8, "max_num_batched_tokens": 256, "check_integrity": True}
+CONFIG = {
+    "device": "cpu",
+    "block_size": 8,
+    "max_num_batched_tokens": 256,
+    "num_gpu_blocks_override": 100,
+    "check_integrity": True,
+}
 PROMPTS = ["The blocks of a sequence", "Tell me", {"prompt_token_ids": [5, 6, 7]}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -62,7 +68,8 @@ def test_an_llm_that_is_dropped_gives_its_memory_back(llama_dir):
 
 
 def test_repr_says_model_device_dtype_and_blocks(llama_dir):
-    with LLM(llama_dir, num_gpu_blocks_override=9, swap_space=0, dtype="bfloat16", **CONFIG) as llm:
+    config = {**CONFIG, "num_gpu_blocks_override": 9, "preemption_mode": "recompute", "dtype": "bfloat16"}
+    with LLM(llama_dir, **config) as llm:
         says = f"model={str(llama_dir)!r}, device='cpu', dtype='bfloat16', num_gpu_blocks=9, num_cpu_blocks=0"
         assert repr(llm) == f"LLM({says}, block_size=8)"
     assert repr(llm) == f"LLM({says}, block_size=8, closed)"
@@ -121,7 +128,7 @@ def test_tasks_get_what_an_llm_gives(llama_dir, expected):
             memory = memory_of(llm.engine.engine)
             answers = await asyncio.gather(*(last(llm, prompt) for prompt in PROMPTS))
             assert any(count > 1 for _, count in answers)
-            assert llm.stats().generation_tokens == 36
+            await asyncio.to_thread(wait_until, lambda: llm.stats().generation_tokens == 36)
             assert repr(llm).startswith(f"AsyncLLM(model={str(llama_dir)!r}, device='cpu', dtype='float32'")
         with pytest.raises(RuntimeError, match="create a new AsyncLLM"):
             await anext(llm.generate("x"))
