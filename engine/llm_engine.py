@@ -71,6 +71,7 @@ class LLMEngine:
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         loaded, self.tokenizer = self._load(None if model is None else fspath(model))
         self.model_name = demo_model.NAME if model is None else fspath(model)
+        self.dtype = loaded.dtype
         self._runner = ModelRunner(loaded)
         self._runner.rewrite(config.block_size, config.fuse)
         self._vocabulary = Vocabulary.of(loaded)
