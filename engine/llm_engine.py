@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike, fspath
 
 import torch
@@ -27,7 +27,7 @@ from .model.progress import without_bars
 from .model.step_timer import StepTimer
 from .model.vocabulary import Vocabulary
 from .output_processor import OutputProcessor
-from .outputs import EngineStats, RequestOutput
+from .outputs import EngineStats, RequestOutput, Totals
 from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
 from .sampling.grammar import Grammar, GrammarCompiler
@@ -40,16 +40,6 @@ from .scheduling.request import SequenceGroup, Status
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
 from .validation import is_integer
-
-
-@dataclass
-class Totals:
-    """Counts since the engine was made."""
-
-    arrivals: int = 0  # of requests and prefixes
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    failed_steps: int = 0
 
 
 class LLMEngine:
