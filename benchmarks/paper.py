@@ -129,7 +129,7 @@ def memory(load: Load, policy: str, batching: str, count: int, **width: int) -> 
         totals["saved"] += seconds * use.saved_by_sharing
         totals["seconds"] += seconds
 
-    trace = simulated.run(requests(load, count, **width), observe=observe)
+    trace = simulated.replay(requests(load, count, **width), observe=observe)
     seconds = totals.pop("seconds")
     if not seconds:
         raise RuntimeError(f"{count} requests fit all at once: no queue, no figures; take more")
@@ -155,7 +155,7 @@ def running(load: Load, policy: str, batching: str, count: int) -> float:
             request_seconds += seconds * len(simulated.scheduler.running)
             observed_seconds += seconds
 
-    simulated.run(arriving, observe=observe)
+    simulated.replay(arriving, observe=observe)
     return request_seconds / observed_seconds
 
 

@@ -234,7 +234,7 @@ class SimulatedEngine:
         # Without a prefix cache nobody looks at tokens, so that all can be the same.
         self._tokens_matter = config.enable_prefix_caching and config.memory_policy == "paged"
 
-    def run(
+    def replay(
         self,
         requests: Iterable[Request],
         seed: int = 0,

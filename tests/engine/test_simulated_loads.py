@@ -41,7 +41,7 @@ def chats(
 def test_a_long_load_is_served_in_order(mode, caching, seed):
     """Twice what fits: the queue grows, the memory is always short."""
     requests = chats(random.Random(seed), 500, rate=40)
-    record = SimulatedEngine(1200, mode, enable_prefix_caching=caching).run(requests, seed)
+    record = SimulatedEngine(1200, mode, enable_prefix_caching=caching).replay(requests, seed)
     arrivals = [served.arrival for served in record.served]
     assert arrivals == sorted(arrivals), "the first token comes in the order of arrival"
     needed = sum(len(r.prompt) + r.n * r.num_tokens for r in requests)
@@ -53,7 +53,7 @@ def test_a_long_load_is_served_in_order(mode, caching, seed):
 def test_thousands_with_beams_among_them_are_served_in_order(mode, seed):
     requests = chats(random.Random(seed), 2000, rate=200, means=(20, 30), beams=0.2)
     engine = SimulatedEngine(150, mode)
-    record = engine.run(requests, seed)
+    record = engine.replay(requests, seed)
     assert engine.scheduler.num_preemptions > 20
     arrivals = [served.arrival for served in record.served]
     assert arrivals == sorted(arrivals)
@@ -65,7 +65,7 @@ def test_thousands_with_beams_among_them_are_served_in_order(mode, seed):
 def test_thousands_with_a_common_beginning_compute_it_once(seed):
     requests = chats(random.Random(seed), 3000, rate=1000, shared=160, means=(20, 40))
     engine = SimulatedEngine(100_000, max_num_seqs=256)
-    record = engine.run(requests, seed)
+    record = engine.replay(requests, seed)
     assert engine.scheduler.num_prefix_hits >= 160 * (len(requests) - 1)
     needed = sum(len(r.prompt) - 160 + r.n * r.num_tokens for r in requests) + 160
     assert record.num_computed <= needed
@@ -92,7 +92,7 @@ def hostile(rng: random.Random) -> dict[str, list[Request]]:
 def test_a_hostile_load_is_served(name, mode, seed):
     requests = hostile(random.Random(seed))[name]
     for caching in (True, False):
-        record = SimulatedEngine(64, mode, enable_prefix_caching=caching).run(requests, seed)
+        record = SimulatedEngine(64, mode, enable_prefix_caching=caching).replay(requests, seed)
         arrivals = [served.arrival for served in record.served]
         assert arrivals == sorted(arrivals)
         needed = sum(len(r.prompt) + r.width * r.num_tokens for r in requests)
@@ -108,7 +108,7 @@ def test_the_urgent_pass_and_the_others_are_served_too(seed):
     ]
     waited = {}
     for policy in ("fcfs", "priority"):
-        record = SimulatedEngine(1200, scheduling_policy=policy).run(requests, seed)
+        record = SimulatedEngine(1200, scheduling_policy=policy).replay(requests, seed)
         urgent = [s.time_to_first_token for s in record.served if s.request.priority == 0]
         waited[policy] = sum(urgent) / len(urgent)
     assert waited["priority"] < 0.2 * waited["fcfs"]
@@ -122,7 +122,7 @@ def test_auto_is_the_mode_that_is_faster_for_every_group(moved_block, faster, se
     records = {}
     for mode in (faster, "auto"):
         engine = SimulatedEngine(300, mode, costs=Costs(moved_block=moved_block), enable_prefix_caching=False)
-        record = engine.run(requests, seed)
+        record = engine.replay(requests, seed)
         assert engine.scheduler.num_preemptions > 5
         records[mode] = record.seconds, record.num_steps, record.num_moved, record.num_computed
     assert records["auto"] == records[faster]
@@ -150,7 +150,7 @@ def test_auto_pays_for_each_group_the_less_of_the_two(moved_block, seed, monkeyp
 
     monkeypatch.setattr(Preemption, "swaps", watching)
     steps = []
-    record = engine.run(requests, seed, observe=lambda record, seconds: steps.append(seconds))
+    record = engine.replay(requests, seed, observe=lambda record, seconds: steps.append(seconds))
     # Without preemption every token but an output's last is computed once, a prompt once for all outputs.
     once = sum(len(r.prompt) + r.width * (r.num_tokens - 1) for r in requests)
     paid = sum(steps) - record.num_steps * costs.step - once * costs.prompt_token

@@ -254,7 +254,7 @@ class Simulation(SimulatedEngine):
                 first = self.first_seen(seq.num_computed) if seq in running else 0
                 self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed], first)
 
-    def run_all(self, limit: int = 10000) -> None:
+    def run(self, limit: int = 10000) -> None:
         while self.scheduler.has_unfinished():
             limit -= 1
             assert limit, "requests do not finish"

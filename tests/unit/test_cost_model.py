@@ -66,7 +66,7 @@ def test_the_clock_of_a_request_alone(seed):
     prompt, output, budget = rng.randrange(2, 300), rng.randrange(1, 50), rng.choice([64, 100, 512])
     costs = Costs(*(rng.random() for _ in range(5)))
     engine = SimulatedEngine(64, budget=budget, costs=costs)
-    (served,) = engine.run([Request(3.0, Spans((7, prompt)), output)]).served
+    (served,) = engine.replay([Request(3.0, Spans((7, prompt)), output)]).served
     seconds, start = 0.0, 0
     while start < prompt:
         count = min(budget, prompt - start)
@@ -100,7 +100,7 @@ def test_a_turn_of_a_session_arrives_after_the_answer_to_the_one_before(caching,
         )
         tokens = (*tokens, (1000 + turn, output))
     engine = SimulatedEngine(100, enable_prefix_caching=caching)
-    record = engine.run(rng.sample(turns, len(turns)))
+    record = engine.replay(rng.sample(turns, len(turns)))
     assert [served.request for served in record.served] == turns
     for before, after in zip(record.served, record.served[1:]):
         assert after.arrived == pytest.approx(before.ended + after.request.time)

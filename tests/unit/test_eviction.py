@@ -154,7 +154,7 @@ def test_a_load_is_served_with_every_policy(name, mode, seed, monkeypatch):
     """The pool is short of memory all the time, and its state is checked after every step."""
     requests = chats(random.Random(seed), 150)
     engine = SimulatedEngine(40, mode, num_cpu_blocks=10, eviction_policy=name)
-    record = engine.run(requests, observe=lambda *_: engine.blocks.check_integrity())
+    record = engine.replay(requests, observe=lambda *_: engine.blocks.check_integrity())
     assert record.num_ended == len(requests)
     assert engine.scheduler.num_prefix_hits > 0
 
@@ -170,7 +170,7 @@ def test_an_object_of_ones_own(seed):
     requests = chats(random.Random(seed), 40)
     for make in (MRU, lambda: MRU()):
         engine = SimulatedEngine(40, eviction_policy=make)
-        assert engine.run(requests).num_ended == len(requests)
+        assert engine.replay(requests).num_ended == len(requests)
         assert isinstance(engine.blocks.gpu._cached, MRU)
         assert isinstance(engine.blocks.cpu._cached, MRU)
 

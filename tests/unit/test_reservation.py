@@ -107,7 +107,7 @@ def test_as_many_start_at_once_as_their_runs_fit(policy, seed):
         starting.append(group)
         left -= taken
     assert simulation.scheduler.running == starting
-    simulation.run_all()
+    simulation.run()
 
 
 def power_of_two(number: int) -> int:
@@ -147,7 +147,7 @@ def test_a_load_runs_without_preemption_and_sharing(policy, by_priority, seed):
             if group.forked:
                 assert all(table == list(range(table[0], table[0] + len(table))) for table in tables)
             assert group.status is not Status.PREEMPTED
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_preemptions == simulation.num_copies == simulation.num_swaps == 0
     assert simulation.scheduler.num_prefix_hits == 0
     assert simulation.scheduler._memory._buddy.num_available(32) == 1
@@ -163,7 +163,7 @@ def test_what_can_never_get_its_run_is_refused():
     simulation.add(20, 14)  # nine, of sixteen
     with pytest.raises(ValueError, match="may need 32 blocks"):
         simulation.add(20, 14, n=2)
-    simulation.run_all()
+    simulation.run()
 
 
 def test_a_static_batch_lets_nobody_join(seed):

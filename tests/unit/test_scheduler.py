@@ -177,7 +177,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "simulation"):
-            self.simulation.run_all()
+            self.simulation.run()
 
 
 def test_any_sequence_of_calls_keeps_the_promises(seed):
@@ -215,7 +215,7 @@ def test_any_load_is_served_in_order(requests, num_blocks, block_size, mode, cac
         for _ in range(wait):
             if simulation.scheduler.has_unfinished():
                 simulation.step()
-    simulation.run_all()
+    simulation.run()
 
 
 @pytest.mark.parametrize("window", [1, 4, 6, 9])
@@ -246,7 +246,7 @@ def test_more_requests_run_at_once_where_windows_leave_blocks_behind():
         for _ in range(30):
             simulation.step()
         running[window] = len(simulation.scheduler.running)
-        simulation.run_all()
+        simulation.run()
         assert all(group.finished for group in groups)
         if window:
             assert simulation.scheduler.num_preemptions == 0
@@ -261,10 +261,10 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
     simulation.step()
     assert simulation.scheduler.num_pinned_blocks() == 4
     simulation.add(prompt, 9)
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_prefix_hits == 16
     simulation.add(prompt, 2)
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_prefix_hits == 16 + 31, "what was given back is found again"
     assert simulation.scheduler.num_pinned_blocks() == 4
 
@@ -273,9 +273,9 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
 def test_what_was_generated_is_found_behind_a_window(window):
     simulation = Simulation(num_blocks=24, budget=32, window=window)
     group = simulation.add(6, 27)
-    simulation.run_all()
+    simulation.run()
     simulation.add(group.seqs[0].token_ids, 1)
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_prefix_hits == 32, "of 33 tokens the last was never computed"
 
 
@@ -297,7 +297,7 @@ def test_what_the_first_output_gave_back_is_found_for_the_second():
         simulation.step()
     assert first.num_computed == 16
     assert second.num_computed > 20
-    simulation.run_all()
+    simulation.run()
 
 
 def test_a_request_that_needs_exactly_the_pool_runs_and_one_block_more_is_refused():
@@ -306,7 +306,7 @@ def test_a_request_that_needs_exactly_the_pool_runs_and_one_block_more_is_refuse
     simulation.add(6, 3, n=3)
     with pytest.raises(ValueError, match="may need 7 blocks"):
         simulation.add(6, 4, n=3)
-    simulation.run_all()
+    simulation.run()
 
 
 def test_refusals_name_the_limit():
@@ -331,7 +331,7 @@ def test_the_latest_is_preempted_first_and_comes_back_before_anything_new():
     assert (Status.PREEMPTED, Status.WAITING) in statuses
     assert (Status.PREEMPTED, Status.RUNNING) not in statuses
     assert simulation.scheduler.num_preemptions == 1
-    simulation.run_all()
+    simulation.run()
 
 
 @pytest.mark.parametrize(("num_cpu_blocks", "status"), [(5, Status.SWAPPED), (1, Status.PREEMPTED)])
@@ -349,7 +349,7 @@ def test_a_group_is_swapped_as_a_whole_or_dropped_as_a_whole(num_cpu_blocks, sta
     tables = [simulation.blocks.table(seq.seq_id) for seq in second.seqs]
     assert tables[0][0] == tables[1][0], "the prompt's full block is shared again"
     assert bool(simulation.num_swaps) == (status is Status.SWAPPED)
-    simulation.run_all()
+    simulation.run()
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_a_group_that_is_computed_again_holds_its_prompt_once():
     for _ in range(5):
         simulation.step()
     simulation.add(4, 1, priority=-1)
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_preemptions == 1
 
 
@@ -392,20 +392,20 @@ def test_no_more_make_way_than_have_to():
     plan = simulation.step()
     assert [group.status for group in groups] == [Status.RUNNING, Status.RUNNING, Status.PREEMPTED]
     assert {item.group for item in plan.scheduled} == {urgent, *groups[:2]}
-    simulation.run_all()
+    simulation.run()
 
 
 def test_who_reads_no_cache_is_no_query_of_it():
     simulation = Simulation(num_blocks=12)
     prompt = simulation.prompt(9)
     simulation.add(prompt, 1)
-    simulation.run_all()
+    simulation.run()
     assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (9, 0)
     simulation.add(prompt, 1, skip_reading_prefix_cache=True)
-    simulation.run_all()
+    simulation.run()
     assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (9, 0)
     simulation.add(prompt, 1)
-    simulation.run_all()
+    simulation.run()
     assert (simulation.scheduler.num_prefix_queries, simulation.scheduler.num_prefix_hits) == (18, 8)
 
 
@@ -419,9 +419,9 @@ def test_a_prefix_is_where_requests_find_it():
     simulation.add(prompt, 4, priority=-1)
     simulation.step()
     assert prefix.status is Status.SWAPPED
-    simulation.run_all()
+    simulation.run()
     simulation.add(prompt, 4)
-    simulation.run_all()
+    simulation.run()
     assert simulation.scheduler.num_prefix_hits >= 12
 
 
@@ -435,7 +435,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
         simulation.step()
         assert first.seqs[0].num_output_tokens == step + 1
         assert long.seqs[0].num_computed == 7 * step
-    simulation.run_all()
+    simulation.run()
 
 
 def test_nobody_reads_what_one_that_failed_never_wrote():
@@ -448,5 +448,5 @@ def test_nobody_reads_what_one_that_failed_never_wrote():
     assert [item.group for item in simulation.scheduler.hold(plan.scheduled)] == [first]
     assert second.status is Status.PREEMPTED
     simulation.scheduler.abort(first)
-    simulation.run_all()
+    simulation.run()
     assert second.seqs[0].finish_reason == "length"
