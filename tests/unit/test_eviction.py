@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
 
+from benchmarks import eviction
+from benchmarks.eviction import Clairvoyant
 from benchmarks.simulation import Request, SimulatedEngine, Spans
 from cupaged.engine import EngineConfig
 from cupaged.engine.memory.block_manager import BlockManager
@@ -184,3 +188,55 @@ def test_what_makes_no_policies_is_refused_by_name():
             BlockManager(4, 4, 4, make)
     with pytest.raises(ValueError, match=r"eviction_policy made .* twice"):
         BlockManager(4, 4, 4, lambda: shared)
+
+
+def test_the_clairvoyant_evicts_what_is_used_last(seed):
+    """Against a model that looks at all uses to come; what was to be used and was not is no reason to stay."""
+    rng = random.Random(seed)
+    uses = {key: sorted(rng.sample(range(60), rng.randrange(8))) for key in range(12)}
+    now = 0
+    policy = Clairvoyant({key: deque(times) for key, times in uses.items()}, lambda: now)
+    cached: dict[int, int] = {}  # block -> key, in the order of addition
+    for _ in range(200):
+        now = min(60, now + (rng.random() < 0.3))
+        if rng.random() < 0.6 and len(cached) < 12:
+            block = rng.choice([block for block in range(12) if block not in cached])
+            cached[block] = rng.choice([key for key in uses if key not in cached.values()])
+            policy.add(block, cached[block], 1)
+        elif cached and rng.random() < 0.3:
+            block = rng.choice(list(cached))
+            policy.remove(block)
+            del cached[block]
+        elif cached:
+            next_use = {b: min((t for t in uses[k] if t >= now), default=math.inf) for b, k in cached.items()}
+            assert policy.evict() == (expected := max(cached, key=next_use.__getitem__))
+            del cached[expected]
+
+
+@pytest.mark.parametrize("trace", ["chat", "mooncake-toolagent"])
+def test_a_table_of_policies(trace, tmp_path, capsys, seed):
+    """Every policy serves the same requests; knowing the future is better than not, but for a little."""
+    arguments = [trace, "--requests", "60", "--blocks", "1000", "--seed", str(seed % 1000)]
+    assert eviction.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "no model ran" in capsys.readouterr().out
+    results = json.loads((tmp_path / "eviction.json").read_text())["results"]
+    rows = {row["policy"]: row for row in results["rows"]}
+    assert list(rows) == [*EVICTION_POLICIES, "clairvoyant"]
+    best = max(rows[policy]["hit_rate"] for policy in EVICTION_POLICIES)
+    assert rows["clairvoyant"]["hit_rate"] >= best - 0.05
+
+
+def test_a_table_of_a_file_and_of_none(tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "arrival,prompt_tokens,output_tokens,prefix,prefix_tokens\n"
+        + "".join(f"{i},100,10,{'ab'[i % 2]},64\n" for i in range(20))
+        + "21,1000,10,,0\n"
+    )
+    assert eviction.main([str(path), "--blocks", "50", "--policies", "lru"]) == 0
+    shown = capsys.readouterr().out
+    assert "20 requests of" in shown
+    assert "1 do not fit" in shown
+    assert f"{100 * 18 * 64 / 2000:.1f}%" in shown
+    assert eviction.main([str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err
