@@ -47,8 +47,8 @@ Uses = dict[Hashable, deque[int]]  # of a content: numbers of the requests that 
 class Clairvoyant(Ranked):
     """Evict the block whose content is used again last, or never (Belady's policy).
 
-    Requests are taken to use blocks in the order of their arrival. They use them only together with all blocks
-    before, and preempted ones look for them again: neither is foreseen, so this is next to a bound and not one.
+    Requests are taken to use blocks in the order of their arrival. They use them only together with all
+    blocks before, and preempted ones look for them again: neither is foreseen, so it is not quite a bound.
 
     Args:
         uses: when contents are used, in ascending order; changed.

@@ -191,7 +191,7 @@ def test_what_makes_no_policies_is_refused_by_name():
 
 
 def test_the_clairvoyant_evicts_what_is_used_last(seed):
-    """Against a model that looks at all uses to come; what was to be used and was not is no reason to stay."""
+    """Against a model that looks at all uses to come; one that came to nothing is no reason to stay."""
     rng = random.Random(seed)
     uses = {key: sorted(rng.sample(range(60), rng.randrange(8))) for key in range(12)}
     now = 0
@@ -209,21 +209,22 @@ def test_the_clairvoyant_evicts_what_is_used_last(seed):
             del cached[block]
         elif cached:
             next_use = {b: min((t for t in uses[k] if t >= now), default=math.inf) for b, k in cached.items()}
-            assert policy.evict() == (expected := max(cached, key=next_use.__getitem__))
+            expected = max(cached, key=next_use.__getitem__)
+            assert policy.evict() == expected
             del cached[expected]
 
 
-@pytest.mark.parametrize("trace", ["chat", "mooncake-toolagent"])
-def test_a_table_of_policies(trace, tmp_path, capsys, seed):
+@pytest.mark.parametrize(("trace", "count"), [("chat", 60), ("mooncake-toolagent", 20)])
+def test_a_table_of_policies(trace, count, tmp_path, capsys, seed):
     """Every policy serves the same requests; knowing the future is better than not, but for a little."""
-    arguments = [trace, "--requests", "60", "--blocks", "1000", "--seed", str(seed % 1000)]
+    arguments = [trace, "--requests", str(count), "--blocks", "1000", "--seed", str(seed % 1000)]
     assert eviction.main([*arguments, "--out", str(tmp_path)]) == 0
     assert "no model ran" in capsys.readouterr().out
     results = json.loads((tmp_path / "eviction.json").read_text())["results"]
     rows = {row["policy"]: row for row in results["rows"]}
     assert list(rows) == [*EVICTION_POLICIES, "clairvoyant"]
     best = max(rows[policy]["hit_rate"] for policy in EVICTION_POLICIES)
-    assert rows["clairvoyant"]["hit_rate"] >= best - 0.05
+    assert rows["clairvoyant"]["hit_rate"] >= best - 0.1
 
 
 def test_a_table_of_a_file_and_of_none(tmp_path, capsys):
