@@ -134,6 +134,6 @@ def _columns(row: Mapping[str, float]) -> Iterator[float]:
 
 # The paper's OPT-13B on one A100 with 40 GB, after no measurement of ours: a constant for reading the weights
 # and running the layers, and a cost per token. Chosen by the paper's Figure 13: 30.42 requests run at 2
-# requests/s with 338 output tokens each, so a step of 30 sequences takes 45 ms. A block of 16 tokens has 13 MB,
-# which take 0.5 ms over PCIe 4.
+# requests/s with 338 output tokens each, so a step of 30 sequences takes 45 ms. A block of 16 tokens has
+# 13 MB, which take 0.5 ms over PCIe 4.
 OPT_13B_ON_A100 = Costs(step=0.04, prompt_token=1.3e-4, decoded_token=2e-4, moved_block=5e-4)

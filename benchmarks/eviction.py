@@ -246,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         results = {"note": NOTE, **settings, "fitting": len(requests), "rows": rows}
-        common.write(options.out, "eviction", common.environment(torch.device("cpu")), results)
+        name = f"eviction-{Path(options.trace).stem}"
+        common.write(options.out, name, common.environment(torch.device("cpu")), results)
     return 0
 
 

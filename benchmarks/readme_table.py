@@ -24,10 +24,11 @@ if not __package__:  # as a script: what is imported is the checkout, not this f
 from benchmarks import charts, paper
 from benchmarks.contenders import names
 from benchmarks.contenders import rates as rates_of
+from cupaged.engine.memory.eviction import EVICTION_POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/paper.md")
 REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
 USUAL_REQUESTS = 32  # whose rates the README has
@@ -266,11 +267,48 @@ def paper_tables(run: Run, link: str) -> Iterator[str]:
             yield _line(row["load"], decoding.replace("_", " "), str(row[name]), saved)
 
 
+def rates_table(run: Run, link: str) -> Iterator[str]:
+    results = run["results"]
+    yield (
+        f"{results['note']} {results['requests']:,} requests of ShareGPT, more of shorter loads; rates at a mean "
+        f"latency of {results['latency_s']} s per output token ({link}); the paper's figures in brackets."
+    )
+    yield ""
+    yield from _table("figure", "load", "system", "requests/s", "paged memory sustains")
+    for row in results["rows"]:
+        published = " to ".join(f"{ratio:g}" for ratio in row["published"])
+        if row["case"] == "ShareGPT" and row["system"] == "FasterTransformer":
+            published = f"up to {published}"
+        ratio = f"{row['ratio']:.2f}x" + f" ({published}x)" * bool(published)
+        ratio = "" if row["system"] == "paged" else ratio
+        yield _line(row["figure"], row["case"], row["system"], f"{row['rate']:.2f}", ratio)
+
+
+def eviction_table(run: Run, link: str) -> Iterator[str]:
+    results = run["results"]
+    yield (
+        f"`{results['trace']}`, {results['fitting']:,} requests, {results['blocks']:,} blocks of 16 tokens. "
+        f"{results['note']} ({link})"
+    )
+    yield ""
+    yield from _table("policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token")
+    for row in results["rows"]:
+        yield _line(
+            f"`{row['policy']}`" if row["policy"] in EVICTION_POLICIES else row["policy"],
+            f"{100 * row['hit_rate']:.1f}",
+            f"{row['ttft_median_s']:.2f}",
+            f"{row['ttft_p99_s']:.2f}",
+            f"{row['normalized_latency_s']:.4f}",
+        )
+
+
 TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the first word of the file's name
     "kernels": kernels_table,
     "throughput": throughput_table,
     "scheduler": scheduler_table,
     "paper": paper_tables,
+    "rates": rates_table,
+    "eviction": eviction_table,
 }
 
 

@@ -220,7 +220,7 @@ def test_a_table_of_policies(trace, count, tmp_path, capsys, seed):
     arguments = [trace, "--requests", str(count), "--blocks", "1000", "--seed", str(seed % 1000)]
     assert eviction.main([*arguments, "--out", str(tmp_path)]) == 0
     assert "no model ran" in capsys.readouterr().out
-    results = json.loads((tmp_path / "eviction.json").read_text())["results"]
+    results = json.loads((tmp_path / f"eviction-{trace}.json").read_text())["results"]
     rows = {row["policy"]: row for row in results["rows"]}
     assert list(rows) == [*EVICTION_POLICIES, "clairvoyant"]
     best = max(rows[policy]["hit_rate"] for policy in EVICTION_POLICIES)
