@@ -187,7 +187,9 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("trace", help=f"a file, or one of {', '.join(GENERATORS)}")
     parser.add_argument("--format", choices=tuple(traces.READERS), help="default: by the file's beginning")
     parser.add_argument("--requests", type=int, default=1000, help="number of requests (default: 1000)")
-    parser.add_argument("--rate", type=float, help="requests per second (default: the file's, or 2)")
+    parser.add_argument(
+        "--rate", type=float, help="requests (or sessions) per second (default: the file's, or 2)"
+    )
     parser.add_argument("--burstiness", type=float, default=1.0, help="of arrivals (default: 1, Poisson)")
     parser.add_argument("--blocks", type=int, default=2000, help="blocks of 16 tokens (default: 2000)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="default: 256")

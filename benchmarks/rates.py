@@ -13,7 +13,7 @@ import argparse
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from benchmarks.traces import Arrivals
 SLOTS = 15_700  # of the KV cache: Table 1
 MAX_MODEL_LEN = 2048
 LATENCY = 0.25  # seconds per output token; a request alone takes 0.04
-STEPS = 7  # of the search, which begins with rates that differ by a factor of 60
+STEPS = 6  # of the search
 NOTE = "A simulation: no model ran, and the times are those of a cost model."
 SYSTEMS = {  # memory policy, batching
     "paged": ("paged", "continuous"),
@@ -166,7 +166,8 @@ def sustained(case: Case, system: str, count: int) -> tuple[float, list[tuple[fl
     at_once, throughput = latency(case, system, count, None)
     if at_once <= LATENCY:
         raise RuntimeError(f"{count} requests are too few for {system} to have a queue: take more")
-    low, high = throughput / 30, 2 * throughput
+    # Static batches make requests wait long before the system is busy all the time.
+    low, high = throughput / (30 if SYSTEMS[system][1] == "static" else 4), 2 * throughput
     points = []
     for _ in range(STEPS):
         rate = (low * high) ** 0.5
@@ -186,21 +187,22 @@ def _job(job: tuple[str, str, int]) -> dict[str, Any]:
     return {"case": name, "figure": case.figure, "system": system, "rate": rate, "points": points}
 
 
-def run(count: int, jobs: int) -> list[dict[str, Any]]:
-    """Return a row of each case and system; with the ratio of paged memory's rate to the system's."""
-    wanted = [(name, system, count) for name, case in CASES.items() for system in ("paged", *case.others)]
+def run(cases: Iterable[str], count: int, jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield a row of each case and system, with the ratio of paged memory's rate to the system's."""
+    wanted = [(name, system, count) for name in cases for system in ("paged", *CASES[name].others)]
+    paged: dict[str, float] = {}
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        rows = pool.map(_job, wanted, chunksize=1)
-    paged = {row["case"]: row["rate"] for row in rows if row["system"] == "paged"}
-    for row in rows:
-        row["ratio"] = paged[row["case"]] / row["rate"]
-        row["published"] = CASES[row["case"]].published.get(row["system"], ())
-    return rows
+        for row in pool.imap(_job, wanted, chunksize=1):
+            paged.setdefault(row["case"], row["rate"])  # the first of its case
+            row["ratio"] = paged[row["case"]] / row["rate"]
+            row["published"] = CASES[row["case"]].published.get(row["system"], ())
+            yield row
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000, help="of each run of ShareGPT (default: 1000)")
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="CASE")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--out", type=Path, help="directory for the JSON")
     options = parser.parse_args(arguments)
@@ -208,13 +210,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--requests and --jobs must be at least 1")
     print(NOTE)
     print(f"\n{'load':<32} {'system':<18} {'requests/s':>10} {'paged over it':>14} {'(paper)':>9}")
-    rows = run(options.requests, options.jobs)
-    for row in rows:
+    rows: list[dict[str, Any]] = []
+    for row in run(options.cases, options.requests, options.jobs):
+        rows.append(row)
         paper = " to ".join(f"{ratio:g}" for ratio in row["published"])
-        print(f"{row['case']:<32} {row['system']:<18} {row['rate']:>10.2f} {row['ratio']:>14.2f} {paper:>9}")
-    if options.out:
-        results = {"note": NOTE, "requests": options.requests, "latency_s": LATENCY, "rows": rows}
-        common.write(options.out, "rates-simulated", common.environment(torch.device("cpu")), results)
+        print(
+            f"{row['case']:<32} {row['system']:<18} {row['rate']:>10.2f} {row['ratio']:>14.2f} {paper:>9}",
+            flush=True,
+        )
+        if options.out:
+            results = {"note": NOTE, "requests": options.requests, "latency_s": LATENCY, "rows": rows}
+            common.write(options.out, "rates-simulated", common.environment(torch.device("cpu")), results)
     return 0
 
 

@@ -270,8 +270,8 @@ def paper_tables(run: Run, link: str) -> Iterator[str]:
 def rates_table(run: Run, link: str) -> Iterator[str]:
     results = run["results"]
     yield (
-        f"{results['note']} {results['requests']:,} requests of ShareGPT, more of shorter loads; rates at a mean "
-        f"latency of {results['latency_s']} s per output token ({link}); the paper's figures in brackets."
+        f"{results['note']} {results['requests']:,} requests of ShareGPT, more of shorter ones; rates at "
+        f"a mean latency of {results['latency_s']} s per output token ({link}); the paper's in brackets."
     )
     yield ""
     yield from _table("figure", "load", "system", "requests/s", "paged memory sustains")
