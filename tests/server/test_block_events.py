@@ -171,6 +171,23 @@ def test_a_watch_begins_anew_while_the_last_one_ends(small):
     asyncio.run(asyncio.wait_for(watch(), 60))
 
 
+def test_a_call_that_nobody_waits_for_does_not_end_the_engine(small):
+    async def cancel() -> None:
+        engine = small.async_engine
+        blocking = asyncio.create_task(engine.call(lambda: time.sleep(0.2)))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(engine.call(lambda: 1))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await blocking
+        assert await engine.call(lambda: 2) == 2
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda: 1 // 0)
+        assert engine.error is None
+
+    asyncio.run(asyncio.wait_for(cancel(), 20))
+
+
 def test_an_engine_that_has_ended_ends_the_stream(llama_dir):
     with Running(llama_dir) as running:
         pass
