@@ -294,7 +294,7 @@ export class Grid {
     const { context, places } = this;
     const { color } = KINDS[kind];
     context.globalAlpha = 1 - age ** 2;
-    const grown = this.still ? 0 : age * places.cell * 0.3;
+    const grown = this.still ? 0 : age * places.cell * 0.16;
     this.drawRing(to ?? from, color, 2.5, to ? 0 : grown);
     if (to) {
       const half = places.cell / 2;
