@@ -165,6 +165,19 @@ class AsyncEngine:
             stream.receive(error)
         return stream
 
+    async def settled(self) -> None:
+        """Wait until the engine has added or refused all requests that were submitted before."""
+        loop = asyncio.get_running_loop()
+        settled = asyncio.Event()
+
+        def settle() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settled.set)
+
+        with contextlib.suppress(EngineDeadError):
+            self._submit(settle)
+            await settled.wait()
+
     def _submit(self, command: Callable[[], None]) -> None:
         with self._submit_lock:
             if self.error is not None:
