@@ -31,6 +31,7 @@ from .engine.config import (
     EngineConfig,
 )
 from .engine.server.access import Access, check_certificate
+from .engine.server.chat_settings import ChatSettings
 from .engine.server.limits import Limits
 
 _CHOICES = {
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         help="log a line about load and cache every ten seconds while there is load",
     )
     _add_access(cli.add_argument_group("access"))
+    _add_settings(cli.add_argument_group("chat"), ChatSettings)
     _add_settings(cli.add_argument_group("limits"), Limits)
     _add_settings(cli.add_argument_group("engine"), EngineConfig)
     return cli
@@ -242,6 +244,7 @@ def _serve(options: argparse.Namespace) -> int:
     _set_up_logs(options)
     limits = Limits(**_settings(options, Limits))
     access, tls = _access(options), _tls(options)
+    chat_settings = ChatSettings(**_settings(options, ChatSettings))
     _allow_descriptors(limits.max_connections)
     with listen(options.host, options.port) as listener:
         # Before torch and transformers are imported, and because the hub may take half a minute to fail.
@@ -250,7 +253,8 @@ def _serve(options: argparse.Namespace) -> int:
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(listener, options, EngineConfig(**{**settings, "device": str(device)}), limits, access, tls)
+        config = EngineConfig(**{**settings, "device": str(device)})
+        _run(listener, options, config, limits, access, tls, chat_settings)
     return 0
 
 
@@ -307,6 +311,7 @@ def _run(
     limits: Limits,
     access: Access,
     tls: tuple[Path, Path] | None,
+    chat_settings: ChatSettings,
 ) -> None:
     from .engine import LLMEngine
     from .engine.server.async_engine import AsyncEngine
@@ -326,9 +331,8 @@ def _run(
     names = options.served_model_name or [engine.model_name]
     bound_to, port = bound.getsockname()[:2]
     address = _address(options.host, port, "https" if tls else "http")
-    greeting = _greeting(
-        address, names[0], chat=bool(engine.tokenizer.chat_template), key=bool(access.api_keys)
-    )
+    chat = bool(chat_settings.chat_template or engine.tokenizer.chat_template)
+    greeting = _greeting(address, names[0], chat=chat, key=bool(access.api_keys))
     hosts = allowed_hosts(bound_to, options.host, options.allowed_hosts)
     server = Server(
         AsyncEngine(engine),
@@ -340,6 +344,7 @@ def _run(
         step_timeout=options.step_timeout,
         log_stats=options.log_stats,
         tls=tls,
+        chat_settings=chat_settings,
     )
     server.run(sockets=[bound])
     if server.failure is not None:

@@ -6,26 +6,30 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_template import rendered_prompt
 from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
+from .block_events import add_block_events
 from .bodies import Bodies, json_body
-from .chat import render, rendered_prompt
+from .chat import Chat
+from .chat_settings import ChatSettings
 from .choices import CHAT, TEXT
 from .completions import Completions
 from .errors import RESPONSES, add_error_handlers
+from .event_stream import Translation
 from .limits import Limits
 from .metrics import Metrics
 from .middleware import HeadAsGet
 from .operations import ModelNames, add_operations
+from .page_files import add_page
 from .protocol import ChatCompletionRequest, CompletionRequest
 from .tokenization import TOKENIZATION_MODELS, add_tokenization
+from .translated_apis import TRANSLATED_MODELS, add_translated_apis
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 
@@ -38,6 +42,7 @@ def create_app(
     limits: Limits | None = None,
     healthy: Callable[[], bool] | None = None,
     run_engine: bool = True,
+    chat_settings: ChatSettings | None = None,
 ) -> FastAPI:
     """Create the application around an engine.
 
@@ -47,6 +52,7 @@ def create_app(
         healthy: returns whether ``/health`` answers 200; by default whether the engine accepts requests.
         run_engine: run the engine in a thread of its own during the application's lifespan; False: the caller
             runs it.
+        chat_settings: settings of chats.
     """
     limits = limits or Limits()
 
@@ -68,6 +74,7 @@ def create_app(
     check_model = names.check
     metrics = Metrics(names.first, engine.stats, engine.engine.config, engine.engine.max_model_len)
     bodies = Bodies(limits, engine.engine.tokenizer)
+    chat = Chat(chat_settings or ChatSettings(), bodies.tokenizer, engine.engine.max_characters)
     completions = Completions(
         engine,
         metrics,
@@ -77,17 +84,26 @@ def create_app(
         bodies.in_thread,
     )
     add_error_handlers(
-        app, {CHAT_PATH: ChatCompletionRequest, TEXT_PATH: CompletionRequest, **TOKENIZATION_MODELS}
+        app,
+        {
+            CHAT_PATH: ChatCompletionRequest,
+            TEXT_PATH: CompletionRequest,
+            **TOKENIZATION_MODELS,
+            **TRANSLATED_MODELS,
+        },
     )
 
     def read_chat(
         content: bytes, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[ChatCompletionRequest, SamplingParams]:
         body = bodies.parse(content, ChatCompletionRequest)
+        return body, checked(body)
+
+    def checked(body: ChatCompletionRequest) -> SamplingParams:
         check_model(body.model)
         params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         limits.check_choices(1, params.num_sequences)
-        return body, params
+        return params
 
     def read_text(
         content: bytes, tokenizer: PreTrainedTokenizerBase
@@ -110,10 +126,24 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         completions.check_room(1)
         body, params = await bodies.read(request, read_chat)
+        return await respond_chat(request, body, params)
+
+    async def rendered(body: ChatCompletionRequest) -> tuple[str, Prompt]:
         # In another thread, as a template may take seconds.
-        text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.engine.max_characters)
-        prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
-        return await completions.respond(request, CHAT, [prompt], params, body)
+        text = await asyncio.to_thread(chat.render, body)
+        return text, await bodies.work(len(text), functools.partial(rendered_prompt, text))
+
+    async def respond_chat(
+        request: Request,
+        body: ChatCompletionRequest,
+        params: SamplingParams,
+        translation: Translation | None = None,
+    ) -> Response:
+        text, prompt = await rendered(body)
+        params, create_reader = chat.reading(body, params, text)
+        return await completions.respond(request, CHAT, [prompt], params, body, create_reader, translation)
+
+    add_translated_apis(app, bodies, completions.check_room, checked, rendered, respond_chat)
 
     @app.post(TEXT_PATH, responses=RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:
@@ -122,10 +152,9 @@ def create_app(
         return await completions.respond(request, TEXT, prompts, params, body)
 
     add_operations(app, names, engine.engine, metrics, healthy or (lambda: engine.error is None))
-    add_tokenization(app, bodies, check_model, engine.engine)
+    add_tokenization(app, bodies, check_model, engine.engine, chat.render)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
+    add_block_events(app, engine)
+    add_page(app)
 
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -35,7 +35,24 @@ RESPONSES: Responses = {
     **ERRORS,
 }
 
-_ANTHROPIC_PATH = "/v1/messages"  # it and what is below it
+
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """Hold an error in Anthropic's format."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+ANTHROPIC_RESPONSES: Responses = {
+    status: {**response, "model": AnthropicErrorResponse} if "model" in response else response
+    for status, response in RESPONSES.items()
+}
+ANTHROPIC_PATH = "/v1/messages"  # it and what is below it
 _ANTHROPIC_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -48,7 +65,7 @@ _ANTHROPIC_KINDS = {
 
 def is_anthropic(path: str) -> bool:
     """Return whether Anthropic's clients ask for a path."""
-    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
 class UnknownModelError(Exception):
@@ -164,8 +181,8 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
 
 def _parameter_of(message: str, model: type[BaseModel]) -> str | None:
     """Return the first field of the request that an error message names, or None."""
-    prompt_field = "messages" if "messages" in model.model_fields else "prompt"
-    # The engine's name -> the API's.
-    fields = {"prompt": prompt_field, "prompt_token_ids": prompt_field, "beam_width": "n"}
+    prompt_field = next((name for name in ("messages", "input") if name in model.model_fields), "prompt")
+    # The engine's name, or that of the chat endpoint -> the API's.
+    fields = dict.fromkeys(("prompt", "prompt_token_ids", "messages"), prompt_field) | {"beam_width": "n"}
     words = (fields.get(word, word) for word in re.findall(r"\w+", shortened(message)))
     return next((word for word in words if word in model.model_fields or word in UNSUPPORTED), None)

@@ -19,6 +19,7 @@ import uvicorn
 from .access import Access
 from .app import LAST_STEP_SECONDS, create_app
 from .async_engine import AsyncEngine, EngineDeadError
+from .chat_settings import ChatSettings
 from .connections import Connection, Connections
 from .drain import Drain
 from .limits import Limits
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
         step_timeout: seconds after which a step is reported as hanging and ``/health`` answers 503; 0: never.
         log_stats: log the load every ten seconds, while there is any.
         tls: files with the certificate chain and the private key, to serve HTTPS; None: HTTP.
+        chat_settings: settings of chats.
 
     Attributes:
         failure: the error of the engine, if that is why the server stops.
@@ -70,11 +72,12 @@ class Server(uvicorn.Server):
         step_timeout: float = 300.0,
         log_stats: bool = True,
         tls: tuple[Path, Path] | None = None,
+        chat_settings: ChatSettings | None = None,
     ) -> None:
         limits = limits or Limits()
         self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_names, limits, self._healthy, run_engine=False))
+        self._drain = Drain(create_app(engine, model_names, limits, self._healthy, False, chat_settings))
         super().__init__(
             uvicorn.Config(
                 guarded(self._drain, access or Access()),

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_template import rendered_prompt
 from ..llm_engine import LLMEngine
 from ..prompts import tokenize
 from .bodies import Bodies, json_body
-from .chat import render, rendered_prompt
 from .errors import ERRORS
 from .fields import Integers, Strict
 from .protocol import ChatCompletionRequest
@@ -61,12 +61,17 @@ TOKENIZATION_MODELS: dict[str, type[BaseModel]] = {
 
 
 def add_tokenization(
-    app: FastAPI, bodies: Bodies, check_model: Callable[[str], None], engine: LLMEngine
+    app: FastAPI,
+    bodies: Bodies,
+    check_model: Callable[[str], None],
+    engine: LLMEngine,
+    render: Callable[[ChatCompletionRequest], str],
 ) -> None:
     """Add the routes.
 
     Args:
         check_model: raises an error for a name that the model does not have.
+        render: returns the text of a conversation.
     """
     max_token_id = max(engine.tokenizer.get_vocab().values())
 
@@ -117,7 +122,7 @@ def add_tokenization(
             return body
         strings = body.return_token_strs
         # In another thread, as a template may take seconds.
-        text = await asyncio.to_thread(render, bodies.tokenizer, body, engine.max_characters)
+        text = await asyncio.to_thread(render, body)
 
         def tokenize_text(tokenizer: PreTrainedTokenizerBase) -> Response:
             prompt = rendered_prompt(text, tokenizer)

@@ -147,6 +147,9 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
     """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
 
     class Engine:
+        async def call(self, function):
+            return function()
+
         def submit(self, request_id, prompt, params, put, priority):
             stream = Stream(request_id, put, lambda: None)
 
@@ -160,7 +163,7 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
             return stream
 
     async def read():
-        metrics = Metrics(MODEL, server.engine.stats)
+        metrics = Metrics(MODEL, server.engine.stats, server.engine.config, 256)
         completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL, 2, None)
         outputs = completions._run("r", ["x", "y"], SamplingParams(), 0)
         first = {position: output async for position, output in _take(outputs, 2)}
