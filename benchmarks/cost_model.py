@@ -132,8 +132,16 @@ def _columns(row: Mapping[str, float]) -> Iterator[float]:
     yield row["decode_seqs"] * row["context"]
 
 
-# The paper's OPT-13B on one A100 with 40 GB, after no measurement of ours: a constant for reading the weights
-# and running the layers, and a cost per token. Chosen by the paper's Figure 13: 30.42 requests run at 2
-# requests/s with 338 output tokens each, so a step of 30 sequences takes 45 ms. A block of 16 tokens has
-# 13 MB, which take 0.5 ms over PCIe 4.
-OPT_13B_ON_A100 = Costs(step=0.04, prompt_token=1.3e-4, decoded_token=2e-4, moved_block=5e-4)
+# The paper's OPT-13B on one A100 with 40 GB, after no measurement of ours. From its sizes: a token's keys and
+# values have 0.82 MB, which take 0.53 us to read at 1.555 TB/s; a block of 16 tokens takes 0.5 ms over PCIe 4;
+# a prompt's token takes 26 GFLOP, a pair of tokens 0.8 MFLOP, at half to two thirds of 312 TFLOP/s. The rest,
+# a step's constant and the cost of a sequence, is chosen by one figure of the paper: at 2 requests/s of
+# ShareGPT 30.42 run at once (Figure 13).
+OPT_13B_ON_A100 = Costs(
+    step=0.034,
+    prompt_token=1.3e-4,
+    prompt_pair=5e-9,
+    decoded_token=2e-4,
+    context_token=5.3e-7,
+    moved_block=5e-4,
+)

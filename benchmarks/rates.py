@@ -32,7 +32,7 @@ from benchmarks.traces import Arrivals
 
 SLOTS = 15_700  # of the KV cache: Table 1
 MAX_MODEL_LEN = 2048
-LATENCY = 0.25  # seconds per output token; a request alone takes 0.04
+LATENCY = 0.25  # seconds per output token; a request alone takes 0.035
 STEPS = 6  # of the search
 NOTE = "A simulation: no model ran, and the times are those of a cost model."
 SYSTEMS = {  # memory policy, batching
