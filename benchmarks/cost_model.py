@@ -133,7 +133,7 @@ def _columns(row: Mapping[str, float]) -> Iterator[float]:
 
 
 # The paper's OPT-13B on one A100 with 40 GB, after no measurement of ours. From its sizes: a token's keys and
-# values have 0.82 MB, which take 0.53 us to read at 1.555 TB/s; a block of 16 tokens takes 0.5 ms over PCIe 4;
+# values have 0.82 MB, which take 0.53 us to read at 1.555 TB/s; a block of 16 tokens takes 0.5 ms over PCIe;
 # a prompt's token takes 26 GFLOP, a pair of tokens 0.8 MFLOP, at half to two thirds of 312 TFLOP/s. The rest,
 # a step's constant and the cost of a sequence, is chosen by one figure of the paper: at 2 requests/s of
 # ShareGPT 30.42 run at once (Figure 13).

@@ -11,6 +11,7 @@ from benchmarks import paper
 from benchmarks.memory_use import memory_use
 from cupaged.engine import SamplingParams
 from cupaged.engine.config import MEMORY_POLICIES
+from cupaged.engine.memory.eviction import EVICTION_POLICIES, LRU
 
 from .harness import Reference, run, small_engine
 
@@ -53,6 +54,26 @@ def test_tokens_are_equal_under_every_policy(llama_dir, seed):
     expected = outputs["continuous", "paged"]
     assert len(expected) == 7
     assert all(found == expected for found in outputs.values())
+
+
+@pytest.mark.parametrize("policy", ["lfu", "cost", LRU])
+def test_tokens_are_equal_under_every_eviction_policy(llama_dir, policy, seed):
+    """Of prompts that begin alike, one after the other, in a pool that keeps half of what they compute."""
+    rng = random.Random(seed)
+    common = [[rng.randrange(250) for _ in range(24)] for _ in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [
+        rng.choice(common) + [rng.randrange(250) for _ in range(rng.randrange(1, 9))] for _ in range(8)
+    ]
+    outputs, reference = [], Reference(llama_dir)
+    for name in ("lru", policy):
+        engine = small_engine(llama_dir, num_gpu_blocks_override=16, eviction_policy=name, max_num_seqs=1)
+        made = engine._blocks.gpu._cached
+        assert type(made) is (EVICTION_POLICIES[name] if isinstance(name, str) else name)
+        reference.replace_logits(engine)
+        found = run(engine, {str(i): ({"prompt_token_ids": p}, params) for i, p in enumerate(prompts)})
+        outputs.append({name: output.outputs[0].token_ids for name, output in found.items()})
+    assert outputs[0] == outputs[1]
 
 
 def watch_reservations(engine, policy, static):
@@ -127,7 +148,7 @@ def test_paged_memory_holds_tokens():
             assert use.internal + use.reserved < 16 * len(served.scheduler.running) or in_prompts
             shares.append(use.stored / use.allocated)
 
-    served.run(paper.requests(paper.LOADS["ShareGPT"], 200), observe=observe)
+    served.replay(paper.requests(paper.LOADS["ShareGPT"], 200), observe=observe)
     assert sum(shares) / len(shares) >= 0.96
     assert min(shares) > 0.9
 
