@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step computes and moves.
+    """Count what a step computes and moves.
 
     Args:
         prompt_tokens: number of tokens of prompts.

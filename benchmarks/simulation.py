@@ -88,7 +88,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Served:
-    """What became of a request; times in seconds since the trace began."""
+    """Hold what became of a request; times in seconds since the trace began."""
 
     request: Request
     arrival: int  # order of arrival
