@@ -83,7 +83,7 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> bytes:
     if draws.random() < 0.1:
         changed = bytearray(content)
         for _ in range(draws.randrange(1, 4)):
-            at = draws.randrange(len(changed))
+            at = draws.randrange(len(changed) + 1)
             changed[at : at + draws.randrange(3)] = draws.randbytes(draws.randrange(3))
         content = bytes(changed) or b"{"
     return content
