@@ -32,6 +32,13 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "/v1/chat/completions",
         {**COMMON, "messages": CHAT, "stream": True, "stream_options": {"include_usage": True}},
     ),
+    ("/v1/responses", {"model": MODEL, "input": "abc", "max_output_tokens": 3, "temperature": 0.5}),
+    (
+        "/v1/responses",
+        {"model": MODEL, "input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief."},
+    ),
+    ("/v1/messages", {**COMMON, "stop": None, "seed": None, "messages": CHAT[1:], "system": "Be brief."}),
+    ("/v1/messages/count_tokens", {"model": MODEL, "messages": CHAT[1:]}),
     ("/tokenize", {"model": MODEL, "prompt": "abc", "return_token_strs": True}),
     ("/tokenize", {"messages": CHAT, "add_generation_prompt": False}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
@@ -69,13 +76,14 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> bytes:
             del place[key]
         else:
             place[key] = copy.deepcopy(draws.choice(JUNK))
-    if isinstance(body.get("max_tokens"), (int, float)) and body["max_tokens"] > 3:
-        body["max_tokens"] = 3  # that long answers end is not to be tested so often
+    for name in ("max_tokens", "max_output_tokens"):
+        if isinstance(body.get(name), (int, float)) and body[name] > 3:
+            body[name] = 3  # that long answers end is not to be tested so often
     content = json.dumps(body, ensure_ascii=draws.random() < 0.9).encode("utf-8", "surrogatepass")
     if draws.random() < 0.1:
         changed = bytearray(content)
         for _ in range(draws.randrange(1, 4)):
-            at = draws.randrange(len(changed))
+            at = draws.randrange(len(changed) + 1)
             changed[at : at + draws.randrange(3)] = draws.randbytes(draws.randrange(3))
         content = bytes(changed) or b"{"
     return content
@@ -100,7 +108,7 @@ def send(client: httpx.Client, draws: random.Random) -> str | None:
     if response.headers["content-type"].startswith("text/event-stream"):
         wrong = b'"error"' in answer or not answer.endswith(b"data: [DONE]\n\n")
     else:
-        wrong = ("error" in json.loads(answer)) == (response.status_code == 200)
+        wrong = (json.loads(answer).get("error") is not None) == (response.status_code == 200)
     return f"{path} {content!r}: {response.status_code} {answer!r}" if wrong else None
 
 
