@@ -15,7 +15,6 @@ from ..scheduling.request import Sequence
 from .grammar import Grammar, Matcher
 from .logits_processors import Users
 
-
 _FOR_POOL = 4  # number of masks for which it pays to wake llguidance's threads
 
 
