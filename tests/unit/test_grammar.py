@@ -43,7 +43,7 @@ def test_the_first_tokens_are_those_of_the_grammar(compiler):
 def test_a_matcher_goes_back_and_forth(compiler, seed):
     """However it came to a place, what may follow there is the same."""
     rng = random.Random(seed)
-    text = json.dumps({"a": [1, 2, {"b": "cé"}], "d": None})
+    text = json.dumps({"a": [1, 2, {"b": "cé"}], "d": None}, ensure_ascii=False)
     matcher = compiler.compile(StructuredOutputsParams(json_object=True)).matcher()
     other = matcher.copy()
     whole, position = tokens(text), 0
@@ -100,6 +100,15 @@ def test_threads_may_compile_at_once(compiler, seed):
         assert permitted(one.first_mask) == permitted(compiler.compile(params).first_mask)
 
 
+@pytest.mark.parametrize("written", ["Größe", r"Gr\u00f6\U000000dfe", r"\u0047r\u00F6\u00dfe"])
+def test_gbnf_is_read_with_its_escapes(compiler, written):
+    for text in ("", r"\\u00f6"):
+        matcher = compiler.compile(StructuredOutputsParams(grammar=f'root ::= "{written}{text}"')).matcher()
+        matcher.advance(tokens("Größe" + text.replace(r"\\", "\\")))
+        assert matcher.error is None
+        assert matcher.may_end
+
+
 def test_whitespace_is_as_asked_for(compiler):
     def first_after(text: str, **fields) -> bool:
         matcher = compiler.compile(StructuredOutputsParams(json_object=True, **fields)).matcher()
@@ -123,6 +132,6 @@ def test_a_tokenizer_without_bytes_is_refused():
 def test_a_trial_finds_what_compiling_finds(compiler):
     for source in ("a", r"\w+é"):
         compiler.compile(StructuredOutputsParams(regex=source), trusted=False)
-    with pytest.raises(ValueError, match="regex cannot be compiled: (.|\n)*unclosed group"):
+    with pytest.raises(ValueError, match=r"regex cannot be compiled: (.|\n)*unclosed group"):
         compiler.compile(StructuredOutputsParams(regex="(a"), trusted=False)
     assert len(compiler._compiled) == 2
