@@ -189,10 +189,10 @@ def test_reasoning_is_an_item_and_a_block(server, client, claude):
 
 
 def test_an_answer_goes_on_from_a_prefill(server, claude):
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is"}]
-    with saying(server, " dry."):
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is so"}]
+    with saying(server, ", dry."):
         message = claude.messages.create(model=MODEL, max_tokens=50, messages=messages)
-    assert message.content[0].text == " dry."
+    assert message.content[0].text == ", dry."
     counted = claude.messages.count_tokens(model=MODEL, messages=messages).input_tokens
-    begun = [messages[0], {"role": "assistant", "content": "It is so."}]
-    assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == counted + len(" so.")
+    begun = [messages[0], {"role": "assistant", "content": "It is so, dry."}]
+    assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == counted + len(", dry.")
