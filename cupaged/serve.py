@@ -44,7 +44,6 @@ _CHOICES = {
 }
 _HIDDEN = ("check_integrity",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
-API_KEY_VARIABLE = "CUPAGED_API_KEY"
 _OTHER_DESCRIPTORS = 256  # file descriptors besides connections
 
 
@@ -126,7 +125,7 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="KEY",
         help="key that requests must have, as a bearer token or as x-api-key; may be given several times; "
-        f"without this option that in {API_KEY_VARIABLE}, which no list of processes shows, or else none",
+        "without this option that in CUPAGED_API_KEY, which no list of processes shows, or else none",
     )
     group.add_argument("--root-path", default="", help="prefix of all paths behind a proxy, such as /llm")
     group.add_argument("--ssl-certfile", type=Path, help="certificate chain in PEM, to serve HTTPS")
@@ -261,7 +260,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _access(options: argparse.Namespace) -> Access:
     """Return who may use the server, but for the hosts, which depend on its address."""
-    keys = options.api_key or [key for key in [os.environ.get(API_KEY_VARIABLE)] if key]
+    keys = options.api_key or [key for key in [os.environ.get("CUPAGED_API_KEY")] if key]
     return Access(
         allowed_origins=tuple(options.allowed_origins),
         api_keys=tuple(keys),

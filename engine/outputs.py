@@ -112,3 +112,13 @@ class EngineStats:
     num_failed_steps: int
     num_gpu_blocks: int
     num_cpu_blocks: int
+
+
+@dataclass
+class Totals:
+    """Count what an engine has done since it was made."""
+
+    arrivals: int = 0  # of requests and prefixes
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    failed_steps: int = 0

@@ -87,9 +87,7 @@ class Scheduler:
         """
         self._prepare(group, seed)
         self._admission.check(group)
-        group.stop_ids = frozenset(group.params.stop_token_ids)
-        if not group.params.ignore_eos:
-            group.stop_ids |= self._eos_token_ids
+        group.stop_ids = group.params.ending_tokens(self._eos_token_ids)
         if group.params.beam_width:
             group.beams = Beams()
         self._queues.add(group)
@@ -286,6 +284,7 @@ class Scheduler:
             draft.swap_out += self._blocks.swap_out([seq.seq_id for seq in group.live])
             group.status = Status.SWAPPED
         else:
+            self._blocks.note("recompute", [seq.seq_id for seq in group.live])
             self._memory.drop(group)
         self._queues.add(group)
 

@@ -12,8 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import error_json
 
-# What monitors and browsers ask for without a key. The page's own requests need one.
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/version"})
+# What monitors and browsers ask for without a key. The page's requests to the API need one.
+_OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/version"})
+_PAGE_FILES = "/page/"
 
 
 class ApiKeys:
@@ -28,7 +29,7 @@ class ApiKeys:
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._digests or scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if not self._digests or scope["type"] != "http" or _is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         given = _keys_of(Headers(scope=scope))
@@ -49,6 +50,10 @@ class ApiKeys:
         """Compare a key with all that are valid, in a time that tells nothing about them."""
         digest = _digest(key)
         return bool(sum([hmac.compare_digest(digest, valid) for valid in self._digests]))
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_PAGE_FILES)
 
 
 def _digest(key: str) -> bytes:

@@ -6,16 +6,15 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template import rendered_prompt
 from ..prompts import Prompt, tokenize
 from ..sampling_params import SamplingParams
 from .async_engine import AsyncEngine
+from .block_events import add_block_events
 from .bodies import Bodies, json_body
 from .chat import Chat
 from .chat_settings import ChatSettings
@@ -27,6 +26,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .middleware import HeadAsGet
 from .operations import ModelNames, add_operations
+from .page_files import add_page
 from .protocol import ChatCompletionRequest, CompletionRequest
 from .tokenization import TOKENIZATION_MODELS, add_tokenization
 from .translated_apis import TRANSLATED_MODELS, add_translated_apis
@@ -154,8 +154,7 @@ def create_app(
     add_operations(app, names, engine.engine, metrics, healthy or (lambda: engine.error is None))
     add_tokenization(app, bodies, check_model, engine.engine, chat.render)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
+    add_block_events(app, engine)
+    add_page(app)
 
     return app

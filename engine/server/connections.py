@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from .errors import error_json
@@ -182,6 +183,11 @@ class Connection(H11Protocol):
         answering = self.cycle is not None and not self.cycle.response_complete
         busy = answering and state is not h11.SEND_BODY
         self._table.set_busy(self, busy)
+        if answering and not self.cycle.response_started:
+            # An answer that comes before the body ends the connection: tell the client, or else it may send
+            # its next request over it.
+            closing = [CLOSE_HEADER] if state is h11.SEND_BODY else []
+            self.cycle.default_headers = self.server_state.default_headers + closing
         if busy and self._table.full and not self.cycle.response_started:
             self._refuse_unless_get()
         if state is h11.SEND_BODY:

@@ -133,8 +133,7 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
 
     @app.exception_handler(BodyTooLargeError)
     async def too_large(request: Request, error: BodyTooLargeError) -> JSONResponse:
-        headers = {"Connection": "close"}  # the rest of the body is not received
-        return respond(request, 413, str(error), headers)
+        return respond(request, 413, str(error))
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> JSONResponse:

@@ -51,7 +51,7 @@ class HostCheck:
             f"the host {shown(host)} is not allowed: use localhost, or start the server with --allowed-hosts"
         )
         body = error_json(scope["path"], 403, message)
-        await JSONResponse(body, status_code=403, headers={"Connection": "close"})(scope, receive, send)
+        await JSONResponse(body, status_code=403)(scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
         parts = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([^:\[\]]+))(?::\d*)?", host)

@@ -37,14 +37,17 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
 
 
 class HeadAsGet:
-    """Answer HEAD requests like GET; the server, which knows the method, does not send the body."""
+    """Answer HEAD requests like GET; the server, which knows the method, does not send the body.
+
+    The scope says so in "head", for answers that would not end.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", "head": True}
         await self.app(scope, receive, send)
 
 

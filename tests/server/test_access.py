@@ -115,6 +115,12 @@ def test_monitors_and_the_page_need_no_key(locked, method, path):
     assert httpx.request(method, locked.url + path).status_code == 200
 
 
+def test_every_file_that_the_page_loads_needs_no_key(locked):
+    for name in re.findall(r'(?:src|href)="([^":,]+)"', httpx.get(locked.url).text):
+        assert httpx.get(f"{locked.url}/{name}").status_code == 200
+    assert httpx.get(f"{locked.url}/page/none").status_code == 404
+
+
 def test_the_sdk_has_its_key(locked):
     base = f"{locked.url}/v1"
     for key in KEYS:
@@ -162,13 +168,13 @@ def test_keys_come_from_the_options_or_else_from_the_environment(monkeypatch):
     def keys(*arguments: str) -> tuple[str, ...]:
         return serve._access(serve.parser().parse_args(arguments)).api_keys
 
-    monkeypatch.delenv(serve.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv("CUPAGED_API_KEY", raising=False)
     assert keys() == ()
     assert keys("--api-key", "a", "--api-key", "b") == ("a", "b")
-    monkeypatch.setenv(serve.API_KEY_VARIABLE, "c")
+    monkeypatch.setenv("CUPAGED_API_KEY", "c")
     assert keys() == ("c",)
     assert keys("--api-key", "a") == ("a",)
-    monkeypatch.setenv(serve.API_KEY_VARIABLE, "")
+    monkeypatch.setenv("CUPAGED_API_KEY", "")
     assert keys() == ()
 
 
