@@ -34,7 +34,7 @@ SYSTEM = (
     "in one sentence each why they are worth reading, and end with a question about the weather."
 )
 QUESTIONS = ["About cats?", "About whales?", "About bridges?", "About bread?", "About maps?", "About clocks?"]
-CHAT = "What is a KV cache, and why is it cut into blocks? Answer with a short list, and with **bold** words."
+CHAT = "Give me a numbered list of three tips for writing good tests, each with a bold title."
 
 
 @contextlib.contextmanager

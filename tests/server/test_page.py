@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import shutil
 import time
@@ -104,6 +105,11 @@ def answer_with(page: Page, body: str, status: int = 200) -> None:
     kind = "text/event-stream" if status == 200 else "application/json"
     page.route("**/v1/chat/completions", lambda r: r.fulfill(status=status, body=body, content_type=kind))
 
+
+RENDERED = """async (texts) => {
+    const { render } = await import("./page/markdown.js");
+    return texts.map((text) => render(text).textContent);
+}"""
 
 # -- chat --------------------------------------------------------------------------------------------------
 
@@ -244,6 +250,40 @@ https://example.com/x.
     ]
     assert body.locator("img, script").count() == 0
     assert page.evaluate("window.bad") is None
+
+
+def test_markdown_loses_no_word_of_any_text(page, seed):
+    """Markup of any kind, closed or not; only what follows a fence and the targets of links is left out."""
+    rng = random.Random(seed)
+    words = [
+        *"*_`~#>|-+![].:\\ \n\n ",
+        "**",
+        "__",
+        "``",
+        "  ",
+        "- ",
+        "1. ",
+        "\n\n",
+        "|-|\n",
+        "a",
+        "bc",
+        "d e",
+    ]
+    texts = ["".join(rng.choices(words, k=rng.randrange(1, 60))) for _ in range(400)]
+    texts = [text for text in texts if "```" not in text and "~~~" not in text]
+    shown = page.evaluate(RENDERED, texts)
+    for text, result in zip(texts, shown):
+        assert re.findall("[a-e]", result) == re.findall("[a-e]", text), repr(text)
+
+
+def test_hostile_markdown_does_not_hang(page):
+    repeated = ["**", "*a", "[", "> ", "_a ", "- ", "[a](", "http://", "|", "~~a", "1. ", "\\", "a|b\n"]
+    texts = [part * 9000 for part in repeated]
+    texts += ["`" * 9999 + " `" * 4000, "# " + " " * 9000 + "a", "|" * 9000 + "\n" + "-|" * 4500]
+    for text in texts:
+        start = time.monotonic()
+        page.evaluate(RENDERED, [text])
+        assert time.monotonic() - start < 10, text[:20]
 
 
 def test_a_key_is_asked_for_and_sent(page, small):
