@@ -78,6 +78,7 @@ def create_app(
         engine,
         metrics,
         bodies.tokenizer,
+        chat,
         served_model_name,
         limits.max_waiting_requests,
         bodies.in_thread,
@@ -123,8 +124,7 @@ def create_app(
         # In another thread, as a template may take seconds.
         text = await asyncio.to_thread(chat.render, body)
         prompt = await bodies.work(len(text), functools.partial(rendered_prompt, text))
-        params, create_reader = chat.reading(body, params, text)
-        return await completions.respond(request, CHAT, [prompt], params, body, create_reader)
+        return await completions.respond(request, CHAT, [prompt], params, body)
 
     @app.post(TEXT_PATH, responses=RESPONSES, openapi_extra=json_body(TEXT_PATH, CompletionRequest))
     async def text_completions(request: Request) -> Response:

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from ..outputs import RequestOutput
 from ..prompts import Prompt
 from ..sampling_params import SamplingParams
-from .answers import AnswerReader, ReadChoice
+from .answers import ReadChoice
 from .async_engine import AsyncEngine
+from .chat import Chat
 from .choices import CHAT, Choice, Style
 from .limits import BusyError
 from .logprobs import for_prompt
@@ -40,6 +41,7 @@ class Completions:
 
     Args:
         tokenizer: a tokenizer for the server's thread.
+        chat: settles how the answers of chats are read.
         model_name: name of the model in responses.
         max_waiting_requests: maximum number of prompts that wait for their first output.
         in_thread: runs slow work in another thread, with a tokenizer of its own.
@@ -50,6 +52,7 @@ class Completions:
         engine: AsyncEngine,
         metrics: Metrics,
         tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         model_name: str,
         max_waiting_requests: int,
         in_thread: Callable[[Callable[[PreTrainedTokenizerBase], bytes]], Awaitable[bytes]],
@@ -57,6 +60,7 @@ class Completions:
         self._engine = engine
         self._metrics = metrics
         self._tokenizer = tokenizer
+        self._chat = chat
         self._model_name = model_name
         self._max_waiting = max_waiting_requests
         self._num_waiting = 0
@@ -81,12 +85,9 @@ class Completions:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         body: ChatCompletionRequest | CompletionRequest,
-        create_reader: Callable[[], AnswerReader] | None = None,
     ) -> Response:
         """Run a request of one or more prompts, each with ``params.n`` choices.
 
-        Args:
-            create_reader: creates a reader of a choice's text; None: the text is the answer.
 
         Raises:
             ValueError: a prompt is malformed or can never run.
@@ -94,7 +95,9 @@ class Completions:
             StepFailedError: a prompt makes steps fail.
             EngineDeadError: the engine has failed or is being stopped.
         """
-        wanted = body.wanted()
+        wanted, create_reader = body.wanted(), None
+        if isinstance(body, ChatCompletionRequest):
+            params, create_reader = self._chat.reading(body, params, prompts[0])
         if body.cache_salt is not None:
             prompts = [_salted(prompt, body.cache_salt) for prompt in prompts]
         head: Json = {
