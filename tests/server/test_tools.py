@@ -31,7 +31,13 @@ TEMPLATE = """{%- if tools -%}
 {%- if add_generation_prompt -%}
 <start>assistant: {% if think %}<think>
 {% endif %}{% endif -%}"""
-SIZE = {"max_model_len": 1024, "max_num_batched_tokens": 512, "num_gpu_blocks_override": 200}
+# Few blocks, as all are checked at every step.
+SIZE = {
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 512,
+    "block_size": 32,
+    "num_gpu_blocks_override": 70,
+}
 USER = [{"role": "user", "content": "Weather in Ulm?"}]
 TOOLS = [
     {
@@ -417,7 +423,7 @@ def test_a_template_without_tools_has_them_in_the_system_message(tmp_path):
 
 
 def test_offline_chats_have_the_servers_prompts(server, directory):
-    llm = LLM(directory, device="cpu", block_size=8, **SIZE)
+    llm = LLM(directory, device="cpu", **SIZE)
     assert llm.get_tokenizer() is llm.engine.tokenizer
     params = SamplingParams(max_tokens=1, temperature=0)
     developer = [
@@ -441,7 +447,6 @@ def test_offline_chats_have_the_servers_prompts(server, directory):
         ([{"role": "user"}], r"^messages\[0\]\.content"),
         ([{"role": "user", "content": "x", "colour": 1}], r"^messages\[0\]\.colour"),
         ([USER, [{"role": "user", "content": [{"type": "image_url"}]}]], r"^conversation 1: .*image_url"),
-        ([], "at least one"),
     ):
         with pytest.raises(ValueError, match=message):
             llm.chat(wrong, params)
