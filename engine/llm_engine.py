@@ -25,10 +25,12 @@ from .model.model_files import check_generation_config, check_length
 from .model.model_runner import ModelRunner
 from .model.progress import without_bars
 from .model.step_timer import StepTimer
+from .model.vocabulary import Vocabulary
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput
 from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
+from .sampling.grammar import Grammar, GrammarCompiler
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
 from .scheduling.failed_step import FailedStep
@@ -37,20 +39,6 @@ from .scheduling.request import SequenceGroup, Status
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
 from .validation import is_integer
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The number of tokens of a model, as input and as output; its tokenizer may have more."""
-
-    size: int
-    num_samplable: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Vocabulary:
-        """Return the vocabulary of a model by the shapes of its embeddings."""
-        size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-        return cls(size, int(getattr(model.get_output_embeddings(), "out_features", size)))
 
 
 @dataclass
@@ -138,6 +126,7 @@ class LLMEngine:
             window=self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
+        self.grammars = GrammarCompiler(self.tokenizer, self._vocabulary.num_samplable, eos_token_ids)
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
 
     @property
@@ -146,7 +135,13 @@ class LLMEngine:
         return self._prompts.max_characters
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request.
 
@@ -157,6 +152,7 @@ class LLMEngine:
                 tell from its speed what was asked before.
             params: how to sample; None: as `default_sampling_params` says.
             priority: where the scheduling policy is "priority", lower ones run first.
+            grammar: what ``grammars.compile`` returned for ``params.structured_outputs`` in another thread.
 
         Raises:
             ValueError: the request is malformed or could never run. Nothing else is affected.
@@ -176,6 +172,8 @@ class LLMEngine:
         num_samplable = self._vocabulary.num_samplable
         params.check_vocabulary(num_samplable)
         self._sampler.check(params, num_samplable)
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         self._prompts.check_length(prompt)
         text, token_ids = self._prompts.read(prompt)
         if params.needs_whole_prompt and (beyond := max(token_ids)) >= num_samplable:
@@ -208,6 +206,8 @@ class LLMEngine:
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
+        if grammar is not None:
+            self._sampler.add_grammar(group, grammar)
         self._groups[request_id] = group
         self._totals.arrivals += 1
         self._totals.prompt_tokens += len(token_ids)
@@ -310,6 +310,7 @@ class LLMEngine:
             raise
         self._timer.end_step(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
+        self._sampler.prepare()
         self._totals.generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
         outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
@@ -346,6 +347,7 @@ class LLMEngine:
                 copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
             )
         )
+        self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)

@@ -86,9 +86,7 @@ class Scheduler:
         """
         self._prepare(group, seed)
         self._admission.check(group)
-        group.stop_ids = frozenset(group.params.stop_token_ids)
-        if not group.params.ignore_eos:
-            group.stop_ids |= self._eos_token_ids
+        group.stop_ids = group.params.ending_tokens(self._eos_token_ids)
         if group.params.beam_width:
             group.beams = Beams()
         self._queues.add(group)

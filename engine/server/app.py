@@ -98,6 +98,7 @@ def create_app(
         check_model(body.model)
         params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         limits.check_choices(1, params.num_sequences)
+        limits.check_grammar(params)
         return body, params
 
     def read_text(
@@ -109,6 +110,7 @@ def create_app(
         params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
         prompts = body.prompts()
         limits.check_choices(len(prompts), params.num_sequences)
+        limits.check_grammar(params)
         return body, [tokenized(prompt, tokenizer) for prompt in prompts], params
 
     def tokenized(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
