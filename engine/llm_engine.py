@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike, fspath
 
 import torch
@@ -27,28 +27,19 @@ from .model.progress import without_bars
 from .model.step_timer import StepTimer
 from .model.vocabulary import Vocabulary
 from .output_processor import OutputProcessor
-from .outputs import EngineStats, RequestOutput
+from .outputs import EngineStats, RequestOutput, Totals
 from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
 from .sampling.grammar import Grammar, GrammarCompiler
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
+from .scheduling.block_watch import BlockWatch
 from .scheduling.failed_step import FailedStep
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
 from .validation import is_integer
-
-
-@dataclass
-class Totals:
-    """Counts since the engine was made."""
-
-    arrivals: int = 0  # of requests and prefixes
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    failed_steps: int = 0
 
 
 class LLMEngine:
@@ -70,6 +61,7 @@ class LLMEngine:
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         loaded, self.tokenizer = self._load(None if model is None else fspath(model))
         self.model_name = demo_model.NAME if model is None else fspath(model)
+        self.dtype = loaded.dtype
         self._runner = ModelRunner(loaded)
         self._runner.rewrite(config.block_size, config.fuse)
         self._vocabulary = Vocabulary.of(loaded)
@@ -371,7 +363,13 @@ class LLMEngine:
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
             num_failed_steps=self._totals.failed_steps,
+            num_gpu_blocks=gpu.num_blocks,
+            num_cpu_blocks=cpu.num_blocks,
         )
+
+    def watch_blocks(self) -> BlockWatch:
+        """Start to report what happens to the blocks, until the watch is closed."""
+        return BlockWatch(self._blocks, self._scheduler)
 
     def check_integrity(self) -> None:
         """Verify the reference counts, and that without requests only pinned prefixes hold blocks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +26,7 @@ from .streams import Item, Stream, deliver
 
 _log = logging.getLogger("cupaged.server")
 _COMPILERS = 2  # number of grammars that are compiled at once
+Result = TypeVar("Result")
 _COMMANDS_SECONDS = 0.01  # maximum time to add and abort requests between two steps
 
 
@@ -183,6 +186,23 @@ class AsyncEngine:
         except EngineDeadError as error:
             stream.receive(error)
         return stream
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Return the result of a function that the engine's thread calls between two steps.
+
+        Raises:
+            EngineDeadError: the engine has failed or is being stopped.
+        """
+        loop, future = asyncio.get_running_loop(), concurrent.futures.Future[Result]()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # it must not end the thread
+                future.set_exception(error)
+
+        self._submit(command)
+        return await asyncio.wrap_future(future, loop=loop)
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._submit_lock:

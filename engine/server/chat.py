@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from .. import chat_template
-from ..prompts import Prompt
 from ..sampling_params import SamplingParams
 from ..structured_outputs import StructuredOutputsParams
 from . import reasoning
@@ -77,7 +76,7 @@ class Chat:
         )
 
     def reading(
-        self, body: ChatCompletionRequest, params: SamplingParams, prompt: Prompt
+        self, body: ChatCompletionRequest, params: SamplingParams, prompt: str
     ) -> tuple[SamplingParams, Callable[[], AnswerReader] | None]:
         """Return the sampling settings of a request, and a function that creates a reader of an answer.
 
@@ -111,11 +110,9 @@ class Chat:
             if params.skip_special_tokens and not self._special_tokens.isdisjoint(markers):
                 params = replace(params, skip_special_tokens=False)
 
-        text = prompt if isinstance(prompt, str) else prompt["prompt"]
-
         def create() -> AnswerReader:
             return AnswerReader(
-                ReasoningParser(tags, text, body.continue_final_message) if tags else None,
+                ReasoningParser(tags, prompt, body.continue_final_message) if tags else None,
                 create_tools() if create_tools else None,
                 call_id=tool_parser.call_id,
                 one_call=body.parallel_tool_calls is False,

@@ -101,7 +101,7 @@ class Limits:
             isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         ):  # a list of prompts, not of tokens
             _check_number("prompt", prompt, self.max_choices, "max_choices")
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "stop_sequences", "bad_words"):
             value = body.get(name)
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and len(text) > self.max_string_length:
@@ -144,7 +144,9 @@ _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 _ENTRIES = {
     "messages": "max_messages",
+    "input": "max_messages",  # of the Responses API
     "stop": "max_stop_strings",
+    "stop_sequences": "max_stop_strings",  # Anthropic's
     "bad_words": "max_bad_words",
     "stop_token_ids": "max_token_ids",
     "allowed_token_ids": "max_token_ids",

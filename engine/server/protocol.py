@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from ..sampling_params import SamplingParams
 from .fields import (
@@ -20,6 +19,7 @@ from .fields import (
     Integers,
     Strings,
     must_be,
+    refuse_unsupported,
     sendable,
     shortened,
     shown,
@@ -100,17 +100,8 @@ class _Sampling(StructuredRequest):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, neutral in UNSUPPORTED.items():
-                value = None if name in cls.model_fields else data.get(name)
-                # logprobs=0 is a setting although 0 == False
-                same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
-                if value is not None and not any(same):
-                    instead = _INSTEAD.get(name, "leave it out")
-                    raise PydanticCustomError(
-                        "unsupported",
-                        "{name} is not supported; {instead}",
-                        {"name": name, "instead": instead},
-                    )
+            fields = {name: neutral for name, neutral in UNSUPPORTED.items() if name not in cls.model_fields}
+            refuse_unsupported(data, fields, _INSTEAD)
         return data
 
     @model_validator(mode="after")

@@ -660,5 +660,5 @@ def test_the_schema_of_the_api_has_the_fields_and_what_it_refers_to(server):
     for reference in references:
         place = schema
         for name in reference.split("/"):
-            place = place[name.replace("~1", "/")]
+            place = place[int(name) if isinstance(place, list) else name.replace("~1", "/")]
         assert place["properties"]
