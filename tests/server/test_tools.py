@@ -370,6 +370,7 @@ def test_settings_of_the_server(directory, tmp_path):
     file.write_text("{% for m in messages %}{{ m.content }}|{% endfor %}{{ tools }}")
     settings = ChatSettings(chat_template=str(file), trust_request_chat_template=True)
     with Running(directory, life={"chat_settings": settings}, **SIZE) as server:
+        assert server.engine.tokenizer.chat_template == file.read_text()
         assert prompt_of(server) == "Weather in Ulm?|None"
         assert prompt_of(server, chat_template="{{ messages | length }} message") == "1 message"
         response = post(server, tools=TOOLS)  # nothing tells how the model writes calls
