@@ -159,4 +159,6 @@ def _formats(template: str | None, tool_parser: str, reasoning_parser: str) -> _
 
 
 def _constrained(params: SamplingParams, schema: dict) -> SamplingParams:
-    return replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+    # With any whitespace some models write nothing else.
+    structure = StructuredOutputsParams(json=schema, whitespace_pattern=" ?")
+    return replace(params, structured_outputs=structure)

@@ -115,14 +115,14 @@ def test_an_answer_of_a_given_format_has_no_reasoning(server, client):
 
 @pytest.mark.parametrize("method", ["function_calling", "json_schema"])
 def test_langchain_has_structured_output(server, method):
-    model = langchain(server).bind(max_tokens=400, seed=1)
-    answer = langchain(server).with_structured_output(Visit, method=method).bind(max_tokens=400)
-    del model
-    assert isinstance(answer.invoke("Where?"), Visit)
+    model = langchain(server, max_tokens=800, seed=1).with_structured_output(Visit, method=method)
+    assert isinstance(model.invoke("Where?"), Visit)
 
 
 def test_langchain_demands_any_tool(server):
-    model = langchain(server).bind_tools([Visit], tool_choice="any", parallel_tool_calls=False)
-    [call] = model.bind(max_tokens=400).invoke("Where?").tool_calls
+    model = langchain(server, max_tokens=400).bind_tools(
+        [Visit], tool_choice="any", parallel_tool_calls=False
+    )
+    [call] = model.invoke("Where?").tool_calls
     assert call["name"] == "Visit"
     Visit.model_validate_json(json.dumps(call["args"]))

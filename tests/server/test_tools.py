@@ -337,8 +337,9 @@ class Weather(BaseModel):
     days: int
 
 
-def langchain(server: Running) -> ChatOpenAI:
-    return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model=MODEL, max_retries=0, timeout=60)
+def langchain(server: Running, **settings) -> ChatOpenAI:
+    url = f"{server.url}/v1"
+    return ChatOpenAI(base_url=url, api_key="none", model=MODEL, max_retries=0, timeout=60, **settings)
 
 
 def test_langchain_binds_tools(server):
