@@ -8,7 +8,7 @@ import random
 
 import jsonschema
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from .conftest import MODEL, Running
 from .test_tools import SIZE, USER, functions, langchain, model, post, whole_and_streamed
@@ -19,12 +19,16 @@ class City(enum.Enum):
     BONN = "Bonn"
 
 
-class Place(BaseModel):
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # a random model would add members without end
+
+
+class Place(Closed):
     city: City
     floor: int = Field(ge=0, le=9)
 
 
-class Visit(BaseModel):
+class Visit(Closed):
     """Visit a place."""
 
     place: Place
