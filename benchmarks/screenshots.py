@@ -34,7 +34,7 @@ SYSTEM = (
     "in one sentence each why they are worth reading, and end with a question about the weather."
 )
 QUESTIONS = ["About cats?", "About whales?", "About bridges?", "About bread?", "About maps?", "About clocks?"]
-CHAT = "What is a KV cache, and why is it cut into blocks? Answer with a short list, and with **bold** words."
+CHAT = "Write a Python function that reverses a string."
 
 
 @contextlib.contextmanager
@@ -98,10 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
         page.goto(address)
+        page.click("#open-settings")
+        page.fill("[name=temperature]", "0")
+        page.fill("[name=max_tokens]", "160")
+        page.click("#settings .primary")
         page.fill("#input", CHAT)
         page.press("#input", "Enter")
         page.wait_for_selector(".message .stats", timeout=300_000)
+        page.set_viewport_size({"width": 1280, "height": 640})
         take(page, options.out / "page-chat.png")
+        page.set_viewport_size({"width": 1280, "height": 800})
         page.click("#tab-pool")
         page.wait_for_selector("#pool-status.live")
         for i, question in enumerate(QUESTIONS):

@@ -196,6 +196,8 @@ class AsyncEngine:
         loop, future = asyncio.get_running_loop(), concurrent.futures.Future[Result]()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():  # its caller has left
+                return
             try:
                 future.set_result(function())
             except Exception as error:  # it must not end the thread

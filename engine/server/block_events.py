@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -14,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from ..scheduling.block_watch import BlockWatch, Json
 from .async_engine import AsyncEngine, EngineDeadError
 
+_log = logging.getLogger("cupaged.server")
 PATH = "/kv_cache/events"
 _INTERVAL = 0.05  # seconds between two reports
 _MAX_QUEUED = 64  # reports that wait for a watcher who does not read, before a snapshot replaces them
@@ -71,6 +73,8 @@ class BlockEvents:
                 await asyncio.sleep(_INTERVAL)
         except EngineDeadError:
             pass
+        except Exception:  # a fault of ours; the engine goes on
+            _log.exception("the blocks cannot be reported")
         finally:
             self._task = None  # who comes from now on starts another one, which looks after this one closes
             for watcher in self._watchers:

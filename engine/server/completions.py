@@ -172,16 +172,18 @@ class Completions:
                 timer = self._metrics.request(params)
                 name, put_one = f"{request_id}-{position}", functools.partial(put, position, timer)
                 running.append((self._engine.submit(name, prompt, params, put_one, priority), timer))
+            if len(prompts) > 1:  # the refusal of one precedes all outputs, with which a stream begins
+                await self._engine.call(lambda: None)  # runs when all are added or refused
             while unfinished:
                 await arrived.wait()
                 arrived.clear()
+                if errors:
+                    raise errors[0]
                 while newest:
                     position = next(iter(newest))
                     output = newest.pop(position)
                     unfinished -= output.finished
                     yield position, output
-                if errors:
-                    raise errors[0]
         finally:  # after an error, or if the client disconnects
             for stream, timer in running:
                 if not stream.closed:

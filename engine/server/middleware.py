@@ -22,7 +22,7 @@ _USABLE_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII: it is written to the 
 
 
 def guarded(app: ASGIApp, access: Access) -> ASGIApp:
-    """Return an application that `access` protects, and that gives every request an ID."""
+    """Return an application that `access` protects, and adds an ID to every request."""
     app = ApiKeys(app, access.api_keys)
     if access.allowed_origins:  # outside of the keys: browsers ask beforehand, without a key
         app = CORSMiddleware(

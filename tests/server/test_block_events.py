@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ from tests.unit.test_block_watch import Replay
 
 from .conftest import MODEL, Running, wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
 PATH = "/kv_cache/events"
 LONG = {"model": MODEL, "prompt": "a" * 44, "n": 3, "max_tokens": 60, "ignore_eos": True, "temperature": 1.0}
 
@@ -71,6 +74,30 @@ def test_a_load_is_followed_to_its_end(small):
     assert all(answer.result().status_code == 200 for answer in sent)
     assert {"fork", "copy_on_write", "swap_out", "swap_in"} <= set(replay.happened)
     wait_until(lambda: small.engine._blocks.journal is None)  # nobody watches any more
+
+
+@pytest.mark.parametrize("salt", [None, "sálz"])
+def test_the_documented_hashes_are_those_of_the_blocks(small, salt):
+    """docs/server.md has the function with which a router computes them."""
+    documented = re.search(r"```python\n(.*?)```", (ROOT / "docs/server.md").read_text(), re.DOTALL)[1]
+    scope: dict = {}
+    exec(documented, scope)
+    body = {"model": MODEL, "prompt": "What a router knows of", "max_tokens": 1, "cache_salt": salt}
+    if salt is None:
+        del body["cache_salt"]
+    assert httpx.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code == 200
+    tokens = small.engine.tokenizer(body["prompt"])["input_ids"]
+    hashes = scope["block_hashes"](tokens, 8, salt)
+    assert len(hashes) == 2
+    with httpx.stream("GET", small.url + PATH, timeout=60) as response:
+        rest = ""
+        for text in response.iter_text():
+            rest += text
+            if "\n\n" in rest:
+                break
+    replay = Replay()
+    replay.read(next(parsed(rest)))
+    assert set(hashes) <= replay.hashes["GPU"]
 
 
 def test_only_the_head_is_asked_for(small):
@@ -142,6 +169,23 @@ def test_a_watch_begins_anew_while_the_last_one_ends(small):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(watch(), 60))
+
+
+def test_a_call_that_nobody_waits_for_does_not_end_the_engine(small):
+    async def cancel() -> None:
+        engine = small.async_engine
+        blocking = asyncio.create_task(engine.call(lambda: time.sleep(0.2)))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(engine.call(lambda: 1))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await blocking
+        assert await engine.call(lambda: 2) == 2
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda: 1 // 0)
+        assert engine.error is None
+
+    asyncio.run(asyncio.wait_for(cancel(), 20))
 
 
 def test_an_engine_that_has_ended_ends_the_stream(llama_dir):

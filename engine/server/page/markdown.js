@@ -5,6 +5,7 @@ const SAFE_LINK = /^(https?:|mailto:)/i;
 const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 
 export function element(name, properties = {}, ...children) {
@@ -28,7 +29,7 @@ function addBlocks(parent, lines, depth) {
   };
   for (let i = 0; i < lines.length; ) {
     const line = lines[i];
-    const heading = line.match(/^ {0,3}(#{1,6})\s+(.*?)\s*#*$/);
+    const heading = line.match(HEADING);
     const fence = line.match(FENCE);
     if (!line.trim()) {
       flush();
@@ -39,7 +40,7 @@ function addBlocks(parent, lines, depth) {
     } else if (heading) {
       flush();
       const level = Math.min(5, heading[1].length + 2);
-      addInline(parent.appendChild(element(`h${level}`)), heading[2]);
+      addInline(parent.appendChild(element(`h${level}`)), heading[2].trim().replace(/ #+$/, ""));
       i++;
     } else if (RULE.test(line)) {
       flush();
@@ -54,7 +55,7 @@ function addBlocks(parent, lines, depth) {
     } else if (ITEM.test(line) && depth < 8) {
       flush();
       i = addList(parent, lines, i, depth);
-    } else if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && lines[i + 1].includes("-")) {
+    } else if (line.includes("|") && isTableRule(lines[i + 1] ?? "")) {
       flush();
       i = addTable(parent, lines, i);
     } else {
@@ -63,6 +64,10 @@ function addBlocks(parent, lines, depth) {
     }
   }
   flush();
+}
+
+function isTableRule(line) {
+  return line.length < 1000 && TABLE_RULE.test(line);
 }
 
 function addCode(parent, lines, start, [, indent, fence, language]) {
@@ -127,9 +132,23 @@ function addTable(parent, lines, start) {
   return i;
 }
 
-// Code first: what stands in it is no markup. Each alternative is tried at each place once.
-const INLINE =
-  /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\\([\\`*_{}[\]()#+\-.!|~>])|!?\[([^[\]]*)\]\(\s*([^\s()]+(?:\([^\s()]*\))?)(?:\s+"[^"]*")?\s*\)|\*\*(?=\S)([\s\S]+?\S|\S)\*\*|__(?=\S)([\s\S]+?\S|\S)__(?!\w)|\*(?=[^\s*])([\s\S]*?[^\s*])\*(?!\*)|\b_(?=\S)([^_]*[^\s_])_(?!\w)|~~(?=\S)([\s\S]+?\S|\S)~~|(https?:\/\/[^\s<>()[\]"'`]*[^\s<>()[\]"'`.,;:!?*_])/g;
+// Code first: what stands in it is no markup. Lengths are bounded, so that the time is linear in the text.
+const INLINE = new RegExp(
+  [
+    /(`+)([^`]|[^`][\s\S]{0,2000}?[^`])\1(?!`)/, // code
+    /\\([\\`*_{}[\]()#+\-.!|~>])/, // an escaped character
+    /!?\[([^[\]]{0,1000})\]\([ \n]{0,9}([^\s()]{1,2000}(?:\([^\s()]{0,1000}\))?)(?:[ \n]{1,9}"[^"]{0,1000}")?[ \n]{0,9}\)/,
+    /\*\*(?=\S)([\s\S]{0,2000}?\S)\*\*/,
+    /__(?=\S)([\s\S]{0,2000}?\S)__(?!\w)/,
+    /\*(?=[^\s*])([\s\S]{0,2000}?[^\s*])\*(?!\*)/,
+    /\b_(?=\S)([^_]{0,2000}[^\s_])_(?!\w)/,
+    /~~(?=\S)([\s\S]{0,2000}?\S)~~/,
+    /(https?:\/\/[^\s<>()[\]"'`]{0,2000}[^\s<>()[\]"'`.,;:!?*_])/,
+  ]
+    .map(({ source }) => source)
+    .join("|"),
+  "g",
+);
 
 function addInline(parent, text, depth = 0) {
   let last = 0;

@@ -126,7 +126,7 @@ function select(id) {
 
 function point(place) {
   grid.hovered = place;
-  grid.update();
+  grid.drawSoon();
   describe();
 }
 

@@ -17,23 +17,39 @@ const TITLE = 26; // height of the heading of the swap space
 export const CACHED = 0.3; // opacity of a cached block
 const MARGIN = 5; // around all cells, for what flashes
 
+let dark = null; // until the theme changes
+const colors = new Map(); // those of requests that were used
+
+document.addEventListener("theme", () => {
+  dark = null;
+  colors.clear();
+});
+
 export function isDark() {
   const { theme } = document.documentElement.dataset;
-  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  dark ??= theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  return dark;
 }
 
 /** Return the colour of a request: neighbours in the order of arrival are far apart on the circle of hues. */
 export function requestColor(number, alpha = 1) {
-  if (number < 0) return isDark() ? `rgb(148 163 184 / ${alpha})` : `rgb(100 116 139 / ${alpha})`;
-  const hue = (255 + number * 137.508) % 360;
-  const lightness = (isDark() ? [0.72, 0.63, 0.81] : [0.6, 0.52, 0.69])[Math.floor(number / 3) % 3];
-  return `oklch(${lightness} 0.155 ${hue.toFixed(1)} / ${alpha})`;
+  const key = 64 * number + Math.round(50 * alpha);
+  if (!colors.has(key)) {
+    const hue = (255 + number * 137.508) % 360;
+    const lightness = (isDark() ? [0.72, 0.63, 0.81] : [0.6, 0.52, 0.69])[Math.floor(number / 3) % 3];
+    const unknown = isDark() ? `rgb(148 163 184 / ${alpha})` : `rgb(100 116 139 / ${alpha})`;
+    if (colors.size > 5000) colors.clear();
+    colors.set(key, number < 0 ? unknown : `oklch(${lightness} 0.155 ${hue.toFixed(1)} / ${alpha})`);
+  }
+  return colors.get(key);
 }
 
 export class Grid {
   constructor(canvas) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
+    this.cells = document.createElement("canvas"); // without what moves
+    this.stale = true; // the cells are not as the model is
     this.model = null;
     this.selected = null; // id of a request
     this.hovered = null; // {medium, block}
@@ -44,6 +60,11 @@ export class Grid {
 
   update(model = this.model) {
     this.model = model;
+    this.stale = true;
+    this.drawSoon();
+  }
+
+  drawSoon() {
     this.frame ??= requestAnimationFrame(() => this.draw());
   }
 
@@ -66,16 +87,25 @@ export class Grid {
 
   // -- places --------------------------------------------------------------------------------------------
 
+  /** Return the height that cells may take so that nothing has to scroll. */
+  room() {
+    const box = this.canvas.parentElement;
+    if (!matchMedia("(min-width: 60rem) and (min-height: 40rem)").matches) return innerHeight - 350;
+    const [panel, detail] = [box.parentElement, box.nextElementSibling];
+    return panel.clientHeight - (box.offsetTop - panel.offsetTop) - detail.offsetHeight - 2 * MARGIN - 4;
+  }
+
   /** Choose the size of cells: as large as the place allows. */
   layout() {
     const style = getComputedStyle(this.canvas.parentElement);
     const box = this.canvas.parentElement.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
     const width = box - 2 * MARGIN;
     const sizes = MEDIA.map((medium) => this.model?.pools[medium].size ?? 0);
-    const height = Math.max(260, innerHeight - 350);
+    const height = Math.max(240, this.room());
     const rows = (cell) => sizes.map((size) => Math.ceil(size / Math.max(1, Math.floor(width / cell))));
+    const smallest = sizes[0] > 20_000 ? 4 : 7;
     let cell = Math.min(44, width / 8);
-    while (cell > 7 && rows(cell)[0] * cell + rows(cell)[1] * cell + TITLE > height) cell -= 1;
+    while (cell > smallest && rows(cell)[0] * cell + rows(cell)[1] * cell + (sizes[1] ? TITLE : 0) > height) cell -= 1;
     const columns = Math.max(1, Math.floor(width / cell));
     const [gpuRows, cpuRows] = rows(cell);
     const cpuTop = MARGIN + gpuRows * cell + TITLE;
@@ -84,11 +114,10 @@ export class Grid {
     const scale = devicePixelRatio || 1;
     const [w, h] = [Math.round(box * scale), Math.round(Math.max(total, cell) * scale)];
     if (this.canvas.width !== w || this.canvas.height !== h) {
-      Object.assign(this.canvas, { width: w, height: h });
+      for (const canvas of [this.canvas, this.cells]) Object.assign(canvas, { width: w, height: h });
       this.canvas.style.height = `${h / scale}px`;
     }
-    this.context.setTransform(scale, 0, 0, scale, 0, 0);
-    return total;
+    this.scale = scale;
   }
 
   /** Return the corner of a block's cell. */
@@ -115,97 +144,138 @@ export class Grid {
     const pool = this.model.pools[medium];
     const owners = this.model.owners(medium).get(block) ?? [];
     const references = pool.references[block];
-    const colors = [...new Set(owners.map(({ request }) => request.color))];
-    if (references && !colors.length) colors.push(pool.colors[block]);
+    const held = owners.length > 1 ? [...new Set(owners.map(({ request }) => request.color))] : [owners[0]?.request.color];
+    if (held[0] === undefined) held[0] = pool.colors[block];
     const filled = owners.length ? Math.max(...owners.map((owner) => owner.filled)) : this.model.blockSize;
     const kind = references ? "used" : pool.hashes[block] !== null ? "cached" : "free";
     const chosen = this.selected && owners.find(({ request }) => request.id === this.selected);
     const pinned = owners.some(({ request }) => request.status === "pinned");
-    return { kind, references, colors, filled, chosen, pinned, last: pool.colors[block] };
+    return { kind, references, colors: kind === "used" ? held : [], filled, chosen, pinned, last: pool.colors[block] };
   }
 
   draw() {
     this.frame = null;
     if (!this.model || !this.canvas.offsetParent) return;
-    const { context } = this;
-    this.dark = isDark();
-    this.dims = this.model.requests.has(this.selected); // not one that has ended
-    const total = this.layout();
-    context.clearRect(0, 0, this.places.width, total + 1);
-    for (const medium of MEDIA)
-      for (let block = 0; block < this.model.pools[medium].size; block++) this.drawCell(medium, block);
-    if (this.model.pools.CPU.size) this.drawTitle();
+    if (this.stale) this.drawCells();
+    const { context, canvas } = this;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(this.cells, 0, 0);
+    context.setTransform(this.scale, 0, 0, this.scale, 0, 0);
     if (this.hovered) this.drawRing(this.hovered, this.dark ? "#ffffff" : "#111827", 2);
     const now = performance.now();
     this.flashes = this.flashes.filter(({ start }) => now - start < FLASH);
     for (const flash of this.flashes) this.drawFlash(flash, (now - flash.start) / FLASH);
-    if (this.flashes.length) this.update();
+    if (this.flashes.length) this.drawSoon();
   }
 
-  drawTitle() {
-    const { context, places } = this;
+  drawCells() {
+    this.stale = false;
+    this.dark = isDark();
+    this.dims = this.model.requests.has(this.selected); // not one that has ended
+    this.layout();
+    const context = this.cells.getContext("2d");
+    context.setTransform(this.scale, 0, 0, this.scale, 0, 0);
+    context.clearRect(0, 0, this.cells.width, this.cells.height);
+    // Cells of one colour are one path: to fill thousands of them takes long.
+    const paths = new Map();
+    const path = (style) => paths.get(style) ?? paths.set(style, new Path2D()).get(style);
+    const used = [];
+    const free = this.dark ? "#1b212c" : "#eceff4";
+    for (const medium of MEDIA) {
+      const pool = this.model.pools[medium];
+      for (let block = 0; block < pool.size; block++) {
+        const place = { medium, block };
+        if (pool.references[block]) {
+          const look = this.look(medium, block);
+          const dim = this.dims && !look.chosen ? 0.28 : 1;
+          const whole = look.colors.length === 1 && look.filled === this.model.blockSize;
+          this.addCell(path(requestColor(look.colors[0], (whole ? 1 : 0.3) * dim)), place);
+          if (!whole || look.references > 1 || look.chosen || look.pinned) used.push({ place, look, dim, whole });
+        } else if (pool.hashes[block] === null) this.addCell(path(free), place);
+        else this.addCell(path(requestColor(pool.colors[block], CACHED * (this.dims ? 0.28 : 1))), place);
+      }
+    }
+    for (const [style, filled] of paths) {
+      context.fillStyle = style;
+      context.fill(filled);
+    }
+    for (const cell of used) this.drawUsed(context, cell);
+    if (this.model.pools.CPU.size) this.drawTitle(context);
+  }
+
+  /** Return the square of a cell: its corner, side, and the radius of its corners. */
+  square(place) {
+    const { cell } = this.places;
+    const gap = cell > 14 ? 2.5 : cell > 8 ? 1.5 : 1;
+    const [x, y] = this.corner(place);
+    return [x + gap / 2, y + gap / 2, cell - gap, cell > 12 ? Math.min(6, cell / 5) : 0];
+  }
+
+  addCell(path, place) {
+    const [x, y, side, radius] = this.square(place);
+    if (radius) path.roundRect(x, y, side, side, radius);
+    else path.rect(x, y, side, side);
+  }
+
+  drawTitle(context) {
     context.fillStyle = this.dark ? "#93a0b5" : "#5a6478";
     context.font = "600 11.5px system-ui";
     context.textAlign = "left";
     context.textBaseline = "middle";
-    context.fillText(`Swap space (CPU), ${this.model.pools.CPU.size} blocks`, MARGIN + 1, places.tops.CPU - TITLE / 2 + 2);
+    const { tops } = this.places;
+    context.fillText(`Swap space (CPU), ${this.model.pools.CPU.size} blocks`, MARGIN + 1, tops.CPU - TITLE / 2 + 2);
   }
 
-  drawCell(medium, block) {
-    const { context, places } = this;
-    const look = this.look(medium, block);
-    const [x, y] = this.corner({ medium, block });
-    const gap = places.cell > 14 ? 2.5 : places.cell > 8 ? 1.5 : 1;
-    const [side, radius] = [places.cell - gap, Math.min(6, places.cell / 5)];
-    const dim = this.dims && !look.chosen ? 0.28 : 1;
-    const box = () => (context.beginPath(), context.roundRect(x + gap / 2, y + gap / 2, side, side, radius));
-    box();
-    if (look.kind === "free") context.fillStyle = this.dark ? "#1b212c" : "#eceff4";
-    else if (look.kind === "cached") context.fillStyle = requestColor(look.last, CACHED * dim);
-    else context.fillStyle = requestColor(look.colors[0], 0.3 * dim);
-    context.fill();
-    if (look.kind === "used") this.drawFilling(look, x + gap / 2, y + gap / 2, side, radius, dim);
+  /** Draw what a used cell shows besides its colour. */
+  drawUsed(context, { place, look, dim, whole }) {
+    const { cell } = this.places;
+    const [x, y, side, radius] = this.square(place);
+    if (!whole) this.drawFilling(context, look, [x, y, side, radius], dim);
     if (look.pinned) {
-      box();
+      context.beginPath();
+      context.roundRect(x, y, side, side, radius);
       context.strokeStyle = this.dark ? "#e6e9ef" : "#171b24";
       context.lineWidth = 1.5;
       context.stroke();
     }
-    const label = look.chosen && places.cell >= 20 ? look.chosen.position : look.references > 1 ? look.references : null;
+    const label = look.chosen && cell >= 20 ? look.chosen.position : look.references > 1 ? look.references : null;
     if (label === null) return;
-    if (places.cell >= 15) {
-      context.font = `700 ${Math.round(Math.min(15, places.cell * 0.42))}px system-ui`;
-      context.textAlign = "center";
-      context.textBaseline = "middle";
-      context.globalAlpha = dim;
-      if (look.colors.length > 1) {
-        context.lineWidth = 3;
-        context.lineJoin = "round";
-        context.strokeStyle = this.dark ? "#ffffffb0" : "#00000090";
-        context.strokeText(label, x + places.cell / 2, y + places.cell / 2 + 0.5);
-      }
-      context.fillStyle = this.dark ? "#0b0f16" : "#ffffff";
-      context.fillText(label, x + places.cell / 2, y + places.cell / 2 + 0.5);
-      context.globalAlpha = 1;
-    } else {
+    const [middleX, middleY] = [x + side / 2, y + side / 2];
+    if (cell < 15) {
       context.fillStyle = this.dark ? "#ffffff" : "#111827";
-      context.fillRect(x + places.cell / 2 - 1, y + places.cell / 2 - 1, 2, 2);
+      context.fillRect(middleX - 1, middleY - 1, 2, 2);
+      return;
     }
+    context.font = `700 ${Math.round(Math.min(15, cell * 0.42))}px system-ui`;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    context.globalAlpha = dim;
+    if (look.colors.length > 1) {
+      context.lineWidth = 3;
+      context.lineJoin = "round";
+      context.strokeStyle = this.dark ? "#ffffffb0" : "#00000090";
+      context.strokeText(label, middleX, middleY + 0.5);
+    }
+    context.fillStyle = this.dark ? "#0b0f16" : "#ffffff";
+    context.fillText(label, middleX, middleY + 0.5);
+    context.globalAlpha = 1;
   }
 
   /** Fill a used cell from below as far as its slots hold tokens; requests that share it stand side by side. */
-  drawFilling({ colors, filled }, x, y, side, radius, dim) {
-    const { context } = this;
+  drawFilling(context, { colors, filled }, [x, y, side, radius], dim) {
     const height = (side * filled) / this.model.blockSize;
     if (!height) return;
     context.save();
-    context.beginPath();
-    context.roundRect(x, y, side, side, radius);
-    context.clip();
+    if (radius) {
+      context.beginPath();
+      context.roundRect(x, y, side, side, radius);
+      context.clip();
+    }
     const shown = colors.slice(0, 4);
     shown.forEach((color, i) => {
       context.fillStyle = requestColor(color, dim);
-      context.fillRect(x + (side * i) / shown.length, y + side - height, side / shown.length + 0.5, height);
+      context.fillRect(x + (side * i) / shown.length, y + side - height, side / shown.length, height);
     });
     context.restore();
   }
@@ -224,7 +294,7 @@ export class Grid {
     const { context, places } = this;
     const { color } = KINDS[kind];
     context.globalAlpha = 1 - age ** 2;
-    const grown = this.still ? 0 : age * places.cell * 0.3;
+    const grown = this.still ? 0 : age * places.cell * 0.16;
     this.drawRing(to ?? from, color, 2.5, to ? 0 : grown);
     if (to) {
       const half = places.cell / 2;
