@@ -67,7 +67,6 @@ UNSUPPORTED_VALUES = {
     "beam_width": 3,
     "extra_args": {"a": 1},
     "guided_decoding": {"regex": "a"},
-    "include_reasoning": False,
     "logprob_token_ids": [5],
     "prompt_embeds": "AAAA",
     "prompt_logprob_token_ids": [5],
