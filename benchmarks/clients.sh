@@ -20,7 +20,7 @@ CLIENTS=${*:-litellm instructor guidellm lm_eval aiperf vllm}
 export OPENAI_API_KEY=${OPENAI_API_KEY:-none} OPENAI_BASE_URL=$URL/v1 MODEL URL
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false LITELLM_LOCAL_MODEL_COST_MAP=True
 DIR=${CLIENTS_DIR:-$(mktemp -d)}
-INSTALL_SECONDS=300 RUN_SECONDS=${RUN_SECONDS:-300}
+INSTALL_SECONDS=${INSTALL_SECONDS:-300} RUN_SECONDS=${RUN_SECONDS:-300}
 mkdir -p "$DIR"
 
 # install NAME REQUIREMENT...: make the client's environment, unless it is there.
@@ -88,16 +88,35 @@ PYTHON
 }
 
 run_guidellm() {
-  install guidellm guidellm && within guidellm guidellm benchmark run \
-    --target "$URL" --model "$MODEL" --processor "$TOKENIZER" --backend-kwargs "{\"api_key\": \"$OPENAI_API_KEY\"}" \
-    --profile synchronous --max-requests 3 --data "prompt_tokens=32,output_tokens=8" \
-    --output-path "$DIR/guidellm.json" && echo "SUMMARY three requests, one after the other"
+  install guidellm guidellm && within guidellm guidellm run --disable-progress \
+    --backend "kind=openai_http,target=$URL,model=$MODEL,api_key=$OPENAI_API_KEY" \
+    --tokenizer "kind=huggingface_auto,model=$TOKENIZER" \
+    --data "kind=synthetic_text,prompt_tokens=32,output_tokens=8" \
+    --profile kind=synchronous --constraint kind=max_requests,count=3 --output kind=json,path=guidellm.json &&
+    echo "SUMMARY three streamed chats, one after the other"
 }
 
 run_lm_eval() {
-  install lm_eval "lm-eval[api]" && within lm_eval lm_eval run --model local-completions \
+  # A task of its own, as others are downloaded from the hub.
+  mkdir -p "$DIR/lm_eval_task"
+  for sum in "2 + 2 =,4,5" "3 + 5 =,8,1" "1 + 1 =,2,9" "4 + 3 =,7,3"; do
+    IFS=, read -r question right wrong <<<"$sum"
+    printf '{"question": "%s", "choices": ["%s", "%s"]}\n' "$question" "$right" "$wrong"
+  done >"$DIR/lm_eval_task/sums.jsonl"
+  cat >"$DIR/lm_eval_task/sums.yaml" <<YAML
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: $DIR/lm_eval_task/sums.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+YAML
+  install lm_eval "lm-eval[api]" transformers && within lm_eval lm_eval run --model local-completions \
     --model_args "model=$MODEL,base_url=$URL/v1/completions,tokenizer=$TOKENIZER,num_concurrent=2,max_length=512" \
-    --tasks arithmetic_1dc --limit 4 && echo "SUMMARY four log-likelihood questions"
+    --include_path "$DIR/lm_eval_task" --tasks sums && echo "SUMMARY four questions by the log probabilities of answers"
 }
 
 run_aiperf() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import llguidance as ll
 import llguidance.hf
 import numpy as np
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from transformers import PreTrainedTokenizerBase
 
 from ..structured_outputs import StructuredOutputsParams
@@ -29,6 +30,7 @@ _KEPT = 64  # number of compiled grammars that are kept
 _LIMITS = ll.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 _TRIAL_SECONDS = 30.0  # of wall-clock time; the trial limits its own CPU time
+_GBNF_ESCAPE = re.compile(r"\\(?:(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})|.)", re.DOTALL)
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -188,9 +190,23 @@ def _source(params: StructuredOutputsParams) -> str:
                 choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice or ())
                 return ll.LLMatcher.grammar_from_lark(f"start: {choices}")
             case _:
-                return ll.LLMatcher.grammar_from_lark(any_to_lark(str(params.grammar)))
+                return ll.LLMatcher.grammar_from_lark(_lark(str(params.grammar)))
     except Exception as error:  # converters of grammars raise what they come across
         raise ValueError(_message(params.kind, str(error))) from error
+
+
+def _lark(grammar: str) -> str:
+    if is_lark_syntax(grammar):
+        return grammar
+    # llguidance's converter drops the zeros that some of these begin with, and Lark then misreads them.
+    return gbnf_to_lark(_GBNF_ESCAPE.sub(_character, grammar))
+
+
+def _character(escape: re.Match[str]) -> str:
+    if escape[1] is None:  # another escape, as of a backslash
+        return escape[0]
+    code = int(escape[1].lstrip("uU"), 16)
+    return f"\\x{code:02x}" if code < 128 else chr(code)
 
 
 def _try(source: str, kind: str) -> None:

@@ -73,8 +73,11 @@ def create_app(
     names = ModelNames(model_names)
     check_model = names.check
     metrics = Metrics(names.first, engine.stats, engine.engine.config, engine.engine.max_model_len)
+    chat_settings = chat_settings or ChatSettings()
+    if (template := chat_settings.template()) is not None:
+        engine.engine.tokenizer.chat_template = template
     bodies = Bodies(limits, engine.engine.tokenizer)
-    chat = Chat(chat_settings or ChatSettings(), bodies.tokenizer, engine.engine.max_characters)
+    chat = Chat(chat_settings, bodies.tokenizer, engine.engine.max_characters)
     completions = Completions(
         engine,
         metrics,
@@ -103,6 +106,7 @@ def create_app(
         check_model(body.model)
         params = body.sampling_params({"max_tokens": None, **engine.engine.sampling_defaults})
         limits.check_choices(1, params.num_sequences)
+        limits.check_grammar(params)
         return params
 
     def read_text(
@@ -114,6 +118,7 @@ def create_app(
         params = body.sampling_params({**engine.engine.sampling_defaults, "max_tokens": 16})
         prompts = body.prompts()
         limits.check_choices(len(prompts), params.num_sequences)
+        limits.check_grammar(params)
         return body, [tokenized(prompt, tokenizer) for prompt in prompts], params
 
     def tokenized(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -141,6 +146,7 @@ def create_app(
     ) -> Response:
         text, prompt = await rendered(body)
         params, create_reader = chat.reading(body, params, text)
+        limits.check_grammar(params)  # of the tools that must be called
         return await completions.respond(request, CHAT, [prompt], params, body, create_reader, translation)
 
     add_translated_apis(app, bodies, completions.check_room, checked, rendered, respond_chat)

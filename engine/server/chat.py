@@ -36,7 +36,7 @@ class Chat:
     """Render chat requests and choose the readers of their answers.
 
     Args:
-        tokenizer: a tokenizer for rendering; the settings' chat template replaces its own.
+        tokenizer: a tokenizer for rendering.
         max_characters: maximum number of characters of a rendered conversation.
     """
 
@@ -46,9 +46,6 @@ class Chat:
         self._settings = settings
         self._tokenizer = tokenizer
         self._max_characters = max_characters
-        template = settings.template()
-        if template is not None:
-            tokenizer.chat_template = template
 
     def render(self, body: ChatCompletionRequest) -> str:
         """Return the conversation of a request as text.
@@ -162,4 +159,6 @@ def _formats(template: str | None, tool_parser: str, reasoning_parser: str) -> _
 
 
 def _constrained(params: SamplingParams, schema: dict) -> SamplingParams:
-    return replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+    # With any whitespace some models write nothing else.
+    structure = StructuredOutputsParams(json=schema, whitespace_pattern=" ?")
+    return replace(params, structured_outputs=structure)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..sampling_params import SamplingParams
+
 
 class BusyError(Exception):
     """Report that the server has too many requests, so that the client should try again later."""
@@ -29,6 +31,8 @@ class Limits:
         max_bad_words: maximum number of bad_words of a request.
         max_string_length: maximum number of characters of a stop string, and of a bad word.
         max_token_ids: maximum number of entries of logit_bias, and of allowed_token_ids and stop_token_ids.
+        max_grammar_size: maximum number of characters of a JSON schema, regular expression or grammar, or of
+            all choices, that an answer has to follow.
         max_waiting_requests: maximum number of prompts, of all clients, that wait for their first token; with
             more, requests get 429.
         max_connections: maximum number of connections. If all are open, a new one replaces one without a
@@ -52,6 +56,7 @@ class Limits:
     max_bad_words: int = 128
     max_string_length: int = 256
     max_token_ids: int = 1024
+    max_grammar_size: int = 100_000
     max_waiting_requests: int = 2048
     max_connections: int = 4096
     header_timeout: float = 60.0
@@ -118,6 +123,19 @@ class Limits:
             raise ValueError(
                 f"n, or best_of, is {num_sequences} for each of {num_prompts} prompts, and the server takes "
                 f"at most {self.max_choices} together (max_choices): send them in several requests"
+            )
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Check the size of what the outputs of a request have to be.
+
+        Raises:
+            ValueError: it is too large.
+        """
+        structure = params.structured_outputs
+        if structure is not None and structure.size > self.max_grammar_size:
+            raise ValueError(
+                f"structured_outputs: {structure.kind} has {structure.size} characters, and the server takes "
+                f"at most {self.max_grammar_size} (max_grammar_size): shorten it"
             )
 
 

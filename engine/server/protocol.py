@@ -17,7 +17,6 @@ from .fields import (
     Integer,
     IntegerLists,
     Integers,
-    Strict,
     Strings,
     must_be,
     refuse_unsupported,
@@ -26,6 +25,7 @@ from .fields import (
     shown,
 )
 from .messages import Message
+from .structured_fields import StructuredRequest
 from .tool_requests import NamedTool, Tool, ToolChoice
 
 
@@ -63,7 +63,7 @@ class Wanted:
         return max((count for count in counts if count is not None), default=None)
 
 
-class _Sampling(Strict):
+class _Sampling(StructuredRequest):
     """Hold the fields that both endpoints share."""
 
     model: str
@@ -154,6 +154,7 @@ class _Sampling(Strict):
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=self.wanted().logprobs,
             prompt_logprobs=self.wanted().prompt_logprobs_needed,
+            structured_outputs=self.structure(),
         )
 
     def wanted(self) -> Wanted:
@@ -200,12 +201,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "extra_args": ({},),
     "function_call": ("none", "auto"),
-    "guided_choice": (),
     "guided_decoding": ({},),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (False,),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
@@ -216,13 +212,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprob_token_ids": ([],),
     "reasoning_effort": (),
     "repetition_detection": ({},),
-    "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structural_tag": (),
-    "structured_outputs": ({},),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "top_logprobs": (0,),

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..sampling_params import SamplingParams
+from .event_stream import encode
 from .responses_request import ResponsesRequest
 
 Json = dict[str, Any]
@@ -23,6 +24,9 @@ class ResponsesTranslation:
 
     Args:
         params: the settings with which it runs.
+
+    Raises:
+        ValueError: the response, which has the settings of the request, could not be sent.
     """
 
     id_prefix = "resp_"
@@ -30,6 +34,10 @@ class ResponsesTranslation:
     def __init__(self, request: ResponsesRequest, params: SamplingParams) -> None:
         self._request = request
         self._params = params
+        try:
+            encode(self._response({"id": "", "created": 0, "model": ""})).encode()
+        except ValueError as error:  # half of a surrogate pair, or a number that JSON lacks
+            raise ValueError(f"the response would have the settings of the request: {error}") from error
 
     def whole(self, answer: Json) -> Json:
         """Return the response of an answer that is not streamed."""

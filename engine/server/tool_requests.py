@@ -62,7 +62,7 @@ ToolChoice = Annotated[
 
 def parameters(tool: Tool) -> Json:
     """Return the schema of a function's arguments."""
-    return tool.function.parameters or {"type": "object", "properties": {}}
+    return tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def calls_schema(tools: Sequence[Tool], parallel: bool) -> Json:

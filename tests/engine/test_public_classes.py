@@ -102,6 +102,13 @@ def test_beam_search_is_that_of_the_engine(llama_dir):
     assert best.cum_logprob == pytest.approx(sum(p[token].logprob for token, p in positions), abs=1e-3)
 
 
+def test_settings_of_a_beam_search_are_those_of_a_request():
+    settings = {"max_tokens": 5, "ignore_eos": True, "temperature": 1.0, "length_penalty": 0.5}
+    settings["include_stop_str_in_output"] = True
+    params = BeamSearchParams(beam_width=3, **settings).sampling_params()
+    assert params == SamplingParams(n=3, beam_width=3, **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [

@@ -126,6 +126,7 @@ def test_blocks_are_messages():
                 "content": [
                     {"type": "thinking", "thinking": "hm", "signature": ""},
                     {"type": "redacted_thinking", "data": "x"},
+                    {"type": "thinking", "thinking": "so", "signature": ""},
                     {"type": "text", "text": "c"},
                     look,
                     {**look, "id": "t2", "name": "write"},
@@ -154,7 +155,7 @@ def test_blocks_are_messages():
         {"role": "user", "content": [text("a"), text("b")]},
         {
             "role": "assistant",
-            "reasoning_content": "hm",
+            "reasoning_content": "hm\nso",
             "content": [text("c")],
             "tool_calls": [call("t1", "look"), call("t2", "write"), call("t3", "look")],
         },

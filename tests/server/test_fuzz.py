@@ -23,6 +23,31 @@ CHAT = [
     {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
 ]
 COMMON = {"model": MODEL, "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "seed": 1, "stop": ["a", "bc"]}
+TOOL = {"name": "now", "description": "The time.", "strict": True}
+ITEMS = [
+    {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "s"}]},
+    {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "3"},
+]
+BLOCKS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "now", "input": {}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "3"}]},
+]
+RESPONSE = {
+    "model": MODEL,
+    "input": "abc",
+    "max_output_tokens": 3,
+    "temperature": 0.7,
+    "tool_choice": "none",
+    "metadata": {"a": "b"},
+    "user": "me",
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 2,
+}
+MESSAGE = {"model": MODEL, "max_tokens": 3, "messages": CHAT[1:], "stop_sequences": ["a"], "top_k": 5}
+ENDS = (b"data: [DONE]\n\n", b'"type":"message_stop"}\n\n')
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {**COMMON, "prompt": "abc", "logprobs": 2, "n": 2, "echo": True}),
     ("/v1/completions", {**COMMON, "prompt": [[1, 2], [3]], "stream": True, "logit_bias": {"5": 1.5}}),
@@ -32,9 +57,21 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "/v1/chat/completions",
         {**COMMON, "messages": CHAT, "stream": True, "stream_options": {"include_usage": True}},
     ),
+    ("/v1/responses", {"model": MODEL, "input": "abc", "max_output_tokens": 3, "temperature": 0.5}),
+    (
+        "/v1/responses",
+        {"model": MODEL, "input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief."},
+    ),
+    ("/v1/messages", {**COMMON, "stop": None, "seed": None, "messages": CHAT[1:], "system": "Be brief."}),
+    ("/v1/messages/count_tokens", {"model": MODEL, "messages": CHAT[1:]}),
     ("/tokenize", {"model": MODEL, "prompt": "abc", "return_token_strs": True}),
     ("/tokenize", {"messages": CHAT, "add_generation_prompt": False}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
+    ("/v1/responses", {**RESPONSE, "tools": [{"type": "function", **TOOL, "parameters": {}}]}),
+    ("/v1/responses", {**RESPONSE, "stream": True, "input": ITEMS, "text": {"format": {"type": "text"}}}),
+    ("/v1/messages", {**MESSAGE, "tools": [{**TOOL, "input_schema": {}}], "tool_choice": {"type": "none"}}),
+    ("/v1/messages", {**MESSAGE, "stream": True, "system": "Be brief.", "thinking": {"type": "disabled"}}),
+    ("/v1/messages/count_tokens", {**MESSAGE, "messages": BLOCKS}),
 ]
 JUNK = [
     *(None, True, False, 0, 1, -1, 2, 3.5, 128, 129, 2**31, 2**63, 10**30, 1e308, -0.0, 1e-300),
@@ -69,13 +106,14 @@ def mutated(draws: random.Random, body: dict[str, Any]) -> bytes:
             del place[key]
         else:
             place[key] = copy.deepcopy(draws.choice(JUNK))
-    if isinstance(body.get("max_tokens"), (int, float)) and body["max_tokens"] > 3:
-        body["max_tokens"] = 3  # that long answers end is not to be tested so often
+    for name in ("max_tokens", "max_output_tokens"):
+        if isinstance(body.get(name), (int, float)) and body[name] > 3:
+            body[name] = 3  # that long answers end is not to be tested so often
     content = json.dumps(body, ensure_ascii=draws.random() < 0.9).encode("utf-8", "surrogatepass")
     if draws.random() < 0.1:
         changed = bytearray(content)
         for _ in range(draws.randrange(1, 4)):
-            at = draws.randrange(len(changed))
+            at = draws.randrange(len(changed) + 1)
             changed[at : at + draws.randrange(3)] = draws.randbytes(draws.randrange(3))
         content = bytes(changed) or b"{"
     return content
@@ -98,9 +136,13 @@ def send(client: httpx.Client, draws: random.Random) -> str | None:
     if response.status_code not in (200, 400, 404):
         return f"{path} {content!r}: {response.status_code} {answer!r}"
     if response.headers["content-type"].startswith("text/event-stream"):
-        wrong = b'"error"' in answer or not answer.endswith(b"data: [DONE]\n\n")
+        last = answer.rstrip().rpartition(b"\n\n")[2]
+        ended = answer.endswith(ENDS) or last.startswith(
+            (b"event: response.completed", b"event: response.in")
+        )
+        wrong = not ended or b'"error":{' in answer
     else:
-        wrong = ("error" in json.loads(answer)) == (response.status_code == 200)
+        wrong = (json.loads(answer).get("error") is not None) == (response.status_code == 200)
     return f"{path} {content!r}: {response.status_code} {answer!r}" if wrong else None
 
 

@@ -416,6 +416,16 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server):
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
+def test_every_endpoint_and_option_of_access_is_in_the_documentation(server):
+    text = (ROOT / "docs" / "server.md").read_text()
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert len(paths) >= 10
+    assert not [path for path in paths if f"{path}`" not in text]
+    (access,) = (group for group in serve.parser()._action_groups if group.title == "access")
+    options = [action.option_strings[0] for action in access._group_actions]
+    assert not [option for option in options if f"`{option}`" not in text]
+
+
 def test_one_name_for_the_lines_of_requests():
     for option, expected in (
         ("--no-access-log", False),

@@ -234,6 +234,21 @@ def test_log_probabilities(client):
     assert [entry.token for part in sent for entry in part] == [each.token for each in given]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_settings_that_cannot_be_sent_back_are_refused(server, stream):
+    tool = '{"type": "function", "name": "f", "parameters": {"a": Infinity}}'
+    for member in (
+        '"user": "\\ud800"',
+        '"metadata": {"a": "\\udfff"}',
+        f'"tools": [{tool}], "tool_choice": "none"',
+    ):
+        content = f'{{"model": "{MODEL}", "input": "x", "stream": {json.dumps(stream)}, {member}}}'
+        headers = {"content-type": "application/json"}
+        response = httpx.post(f"{server.url}/v1/responses", content=content, headers=headers, timeout=60)
+        assert response.status_code == 400, response.text
+        assert "settings of the request" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [

@@ -363,9 +363,9 @@ def test_the_priority_reaches_the_scheduler(server, monkeypatch):
     given = []
     add = server.engine.add_request
 
-    def recorded(*arguments, priority):
+    def recorded(*arguments, priority, **others):
         given.append(priority)
-        add(*arguments)
+        add(*arguments, **others)
 
     monkeypatch.setattr(server.engine, "add_request", recorded)
     client = server.client()

@@ -107,24 +107,6 @@ def test_several_event_loops_have_their_own_outputs(llama_dir):
     assert found == {"0": 9, "1": 9, "2": 9}
 
 
-def test_a_call_whose_caller_has_left_does_not_end_the_engine(llama_dir):
-    served = AsyncEngine(engine(llama_dir))
-    called: list[str] = []
-
-    async def leave() -> str:
-        left = asyncio.ensure_future(served.call(lambda: called.append("left")))
-        await asyncio.sleep(0)  # it waits for the engine, which does not run yet
-        left.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await left
-        served.start()
-        return await served.call(lambda: "alive")
-
-    assert asyncio.run(leave()) == "alive"
-    assert called == []
-    assert served.stop(10)
-
-
 def test_run_takes_the_thread_that_calls_it(llama_dir, monkeypatch):
     llm = engine(llama_dir)
     served, step, idents = AsyncEngine(llm), llm.step, set()

@@ -1,4 +1,4 @@
-"""Tools and reasoning over the Responses API and Anthropic's, as their clients see them."""
+"""Tools, reasoning and structured output over the Responses API and Anthropic's, by their clients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import anthropic
 import pytest
+from pydantic import BaseModel
 
 from tests import tiny_models
 
@@ -47,6 +48,11 @@ TOOLS = [
     {"name": "weather", "description": "Return it.", "input_schema": SCHEMA},
     {"name": "now", "input_schema": {"type": "object", "properties": {}}},
 ]
+
+
+class City(BaseModel):
+    name: str
+    large: bool
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +195,51 @@ def test_reasoning_is_an_item_and_a_block(server, client, claude):
 
 
 def test_an_answer_goes_on_from_a_prefill(server, claude):
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is"}]
-    with saying(server, " dry."):
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is so"}]
+    with saying(server, ", dry."):
         message = claude.messages.create(model=MODEL, max_tokens=50, messages=messages)
-    assert message.content[0].text == " dry."
+    assert message.content[0].text == ", dry."
     counted = claude.messages.count_tokens(model=MODEL, messages=messages).input_tokens
-    begun = [messages[0], {"role": "assistant", "content": "It is so."}]
-    assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == counted + len(" so.")
+    begun = [messages[0], {"role": "assistant", "content": "It is so, dry."}]
+    assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == counted + len(", dry.")
+
+
+def test_a_call_that_is_required(server, client, claude):
+    choices = [
+        ("required", {"type": "any"}),
+        ({"type": "function", "name": "now"}, {"type": "tool", "name": "now"}),
+    ]
+    for text, (choice, theirs) in zip(['[{"name": "now", "parameters": {}}]', "{}"], choices):
+        with saying(server, text):
+            response = client.responses.create(
+                model=MODEL, input=QUESTION, tools=FUNCTIONS, tool_choice=choice
+            )
+            message = claude.messages.create(
+                model=MODEL,
+                max_tokens=100,
+                messages=[{"role": "user", "content": QUESTION}],
+                tools=TOOLS,
+                tool_choice=theirs,
+            )
+        [call], [block] = response.output, message.content
+        assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "now", {})
+        assert (block.type, block.name, block.input) == ("tool_use", "now", {})
+        assert message.stop_reason == "tool_use"
+
+
+def test_texts_that_follow_a_schema(server, client, claude):
+    schema = {"enum": ["Ulm"]}
+    form = {"type": "json_schema", "name": "city", "schema": schema}
+    response = client.responses.create(model=MODEL, input=QUESTION, text={"format": form})
+    assert response.output_text == '"Ulm"'
+    request = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": QUESTION}]}
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    assert claude.messages.create(**request, output_config=config).content[0].text == '"Ulm"'
+    with saying(server, '{"name": "Ulm", "large": false}'):
+        parsed = client.responses.parse(model=MODEL, input=QUESTION, text_format=City)
+        with client.responses.stream(model=MODEL, input=QUESTION, text_format=City) as stream:
+            streamed = stream.get_final_response()
+        message = claude.messages.parse(**request, output_format=City)
+    city = City(name="Ulm", large=False)
+    assert parsed.output_parsed == streamed.output_parsed == message.parsed_output == city
+    assert parsed.text.format.name == "City"

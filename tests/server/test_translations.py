@@ -184,7 +184,8 @@ def test_a_response_of_a_stream_is_that_of_the_whole_answer(seed):
         if event["type"] == "response.output_item.done":
             done.append(event["item"])
     assert done == written[-1]["response"]["output"]
-    assert reasoning == drawn.reasoning
+    kept = [item["content"][0]["text"] for item in done if item["type"] == "reasoning"]
+    assert reasoning == "".join(kept) == drawn.reasoning
     snapshot = state._ResponseStreamState__current_snapshot
     for item, rebuilt in zip(done, snapshot.output, strict=True):
         assert item["id"] == rebuilt.id
@@ -220,6 +221,12 @@ def test_a_message_of_a_stream_is_that_of_the_whole_answer(seed):
         message = accumulate_event(event=value, current_snapshot=message, json_bufs=buffers)
     expected = strict(anthropic.types.Message, json.loads(json.dumps(whole)))
     assert message.to_dict(exclude_none=True) == expected.to_dict(exclude_none=True)
+    blocks = [event for event in written if event["type"].startswith("content_block")]
+    for index in range(len(whole["content"])):  # one after the other
+        first, *deltas, last = [event["type"] for event in blocks if event["index"] == index]
+        assert (first, last) == ("content_block_start", "content_block_stop")
+        assert set(deltas) <= {"content_block_delta"}
+    assert [event["index"] for event in blocks] == sorted(event["index"] for event in blocks)
     assert [block["type"] for block in whole["content"]] == (
         ["thinking"] * bool(drawn.reasoning) + ["text"] * bool(drawn.text) + ["tool_use"] * len(drawn.calls)
     )
