@@ -1,0 +1,263 @@
+"""`sample` on every backend, against the distribution in float64.
+
+A token is right if the number drawn, times the total, is between the cumulative weights before and after it,
+within a bound of the error of float32 weights. Where such an error decides how many tokens min-p or top-p
+keep, each of these numbers is allowed. So the checks hold for every seed.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import cupaged
+from cupaged import backends
+from cupaged.backends import reference
+from cupaged.engine.sampling import sampler
+
+from .fused_cases import DTYPES, LAYOUTS, check_surroundings, moved, placed
+
+NAMES = ("temperature", "top_k", "top_p", "min_p", "seeds", "index", "positions")
+UNIT = 2.0**-24  # relative error of a rounding to float32
+SMALLEST = 2.0**-126  # a GPU counts smaller logits as 0
+
+
+def draw_settings(rng: random.Random, num_rows: int, size: int) -> dict[str, torch.Tensor]:
+    """Return settings of each row, every one of them neutral in some."""
+    rows = range(num_rows)
+    temperature = [rng.choice([0.0, 1.0, 1.0, rng.uniform(0.1, 3), 10.0 ** rng.uniform(-3, 3)]) for _ in rows]
+    top_k = [rng.choice([0, 0, -1, 1, rng.randint(1, 60), rng.randint(1, size + 3)]) for _ in rows]
+    top_p = [rng.choice([1.0, 1.0, rng.random(), rng.uniform(0.9, 1), 1e-9, rng.randint(1, 9) / 10]) for _ in rows]
+    min_p = [rng.choice([0.0, 0.0, rng.random() ** 4, 1.0, 0.5]) for _ in rows]
+    bits = [[rng.getrandbits(64) - (1 << 63) for _ in rows] for _ in range(2)]
+    values = [temperature, top_k, top_p, min_p, *bits, [rng.randrange(1 << 20) for _ in rows]]
+    return {name: torch.from_numpy(np.array(value)) for name, value in zip(NAMES, values)}
+
+
+def draw_logits(rng: random.Random, num_rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of many kinds: normal, flat, with few distinct values, of zeros, mostly ruled out."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(31))
+    rows = torch.randn(num_rows, size, generator=generator)
+    for row in rows:
+        kind = rng.choice(["normal", "normal", "ties", "flat", "zeros", "ruled out", "large"])
+        row *= {"normal": rng.uniform(0.5, 6), "flat": 1e-3, "zeros": 0, "large": 3e4}.get(kind, 1)
+        if kind == "ties":
+            row.copy_(row.mul(2).round() / 2)
+        if kind == "ruled out":
+            row[torch.rand(size, generator=generator) < 0.9] = float("-inf")
+        row += rng.choice([0, 0, -20, 7])
+    rows = rows.to(dtype)
+    return rows.masked_fill(rows.abs() < SMALLEST, 0)
+
+
+def check_token(logits: torch.Tensor, token: int, settings: list, uniform: float) -> None:
+    """Check the token of one row, on the CPU."""
+    temperature, top_k, top_p, min_p = settings
+    size = len(logits)
+    assert 0 <= token < size
+    x = logits.double().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")).numpy()
+    largest = x.max()
+    if not temperature > 0 or np.isinf(largest):
+        assert token == np.flatnonzero(x == largest)[0]
+        return
+    exponents = (x - largest) / min(max(temperature, 1e-30), 1e30)
+    weights = np.exp(exponents)
+    # Of the exponent: the difference, its factor of three roundings, the product. Of the power: some more.
+    errors = weights * (6 * UNIT * np.minimum(-exponents, 100) + 8 * UNIT) + 2.0 ** -(61 - (size - 1).bit_length())
+    order = np.argsort(-x, kind="stable")  # the first of equal logits come first
+    ordered, slack = weights[order], errors[order]
+    least, most = (int(np.sum(ordered + sign * slack >= min(min_p, 1.0))) for sign in (-1, 1))
+    least, most = max(least, 1), max(most, 1)
+    if top_k > 0:
+        least, most = min(least, top_k), min(most, top_k)
+    if top_p < 1:
+        before = np.concatenate([[0.0], np.cumsum(ordered)])
+        error = float(errors.sum()) + 1e-12 * before[-1]
+        counts = [
+            max(1, int(np.sum(before[:kept] < top_p * before[kept] + sign * 2 * error)))
+            for kept in (least, most)
+            for sign in (-1, 1)
+        ]
+        least, most = min(counts), max(counts)
+    rank = int(np.flatnonzero(order == token)[0])
+    assert rank < most, f"token {token} is the {rank}th, of which {least} to {most} are kept"
+    distances = []
+    # Between the two, the numbers differ by weights that are within the error, but for the last.
+    for kept in {least, most, *range(max(least, most - 3), most)}:
+        if rank < kept:
+            here = np.zeros(size)
+            here[order[:kept]] = ordered[:kept]
+            cumulative = here.cumsum()
+            target = uniform * cumulative[-1]
+            distances.append(max(target - cumulative[token], cumulative[token] - here[token] - target, 0))
+    allowed = 2 * errors.sum() + 1e-12 * weights.sum()
+    if most - least > 4:
+        allowed += ordered[least : most - 3].sum()
+    assert min(distances) <= allowed, f"token {token} is {min(distances)} from the number, allowed {allowed}"
+
+
+def check_tokens(tokens: torch.Tensor, logits: torch.Tensor, settings: dict[str, torch.Tensor]) -> None:
+    """Check the tokens of all rows."""
+    columns = {name: value.cpu() for name, value in settings.items()}
+    hashed = [columns[name].numpy().view(np.uint64) for name in NAMES[4:]]
+    uniforms = sampler.uniform(*hashed)
+    for row, token in enumerate(tokens.tolist()):
+        numbers = [columns[name][row].item() for name in NAMES[:4]]
+        try:
+            check_token(logits[row].cpu(), token, numbers, uniforms[row])
+        except AssertionError as error:
+            raise AssertionError(f"row {row}, {numbers}, {uniforms[row]}: {error}") from None
+
+
+def check_call(device: str, rng: random.Random, dtype: torch.dtype, layout: str, num_rows: int, size: int) -> None:
+    """Check a call whose logits and settings are drawn."""
+    logits, memory = placed(draw_logits(rng, num_rows, size, dtype), layout, rng)
+    x, x_memory = moved(logits, memory, device)
+    settings = draw_settings(rng, num_rows, size)
+    out = torch.full((num_rows + 2,), -7, dtype=torch.int64, device=device)
+    on_device = {name: value.to(device) for name, value in settings.items()}
+    given = rng.random() < 0.5
+    tokens = cupaged.sample(x, **on_device, out=out[1:-1] if given else None)
+    check_tokens(tokens, logits, settings)
+    assert (out[[0, -1]] == -7).all()
+    assert torch.equal(tokens.cpu(), out[1:-1].cpu()) == given
+    assert tokens.dtype == torch.int64
+    check_surroundings(x, x_memory)
+    assert torch.equal(x.cpu(), logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sample(backend, seed, dtype, layout):
+    rng = random.Random(seed)
+    size = rng.choice([1, 2, 7, 8, 16, 100, 1000, rng.randrange(1, 3000), rng.randrange(3000, 9000)])
+    check_call(backend[1], rng, dtype, layout, rng.choice([1, 3, rng.randrange(4, 12)]), size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_vocabularies(backend, seed, dtype):
+    rng = random.Random(seed)
+    size = rng.choice([32000, 49152, 50257, 128256, 151936, 262144])
+    check_call(backend[1], rng, dtype, rng.choice(LAYOUTS), 2, size)
+
+
+def neutral(num_rows: int, **changes) -> dict[str, torch.Tensor]:
+    """Return settings that truncate nothing, at temperature 1."""
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "index": 0}
+    values = {name: torch.from_numpy(np.full(num_rows, value)) for name, value in defaults.items()}
+    return values | {"positions": torch.arange(num_rows)} | changes
+
+
+def on(device: str, settings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in settings.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_keep_the_lowest_ids(backend, seed, dtype):
+    """Every token that is kept is drawn, and no other."""
+    device, rng = backend[1], random.Random(seed)
+    size, num_rows = rng.randrange(20, 700), 400
+    first, *others = sorted(rng.sample(range(size), 9))
+    logits = torch.full((size,), -3.0, dtype=dtype)
+    logits[others], logits[first] = 2.0, 2.5
+    rows = logits.expand(num_rows, size).to(device)
+    whole = neutral(num_rows, seeds=torch.full((num_rows,), rng.getrandbits(62)))
+    for change, kept in (
+        ({"top_k": 1}, 1),
+        ({"top_k": 4}, 4),
+        ({"top_k": 9}, 9),
+        ({"min_p": 0.5}, 9),
+        ({"min_p": 0.7}, 1),
+        ({"top_k": 6, "top_p": 1e-9}, 1),
+        ({"top_k": 6, "top_p": 0.25}, 1),  # of exp(0.5) + 5, the first has 0.248: see below
+    ):
+        if "top_p" in change and change["top_p"] == 0.25:
+            kept = 2  # 0.248 are not enough
+        settings = whole | {
+            name: torch.full((num_rows,), value, dtype=whole[name].dtype) for name, value in change.items()
+        }
+        tokens = cupaged.sample(rows, **on(device, settings)).tolist()
+        assert set(tokens) == {first, *others[: kept - 1]}, change
+
+
+@pytest.mark.parametrize("share", [1, 3, 5, 10])
+def test_a_top_p_that_equals_the_probability_of_some_tokens_keeps_those(backend, share):
+    """Of 10 tokens of equal probability, 0.1 to 1.0 keep exactly 1 to 10, as Python's floats have it."""
+    device, num_rows = backend[1], 300
+    top_p = torch.full((num_rows,), share / 10, dtype=torch.float64)
+    logits = torch.full((num_rows, 10), 0.5).to(device)
+    tokens = cupaged.sample(logits, **on(device, neutral(num_rows, top_p=top_p)))
+    assert set(tokens.tolist()) == set(range(share))
+
+
+def test_greedy(backend, seed):
+    """The first of the largest; NaN and infinities harm no other row, and give a token."""
+    device, generator = backend[1], torch.Generator().manual_seed(seed)
+    inf, nan = float("inf"), float("nan")
+    for size in (1, 5, 3000, 20000):
+        logits = torch.randn(12, size, generator=generator).mul(4).round().bfloat16()
+        logits[1], logits[2], logits[3] = nan, -inf, 0
+        logits[4, size // 2] = inf
+        logits[5, : size // 2], logits[6, size // 2 :] = nan, nan
+        logits[7, size - 1] = logits[7].max()
+        logits[8] = -0.0
+        logits[8, size // 3] = 0.0
+        for temperature in (0.0, 1.0):
+            settings = neutral(12, temperature=torch.full((12,), temperature, dtype=torch.float64))
+            tokens = cupaged.sample(logits.to(device), **on(device, settings))
+            usable = logits.masked_fill(logits.isnan(), -inf)
+            if temperature:
+                check_tokens(tokens, logits, settings)
+            else:
+                ids = torch.arange(size)
+                first = torch.where(usable == usable.amax(-1, keepdim=True), ids, size).amin(-1)
+                assert torch.equal(tokens.cpu(), first)
+            assert tokens[1] == tokens[2] == 0
+
+
+def test_the_number_is_the_samplers(seed):
+    """Bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(1 << 63), (1 << 63) - 1, (3, 1000), generator=generator)
+    expected = sampler.uniform(*bits.numpy().view(np.uint64))
+    assert np.array_equal(reference.uniform(*bits).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(backend, seed, dtype):
+    device, rng = backend[1], random.Random(seed)
+    size = rng.randrange(1, 3000)
+    logits = draw_logits(rng, 20, size, dtype).to(device)
+    logits[5] = float("nan")
+    settings = on(device, draw_settings(rng, 20, size))
+    together = cupaged.sample(logits, **settings)
+    assert torch.equal(together, cupaged.sample(logits, **settings))
+    for row in (0, 4, 6, 19):
+        own = {name: value[row : row + 1] for name, value in settings.items()}
+        assert cupaged.sample(logits[row : row + 1], **own) == together[row]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation with")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_and_cuda_draw_the_same_tokens(monkeypatch, two_threads, seed, dtype):
+    """All of them: sums are exact, and weights have the same bits."""
+    from tests.cuda_host import emulator
+
+    rng = random.Random(seed)
+    modules = backends.load("cpu"), emulator.backend(seed, "80")
+    for size in (rng.randrange(1, 100), rng.randrange(100, 6000)):
+        logits, settings = draw_logits(rng, 24, size, dtype), draw_settings(rng, 24, size)
+        tokens = []
+        for module in modules:
+            monkeypatch.setattr(backends, "for_device", lambda device_type, module=module: module)
+            tokens.append(cupaged.sample(logits, **settings))
+        assert torch.equal(*tokens)
+
+
+def test_no_rows(backend):
+    settings = on(backend[1], neutral(0))
+    assert cupaged.sample(torch.empty(0, 64, device=backend[1]), **settings).shape == (0,)
