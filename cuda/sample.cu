@@ -18,9 +18,9 @@
 //
 // The tokens that are kept are those above a threshold and the first few that equal it. A threshold
 // is found without sorting: kPivots logits divide the range it is in, a pass over the row adds up
-// what is above each, and the range shrinks to a quarter, in the order of floats as integers. That is
-// 8 passes for 16 bits, 16 for 32; more pivots spill registers. A warp has a contiguous part of the row, of which its lanes
-// take every 32nd chunk. Static shared memory: sums of the warps.
+// what is above each, and the range shrinks to a quarter, in the order of floats as integers. That
+// is 8 passes for 16 bits, 16 for 32; more pivots spill registers. A warp has a contiguous part of
+// the row, of which its lanes take every 32nd chunk. Static shared memory: sums of the warps.
 //
 // Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows and V) logits are read one at a time.
 // Predicted, not measured yet: a pass that adds no weights takes some 8 instructions for a logit,
@@ -48,7 +48,7 @@ struct SampleArguments {
     const int64* positions;
     int64* out;
     int64 stride;
-    int size;  // V
+    int size;           // V
     int fraction_bits;  // the largest weight is a one before so many bits
     int aligned;
 };
@@ -81,12 +81,11 @@ __device__ __forceinline__ float value_of(unsigned key) {
     return to_float(element);
 }
 
-// The upper 64 bits of a product; `low` is set to the lower ones.
-__device__ __forceinline__ uint64 multiply(uint64 a, uint64 b, uint64& low) {
+// The upper 64 bits of a product.
+__device__ __forceinline__ uint64 multiply_high(uint64 a, uint64 b) {
     const uint64 mask = 0xffffffffull;
     const uint64 a0 = a & mask, a1 = a >> 32, b0 = b & mask, b1 = b >> 32;
     const uint64 cross = a1 * b0 + (a0 * b0 >> 32), other = a0 * b1 + (cross & mask);
-    low = a * b;
     return a1 * b1 + (cross >> 32) + (other >> 32);
 }
 
@@ -163,9 +162,7 @@ struct Row {
     const scalar_t* logits;
     int size;
 
-    __device__ __forceinline__ int chunks() const {
-        return (size - 1) / kVec + 1;
-    }
+    __device__ __forceinline__ int chunks() const { return (size - 1) / kVec + 1; }
     __device__ __forceinline__ void load(int chunk, float (&x)[kVec]) const {
         const int count = kAligned ? kVec : size - chunk * kVec;
         unpack<scalar_t>(load_chunk<kAligned>(logits + static_cast<int64>(chunk) * kVec, count), x);
@@ -377,14 +374,14 @@ template <bool kAligned>
 __device__ __forceinline__ void draw(const Row<kAligned>& row, const Weights& weights,
                                      const Kept& kept, uint64 number, Shared& shared, int64* out) {
     int first = 0, last = row.chunks();
-    uint64 target = 0, low;
+    uint64 target = 0;
     Before before{0, 0};
     for (bool whole = true; whole || last - first > kWarpSize; whole = false) {
         const int part = store_sums(row, weights, kept, first, last, shared);
         const Before sums = stored(shared);
         if (whole)
             target =
-                multiply(number, kept.mass(lanes_total(sums.above), lanes_total(sums.equal)), low);
+                multiply_high(number, kept.mass(lanes_total(sums.above), lanes_total(sums.equal)));
         first += locate(sums, kept, target, before) * part;
         last = min(first + part, last);
     }
@@ -434,10 +431,11 @@ __device__ __forceinline__ void sample_row(const SampleArguments& args, Shared& 
     }
     const double top_p = args.top_p[n];
     if (top_p < 1.0) {
-        // The most likely tokens are kept until they have top_p of the weight.
-        const uint64 share = static_cast<uint64>(fmax(top_p, 0.0) * 9007199254740992.0) << 11;
-        uint64 low, target = multiply(share, total_of(row, weights, kept, shared), low);
-        target = max(target + (low != 0), 1ull);
+        // The most likely tokens are kept until they have top_p of the weight. The product is that
+        // of doubles: 0.8 of 10 equal tokens are 8, though the double is above 0.8.
+        const uint64 total = total_of(row, weights, kept, shared);
+        const double share = ceil(fmax(top_p, 0.0) * static_cast<double>(total));
+        const uint64 target = min(max(static_cast<uint64>(share), 1ull), total);
         threshold = search(row, weights, true, threshold, target, shared, above);
         kept.threshold = value_of(threshold);
         kept.tie_weight = weights(kept.threshold);

@@ -15,6 +15,8 @@ from cupaged.backends.cuda.kernels import Kernels
 from cupaged.backends.cuda.reachable import reachable
 from cupaged.backends.cuda.specs import KernelSpec
 
+from .test_sample import neutral
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 BLOCK_SIZE = 16
@@ -105,6 +107,7 @@ def test_every_call_and_only_calls_launch_what_is_listed(arch, launched):
         for size in (8, 7, 5000):
             cupaged.rms_norm(torch.empty(1, size, dtype=dtype), torch.empty(size))
             cupaged.act_and_mul(torch.empty(1, 2 * size, dtype=dtype), activation="silu")
+            cupaged.sample(torch.empty(1, size, dtype=dtype), **neutral(1))
     for unit in (1, 16):
         cupaged.copy_blocks(torch.empty(2, unit, dtype=torch.int8), torch.tensor([[0, 1]]))
     listed = reachable(arch)

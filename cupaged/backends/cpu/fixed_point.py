@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -17,7 +16,7 @@ from . import formats
 from . import ir as low
 from .formats import BFLOAT16, kind_of
 from .ir import F32, F64, I16, I32, I64
-from .simd import _lane_count
+from .simd import _lane_count, inner
 
 I128 = ir.IntType(128)
 
@@ -159,18 +158,17 @@ def load_double(typingctx, address):
 
 
 @intrinsic
-def multiply(typingctx, a, b):
-    """Return the upper and the lower 64 bits of the product of two uint64."""
+def multiply_high(typingctx, a, b):
+    """Return the upper 64 bits of the product of two uint64."""
 
     def codegen(context, builder, signature, args):
         product = builder.mul(*(builder.zext(arg, I128) for arg in args))
-        upper = builder.trunc(builder.lshr(product, I128(64)), I64)
-        return context.make_tuple(builder, signature.return_type, [upper, builder.trunc(product, I64)])
+        return builder.trunc(builder.lshr(product, I128(64)), I64)
 
-    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), codegen
+    return types.uint64(types.uint64, types.uint64), codegen
 
 
-@numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@inner
 def key_of(dtype, itemsize, x):
     """Return an integer for each element, in the order of the elements; -0 is before 0."""
     bits, width = bits_of(dtype, x), 8 * itemsize
@@ -179,7 +177,7 @@ def key_of(dtype, itemsize, x):
     return bits | (1 << (width - 1))
 
 
-@numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@inner
 def value_of(dtype, itemsize, key):
     """Return the element of a key."""
     width = 8 * itemsize

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .fixed_point import count_between, key_of, load_double, multiply, value_of, weigh_between, weight_of
+from .fixed_point import count_between, key_of, load_double, multiply_high, value_of, weigh_between, weight_of
 from .simd import LANES, WIDE, inner, load, load_scalar, max_lanes, maximum, splat, store_int
 from .team import HEADER_BYTES, Launch, Rows, next_rows, read, run_rows
 
@@ -162,7 +162,7 @@ def _draw(dtype, itemsize, row, size, key, ties, number, largest, factor, shift)
         all_above += above[block]
         all_equal += equal[block]
     total = all_above + min(all_equal, ties) * tie_weight
-    target = np.int64(multiply(number, np.uint64(total))[0])
+    target = np.int64(multiply_high(number, np.uint64(total)))
     all_above, all_equal, block = 0, 0, 0
     while all_above + above[block] + min(all_equal + equal[block], ties) * tie_weight <= target:
         all_above += above[block]
@@ -205,9 +205,8 @@ def sample_row(dtype, sampling, n):
         low = value_of(dtype, itemsize, key + 1)
         total = _weigh(dtype, itemsize, row, 0, size, low, INFINITY, largest, factor, shift)
         total += ties * weight_of(value_of(dtype, itemsize, key), largest, factor, shift)
-        share = np.uint64(np.int64(max(top_p, 0.0) * 9007199254740992.0)) << np.uint64(11)
-        whole, rest = multiply(share, np.uint64(total))
-        target = max(np.int64(whole) + (1 if rest != np.uint64(0) else 0), 1)
+        share = np.int64(math.ceil(max(top_p, 0.0) * np.float64(total)))
+        target = min(max(share, 1), total)
         key, above = _search(dtype, itemsize, row, size, True, key, target, largest, factor, shift)
         weight = weight_of(value_of(dtype, itemsize, key), largest, factor, shift)
         ties = (target - above - 1) // weight + 1
