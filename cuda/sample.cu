@@ -4,7 +4,7 @@
 //   logits                              [N, V], contiguous in V. NaN counts as -inf
 //   temperature, top_p, min_p           [N], double; temperature 0 takes the first largest logit
 //   top_k                               [N]
-//   seeds, index, positions             [N], hashed as 64 bits each
+//   seeds, indices, positions           [N], hashed as 64 bits each
 //   out                                 [N], the tokens
 //
 // Grid (N): a block samples a row. A row of 128K logits in 16 bits is 16 chunks of 16 bytes a
@@ -18,13 +18,16 @@
 //
 // The tokens that are kept are those above a threshold and the first few that equal it. A threshold
 // is found without sorting: kPivots logits divide the range it is in, a pass over the row adds up
-// what is above each, and the range shrinks to a quarter, in the order of floats as integers. That
-// is 8 passes for 16 bits, 16 for 32; more pivots spill registers. A warp has a contiguous part of
-// the row, of which its lanes take every 32nd chunk. Static shared memory: sums of the warps.
+// what is above each, and the range shrinks to a quarter. kValuePasses do so to the range of
+// values, the others to that of the floats as integers, of which half are close to zero: 6 passes
+// for 16 bits where it is a usual one, 14 for 32, and never more than 10 and 18. More pivots spill
+// registers. A warp has a contiguous part of the row, of which its lanes take every 32nd chunk.
+// Static shared memory: sums of the warps.
 //
-// Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows and V) logits are read one at a time.
 // Predicted, not measured yet: a pass that adds no weights takes some 8 instructions for a logit,
 // 5 us for 128K of them, and one that weighs them all three times that.
+//
+// Macro CUPAGED_DTYPE. Without `aligned` (16 bytes: rows and V) logits are read one at a time.
 #include "chunks.cuh"
 #include "common.cuh"
 #include "vec.cuh"
@@ -36,6 +39,7 @@ using uint64 = unsigned long long;
 constexpr int kVec = kVecSize<scalar_t>;
 constexpr int kWarps = CUPAGED_THREADS / kWarpSize;
 constexpr int kPivots = 3;
+constexpr int kValuePasses = 2;
 
 struct SampleArguments {
     const scalar_t* logits;
@@ -44,7 +48,7 @@ struct SampleArguments {
     const double* top_p;
     const double* min_p;
     const int64* seeds;
-    const int64* index;
+    const int64* indices;
     const int64* positions;
     int64* out;
     int64 stride;
@@ -61,24 +65,26 @@ struct Shared {
     int first[kWarps];
 };
 
-// Logits as integers in the same order, and back. -0 is before 0.
+// Logits as integers in the same order, and back. -0 is before 0. No conversion makes zeros of
+// subnormals, so that the integers are each other's inverses.
+constexpr int kBits = 8 * static_cast<int>(sizeof(scalar_t));
+constexpr unsigned kSign = 1u << (kBits - 1), kAllBits = kSign | (kSign - 1);
+
 __device__ __forceinline__ unsigned key_of(float x) {
-    if (sizeof(scalar_t) == 4) {
-        const unsigned bits = bit_cast<unsigned>(x);
-        return bits >> 31 ? ~bits : bits | 0x80000000u;
-    }
-    scalar_t element = from_float<scalar_t>(x);
-    unsigned short bits = 0;
-    memcpy(&bits, &element, sizeof(bits));
-    return bits >> 15 ? bits ^ 0xffffu : bits | 0x8000u;
+#if CUPAGED_DTYPE == CUPAGED_FP16
+    const unsigned bits = bit_cast<unsigned short>(from_float<scalar_t>(x));
+#else
+    const unsigned bits = bit_cast<unsigned>(x) >> (32 - kBits);
+#endif
+    return bits & kSign ? bits ^ kAllBits : bits | kSign;
 }
 __device__ __forceinline__ float value_of(unsigned key) {
-    if (sizeof(scalar_t) == 4) return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
-    const unsigned short bits =
-        static_cast<unsigned short>(key >> 15 ? key & 0x7fffu : key ^ 0xffffu);
-    scalar_t element;
-    memcpy(&element, &bits, sizeof(bits));
-    return to_float(element);
+    const unsigned bits = key & kSign ? key ^ kSign : key ^ kAllBits;
+#if CUPAGED_DTYPE == CUPAGED_FP16
+    return to_float(bit_cast<scalar_t>(static_cast<unsigned short>(bits)));
+#else
+    return bit_cast<float>(bits << (32 - kBits));
+#endif
 }
 
 // The upper 64 bits of a product.
@@ -247,13 +253,19 @@ __device__ __forceinline__ unsigned search(const Row<kAligned>& row, const Weigh
     float below = bit_cast<float>(0x7f800000u);  // those from here on are in `above`
     above = 0;
     __syncthreads();  // what is stored has been read
-    while (high - low > 1) {
-        const unsigned step = (high - low + kPivots) / (kPivots + 1);
+    for (int pass = 0; high - low > 1; ++pass) {
+        const float lowest = value_of(low), highest = value_of(high - 1);
         float pivots[kPivots];
         uint64 sums[kPivots];
 #pragma unroll
         for (int j = 0; j < kPivots; ++j) {
-            pivots[j] = value_of(min(low + (j + 1) * step, high - 1));
+            const unsigned step = (high - low + kPivots) / (kPivots + 1);
+            unsigned key = low + (j + 1) * step;
+            if (pass < kValuePasses) {
+                const float part = static_cast<float>(j + 1) / (kPivots + 1);
+                key = max(key_of(fmaf(part, highest, lowest - part * lowest)), low + 1);
+            }
+            pivots[j] = value_of(min(key, high - 1));
             sums[j] = 0;
         }
         row.for_each([&](const float (&x)[kVec], int) {
@@ -282,8 +294,7 @@ __device__ __forceinline__ unsigned search(const Row<kAligned>& row, const Weigh
         const uint64 above_high = above;
 #pragma unroll
         for (int j = 0; j < kPivots; ++j) {
-            const unsigned pivot = low + (j + 1) * step;
-            if (pivot >= high) break;
+            const unsigned pivot = key_of(pivots[j]);
             const uint64 sum = shared.totals[j] + above_high;
             if (sum >= target) {
                 next_low = pivot;
@@ -441,7 +452,7 @@ __device__ __forceinline__ void sample_row(const SampleArguments& args, Shared& 
         kept.tie_weight = weights(kept.threshold);
         kept.ties = static_cast<unsigned>((target - above - 1) / kept.tie_weight + 1);
     }
-    const uint64 number = uniform(args.seeds[n], args.index[n], args.positions[n]);
+    const uint64 number = uniform(args.seeds[n], args.indices[n], args.positions[n]);
     draw(row, weights, kept, number, shared, args.out + n);
 }
 

@@ -42,7 +42,7 @@ class SamplingSettings(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     seeds: torch.Tensor
-    index: torch.Tensor
+    indices: torch.Tensor
     positions: torch.Tensor
 
 

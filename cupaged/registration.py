@@ -35,7 +35,7 @@ _SCHEMAS = (
     "Tensor(b!) kv_cache, Tensor slot_mapping, bool interleaved, Tensor? query_weight, Tensor? key_weight, "
     "float epsilon, float weight_offset, Tensor? k_scale, Tensor? v_scale) -> ()",
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
-    "Tensor index, Tensor positions, Tensor(a!) out) -> ()",
+    "Tensor indices, Tensor positions, Tensor(a!) out) -> ()",
 )
 
 

@@ -18,7 +18,7 @@ def sample(
     top_p: Array,
     min_p: Array,
     seeds: Array,
-    index: Array,
+    indices: Array,
     positions: Array,
     out: Array | None = None,
 ) -> torch.Tensor | Any:
@@ -45,7 +45,7 @@ def sample(
         top_p: [N], float64, probability to keep: the most likely tokens, until it is reached; 1 for all. At
             least one token is kept.
         min_p: [N], float64, least probability of a token to keep, relative to the most likely; 0 for all.
-        seeds, index, positions: [N], int64, of whose 64 bits the number is a hash: of a request, of the
+        seeds, indices, positions: [N], int64, of whose 64 bits the number is a hash: of a request, of the
             output, and of the token.
         out: [N], int64, to write into; returned as given. It shares no memory with the other arguments.
 
@@ -62,7 +62,7 @@ def sample(
         as_tensor("top_p", top_p),
         as_tensor("min_p", min_p),
         as_tensor("seeds", seeds),
-        as_tensor("index", index),
+        as_tensor("indices", indices),
         as_tensor("positions", positions),
     )
     if out is None:

@@ -13,7 +13,7 @@ SETTINGS = {
     "top_p": torch.float64,
     "min_p": torch.float64,
     "seeds": torch.int64,
-    "index": torch.int64,
+    "indices": torch.int64,
     "positions": torch.int64,
 }
 

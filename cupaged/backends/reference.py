@@ -282,9 +282,9 @@ def sample(
     out.copy_(torch.where(at_maximum, greedy, drawn[:, 0]))
 
 
-def uniform(seeds: torch.Tensor, index: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def uniform(seeds: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return float64 numbers in [0, 1) that are a hash of three int64 tensors, elementwise."""
-    return _shift(_mix(_mix(_mix(seeds) + index) + positions), 11).double() * 2.0**-53
+    return _shift(_mix(_mix(_mix(seeds) + indices) + positions), 11).double() * 2.0**-53
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -298,7 +298,7 @@ def kernels_run_on_what_arrives() -> None:
         logits = torch.randn(3, 300, generator=generator)
         settings = {"temperature": torch.ones(3).double(), "top_k": torch.tensor([0, 5, 300])}
         settings |= {"top_p": torch.tensor([0.9, 1.0, 0.5]).double(), "min_p": torch.zeros(3).double()}
-        settings |= dict.fromkeys(("seeds", "index", "positions"), torch.arange(3))
+        settings |= dict.fromkeys(("seeds", "indices", "positions"), torch.arange(3))
         tokens = cupaged.sample(logits, **settings)
         fused[name] = tokens, normed, total, products, turned, written
         found[name] = cache, swapped, *cupaged.paged_attention(query, cache, tables, lengths, return_lse=True)

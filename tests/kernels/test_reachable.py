@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import cupaged
+from benchmarks.sampling_cases import neutral
 from cupaged import backends
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.kernels import Kernels
 from cupaged.backends.cuda.reachable import reachable
 from cupaged.backends.cuda.specs import KernelSpec
-
-from .test_sample import neutral
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)

@@ -185,7 +185,7 @@ OPS = {
         "top_p": torch.tensor([0.5, 1.0, 0.9]).double(),
         "min_p": torch.zeros(3).double(),
         "seeds": torch.tensor([-5, 7, 1 << 62]),
-        "index": torch.arange(3),
+        "indices": torch.arange(3),
         "positions": torch.arange(3),
     },
 }

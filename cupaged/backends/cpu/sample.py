@@ -17,6 +17,7 @@ from .team import HEADER_BYTES, Launch, Rows, next_rows, read, run_rows
 
 I64 = np.dtype(np.int64)
 BLOCK = 1024  # logits of which one maximum, or sum, is kept
+VALUE_PASSES = 4  # of a search: they halve the range of floats, the others that of their bits
 INFINITY = np.float32(np.inf)
 
 
@@ -29,7 +30,7 @@ class Sampling(NamedTuple):
     top_p: int
     min_p: int
     seeds: int
-    index: int
+    indices: int
     positions: int
     out: int
     # The tensors' layout determines the rest.
@@ -113,9 +114,14 @@ def _search(dtype, itemsize, row, size, by_weight, low, target, largest, factor,
 
     The key is `low` if there is not so much above that. What there is are tokens, or their weights.
     """
-    high, end, above = key_of(dtype, itemsize, largest) + 1, INFINITY, 0
+    high, end, above, passes = key_of(dtype, itemsize, largest) + 1, INFINITY, 0, 0
     while high - low > 1:
         middle = low + (high - low) // 2
+        if passes < VALUE_PASSES:
+            passes += 1
+            bounds = value_of(dtype, itemsize, low), value_of(dtype, itemsize, high - 1)
+            half = np.float32(0.5) * bounds[0] + np.float32(0.5) * bounds[1]
+            middle = min(max(key_of(dtype, itemsize, half), low + 1), high - 1)
         pivot = value_of(dtype, itemsize, middle)
         if by_weight:
             found = above + _weigh(dtype, itemsize, row, 0, size, pivot, end, largest, factor, shift)
@@ -154,9 +160,7 @@ def _draw(dtype, itemsize, row, size, key, ties, number, largest, factor, shift)
     all_above, all_equal = 0, 0
     for block in range(num_blocks):
         first, last = block * BLOCK, min((block + 1) * BLOCK, size)
-        above[block] = _weigh(
-            dtype, itemsize, row, first, last, low, INFINITY, largest, factor, shift
-        )
+        above[block] = _weigh(dtype, itemsize, row, first, last, low, INFINITY, largest, factor, shift)
         if ties > 0:
             equal[block] = _count(dtype, itemsize, row, first, last, threshold, low)
         all_above += above[block]
@@ -212,7 +216,7 @@ def sample_row(dtype, sampling, n):
         ties = (target - above - 1) // weight + 1
     number = _uniform(
         load_scalar(I64, sampling.seeds + 8 * n),
-        load_scalar(I64, sampling.index + 8 * n),
+        load_scalar(I64, sampling.indices + 8 * n),
         load_scalar(I64, sampling.positions + 8 * n),
     )
     return _draw(dtype, itemsize, row, size, key, ties, number, largest, factor, shift)

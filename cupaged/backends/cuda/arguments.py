@@ -186,7 +186,7 @@ class SampleArguments(KernelArguments):
     """The arguments of sample."""
 
     _fields_ = _fields(
-        "logits temperature top_k top_p min_p seeds index positions out",
+        "logits temperature top_k top_p min_p seeds indices positions out",
         int64="stride",
         int32="size fraction_bits aligned",
     )
