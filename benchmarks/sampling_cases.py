@@ -56,6 +56,13 @@ def draw_logits(rng: random.Random, num_rows: int, size: int, dtype: torch.dtype
     return rows.masked_fill(rows.abs() < SMALLEST, 0)
 
 
+def weight_errors(weights: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """Return bounds of the errors of a row's weights, which are the exponentials of the exponents."""
+    # Of the exponent: the difference, its factor of three roundings, the product. Of the power: some more.
+    errors = weights * (6 * UNIT * np.minimum(-exponents, 100) + 8 * UNIT)
+    return errors + 2.0 ** -fraction_bits(len(weights))
+
+
 def check_token(logits: torch.Tensor, token: int, settings: list, uniform: float) -> None:
     """Check the token of one row, on the CPU."""
     temperature, top_k, top_p, min_p = settings
@@ -68,9 +75,7 @@ def check_token(logits: torch.Tensor, token: int, settings: list, uniform: float
         return
     exponents = (x - largest) / min(max(temperature, 1e-30), 1e30)
     weights = np.exp(exponents)
-    # Of the exponent: the difference, its factor of three roundings, the product. Of the power: some more.
-    errors = weights * (6 * UNIT * np.minimum(-exponents, 100) + 8 * UNIT)
-    errors += 2.0 ** -fraction_bits(size)
+    errors = weight_errors(weights, exponents)
     order = np.argsort(-x, kind="stable")  # the first of equal logits come first
     ordered, slack = weights[order], errors[order]
     least, most = (int(np.sum(ordered + sign * slack >= min(min_p, 1.0))) for sign in (-1, 1))

@@ -72,9 +72,8 @@ def measure(context: Context, case: Case) -> Row:
     generator = torch.Generator(context.device).manual_seed(context.seed)
     shape = sets, case.rows, case.vocabulary
     logits = torch.randn(shape, generator=generator, device=context.device, dtype=case.dtype) * 3
-    chosen = {
-        name: torch.from_numpy(np.full(case.rows, value)) for name, value in SETTINGS[case.settings].items()
-    }
+    same = SETTINGS[case.settings]  # for all rows
+    chosen = {name: torch.from_numpy(np.full(case.rows, value)) for name, value in same.items()}
     settings = sampling_cases.neutral(case.rows, **chosen)
     settings = {name: value.to(context.device) for name, value in settings.items()}
     row: Row = {"name": "sample", "case": str(case), "bytes": case.num_bytes, "seconds": {}, "failed": {}}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cupaged
-from benchmarks.sampling_cases import NAMES, check_tokens, draw_logits, draw_settings, neutral
+from benchmarks.sampling_cases import NAMES, check_tokens, draw_logits, draw_settings, neutral, weight_errors
 from cupaged import backends
 from cupaged.backends import reference
 from cupaged.engine.sampling import sampler
@@ -102,6 +102,59 @@ def test_a_top_p_that_equals_the_probability_of_some_tokens_keeps_those(backend)
     assert torch.equal(tokens.cpu(), (numbers * shares).long())
 
 
+def unmix(bits: int) -> int:
+    """Return the 64 bits that SplitMix64's mixing function makes these of."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        bits ^= bits >> shift ^ bits >> 2 * shift  # the inverse of x ^ x >> shift, as 3 shifts are over 64
+        bits = bits * pow(factor, -1, 1 << 64) % (1 << 64)
+    return (bits - 0x9E3779B97F4A7C15) % (1 << 64)
+
+
+def with_numbers(numbers: list[float], seed: int) -> dict[str, torch.Tensor]:
+    """Return neutral settings with positions for which these numbers are drawn."""
+    settings = neutral(len(numbers), seeds=torch.full((len(numbers),), seed))
+    before = reference._mix(reference._mix(settings["seeds"]) + settings["indices"])
+    wanted = [unmix(int(number * 2**53) << 11) for number in numbers]
+    wanted = torch.from_numpy(np.array(wanted, dtype=np.uint64).view(np.int64))
+    settings["positions"] = wanted - before
+    drawn = reference.uniform(*(settings[name] for name in NAMES[4:]))
+    assert drawn.tolist() == numbers
+    return settings
+
+
+def test_a_number_between_two_tokens_is_the_second_ones(backend, seed):
+    """Of 4 tokens of equal weight, among others without any, a quarter of the numbers each, 0 and 1 too."""
+    device, rng = backend[1], random.Random(seed)
+    size = rng.randrange(6, 700)
+    possible = sorted(rng.sample(range(1, size - 1), 4))
+    logits = torch.full((size,), float("-inf"))
+    logits[possible] = 1.0
+    last = 2.0**-53  # place of a number
+    numbers = [0.0, 0.25 - last, 0.25, 0.5 - last, 0.5, 0.75 - last, 0.75, 1.0 - last]
+    settings = with_numbers(numbers, rng.getrandbits(62))
+    tokens = cupaged.sample(logits.expand(8, size).to(device), **on(device, settings)).tolist()
+    assert tokens == [token for token in possible for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_as_accurate_as_float32(backend, seed, dtype):
+    """Numbers close to either side of where the tokens of a float64 distribution meet draw those tokens."""
+    device, rng = backend[1], random.Random(seed)
+    size, temperature = 12, rng.uniform(1, 2)
+    logits = torch.tensor([rng.uniform(-3, 3) for _ in range(size)]).to(dtype)
+    exponents = ((logits.double() - logits.double().max()) / temperature).numpy()
+    weights = np.exp(exponents)
+    cumulative = weights.cumsum() / weights.sum()
+    error = 2 * weight_errors(weights, exponents).sum() / weights.sum()
+    assert 2 * error < weights.min() / weights.sum()
+    meet = cumulative[:-1]
+    numbers = np.floor(np.concatenate([meet - error, meet + error]) * 2**53) * 2.0**-53
+    settings = with_numbers(numbers.tolist(), rng.getrandbits(62))
+    settings["temperature"].fill_(temperature)
+    tokens = cupaged.sample(logits.expand(len(numbers), size).to(device), **on(device, settings))
+    assert tokens.tolist() == [*range(size - 1), *range(1, size)]
+
+
 def test_greedy(backend, seed):
     """The first of the largest; NaN and infinities harm no other row, and give a token."""
     device, generator = backend[1], torch.Generator().manual_seed(seed)
@@ -169,3 +222,33 @@ def test_cpu_and_cuda_draw_the_same_tokens(monkeypatch, two_threads, seed, dtype
 def test_no_rows(backend):
     settings = on(backend[1], neutral(0))
     assert cupaged.sample(torch.empty(0, 64, device=backend[1]), **settings).shape == (0,)
+
+
+def test_settings_out_of_range_are_the_nearest_in_range(backend, seed):
+    """Nobody waits for a check on the device."""
+    device, best = backend[1], 11
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))
+    logits[:, best] = 5.0
+    nan = float("nan")
+    pairs = [
+        ({"temperature": -1.0}, {"temperature": 0.0}),
+        ({"temperature": nan}, {"temperature": 0.0}),
+        ({"temperature": 1e300}, {"temperature": 1e30}),
+        ({"temperature": 1e-300}, {"temperature": 1e-30}),
+        ({"top_k": -7}, {}),
+        ({"top_k": 1 << 60}, {}),
+        ({"top_p": -1.0}, {"top_k": 1}),
+        ({"top_p": 7.0}, {}),
+        ({"top_p": nan}, {}),
+        ({"min_p": 2.0}, {"top_k": 1}),
+        ({"min_p": -1.0}, {}),
+        ({"min_p": nan}, {}),
+    ]
+    for pair in pairs:
+        tokens = []
+        for changes in pair:
+            settings = neutral(3, seeds=torch.full((3,), seed))
+            for name, value in changes.items():
+                settings[name].fill_(value)
+            tokens.append(cupaged.sample(logits.to(device), **on(device, settings)).tolist())
+        assert tokens[0] == tokens[1], pair
