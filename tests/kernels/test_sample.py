@@ -75,8 +75,8 @@ def test_ties_keep_the_lowest_ids(backend, seed):
     cases = [
         ({"top_k": 1}, 1),
         ({"top_k": 3}, 3),
-        ({"min_p": 0.5}, 5),  # the others have exp(-0.5) of the first
-        ({"min_p": 0.7}, 1),
+        ({"min_p": 0.6065}, 5),  # the others have exp(-0.5) of the first
+        ({"min_p": 0.6066}, 1),
         ({"top_k": 4, "top_p": 0.3}, 1),  # of the four the first has 0.35, the others 0.22
         ({"top_k": 4, "top_p": 0.5}, 2),
     ]
