@@ -11,9 +11,11 @@ import dataclasses
 import errno
 import logging
 import math
+import os
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cupaged.engine.model.model_files import check_files, check_generation_config
@@ -28,6 +30,8 @@ from .engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from .engine.server.access import Access, check_certificate
+from .engine.server.chat_settings import ChatSettings
 from .engine.server.limits import Limits
 
 _CHOICES = {
@@ -53,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument(
         "--model", help="Hugging Face directory, hub id or GGUF file; SmolLM2-135M-Instruct if not given"
     )
-    cli.add_argument("--served-model-name", help="what requests call the model; --model if not given")
+    cli.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what requests call the model; of several names the first is that in answers and metrics; "
+        "--model if not given",
+    )
     cli.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     cli.add_argument("--port", type=port_number, default=8000, help="port to listen on; 0 for a free one")
     cli.add_argument(
@@ -75,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     cli.add_argument(
         "--log-requests",
+        "--access-log",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="log a line for each request that has ended",
@@ -85,7 +96,15 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="log a line about load and cache every ten seconds while there is load",
     )
-    cli.add_argument(
+    _add_access(cli.add_argument_group("access"))
+    _add_settings(cli.add_argument_group("chat"), ChatSettings)
+    _add_settings(cli.add_argument_group("limits"), Limits)
+    _add_settings(cli.add_argument_group("engine"), EngineConfig)
+    return cli
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--allowed-hosts",
         nargs="+",
         default=[],
@@ -93,9 +112,28 @@ def parser() -> argparse.ArgumentParser:
         help="names besides localhost that requests may give as their host, * for any; without this option "
         "any, unless --host is a loopback address",
     )
-    _add_settings(cli.add_argument_group("limits"), Limits)
-    _add_settings(cli.add_argument_group("engine"), EngineConfig)
-    return cli
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="origins of web pages whose requests browsers let through (CORS), such as "
+        "https://app.example.com, * for all; without this option only the server's own page",
+    )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="key that requests must have, as a bearer token or as x-api-key; may be given several times; "
+        "without this option that in CUPAGED_API_KEY, which no list of processes shows, or else none",
+    )
+    group.add_argument("--root-path", default="", help="prefix of all paths behind a proxy, such as /llm")
+    group.add_argument("--ssl-certfile", type=Path, help="certificate chain in PEM, to serve HTTPS")
+    group.add_argument(
+        "--ssl-keyfile",
+        type=Path,
+        help="its private key in PEM, without a password; in --ssl-certfile if not given",
+    )
 
 
 def _add_settings(group: argparse._ArgumentGroup, settings: type) -> None:
@@ -205,6 +243,8 @@ def _serve(options: argparse.Namespace) -> int:
     EngineConfig(**settings)  # report a wrong setting before anything slow
     _set_up_logs(options)
     limits = Limits(**_settings(options, Limits))
+    access, tls = _access(options), _tls(options)
+    chat_settings = ChatSettings(**_settings(options, ChatSettings))
     _allow_descriptors(limits.max_connections)
     with listen(options.host, options.port) as listener:
         # Before torch and transformers are imported, and because the hub may take half a minute to fail.
@@ -213,8 +253,30 @@ def _serve(options: argparse.Namespace) -> int:
         check_generation_config(options.generation_config)
         device, why = choose_device(options.device)
         print(f"cupaged: {why}", flush=True)
-        _run(listener, options, EngineConfig(**{**settings, "device": str(device)}), limits)
+        config = EngineConfig(**{**settings, "device": str(device)})
+        _run(listener, options, config, limits, access, tls, chat_settings)
     return 0
+
+
+def _access(options: argparse.Namespace) -> Access:
+    """Return who may use the server, but for the hosts, which depend on its address."""
+    keys = options.api_key or [key for key in [os.environ.get("CUPAGED_API_KEY")] if key]
+    return Access(
+        allowed_origins=tuple(options.allowed_origins),
+        api_keys=tuple(keys),
+        root_path=options.root_path.rstrip("/"),
+    )
+
+
+def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
+    """Return the files with the certificate chain and the private key; None without."""
+    if options.ssl_certfile is None:
+        if options.ssl_keyfile is not None:
+            raise ValueError("ssl_keyfile is given and no ssl_certfile: give both")
+        return None
+    files = options.ssl_certfile, options.ssl_keyfile or options.ssl_certfile
+    check_certificate(*files)
+    return files
 
 
 def _set_up_logs(options: argparse.Namespace) -> None:
@@ -242,7 +304,15 @@ def _allow_descriptors(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig, limits: Limits) -> None:
+def _run(
+    bound: socket.socket,
+    options: argparse.Namespace,
+    config: EngineConfig,
+    limits: Limits,
+    access: Access,
+    tls: tuple[Path, Path] | None,
+    chat_settings: ChatSettings,
+) -> None:
     from .engine import LLMEngine
     from .engine.server.async_engine import AsyncEngine
     from .engine.server.hosts import allowed_hosts
@@ -258,34 +328,37 @@ def _run(bound: socket.socket, options: argparse.Namespace, config: EngineConfig
         )
     print("cupaged: warming up (the first start compiles kernels)", flush=True)
     engine.warm_up()
-    name = options.served_model_name or engine.model_name
+    names = options.served_model_name or [engine.model_name]
     bound_to, port = bound.getsockname()[:2]
-    address = _address(options.host, port)
-
-    greeting = _greeting(address, name, chat=bool(engine.tokenizer.chat_template))
+    address = _address(options.host, port, "https" if tls else "http")
+    chat = bool(chat_settings.chat_template or engine.tokenizer.chat_template)
+    greeting = _greeting(address, names[0], chat=chat, key=bool(access.api_keys))
+    hosts = allowed_hosts(bound_to, options.host, options.allowed_hosts)
     server = Server(
         AsyncEngine(engine),
-        name,
+        names,
         on_start=lambda: print(greeting, flush=True),
         limits=limits,
-        allowed_hosts=allowed_hosts(bound_to, options.host, options.allowed_hosts),
+        access=dataclasses.replace(access, allowed_hosts=hosts),
         shutdown_timeout=options.shutdown_timeout,
         step_timeout=options.step_timeout,
         log_stats=options.log_stats,
+        tls=tls,
+        chat_settings=chat_settings,
     )
     server.run(sockets=[bound])
     if server.failure is not None:
         raise server.failure
 
 
-def _address(host: str, port: int) -> str:
+def _address(host: str, port: int, scheme: str = "http") -> str:
     """Return the URL at which this machine reaches a server that listens there."""
     if host in ("127.0.0.1", "0.0.0.0", "::"):
         host = "localhost"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _greeting(address: str, model: str, chat: bool) -> str:
+def _greeting(address: str, model: str, chat: bool, key: bool = False) -> str:
     if chat:
         where, path = f"{address} (chat in a browser, or)", "chat/completions"
         asked = '"messages": [{"role": "user", "content": "What is paging?"}]'
@@ -295,10 +368,11 @@ def _greeting(address: str, model: str, chat: bool) -> str:
             "completions",
         )
         asked = '"prompt": "Paging is", "max_tokens": 50'
+    authorization = "  -H 'Authorization: Bearer YOUR_API_KEY' \\\n" if key else ""
     return f"""{model} is served on {where}
 
 curl {address}/v1/{path} -H 'Content-Type: application/json' \\
-  -d '{{"model": "{model}", {asked}}}'
+{authorization}  -d '{{"model": "{model}", {asked}}}'
 
 Ctrl-C ends it."""
 

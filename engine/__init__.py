@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_llm import AsyncLLM
+    from .beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from .config import EngineConfig
     from .llm import LLM
     from .llm_engine import LLMEngine
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchSequence": "beam_search",
     "LLMEngine": "llm_engine",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
@@ -29,6 +35,10 @@ _MODULES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "LLMEngine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike, fspath
 
 import torch
@@ -25,42 +25,21 @@ from .model.model_files import check_generation_config, check_length
 from .model.model_runner import ModelRunner
 from .model.progress import without_bars
 from .model.step_timer import StepTimer
+from .model.vocabulary import Vocabulary
 from .output_processor import OutputProcessor
-from .outputs import EngineStats, RequestOutput
+from .outputs import EngineStats, RequestOutput, Totals
 from .prompts import Prompt, PromptReader, cache_salt
 from .sampling import bad_words
+from .sampling.grammar import Grammar, GrammarCompiler
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
+from .scheduling.block_watch import BlockWatch
 from .scheduling.failed_step import FailedStep
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
 from .validation import is_integer
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The number of tokens of a model, as input and as output; its tokenizer may have more."""
-
-    size: int
-    num_samplable: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Vocabulary:
-        """Return the vocabulary of a model by the shapes of its embeddings."""
-        size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-        return cls(size, int(getattr(model.get_output_embeddings(), "out_features", size)))
-
-
-@dataclass
-class Totals:
-    """Counts since the engine was made."""
-
-    arrivals: int = 0  # of requests and prefixes
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    failed_steps: int = 0
 
 
 class LLMEngine:
@@ -82,6 +61,7 @@ class LLMEngine:
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
         loaded, self.tokenizer = self._load(None if model is None else fspath(model))
         self.model_name = demo_model.NAME if model is None else fspath(model)
+        self.dtype = loaded.dtype
         self._runner = ModelRunner(loaded)
         self._runner.rewrite(config.block_size, config.fuse)
         self._vocabulary = Vocabulary.of(loaded)
@@ -138,6 +118,7 @@ class LLMEngine:
             window=self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
+        self.grammars = GrammarCompiler(self.tokenizer, self._vocabulary.num_samplable, eos_token_ids)
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
 
     @property
@@ -146,7 +127,13 @@ class LLMEngine:
         return self._prompts.max_characters
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request.
 
@@ -157,6 +144,7 @@ class LLMEngine:
                 tell from its speed what was asked before.
             params: how to sample; None: as `default_sampling_params` says.
             priority: where the scheduling policy is "priority", lower ones run first.
+            grammar: what ``grammars.compile`` returned for ``params.structured_outputs`` in another thread.
 
         Raises:
             ValueError: the request is malformed or could never run. Nothing else is affected.
@@ -176,6 +164,8 @@ class LLMEngine:
         num_samplable = self._vocabulary.num_samplable
         params.check_vocabulary(num_samplable)
         self._sampler.check(params, num_samplable)
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         self._prompts.check_length(prompt)
         text, token_ids = self._prompts.read(prompt)
         if params.needs_whole_prompt and (beyond := max(token_ids)) >= num_samplable:
@@ -208,6 +198,8 @@ class LLMEngine:
         )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
+        if grammar is not None:
+            self._sampler.add_grammar(group, grammar)
         self._groups[request_id] = group
         self._totals.arrivals += 1
         self._totals.prompt_tokens += len(token_ids)
@@ -310,6 +302,7 @@ class LLMEngine:
             raise
         self._timer.end_step(plan)
         self._scheduler.update(plan, samples.token_ids, samples.candidates)
+        self._sampler.prepare()
         self._totals.generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
         outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
@@ -346,6 +339,7 @@ class LLMEngine:
                 copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
             )
         )
+        self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)
@@ -369,7 +363,13 @@ class LLMEngine:
             prefix_cache_queries=scheduler.num_prefix_queries,
             prefix_cache_hits=scheduler.num_prefix_hits,
             num_failed_steps=self._totals.failed_steps,
+            num_gpu_blocks=gpu.num_blocks,
+            num_cpu_blocks=cpu.num_blocks,
         )
+
+    def watch_blocks(self) -> BlockWatch:
+        """Start to report what happens to the blocks, until the watch is closed."""
+        return BlockWatch(self._blocks, self._scheduler)
 
     def check_integrity(self) -> None:
         """Verify the reference counts, and that without requests only pinned prefixes hold blocks.

@@ -132,6 +132,8 @@ class OutputProcessor:
             [self._completion(group, index, seq) for index, seq in enumerate(seqs)],
             group.finished,
             self._prompt_logprobs(group),
+            group.num_cached_tokens,
+            group.first_scheduled,
         )
 
     def _empty_output(self, group: SequenceGroup) -> RequestOutput:
@@ -143,6 +145,8 @@ class OutputProcessor:
             [CompletionOutput(i, "", [], "length", logprobs=logprobs) for i in range(group.params.n)],
             group.finished,
             self._prompt_logprobs(group),
+            group.num_cached_tokens,
+            group.first_scheduled,
         )
 
     def _beam_output(self, group: SequenceGroup) -> RequestOutput:
@@ -163,7 +167,15 @@ class OutputProcessor:
                     beam_score=beam.score,
                 )
             )
-        return RequestOutput(group.request_id, group.prompt, group.prompt_token_ids, completions, True)
+        return RequestOutput(
+            group.request_id,
+            group.prompt,
+            group.prompt_token_ids,
+            completions,
+            True,
+            num_cached_tokens=group.num_cached_tokens,
+            first_scheduled=group.first_scheduled,
+        )
 
     def _completion(self, group: SequenceGroup, index: int, seq: Sequence) -> CompletionOutput:
         params, state = group.params, self._states[seq.seq_id]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,9 @@ class RequestOutput:
         finished: whether all outputs are finished.
         prompt_logprobs: log probabilities at each token of the prompt, if ``SamplingParams.prompt_logprobs``
             is set; None for the first token, which has no context.
+        num_cached_tokens: number of the prompt's tokens that were in the prefix cache when the request was
+            first scheduled.
+        first_scheduled: when that was, on the clock of `time.monotonic`.
     """
 
     request_id: str
@@ -71,6 +74,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    # What depends on other requests and on the clock says nothing about whether two answers are equal.
+    num_cached_tokens: int = field(default=0, compare=False)
+    first_scheduled: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class EngineStats:
             cache.
         prefix_cache_hits: total number of these tokens found in the prefix cache.
         num_failed_steps: total number of steps that failed.
+        num_gpu_blocks: number of blocks of the KV cache.
+        num_cpu_blocks: number of blocks of the swap space.
     """
 
     num_running: int
@@ -103,3 +111,15 @@ class EngineStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     num_failed_steps: int
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+
+
+@dataclass
+class Totals:
+    """Count what an engine has done since it was made."""
+
+    arrivals: int = 0  # of requests and prefixes
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    failed_steps: int = 0

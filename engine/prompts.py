@@ -64,7 +64,11 @@ class PromptReader:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, max_model_len: int, max_characters: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_model_len: int,
+    max_characters: int,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """Return the tokens of a text.
 
@@ -72,6 +76,7 @@ def tokenize(
         max_model_len: maximum number of tokens of a sequence, for the message.
         max_characters: maximum number of characters; longer texts have too many tokens, and to count those of
             megabytes takes seconds.
+        add_special_tokens: add those that the model's inputs begin or end with.
 
     Raises:
         ValueError: the text is too long, or the tokenizer refuses it.
@@ -82,7 +87,7 @@ def tokenize(
             f"most {max_characters}: shorten the prompt"
         )
     try:
-        return tokenizer(prompt)["input_ids"]
+        return tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
     except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can carry
         raise ValueError(f"prompt: the tokenizer refuses this text: {error}") from error
 

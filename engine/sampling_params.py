@@ -142,6 +142,12 @@ class SamplingParams:
                 if not 0 <= token < size:
                     raise ValueError(f"{name} must have token ids from 0 to {size - 1}, got {token}")
 
+    def ending_tokens(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end an output, of a model with these end-of-sequence tokens."""
+        own = frozenset(self.stop_token_ids)
+        # Structured outputs end by a token in any case.
+        return own if self.ignore_eos and (own or self.structured_outputs is None) else own | eos_token_ids
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0

@@ -15,8 +15,8 @@ _FOR_JSON = ("disable_any_whitespace", "whitespace_pattern")
 class StructuredOutputsParams:
     """Hold what the outputs of a request have to be, under vLLM's names.
 
-    Exactly one of the first five fields is given. Outputs are complete by the grammar unless ``max_tokens`` or a
-    stop string cuts them.
+    Exactly one of the first five fields is given. Outputs are complete by the grammar unless ``max_tokens``
+    or a stop string cuts them.
 
     Args:
         json: JSON schema, as a dictionary or as text; it is kept as text. The properties of an object come in

@@ -17,6 +17,10 @@ import numpy as np
 from .block_pool import BlockPool, KeyedBlocks, move, num_to_move
 from .block_tables import NO_BLOCK, BlockTable, BlockTables
 
+# What happened, the sequences that it happened to, and the blocks: (source, target) of copies and moves, or
+# (block, block) of those that were found in the cache.
+Note = tuple[str, list[int], list[tuple[int, int]]]
+
 
 class BlockManager:
     """Manage the block tables of all sequences that hold memory, on the GPU or in the swap space.
@@ -28,6 +32,8 @@ class BlockManager:
     Attributes:
         writable: sequence ID -> first position without a slot of the sequence's own. Tokens before it can be
             written without a call of `append`.
+        journal: list that what happens to sequences is appended to (`Note`) while somebody watches; else
+            None. The pools note what happens to blocks.
     """
 
     def __init__(self, num_gpu_blocks: int, num_cpu_blocks: int, block_size: int) -> None:
@@ -37,6 +43,7 @@ class BlockManager:
         self.writable: dict[int, int] = {}
         self._tables = BlockTables()  # of GPU blocks
         self._swapped: dict[int, BlockTable] = {}  # of CPU blocks; without rows
+        self.journal: list[Note] | None = None
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold this many tokens."""
@@ -45,6 +52,24 @@ class BlockManager:
     def holds(self, seq_id: int) -> bool:
         """Return whether the sequence has blocks, on the GPU or in the swap space."""
         return seq_id in self._tables or seq_id in self._swapped
+
+    def record(self, on: bool) -> None:
+        """Start the journals of this object and of its pools afresh, or end them."""
+        self.journal = [] if on else None
+        self.gpu.journal = [] if on else None
+        self.cpu.journal = [] if on else None
+
+    def note(self, what: str, seq_ids: Iterable[int], blocks: Iterable[tuple[int, int]] = ()) -> None:
+        """Note what happened to sequences, if somebody watches."""
+        if self.journal is not None:
+            self.journal.append((what, list(seq_ids), list(blocks)))
+
+    def place(self, seq_id: int) -> tuple[str, Sequence[int]]:
+        """Return the pool of the sequence's blocks, "gpu" or "cpu", and the blocks as a live view."""
+        if seq_id in self._swapped:
+            return "cpu", self._swapped[seq_id].blocks
+        table = self._tables.get(seq_id)
+        return "gpu", table.blocks if table else ()
 
     def table(self, seq_id: int) -> Sequence[int]:
         """Return the sequence's GPU blocks in order, `NO_BLOCK` for freed ones, as a live view."""
@@ -104,6 +129,7 @@ class BlockManager:
             source = blocks[first]
             if self.gpu.ref_counts[source] > 1:
                 copy = (source, self.gpu.allocate())
+                self.note("copy_on_write", [seq_id], [copy])
                 self._tables.replace(table, first, copy[1])
                 self.gpu.release(source)
             else:
@@ -126,6 +152,7 @@ class BlockManager:
             self.gpu.share(block)
         keyed = min(parent.num_keyed, num_tokens // self.block_size)
         self._tables.add(child_id, blocks, parent.keys[:keyed], keyed, min(parent.num_freed, len(blocks)))
+        self.note("fork", [parent_id, child_id])
         self.writable[parent_id] = self.writable[child_id] = 0  # the next write must go through `append`
 
     def reserve(self, seq_id: int, blocks: list[int]) -> None:
@@ -207,6 +234,7 @@ class BlockManager:
             self.gpu.share(block)
         self._tables.add(seq_id, blocks, keys, len(blocks))
         self.writable[seq_id] = 0
+        self.note("prefix_hit", [seq_id], zip(blocks, blocks))
 
     def unify(self, seq_id: int) -> None:
         """Replace a sequence's blocks by the cached blocks with the same keys.
@@ -262,6 +290,7 @@ class BlockManager:
             del self.writable[seq_id]
             blocks = [NO_BLOCK] * table.num_freed + held
             self._swapped[seq_id] = BlockTable(-1, blocks, table.keys, table.num_keyed, table.num_freed)
+        self.note("swap_out", moving, copies)
         return copies
 
     def num_swapped_blocks(self, seq_ids: Iterable[int]) -> int:
@@ -283,6 +312,7 @@ class BlockManager:
             blocks = [NO_BLOCK] * table.num_freed + held
             self._tables.add(seq_id, blocks, table.keys, table.num_keyed, table.num_freed)
             self.writable[seq_id] = 0
+        self.note("swap_in", moving, copies)
         return copies
 
     @staticmethod

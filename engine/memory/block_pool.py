@@ -50,12 +50,16 @@ from collections.abc import Hashable, Iterable, Sequence
 
 # Blocks in order, and the keys of the first len(keys) blocks.
 KeyedBlocks = tuple[Sequence[int], Sequence[Hashable]]
+Note = tuple[str, int, Hashable]  # what happened to a block, the block, and the key where it is about content
 
 
 class BlockPool:
     """Manage the blocks 0 to ``num_blocks - 1``: their references, content keys and eviction order.
 
     Every operation but `take` takes constant time. Callers check `num_free` before they take blocks.
+
+    Attributes:
+        journal: list that changes of blocks are appended to, in order, while somebody watches; else None.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -66,6 +70,7 @@ class BlockPool:
         self._keys: list[Hashable] = [None] * num_blocks  # block -> key; None: it cannot be found
         self._block_of: dict[Hashable, int] = {}  # the inverse
         self._promised: list[int] = []
+        self.journal: list[Note] | None = None
 
     @property
     def num_free(self) -> int:
@@ -81,6 +86,10 @@ class BlockPool:
         """Return the blocks that have neither references nor content."""
         return list(self._empty)
 
+    def key_of(self, block: int) -> Hashable:
+        """Return the key that the block's content is found by, or None."""
+        return self._keys[block]
+
     def find(self, key: Hashable) -> int | None:
         """Return the block that holds the content of this key, or None."""
         return self._block_of.get(key)
@@ -95,9 +104,14 @@ class BlockPool:
             block = self._empty.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._keys[block]]
+            key = self._keys[block]
+            del self._block_of[key]
             self._keys[block] = None
+            if self.journal is not None:
+                self.journal.append(("evict", block, key))
         self.ref_counts[block] = 1
+        if self.journal is not None:
+            self.journal.append(("take", block, None))
         return block
 
     def take(self, blocks: Sequence[int]) -> None:
@@ -106,12 +120,16 @@ class BlockPool:
         self._empty = [block for block in self._empty if block not in taken]
         for block in blocks:
             self.ref_counts[block] = 1
+        if self.journal is not None:
+            self.journal += [("take", block, None) for block in blocks]
 
     def share(self, block: int) -> None:
         """Add a reference to a used or cached block."""
         if self.ref_counts[block] == 0:
             del self._cached[block]
         self.ref_counts[block] += 1
+        if self.journal is not None:
+            self.journal.append(("share", block, None))
 
     def release(self, block: int) -> None:
         """Drop one reference; the last one frees the block."""
@@ -121,6 +139,8 @@ class BlockPool:
                 self._empty.append(block)
             else:
                 self._cached[block] = None
+        if self.journal is not None:
+            self.journal.append(("release", block, None))
 
     def register(self, block: int, key: Hashable) -> bool:
         """Register the content of a used block under a key.
@@ -132,6 +152,8 @@ class BlockPool:
             return False
         self._block_of[key] = block
         self._keys[block] = key
+        if self.journal is not None:
+            self.journal.append(("store", block, key))
         return True
 
     def promise(self, block: int, key: Hashable) -> None:
@@ -160,6 +182,8 @@ class BlockPool:
             if block in self._cached:
                 del self._cached[block]
                 self._empty.append(block)
+            if self.journal is not None:
+                self.journal.append(("remove", block, key))
 
     def check_integrity(self, references: Counter[int]) -> None:
         """Check the pool's state against the references that callers hold.

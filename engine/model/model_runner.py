@@ -18,6 +18,7 @@ from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
 from .fusion import Fusion, Proof, fuse_model
 from .kv_cache import KVCache, KVShape
+from .step_inputs import StepInputs, to_device
 from .workspace import Workspaces
 
 _CACHE_DTYPES = {
@@ -137,7 +138,7 @@ class ModelRunner:
         Args:
             max_model_len: maximum number of tokens of a sequence, which selects the set.
         """
-        last = self._tensor(np.array([[max_model_len - 1]], dtype=np.int64))
+        last = torch.tensor([[max_model_len - 1]], device=self.device)
         for module in self._model.modules():
             kinds = getattr(module, "rope_type", None)
             if kinds == "longrope":
@@ -158,62 +159,41 @@ class ModelRunner:
             Logits ``[N, vocabulary]``. Each sequence, in order, has one row for each of its first
             ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token.
         """
-        num_seqs = len(scheduled)
-        block_tables = blocks.tables([item.seq.seq_id for item in scheduled])
-        counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
-        starts = np.array([item.start for item in scheduled], dtype=np.int64)
-        query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start_loc[1:])
-        token_ids: list[int] = []
-        for item in scheduled:
-            token_ids += item.seq.token_ids[item.start : item.start + item.num_tokens]
-        row_of = np.repeat(np.arange(num_seqs), counts)
-        positions = np.arange(len(token_ids)) + (starts - query_start_loc[:-1])[row_of]
-        block_size = cache.shape.block_size
-        slots = block_tables[row_of, positions // block_size].astype(np.int64) * block_size
-        slots += positions % block_size
-        stored = starts + [item.num_stored for item in scheduled]
-        slots[positions < stored[row_of]] = -1
-        kept_rows = (query_start_loc[1:] - 1)[[item.num_samples > 0 for item in scheduled]]
-        if any(item.group.params.needs_whole_prompt for item in scheduled):
-            first = zip(query_start_loc[:-1], scheduled)
-            prompts = [np.arange(start, start + item.num_prompt_logits) for start, item in first]
-            kept_rows = np.sort(np.concatenate([kept_rows, *prompts]))
-
-        seq_lens = (starts + counts).astype(np.int32)
-        is_decode = counts.max() == 1
+        inputs = StepInputs.of(scheduled, blocks)
         workspace = None
-        if is_decode and self._workspaces is not None:
-            workspace = self._workspaces.get(cache, num_seqs, block_tables.shape[1])
+        if inputs.is_decode and self._workspaces is not None:
+            workspace = self._workspaces.get(cache, len(scheduled), inputs.block_tables.shape[1])
+        read = [inputs.token_ids, inputs.positions, inputs.kept_rows]
         if workspace is not None:
-            workspace.begin_step(slots, block_tables, seq_lens)
+            workspace.begin_step(inputs.slots, inputs.block_tables, inputs.seq_lens)
             metadata = workspace.paged
+            token_ids, positions, kept_rows = to_device(read, self.device)
         else:
+            paged = [inputs.slots, inputs.block_tables, inputs.seq_lens]
+            if not inputs.is_decode:
+                paged.append(inputs.query_start_loc)
+            token_ids, positions, kept_rows, slots, tables, lens, *starts = to_device(
+                read + paged, self.device
+            )
             metadata = AttentionMetadata(
                 kv_caches=cache.layers,
                 kv_scales=cache.scales,
-                slot_mapping=self._tensor(slots),
-                block_tables=self._tensor(block_tables),
-                seq_lens=self._tensor(seq_lens),
-                query_start_loc=None if is_decode else self._tensor(query_start_loc),
+                slot_mapping=slots,
+                block_tables=tables,
+                seq_lens=lens,
+                query_start_loc=starts[0] if starts else None,
                 windows=self._windows,
-                shared_prefix=self.device.type != "cpu" and shares_prefix(block_tables, block_size),
+                shared_prefix=self.device.type != "cpu"
+                and shares_prefix(inputs.block_tables, cache.shape.block_size),
             )
         output = self._model(
-            input_ids=self._tensor(np.array(token_ids, dtype=np.int64))[None],
-            position_ids=self._tensor(positions)[None],
-            # A tensor of indices, as an int would keep at least one row.
-            logits_to_keep=self._tensor(kept_rows.astype(np.int64)),
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            logits_to_keep=kept_rows,  # a tensor of indices, as an int would keep at least one row
             use_cache=False,
             paged=metadata,
         )
         return output.logits[0]
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def shares_prefix(block_tables: np.ndarray, block_size: int) -> bool:

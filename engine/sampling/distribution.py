@@ -137,3 +137,17 @@ def _num_kept(
     kept = torch.where(shares < 1, reached.minimum(counts), counts)
     whole = counts == vocabulary  # no top-k: the total is that of all weights
     return torch.where(within | (whole & (reached < columns)), kept, columns + 1)
+
+
+def uniform(seeds: np.ndarray, index: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return float64 numbers in [0, 1) that are a hash of the three uint64 arrays, elementwise."""
+    bits = _mix(_mix(_mix(seeds) + index) + positions)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Apply the SplitMix64 mixing function (Steele, Lea, Flood 2014), a bijection of uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

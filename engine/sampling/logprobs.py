@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from ..scheduling.step_plan import ScheduledSequence
+
+_PROMPT_SLICE = 64  # number of prompt positions whose log probabilities are computed at once
 
 
 class TokenLogprobs(NamedTuple):
@@ -50,3 +55,31 @@ def token_logprobs(
             result[i].token_ids.extend(ids)
             result[i].logprobs.extend(numbers)
     return result
+
+
+def take_prompt(
+    logits: torch.Tensor, scheduled: Sequence[ScheduledSequence], output: dict[int, list[TokenLogprobs]]
+) -> torch.Tensor:
+    """Store the log probabilities of prompts in ``output``, by the position in the plan.
+
+    Returns:
+        The logits to sample from.
+    """
+    sampled_rows, row = [], 0
+    for position, item in enumerate(scheduled):
+        if count := item.num_prompt_logits:
+            tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
+            output[position] = []
+            for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
+                part = np.array(tokens[first : first + _PROMPT_SLICE])
+                output[position] += token_logprobs(
+                    logits[row + first : row + first + len(part)],
+                    torch.from_numpy(np.arange(len(part))).to(logits.device),
+                    torch.from_numpy(part).to(logits.device),
+                    np.full(len(part), item.group.params.prompt_logprobs),
+                )
+            row += count
+        if item.num_samples:
+            sampled_rows.append(row)
+            row += 1
+    return logits[torch.from_numpy(np.array(sampled_rows, dtype=np.int64)).to(logits.device)]

@@ -19,13 +19,14 @@ from ..scheduling.beam_search import num_candidates
 from ..scheduling.request import Candidates, Sequence, SequenceGroup
 from ..scheduling.step_plan import ScheduledSequence
 from .bad_words import BadWords
-from .distribution import draw, weights
+from .distribution import draw, uniform, weights
+from .grammar import Grammar
 from .logits_processors import Penalties, TokenTable, Users
-from .logprobs import TokenLogprobs, token_logprobs
+from .logprobs import TokenLogprobs, take_prompt, token_logprobs
+from .structured import StructuredOutputs
 
 _MAX_INT = 2**62  # requests may contain any integer; the arrays hold 64 bits
 _CHUNK = 768  # tokens of a chunk of logits in `_argmax`; 512 to 1024 took the same time
-_PROMPT_SLICE = 64  # number of prompt positions whose log probabilities are computed at once
 
 
 class _Use(IntFlag):
@@ -38,7 +39,8 @@ class _Use(IntFlag):
     BAD_WORDS = 16
     BIAS = 32
     PENALTIES = 64
-    CHANGE = ALLOWED | MIN_TOKENS | BAD_WORDS | BIAS | PENALTIES  # of the logits
+    GRAMMAR = 128
+    CHANGE = GRAMMAR | ALLOWED | MIN_TOKENS | BAD_WORDS | BIAS | PENALTIES  # of the logits
 
 
 _SETTINGS = np.dtype(
@@ -104,7 +106,10 @@ class Sampler:
         self._settings = np.zeros(0, dtype=_SETTINGS)
         self._allowed, self._ending, self._biases = TokenTable(), TokenTable(), TokenTable()
         self._bad_words, self._penalties = BadWords(), Penalties()
-        self._processors: tuple[tuple[_Use, TokenTable | BadWords | Penalties], ...] = (
+        self._grammars: dict[SequenceGroup, Grammar] = {}
+        self._structured = StructuredOutputs(eos_token_ids)
+        self._processors: tuple[tuple[_Use, TokenTable | BadWords | Penalties | StructuredOutputs], ...] = (
+            (_Use.GRAMMAR, self._structured),
             (_Use.ALLOWED, self._allowed),
             (_Use.MIN_TOKENS, self._ending),
             (_Use.BAD_WORDS, self._bad_words),
@@ -123,7 +128,7 @@ class Sampler:
         """
         output = SamplerOutput([[] for _ in scheduled])
         if any(item.group.params.needs_whole_prompt for item in scheduled):
-            logits = _take_prompt(logits, scheduled, output)
+            logits = take_prompt(logits, scheduled, output.prompt_logprobs)
         planned = [position for position, item in enumerate(scheduled) if item.num_samples]
         if any(scheduled[position].group.params.beam_width for position in planned):
             logits, planned = _take_beams(logits, scheduled, planned, output)
@@ -154,9 +159,15 @@ class Sampler:
             vocab_size: number of tokens that the model can sample.
 
         Raises:
-            ValueError: no token is left before ``min_tokens``, or there are fewer tokens than beams.
+            ValueError: no token is left before ``min_tokens``, there are fewer tokens than beams, or no token
+                ends an output that has a grammar.
         """
-        allowed, ending = params.allowed_token_ids, self._ending_tokens(params)
+        allowed, ending = params.allowed_token_ids, params.ending_tokens(self._eos_token_ids)
+        if params.structured_outputs is not None and not ending:
+            raise ValueError(
+                "structured_outputs needs a token that ends an output, and the model has no end-of-sequence "
+                "token: give stop_token_ids"
+            )
         # After the prompt every beam takes a different token.
         left = vocab_size - len(ending)
         if params.beam_width is not None and params.beam_width > left:
@@ -164,7 +175,7 @@ class Sampler:
                 f"beam_width is {params.beam_width}, and of the model's {vocab_size} tokens {left} do not "
                 "end an output: lower it to at most that, or give fewer stop_token_ids"
             )
-        if params.min_tokens and allowed is not None and set(allowed) <= set(ending):
+        if params.min_tokens and allowed is not None and set(allowed) <= ending:
             raise ValueError(
                 "allowed_token_ids are all tokens that end an output, and min_tokens rules those out: allow "
                 "another token, or leave min_tokens out"
@@ -175,8 +186,17 @@ class Sampler:
                 "leave min_tokens out"
             )
 
+    def add_grammar(self, group: SequenceGroup, grammar: Grammar) -> None:
+        """Set the grammar of a request's outputs, before the first of them is sampled."""
+        self._grammars[group] = grammar
+
+    def prepare(self) -> None:
+        """Begin to compute what the grammars permit next, when the sampled tokens are in the sequences."""
+        self._structured.prepare()
+
     def release(self, group: SequenceGroup) -> None:
         """Forget the sequences of a request."""
+        self._grammars.pop(group, None)
         for seq in group.seqs:
             row = self._row_of.pop(seq.seq_id, None)
             if row is None:
@@ -215,8 +235,14 @@ class Sampler:
         if params.allowed_token_ids is not None:
             uses |= _Use.ALLOWED
             self._allowed.add(row, sorted(set(params.allowed_token_ids)))
-        ending = self._ending_tokens(params)
-        if params.min_tokens and ending:
+        ending = sorted(params.ending_tokens(self._eos_token_ids))
+        min_tokens = min(params.min_tokens, group.max_tokens)
+        if grammar := self._grammars.get(group):
+            uses |= _Use.GRAMMAR
+            self._structured.add(row, seq, grammar, ending)
+            if params.ignore_eos and not params.stop_token_ids:
+                min_tokens = group.max_tokens  # an end-of-sequence token comes where no other may
+        if min_tokens and ending:
             uses |= _Use.MIN_TOKENS
             self._ending.add(row, ending)
         if group.bad_words:
@@ -237,27 +263,32 @@ class Sampler:
             params.top_p,
             seq.seed,
             seq.index,
-            seq.prompt_len + min(params.min_tokens, group.max_tokens),
+            seq.prompt_len + min_tokens,
             min(params.logprobs or 0, _MAX_INT),
         )
         self._row_of[seq.seq_id] = row  # last, so that after an error above the sequence is added again
         return row
-
-    def _ending_tokens(self, params: SamplingParams) -> list[int]:
-        ending = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos_token_ids)
-        return sorted(ending)
 
     # -- one step ------------------------------------------------------------------------------------
 
     def _change(self, logits: torch.Tensor, batch: _Batch, used: int) -> None:
         """Apply the logits processors to the float32 logits in place."""
         uses = batch.settings["uses"]
+        if used & _Use.GRAMMAR:
+            structured = uses & _Use.GRAMMAR > 0
+            self._structured.apply(logits, batch.users(structured))
+            limited = np.flatnonzero(structured & (uses & (_Use.ALLOWED | _Use.MIN_TOKENS) > 0))
+            permitted = logits[_on(logits, limited)]
         if used & _Use.ALLOWED:
             self._allowed.rule_out_others(logits, batch.users(uses & _Use.ALLOWED > 0))
         if used & _Use.MIN_TOKENS:
             short = (uses & _Use.MIN_TOKENS > 0) & (batch.lengths < batch.settings["min_length"])
             if short.any():
                 self._ending.rule_out(logits, batch.users(short))
+        if used & _Use.GRAMMAR and len(limited):  # the grammar prevails where no token is left
+            left = logits[_on(logits, limited)]
+            left = torch.where(left.amax(-1, keepdim=True) > -torch.inf, left, permitted)
+            logits[_on(logits, limited)] = left
         if used & _Use.BAD_WORDS:
             self._bad_words.apply(logits, batch.users(uses & _Use.BAD_WORDS > 0))
         if used & _Use.BIAS:
@@ -272,7 +303,8 @@ class Sampler:
             return _draw(logits, batch.settings, batch.lengths, batch.num_samples)
         row_of = np.repeat(np.arange(len(batch.rows)), batch.num_samples)
         if not drawing.any():
-            return _argmax(logits)[_on(logits, row_of)]
+            best = _argmax(logits)
+            return best if len(row_of) == len(best) else best[_on(logits, row_of)]
         greedy_rows, drawing_rows = (
             _on(logits, np.flatnonzero(~drawing)),
             _on(logits, np.flatnonzero(drawing)),
@@ -299,30 +331,6 @@ def _draw(
         logits, settings["temperature"], settings["min_p"], settings["top_k"], settings["top_p"]
     )
     return draw(distribution, _on(logits, row_of), _on(logits, uniforms))
-
-
-def _take_prompt(
-    logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence], output: SamplerOutput
-) -> torch.Tensor:
-    """Store the log probabilities of prompts in ``output`` and return the logits to sample from."""
-    sampled_rows, row = [], 0
-    for position, item in enumerate(scheduled):
-        if count := item.num_prompt_logits:
-            tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
-            output.prompt_logprobs[position] = []
-            for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
-                part = np.array(tokens[first : first + _PROMPT_SLICE])
-                output.prompt_logprobs[position] += token_logprobs(
-                    logits[row + first : row + first + len(part)],
-                    _on(logits, np.arange(len(part))),
-                    _on(logits, part),
-                    np.full(len(part), item.group.params.prompt_logprobs),
-                )
-            row += count
-        if item.num_samples:
-            sampled_rows.append(row)
-            row += 1
-    return logits[_on(logits, np.array(sampled_rows, dtype=np.int64))]
 
 
 def _take_beams(
@@ -379,17 +387,3 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
 
 def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).to(like.device)
-
-
-def uniform(seeds: np.ndarray, index: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Return float64 numbers in [0, 1) that are a hash of the three uint64 arrays, elementwise."""
-    bits = _mix(_mix(_mix(seeds) + index) + positions)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Apply the SplitMix64 mixing function (Steele, Lea, Flood 2014), a bijection of uint64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -107,6 +107,8 @@ class SequenceGroup:
     is_prefix: bool = False  # a prefix to be pinned, from which nothing is sampled
 
     # Set by the scheduler.
+    first_scheduled: float | None = None  # when it was first admitted, on the clock of `time.monotonic`
+    num_cached_tokens: int = 0  # number of its prompt's tokens that were in the prefix cache then
     live: list[Sequence] = field(default_factory=list)  # the unfinished ones of `seqs`
     rank: tuple[int, int] = (0, 0)  # lower ranks come first
     root_key: bytes = b""  # the prefix hash before its first block

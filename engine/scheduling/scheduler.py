@@ -11,6 +11,7 @@ sequence; block tables, counts and hashes are touched when a sequence needs a bl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 
@@ -86,9 +87,7 @@ class Scheduler:
         """
         self._prepare(group, seed)
         self._admission.check(group)
-        group.stop_ids = frozenset(group.params.stop_token_ids)
-        if not group.params.ignore_eos:
-            group.stop_ids |= self._eos_token_ids
+        group.stop_ids = group.params.ending_tokens(self._eos_token_ids)
         if group.params.beam_width:
             group.beams = Beams()
         self._queues.add(group)
@@ -285,6 +284,7 @@ class Scheduler:
             draft.swap_out += self._blocks.swap_out([seq.seq_id for seq in group.live])
             group.status = Status.SWAPPED
         else:
+            self._blocks.note("recompute", [seq.seq_id for seq in group.live])
             self._memory.drop(group)
         self._queues.add(group)
 
@@ -326,6 +326,8 @@ class Scheduler:
                 if self._memory.reads_cache(group):
                     self.num_prefix_queries += len(first.token_ids)
                     self.num_prefix_hits += cached
+            if group.first_scheduled is None:
+                group.first_scheduled, group.num_cached_tokens = time.monotonic(), cached
             group.status = Status.RUNNING
             self._queues.add(group)
             self._append(draft, group, turn, stored)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from ..llm_engine import LLMEngine
 from ..outputs import EngineStats, RequestOutput
 from ..prompts import Prompt
+from ..sampling.grammar import Grammar
 from ..sampling_params import SamplingParams
+from ..structured_outputs import StructuredOutputsParams
 from .failure_policy import Action, FailurePolicy
 from .streams import Item, Stream, deliver
 
 _log = logging.getLogger("cupaged.server")
+_COMPILERS = 2  # number of grammars that are compiled at once
+Result = TypeVar("Result")
 _COMMANDS_SECONDS = 0.01  # maximum time to add and abort requests between two steps
 
 
@@ -58,6 +65,7 @@ class AsyncEngine:
         self._stopping = False
         self._ended = threading.Event()  # not set while `run` runs
         self._ended.set()
+        self._compiling = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="cupaged-grammars")
         self._policy = FailurePolicy()
         self._stats = engine.stats()
         self._busy_since: float | None = None
@@ -146,11 +154,11 @@ class AsyncEngine:
 
         stream = Stream(request_id, put, abort)
 
-        def add() -> None:
+        def add(grammar: Grammar | None = None) -> None:
             if stream.closed:  # before the command was run
                 return
             try:
-                self.engine.add_request(request_id, prompt, params, priority=priority)
+                self.engine.add_request(request_id, prompt, params, priority=priority, grammar=grammar)
             except Exception as error:
                 deliver([(stream, error)])
                 # Any other error is a bug of ours; it must not end the thread.
@@ -159,11 +167,44 @@ class AsyncEngine:
             else:
                 self._streams[request_id] = stream
 
+        def compile_and_add(structure: StructuredOutputsParams) -> None:
+            if stream.closed:
+                return
+            try:
+                grammar = self.engine.grammars.compile(structure, trusted=False)
+                self._submit(lambda: add(grammar))
+            except Exception as error:
+                deliver([(stream, error)])
+                if not isinstance(error, (ValueError, EngineDeadError)):
+                    _log.exception("compiling the grammar of request %s failed", request_id)
+
         try:
-            self._submit(add)
+            if params.structured_outputs is None:
+                self._submit(add)
+            else:
+                self._compiling.submit(compile_and_add, params.structured_outputs)
         except EngineDeadError as error:
             stream.receive(error)
         return stream
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Return the result of a function that the engine's thread calls between two steps.
+
+        Raises:
+            EngineDeadError: the engine has failed or is being stopped.
+        """
+        loop, future = asyncio.get_running_loop(), concurrent.futures.Future[Result]()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():  # its caller has left
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:  # it must not end the thread
+                future.set_exception(error)
+
+        self._submit(command)
+        return await asyncio.wrap_future(future, loop=loop)
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._submit_lock:

@@ -14,13 +14,13 @@ from email.message import Message
 from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from .limits import BusyError, Limits
-from .protocol import ChatCompletionRequest, CompletionRequest
 
 _Result = TypeVar("_Result")
-_Model = TypeVar("_Model", ChatCompletionRequest, CompletionRequest)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _SMALL = 16 * 1024  # maximum size in bytes of a body that is processed at once, within milliseconds
 
@@ -106,6 +106,14 @@ class Bodies:
             ValueError: the body is not a JSON object, or exceeds a limit.
             pydantic.ValidationError: a field has a wrong value.
         """
+        return model.model_validate(self.load(body))
+
+    def load(self, body: bytes) -> dict[str, Any]:
+        """Return a body as a JSON object, whose fields are not checked.
+
+        Raises:
+            ValueError: the body is not a JSON object, or exceeds a limit.
+        """
         self._limits.check_json(body)
         try:
             data = json.loads(body)
@@ -118,7 +126,7 @@ class Bodies:
         if not isinstance(data, dict):
             raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
         self._limits.check_body(data)
-        return model.model_validate(data)
+        return data
 
     async def _receive(self, request: Request, reception: _Reception) -> bytes:
         limit = self._limits.max_body_size
@@ -168,8 +176,13 @@ def _is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def json_body(path: str, model: type[_Model]) -> dict[str, Any]:
-    """Return the OpenAPI description of a POST request to ``path`` whose body is a model."""
+def json_body(path: str, *models: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI description of a POST request to ``path`` whose body is one of the models."""
     place = f"paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
-    schema = model.model_json_schema(ref_template=f"#/{place}/$defs/{{model}}")
+    places = [place] if len(models) == 1 else [f"{place}/anyOf/{index}" for index in range(len(models))]
+    schemas = [
+        model.model_json_schema(ref_template=f"#/{place}/$defs/{{model}}")
+        for model, place in zip(models, places)
+    ]
+    schema = schemas[0] if len(models) == 1 else {"anyOf": schemas}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -104,7 +104,10 @@ class Choice:
             logprobs = new if logprobs is None else {name: logprobs[name] + new[name] for name in logprobs}
         self._num_characters, self._num_tokens = len(completion.text), len(completion.token_ids)
         self._started, self._ended = True, completion.finish_reason is not None
-        return self._json(wrap(text), logprobs, completion.finish_reason)
+        part = self._json(wrap(text), logprobs, completion.finish_reason)
+        if self._ended:
+            part["stop_reason"] = completion.stop_reason  # vLLM's extension
+        return part
 
     def _prompt(self, output: RequestOutput) -> str:
         if output.prompt is not None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,18 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from ..outputs import RequestOutput
 from ..prompts import Prompt
 from ..sampling_params import SamplingParams
+from .answers import AnswerReader, ReadChoice
 from .async_engine import AsyncEngine
 from .choices import CHAT, Choice, Style
+from .event_stream import ChunkWriter, Json, TranslatedWriter, Translation, encode
 from .limits import BusyError
 from .logprobs import for_prompt
 from .metrics import Metrics, RequestTimer
-from .protocol import ChatCompletionRequest, CompletionRequest, Wanted, error_body
+from .middleware import unique_id
+from .protocol import ChatCompletionRequest, CompletionRequest, Wanted
 from .streams import Item
 
-Json = dict[str, Any]
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-# Line ends for clients that split events by `str.splitlines`; JSON escapes the other ones itself.
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _Positioned = tuple[int, RequestOutput]  # position of a prompt in the request, and its output
 
 
@@ -80,8 +77,14 @@ class Completions:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         body: ChatCompletionRequest | CompletionRequest,
+        create_reader: Callable[[], AnswerReader] | None = None,
+        translation: Translation | None = None,
     ) -> Response:
         """Run a request of one or more prompts, each with ``params.n`` choices.
+
+        Args:
+            create_reader: creates a reader of a choice's text; None: the text is the answer.
+            translation: writes the answer in another API's format.
 
         Raises:
             ValueError: a prompt is malformed or can never run.
@@ -93,7 +96,7 @@ class Completions:
         if body.cache_salt is not None:
             prompts = [_salted(prompt, body.cache_salt) for prompt in prompts]
         head: Json = {
-            "id": f"{style.id_prefix}{uuid.uuid4().hex}",
+            "id": f"{(translation or style).id_prefix}{unique_id(request)}",
             "object": style.chunk_object if wanted.stream else style.object,
             "created": int(time.time()),
             "model": self._model_name,
@@ -102,7 +105,11 @@ class Completions:
 
         def choices(tokenizer: PreTrainedTokenizerBase) -> list[Choice]:
             count = len(prompts) * params.n
-            return [Choice(style, index, tokenizer, params, wanted) for index in range(count)]
+            if create_reader is None:
+                return [Choice(style, index, tokenizer, params, wanted) for index in range(count)]
+            return [
+                ReadChoice(style, index, tokenizer, params, wanted, create_reader()) for index in range(count)
+            ]
 
         if not wanted.stream:
             latest = await _unless_disconnected(request, _collect(outputs))
@@ -110,7 +117,7 @@ class Completions:
                 return Response(status_code=499)
 
             def write(tokenizer: PreTrainedTokenizerBase) -> bytes:
-                return _whole(head, style, choices(tokenizer), latest, params, wanted)
+                return _whole(head, style, choices(tokenizer), latest, params, wanted, translation)
 
             # Log probabilities can take megabytes.
             large = wanted.logprobs is not None or wanted.prompt_logprobs is not None
@@ -120,7 +127,8 @@ class Completions:
         first = await _unless_disconnected(request, anext(outputs))
         if first is None:
             return Response(status_code=499)
-        events = _events(head, choices(self._tokenizer), first, outputs, params, wanted)
+        writer = ChunkWriter(head) if translation is None else TranslatedWriter(translation.events(head))
+        events = _events(writer, choices(self._tokenizer), first, outputs, params, wanted)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -161,19 +169,21 @@ class Completions:
         unfinished = len(prompts)
         try:
             for position, prompt in enumerate(prompts):
-                timer = self._metrics.request(params.n)
+                timer = self._metrics.request(params)
                 name, put_one = f"{request_id}-{position}", functools.partial(put, position, timer)
                 running.append((self._engine.submit(name, prompt, params, put_one, priority), timer))
+            if len(prompts) > 1:  # the refusal of one precedes all outputs, with which a stream begins
+                await self._engine.call(lambda: None)  # runs when all are added or refused
             while unfinished:
                 await arrived.wait()
                 arrived.clear()
+                if errors:
+                    raise errors[0]
                 while newest:
                     position = next(iter(newest))
                     output = newest.pop(position)
                     unfinished -= output.finished
                     yield position, output
-                if errors:
-                    raise errors[0]
         finally:  # after an error, or if the client disconnects
             for stream, timer in running:
                 if not stream.closed:
@@ -215,21 +225,25 @@ def _whole(
     latest: dict[int, RequestOutput],
     params: SamplingParams,
     wanted: Wanted,
+    translation: Translation | None,
 ) -> bytes:
     ordered = [latest[position] for position in sorted(latest)]
-    written = [  # separately, as `json.dumps` lets no other thread run
-        _encode(choices[position * params.n + completion.index].whole(output, completion))
+    whole = (
+        choices[position * params.n + completion.index].whole(output, completion)
         for position, output in enumerate(ordered)
         for completion in output.outputs
-    ]
+    )
     more: Json = {"usage": _usage(ordered)}
     if wanted.prompt_logprobs is not None and style is CHAT:
         more["prompt_logprobs"] = for_prompt(ordered[0].prompt_logprobs or [], wanted.prompt_logprobs)
-    return f'{_encode(head)[:-1]},"choices":[{",".join(written)}],{_encode(more)[1:]}'.encode()
+    if translation is not None:
+        return encode(translation.whole({**head, "choices": list(whole), **more})).encode()
+    written = map(encode, whole)  # separately, as `json.dumps` lets no other thread run
+    return f'{encode(head)[:-1]},"choices":[{",".join(written)}],{encode(more)[1:]}'.encode()
 
 
 async def _events(
-    head: Json,
+    writer: ChunkWriter | TranslatedWriter,
     choices: Sequence[Choice],
     first: _Positioned,
     rest: AsyncGenerator[_Positioned, None],
@@ -240,15 +254,13 @@ async def _events(
     position, output = first
     latest = {position: replace(output, outputs=[])}  # the outputs sent so far
 
-    head_text = _encode(head)[:-1]  # without the closing brace; encoded once for all chunks
-
     def event(choices: list[Json]) -> str:
         chunk: Json = {"choices": choices}
         if wanted.continuous_usage or not choices:
             chunk["usage"] = _usage(latest.values())
         elif wanted.include_usage:
             chunk["usage"] = None  # in all chunks but the last one, as OpenAI's clients expect
-        return _event(f"{head_text},{_encode(chunk)[1:]}")
+        return writer.chunk(chunk)
 
     async with contextlib.aclosing(rest):
         try:
@@ -265,12 +277,9 @@ async def _events(
             if wanted.include_usage:
                 yield event([])
         except Exception as error:  # the status is sent already, so report the error in the stream
-            yield _event(_encode(error_body(str(error), "server_error")))
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: str) -> str:
-    return f"data: {data if data.isascii() else data.translate(_LINE_ENDS)}\n\n"
+            yield writer.failed(str(error))
+        else:
+            yield writer.end()
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -283,4 +292,9 @@ def _usage(outputs: Iterable[RequestOutput]) -> Json:
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     sampled = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+    }

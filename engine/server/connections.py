@@ -14,10 +14,11 @@ import time
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from .errors import error_json
 from .limits import Limits
-from .protocol import error_body
 
 _log = logging.getLogger("cupaged.server")
 
@@ -182,6 +183,11 @@ class Connection(H11Protocol):
         answering = self.cycle is not None and not self.cycle.response_complete
         busy = answering and state is not h11.SEND_BODY
         self._table.set_busy(self, busy)
+        if answering and not self.cycle.response_started:
+            # An answer that comes before the body ends the connection: tell the client, or else it may send
+            # its next request over it.
+            closing = [CLOSE_HEADER] if state is h11.SEND_BODY else []
+            self.cycle.default_headers = self.server_state.default_headers + closing
         if busy and self._table.full and not self.cycle.response_started:
             self._refuse_unless_get()
         if state is h11.SEND_BODY:
@@ -213,12 +219,13 @@ class Connection(H11Protocol):
     def _refuse(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
         """Send an error in place of the application's answer and close."""
         self._head_refused = self.conn.their_state is h11.IDLE
+        path = ""  # of a request whose head has not arrived
         if self.cycle is not None and not self.cycle.response_complete:
+            path = self.scope["path"]
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
-            kind = "server_error" if status >= 500 else "invalid_request_error"
-            body = json.dumps(error_body(message, kind)).encode()
+            body = json.dumps(error_json(path, status, message)).encode()
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),

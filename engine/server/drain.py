@@ -8,7 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .protocol import error_body
+from .errors import error_json
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -75,7 +75,7 @@ class Drain:
             await self._app(scope, receive_unless_draining, tracked_send)
         except _Refused:
             if not answer_started:
-                await self._refuse(send)
+                await self._refuse(scope["path"], send)
         except asyncio.CancelledError:
             # In the end uvicorn cancels requests whose clients do not read; suppress their tracebacks.
             if not self.begun:
@@ -96,9 +96,9 @@ class Drain:
             message.cancel()
             begun.cancel()
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, path: str, send: Send) -> None:
         seconds_left = self._deadline - asyncio.get_running_loop().time()
-        body = json.dumps(error_body("the server is shutting down", "server_error")).encode()
+        body = json.dumps(error_json(path, 503, "the server is shutting down")).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,8 +21,7 @@ from .protocol import UNSUPPORTED, ErrorResponse, error_body
 # Responses in the OpenAPI document; all errors have one schema, whatever their status.
 Responses = dict[int | str, dict[str, Any]]
 OTHER_ERRORS: Responses = {"default": {"model": ErrorResponse, "description": "Another error"}}
-RESPONSES: Responses = {
-    200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
+ERRORS: Responses = {
     400: {"model": ErrorResponse, "description": "The request is refused"},
     404: {"model": ErrorResponse, "description": "This server has another model"},
     413: {"model": ErrorResponse, "description": "The body is larger than the server takes"},
@@ -31,7 +30,28 @@ RESPONSES: Responses = {
     503: {"model": ErrorResponse, "description": "The engine has failed, or the server stops"},
     **OTHER_ERRORS,
 }
+RESPONSES: Responses = {
+    200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}},
+    **ERRORS,
+}
 
+
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """Hold an error in Anthropic's format."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+ANTHROPIC_RESPONSES: Responses = {
+    status: {**response, "model": AnthropicErrorResponse} if "model" in response else response
+    for status, response in RESPONSES.items()
+}
 ANTHROPIC_PATH = "/v1/messages"  # it and what is below it
 _ANTHROPIC_KINDS = {
     401: "authentication_error",
@@ -41,6 +61,11 @@ _ANTHROPIC_KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
+
+def is_anthropic(path: str) -> bool:
+    """Return whether Anthropic's clients ask for a path."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
 class UnknownModelError(Exception):
@@ -56,7 +81,7 @@ def error_json(
         param: field of the request that the error is about.
         code: OpenAI's name of the error, for clients to tell it by.
     """
-    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+    if is_anthropic(path):
         kind = _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": sendable(shortened(message))}}
     kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -108,8 +133,7 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
 
     @app.exception_handler(BodyTooLargeError)
     async def too_large(request: Request, error: BodyTooLargeError) -> JSONResponse:
-        headers = {"Connection": "close"}  # the rest of the body is not received
-        return respond(request, 413, str(error), headers)
+        return respond(request, 413, str(error))
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> JSONResponse:
@@ -141,7 +165,7 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
         if error.status_code == 404:
             return respond(request, 404, f"{request.scope['path']} does not exist")
         if error.status_code == 405:
-            # No origin is allowed by CORS, so a preflight gets the same answer as any other OPTIONS.
+            # A preflight of a page whose origin is allowed is answered before (CORSMiddleware).
             methods = {*headers["Allow"].split(", "), "OPTIONS"}
             if "GET" in methods:
                 methods.add("HEAD")
@@ -157,8 +181,8 @@ def add_error_handlers(app: FastAPI, models: Mapping[str, type[BaseModel]]) -> N
 
 def _parameter_of(message: str, model: type[BaseModel]) -> str | None:
     """Return the first field of the request that an error message names, or None."""
-    prompt_field = "messages" if "messages" in model.model_fields else "prompt"
-    # The engine's name -> the API's.
-    fields = {"prompt": prompt_field, "prompt_token_ids": prompt_field, "beam_width": "n"}
+    prompt_field = next((name for name in ("messages", "input") if name in model.model_fields), "prompt")
+    # The engine's name, or that of the chat endpoint -> the API's.
+    fields = dict.fromkeys(("prompt", "prompt_token_ids", "messages"), prompt_field) | {"beam_width": "n"}
     words = (fields.get(word, word) for word in re.findall(r"\w+", shortened(message)))
     return next((word for word in words if word in model.model_fields or word in UNSUPPORTED), None)

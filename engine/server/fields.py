@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 
 def sendable(text: str) -> str:
@@ -47,6 +49,30 @@ def must_be(description: str) -> WrapValidator:
             raise ValueError(f"must be {description}, got {shown(value)}") from None
 
     return WrapValidator(validate)
+
+
+def refuse_unsupported(
+    data: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], instead: Mapping[str, str]
+) -> None:
+    """Refuse a request with a field that would change the answer and is not supported.
+
+    Args:
+        unsupported: names of such fields, with values that have no effect.
+        instead: what to do instead, by name, if it is not to leave the field out.
+
+    Raises:
+        PydanticCustomError: there is one; its type is ``unsupported``.
+    """
+    for name, neutral in unsupported.items():
+        value = data.get(name)
+        # logprobs=0 is a setting although 0 == False
+        same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
+        if value is not None and not any(same):
+            raise PydanticCustomError(
+                "unsupported",
+                "{name} is not supported; {instead}",
+                {"name": name, "instead": instead.get(name, "leave it out")},
+            )
 
 
 def _without_fraction(value: Any) -> Any:

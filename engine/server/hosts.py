@@ -14,7 +14,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .protocol import error_body, shown
+from .errors import error_json
+from .fields import shown
 
 
 def allowed_hosts(bound_to: str, host: str, more: Collection[str]) -> frozenset[str] | None:
@@ -49,8 +50,8 @@ class HostCheck:
         message = (
             f"the host {shown(host)} is not allowed: use localhost, or start the server with --allowed-hosts"
         )
-        body = error_body(message, "invalid_request_error")
-        await JSONResponse(body, status_code=403, headers={"Connection": "close"})(scope, receive, send)
+        body = error_json(scope["path"], 403, message)
+        await JSONResponse(body, status_code=403)(scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
         parts = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([^:\[\]]+))(?::\d*)?", host)

@@ -10,18 +10,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from .access import Access
 from .app import LAST_STEP_SECONDS, create_app
 from .async_engine import AsyncEngine, EngineDeadError
+from .chat_settings import ChatSettings
 from .connections import Connection, Connections
 from .drain import Drain
-from .hosts import HostCheck
 from .limits import Limits
 from .load_log import LoadLog
+from .middleware import guarded
 from .signals import handled_signals
 from .watchdog import Watchdog
 
@@ -40,15 +43,17 @@ class Server(uvicorn.Server):
     signal would not do: it does not apply to the first process of a container.)
 
     Args:
-        model_name: name of the model in requests.
+        model_names: names of the model in requests; the first is that in answers.
         grace: seconds between the failure of the engine and the end of the server, for sending errors.
         on_start: called when the server accepts requests.
         limits: limits of requests and connections.
-        allowed_hosts: names that the Host header of a request may have; None: any.
+        access: which requests are let through.
         shutdown_timeout: maximum number of seconds for running requests to finish when the server stops.
             Then the engine stops, and the remaining requests get an error.
         step_timeout: seconds after which a step is reported as hanging and ``/health`` answers 503; 0: never.
         log_stats: log the load every ten seconds, while there is any.
+        tls: files with the certificate chain and the private key, to serve HTTPS; None: HTTP.
+        chat_settings: settings of chats.
 
     Attributes:
         failure: the error of the engine, if that is why the server stops.
@@ -57,23 +62,25 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         engine: AsyncEngine,
-        model_name: str,
+        model_names: str | Sequence[str],
         grace: float = 2.0,
         on_start: Callable[[], None] = lambda: None,
         *,
         limits: Limits | None = None,
-        allowed_hosts: frozenset[str] | None = None,
+        access: Access | None = None,
         shutdown_timeout: float = 25.0,
         step_timeout: float = 300.0,
         log_stats: bool = True,
+        tls: tuple[Path, Path] | None = None,
+        chat_settings: ChatSettings | None = None,
     ) -> None:
         limits = limits or Limits()
         self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_name, limits, self._healthy, run_engine=False))
+        self._drain = Drain(create_app(engine, model_names, limits, self._healthy, False, chat_settings))
         super().__init__(
             uvicorn.Config(
-                HostCheck(self._drain, allowed_hosts),
+                guarded(self._drain, access or Access()),
                 http=functools.partial(Connection, self._connections),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",  # `Connections` depends on how it reads and accepts
@@ -84,6 +91,8 @@ class Server(uvicorn.Server):
                 backlog=1,
                 timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=_LAST_SECONDS,
+                ssl_certfile=tls[0] if tls else None,
+                ssl_keyfile=tls[1] if tls else None,
             )
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..sampling_params import SamplingParams
+
 
 class BusyError(Exception):
     """Report that the server has too many requests, so that the client should try again later."""
@@ -29,6 +31,8 @@ class Limits:
         max_bad_words: maximum number of bad_words of a request.
         max_string_length: maximum number of characters of a stop string, and of a bad word.
         max_token_ids: maximum number of entries of logit_bias, and of allowed_token_ids and stop_token_ids.
+        max_grammar_size: maximum number of characters of a JSON schema, regular expression or grammar, or of
+            all choices, that an answer has to follow.
         max_waiting_requests: maximum number of prompts, of all clients, that wait for their first token; with
             more, requests get 429.
         max_connections: maximum number of connections. If all are open, a new one replaces one without a
@@ -52,6 +56,7 @@ class Limits:
     max_bad_words: int = 128
     max_string_length: int = 256
     max_token_ids: int = 1024
+    max_grammar_size: int = 100_000
     max_waiting_requests: int = 2048
     max_connections: int = 4096
     header_timeout: float = 60.0
@@ -96,7 +101,7 @@ class Limits:
             isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         ):  # a list of prompts, not of tokens
             _check_number("prompt", prompt, self.max_choices, "max_choices")
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "stop_sequences", "bad_words"):
             value = body.get(name)
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and len(text) > self.max_string_length:
@@ -120,13 +125,28 @@ class Limits:
                 f"at most {self.max_choices} together (max_choices): send them in several requests"
             )
 
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Check the size of what the outputs of a request have to be.
+
+        Raises:
+            ValueError: it is too large.
+        """
+        structure = params.structured_outputs
+        if structure is not None and structure.size > self.max_grammar_size:
+            raise ValueError(
+                f"structured_outputs: {structure.kind} has {structure.size} characters, and the server takes "
+                f"at most {self.max_grammar_size} (max_grammar_size): shorten it"
+            )
+
 
 # A string without an end extends to the end of the body, so the search stays linear.
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 _ENTRIES = {
     "messages": "max_messages",
+    "input": "max_messages",  # of the Responses API
     "stop": "max_stop_strings",
+    "stop_sequences": "max_stop_strings",  # Anthropic's
     "bad_words": "max_bad_words",
     "stop_token_ids": "max_token_ids",
     "allowed_token_ids": "max_token_ids",

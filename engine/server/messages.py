@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .fields import Closed, Strict, shown
 
@@ -103,12 +104,34 @@ class Message(Closed):
         return message
 
 
+def read_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return messages, given as dictionaries in OpenAI's format, for a chat template.
+
+    Raises:
+        ValueError: one is malformed; the message names it.
+    """
+    read = []
+    for position, message in enumerate(messages):
+        try:
+            read.append(Message.model_validate(message).for_template())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in first["loc"])
+            problem = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"messages[{position}]{place}: {problem}") from None
+    if not read:
+        raise ValueError("messages must have at least one message, got none")
+    return read
+
+
 def _text_of(part: Any, of_assistant: bool) -> str:
     kinds = ("text", "refusal") if of_assistant else ("text",)
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in kinds:
         wanted = " or ".join(map(repr, kinds))
-        raise ValueError(f"content parts must be of type {wanted}; the model reads nothing else")
+        raise ValueError(
+            f"content parts must be of type {wanted}, got {shown(kind)}; the model reads nothing else"
+        )
     if not isinstance(part.get(kind), str):
         raise ValueError(f"a content part of type {kind!r} must have a string {kind!r}")
     for name, value in part.items():

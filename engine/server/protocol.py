@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from ..sampling_params import SamplingParams
 from .fields import (
@@ -18,14 +17,16 @@ from .fields import (
     Integer,
     IntegerLists,
     Integers,
-    Strict,
     Strings,
     must_be,
+    refuse_unsupported,
     sendable,
     shortened,
     shown,
 )
 from .messages import Message
+from .structured_fields import StructuredRequest
+from .tool_requests import NamedTool, Tool, ToolChoice
 
 
 class StreamOptions(Closed):
@@ -62,7 +63,7 @@ class Wanted:
         return max((count for count in counts if count is not None), default=None)
 
 
-class _Sampling(Strict):
+class _Sampling(StructuredRequest):
     """Hold the fields that both endpoints share."""
 
     model: str
@@ -99,17 +100,8 @@ class _Sampling(Strict):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, neutral in UNSUPPORTED.items():
-                value = None if name in cls.model_fields else data.get(name)
-                # logprobs=0 is a setting although 0 == False
-                same = (value == n for n in neutral if isinstance(n, bool) == isinstance(value, bool))
-                if value is not None and not any(same):
-                    instead = _INSTEAD.get(name, "leave it out")
-                    raise PydanticCustomError(
-                        "unsupported",
-                        "{name} is not supported; {instead}",
-                        {"name": name, "instead": instead},
-                    )
+            fields = {name: neutral for name, neutral in UNSUPPORTED.items() if name not in cls.model_fields}
+            refuse_unsupported(data, fields, _INSTEAD)
         return data
 
     @model_validator(mode="after")
@@ -162,6 +154,7 @@ class _Sampling(Strict):
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=self.wanted().logprobs,
             prompt_logprobs=self.wanted().prompt_logprobs_needed,
+            structured_outputs=self.structure(),
         )
 
     def wanted(self) -> Wanted:
@@ -195,7 +188,9 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
 # functions and tools precede the fields that choose among them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
-    "tools": ([],),
+    "tools": ([],),  # and those that follow: of chats alone
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "add_special_tokens": (),
     "audio": (),
     "beam_width": (),
@@ -206,12 +201,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "extra_args": ({},),
     "function_call": ("none", "auto"),
-    "guided_choice": (),
     "guided_decoding": ({},),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (False,),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
@@ -222,16 +212,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprob_token_ids": ([],),
     "reasoning_effort": (),
     "repetition_detection": ({},),
-    "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structural_tag": (),
-    "structured_outputs": ({},),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
-    "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
     "trace_decode_token_ids": ([],),
     "truncate_prompt_tokens": (),
@@ -242,6 +229,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 _INSTEAD = {
+    "functions": "set tools",
+    "function_call": "set tools and tool_choice",
     "beam_width": "set use_beam_search to true, and n, or best_of, to the number of beams",
     "max_completion_tokens": "set max_tokens",
     "reasoning_effort": "leave it out; settings of the model's template go in chat_template_kwargs",
@@ -252,7 +241,13 @@ class ChatCompletionRequest(_Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Integer | None = Field(default=None, ge=1)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
-    add_generation_prompt: bool = True
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
+    chat_template: str | None = None
+    add_generation_prompt: bool | None = None  # by default unless the final message is continued
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
@@ -262,6 +257,31 @@ class ChatCompletionRequest(_Sampling):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs; set logprobs to true or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _choice_of_what(self) -> ChatCompletionRequest:
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        if not self.tools:
+            raise ValueError("tool_choice needs tools; set tools or leave it out")
+        if isinstance(self.tool_choice, NamedTool) and self.named_tool() is None:
+            names = ", ".join(shown(tool.function.name) for tool in self.tools)
+            raise ValueError(
+                f"tool_choice must be one of the tools, which are {names}, got "
+                f"{shown(self.tool_choice.function.name)}"
+            )
+        return self
+
+    def offered_tools(self) -> list[Tool]:
+        """Return the tools that the model may or must call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    def named_tool(self) -> Tool | None:
+        """Return the tool that the model must call by its name, if there is one."""
+        if not isinstance(self.tool_choice, NamedTool):
+            return None
+        name = self.tool_choice.function.name
+        return next((tool for tool in self.tools if tool.function.name == name), None)
 
     @model_validator(mode="after")
     def _newer_name(self) -> ChatCompletionRequest:

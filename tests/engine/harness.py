@@ -111,6 +111,10 @@ def assert_clean(engine: LLMEngine) -> None:
     assert not any(
         len(of._rows) for of in (sampler._allowed, sampler._ending, sampler._biases, sampler._bad_words)
     )
+    structured = sampler._structured
+    assert not sampler._grammars
+    assert not structured._states
+    assert sorted(structured._free) == list(range(len(structured._masks)))
     assert len(sampler._penalties._free) == len(sampler._penalties._seen)
     assert not engine._blocks._tables
     assert not engine._blocks._swapped

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from cupaged.engine import EngineConfig, LLMEngine
+from cupaged.engine.server.access import Access
 from cupaged.engine.server.async_engine import AsyncEngine
 from cupaged.engine.server.http_server import Server
 from cupaged.engine.server.limits import Limits
@@ -28,6 +29,7 @@ class Running:
         grace: float = 1.0,
         limits: Limits | None = None,
         allowed_hosts=None,
+        access: Access | None = None,
         life: dict | None = None,
         **config,
     ) -> None:
@@ -42,7 +44,7 @@ class Running:
             MODEL,
             grace=grace,
             limits=limits,
-            allowed_hosts=allowed_hosts,
+            access=access or Access(allowed_hosts=allowed_hosts),
             **{"shutdown_timeout": 1.0, **(life or {})},
         )
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})

@@ -314,3 +314,28 @@ def test_a_server_of_this_machine_is_known_by_its_names_only(llama_dir):
 )
 def test_which_hosts_are_allowed(bound_to, host, more, expected):
     assert allowed_hosts(bound_to, host, more) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "status"),
+    [
+        ("/v1/completions", "text/plain", 400),
+        ("/nowhere", "application/json", 404),
+        ("/v1/models", "application/json", 405),
+    ],
+)
+def test_an_answer_before_the_body_says_that_the_connection_ends(server, path, content_type, status):
+    """Otherwise a client may send its next request over it, which is lost."""
+    body = b"x" * 30
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        f"Content-Type: {content_type}",
+        "Content-Length: 30",
+    ]
+    request = "\r\n".join([*lines, "", ""]).encode()
+    for sent, ends in ((request, True), (request + body[:9], True), (request + body, False)):
+        with connect(server, sent) as connection:
+            answer = connection.recv(65536)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert (b"\r\nconnection: close\r\n" in answer.lower()) == ends

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from cupaged.engine.server import chat
+from cupaged.engine import chat_template
+from cupaged.engine.server.chat import Chat
+from cupaged.engine.server.chat_settings import ChatSettings
 from cupaged.engine.server.protocol import ChatCompletionRequest
-from cupaged.engine.server.time_limit import run_within
+from cupaged.engine.time_limit import run_within
 from tests import tiny_models
 
 from .conftest import MODEL, Running
@@ -40,7 +42,7 @@ def prompt_of(*messages, template: str = TEMPLATE, **settings) -> str:
     tokenizer.chat_template = template
     body = {"model": MODEL, "messages": list(messages), "chat_template_kwargs": settings}
     request = ChatCompletionRequest.model_validate_json(json.dumps(body))
-    return chat.render(tokenizer, request, 10_000)
+    return Chat(ChatSettings(), tokenizer, 10_000).render(request)
 
 
 # Messages beside what the template makes of them.
@@ -83,7 +85,7 @@ CONVERSATIONS = {
     ),
     "names and roles": (
         [{"role": "developer", "content": "Be kind."}, {**USER, "name": "Ada"}],
-        "<start>developer: Be kind.<end><start>user Ada: Weather?<end>",
+        "<start>system: Be kind.<end><start>user Ada: Weather?<end>",
     ),
     "an answer that is sent back as the client has it": (
         [{"role": "assistant", "content": "Hi", "annotations": [], "tool_calls": [], "function_call": None}],
@@ -129,8 +131,9 @@ def test_a_conversation_with_tool_calls_is_answered(server):
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call('{"city": "Ulm"}')]}]
     response = post(server, {"model": MODEL, "messages": messages, "max_tokens": 1})
     assert response.status_code == 200, response.text
-    # One token a byte, three for the special ones; the tiny template knows role and content.
-    text = "user: Weather?assistant: assistant: "
+    # One token a byte, and those of the template; it knows role and content alone, so the call is text.
+    call_text = '<tool_call>\n{"name": "look", "arguments": {"city": "Ulm"}}\n</tool_call>'
+    text = f"user: Weather?assistant: {call_text}assistant: "
     assert response.json()["usage"]["prompt_tokens"] == len(text) + 5
 
 
@@ -199,7 +202,7 @@ def test_a_template_that_fails_is_no_fault_of_the_servers(template):
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     """No client writes it, but what it loops over, and whether, may be the client's."""
-    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
     loops = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
     template = "{% if often %}" + loops + "{% endif %}{{ messages[0].content }}"
     with pytest.raises(ValueError, match=r"^messages: the model's chat template failed: .*0\.5 seconds"):
@@ -213,12 +216,12 @@ def test_others_are_answered_while_a_template_is_rendered(server, monkeypatch):
     begun, others_answered = threading.Event(), threading.Event()
 
     def slow(seconds, work):
-        monkeypatch.setattr(chat, "run_within", run_within)
+        monkeypatch.setattr(chat_template, "run_within", run_within)
         begun.set()
         assert others_answered.wait(120)
         return work()
 
-    monkeypatch.setattr(chat, "run_within", slow)
+    monkeypatch.setattr(chat_template, "run_within", slow)
     body = {"model": MODEL, "messages": [USER], "max_tokens": 1}
     with ThreadPoolExecutor() as threads:
         first = threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=180)

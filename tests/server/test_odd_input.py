@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from cupaged.engine.server.metrics import Metrics
 from cupaged.engine.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
 from cupaged.engine.server.streams import Stream
 
-from .conftest import MODEL
+from .conftest import MODEL, wait_until
 
 CHAT = [{"role": "user", "content": "Hi"}]
 FIELDS = {
@@ -66,8 +67,6 @@ UNSUPPORTED_VALUES = {
     "beam_width": 3,
     "extra_args": {"a": 1},
     "guided_decoding": {"regex": "a"},
-    "guided_json_object": True,
-    "include_reasoning": False,
     "logprob_token_ids": [5],
     "prompt_embeds": "AAAA",
     "prompt_logprob_token_ids": [5],
@@ -75,7 +74,6 @@ UNSUPPORTED_VALUES = {
     "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
     "return_prompt_text": True,
     "structural_tag": "{}",
-    "structured_outputs": {"regex": "a"},
     "thinking_token_budget": 0,
     "trace_decode_token_ids": [5],
     "truncate_prompt_tokens": 1,
@@ -146,6 +144,9 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
     """Each output has all tokens so far: one for each of 8000 tokens takes hundreds of megabytes."""
 
     class Engine:
+        async def call(self, function):
+            return function()
+
         def submit(self, request_id, prompt, params, put, priority):
             stream = Stream(request_id, put, lambda: None)
 
@@ -159,7 +160,7 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
             return stream
 
     async def read():
-        metrics = Metrics(MODEL, server.engine.stats)
+        metrics = Metrics(MODEL, server.engine.stats, server.engine.config, 256)
         completions = Completions(Engine(), metrics, server.engine.tokenizer, MODEL, 2, None)
         outputs = completions._run("r", ["x", "y"], SamplingParams(), 0)
         first = {position: output async for position, output in _take(outputs, 2)}
@@ -173,3 +174,21 @@ def test_a_client_that_does_not_read_piles_nothing_up(server):
             yield await anext(outputs)
 
     assert asyncio.run(read()) == [(0, 100), (1, 100)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_wrong_prompt_of_several_refuses_the_request(server, monkeypatch, stream):
+    """Before any output is sent, also where the engine runs steps between the prompts."""
+    add_request = server.engine.add_request
+
+    def slowly(*arguments, **settings):
+        add_request(*arguments, **settings)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(server.engine, "add_request", slowly)
+    for wrong in ([], [10**9]):
+        body = {"model": MODEL, "prompt": [[1], [2], wrong], "max_tokens": 3, "stream": stream}
+        response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == "prompt"
+    wait_until(lambda: server.async_engine.stats().num_running == 0)

@@ -51,7 +51,9 @@ def test_wheel_is_small_and_pure(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 1_000_000
     names = zipfile.ZipFile(wheel).namelist()
-    for expected in ("cupaged/cuda/common.cuh", "cupaged/engine/__init__.py", "cupaged/py.typed"):
+    page = [f"cupaged/engine/server/page/{path.name}" for path in (ROOT / "engine/server/page").iterdir()]
+    assert len(page) > 5
+    for expected in ("cupaged/cuda/common.cuh", "cupaged/engine/__init__.py", "cupaged/py.typed", *page):
         assert expected in names
     assert "cupaged/cuda/__init__.py" not in names
     assert not [n for n in names if n.startswith(("cuda/", "engine/", "tests/"))]

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Without those that take seconds to load.
+_PLUGINS = [
+    f"-p{name}"
+    for name in ("tests.drawing", "no:cacheprovider", "no:schemathesis", "no:langsmith_plugin", "no:anyio")
+]
 # Each run appends what was drawn to the file DRAWN. One seed in two fails, and 3 is among the integers.
 TESTS = """
 import os
@@ -47,7 +52,7 @@ def run(tmp_path):
         drawn.unlink(missing_ok=True)
         kept = {name: value for name, value in os.environ.items() if name not in ("CI", "CUPAGED_TEST_SEED")}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "tests.drawing", "-p", "no:cacheprovider", *arguments],
+            [sys.executable, "-m", "pytest", *_PLUGINS, *arguments],
             cwd=tmp_path,
             env={**kept, "PYTHONPATH": str(ROOT), "DRAWN": str(drawn), **environment},
             capture_output=True,
