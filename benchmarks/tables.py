@@ -60,9 +60,13 @@ def _line(row: Row, rate: Callable[[Row, float], str]) -> str:
     if "cupaged" not in row["seconds"]:
         return f"{head} WRONG: {row.get('wrong', 'not measured')}"
     ours = row["seconds"]["cupaged"]
+    return f"{head} {ours * 1e6:>9.1f} {rate(row, ours)}  {_others(row, ours)}"
+
+
+def _others(row: Row, ours: float) -> str:
     others = [f"{name} {s / ours:.2f}x" for name, s in row["seconds"].items() if name != "cupaged"]
     others += [f"{name} failed: {why[:48]}" for name, why in row["failed"].items()]
-    return f"{head} {ours * 1e6:>9.1f} {rate(row, ours)}  {', '.join(others)}"
+    return ", ".join(others)
 
 
 def _ratio(row: Row, name: str) -> str:
@@ -86,6 +90,16 @@ def _memory(rows: list[Row]) -> Iterator[str]:
             f"{ceiling.removeprefix('of_')}"
             + "".join(f", {way} {row['bytes'] / s / 1e9:.1f} GB/s" for way, s in row.get("ways", {}).items())
         )
+
+
+def _sampling(rows: list[Row]) -> Iterator[str]:
+    yield f"{'sample':<34} {'us':>9}  others, in our time"
+    for row in rows:
+        if "cupaged" not in row["seconds"]:
+            yield f"{row['case']:<34} WRONG: {row.get('wrong', 'not measured')}"
+            continue
+        ours = row["seconds"]["cupaged"]
+        yield f"{row['case']:<34} {ours * 1e6:>9.1f}  {_others(row, ours)}"
 
 
 def _mixed(rows: list[Row]) -> Iterator[str]:
@@ -114,6 +128,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
     "mixed": _mixed,
     "memory": _memory,
     "fused": _memory,
+    "sampling": _sampling,
     "host": _host,
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         reshape_and_cache,
         swap_blocks,
     )
+    from .sampling import sample
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",
+    "sample",
     "swap_blocks",
 ]
 
@@ -45,9 +47,9 @@ def __getattr__(name: str):  # imports torch at the first use of a function
     if name == "raw_kernel":
         from .backends.cuda import raw as module
     else:
-        from . import fused, ops
+        from . import fused, ops, sampling
 
-        module = fused if hasattr(fused, name) else ops
+        module = next(module for module in (fused, sampling, ops) if hasattr(module, name))
     globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
     return function
 

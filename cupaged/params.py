@@ -1,4 +1,4 @@
-"""The parameters of an attention call that are not tensors of the batch."""
+"""The parameters of an attention call that are not tensors of the batch, and the settings of a sampler."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ class AttentionParams(NamedTuple):
     def settings(self) -> tuple[float | int | None, ...]:
         """Return the parameters that are not tensors; they determine the plan of a launch."""
         return self[:-4]
+
+
+class SamplingSettings(NamedTuple):
+    """Hold the settings of each row of `sample`: tensors [N]."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seeds: torch.Tensor
+    indices: torch.Tensor
+    positions: torch.Tensor
+
+
+def fraction_bits(vocabulary: int) -> int:
+    """Return the bits after the point of a weight of at most 1, so that a row's sum has 63 bits at most."""
+    return 62 - (vocabulary - 1).bit_length()

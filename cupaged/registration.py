@@ -14,8 +14,8 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled
 
-from . import backends, checks, fused_checks
-from .params import AttentionParams
+from . import backends, checks, fused_checks, sampling_checks
+from .params import AttentionParams, SamplingSettings
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
 _SCHEMAS = (
@@ -34,6 +34,8 @@ _SCHEMAS = (
     "rope_and_cache(Tensor(a!) query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
     "Tensor(b!) kv_cache, Tensor slot_mapping, bool interleaved, Tensor? query_weight, Tensor? key_weight, "
     "float epsilon, float weight_offset, Tensor? k_scale, Tensor? v_scale) -> ()",
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
+    "Tensor indices, Tensor positions, Tensor(a!) out) -> ()",
 )
 
 
@@ -261,6 +263,13 @@ def _fake_rope_and_cache(
     )
 
 
+def _sample(logits: torch.Tensor, *settings_and_out: torch.Tensor) -> None:
+    layout = sampling_checks.sample_once(logits, *settings_and_out)
+    *settings, out = settings_and_out
+    if logits.shape[0]:
+        _backend(logits).sample(logits, SamplingSettings(*settings), out, layout)
+
+
 def _fake_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(outs[0]), torch.empty_like(lses[0])
 
@@ -278,6 +287,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rms_norm": (_rms_norm, _fake_rms_norm),
     "act_and_mul": (_act_and_mul, _fake_act_and_mul),
     "rope_and_cache": (_rope_and_cache, _fake_rope_and_cache),
+    "sample": (_sample, sampling_checks.sample),
 }
 
 for _schema in _SCHEMAS:

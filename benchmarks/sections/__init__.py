@@ -1,7 +1,7 @@
 """The sections of the report, in order."""
 
 from ..report import Section
-from . import attention, ceilings, check, fused, host, memory, mixed
+from . import attention, ceilings, check, fused, host, memory, mixed, sampling
 
 SECTIONS = (
     Section("check", "right or wrong, against float64", 90, check.run, timed=False),
@@ -11,5 +11,6 @@ SECTIONS = (
     Section("mixed", "prefill chunks and decodes in one call, against their parts", 15, mixed.run),
     Section("memory", "writing, copying, swapping; the cache's allocation", 60, memory.run),
     Section("fused", "norms, activations, RoPE with the cache write; against a copy", 15, fused.run),
+    Section("sampling", "sampling tokens, beside torch and FlashInfer", 15, sampling.run),
     Section("host", "host time of a call", 20, host.run, needs_gpu=True),
 )

@@ -19,7 +19,7 @@ from cupaged import checks
 from cupaged.backends import reference
 
 from ..report import Context, reason
-from . import fused
+from . import fused, sampling
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
@@ -76,6 +76,8 @@ def checks_of(context: Context) -> Iterator[tuple[str, Check]]:
         for head_size in (64,) if quick else (32, 64, 80, 128, 256):
             yield f"reshape_and_cache {dtype} D={head_size}", partial(write, dtype=dtype, head_size=head_size)
     for dtype in checks.DTYPES:
+        for i in range(1 if quick else 5):
+            yield f"sample {dtype} {i}", partial(sampling.check, dtype=dtype)
         for kind in (fused.Norm, fused.Gated):
             for i in range(1 if quick else 5):
                 yield f"{kind.name} {dtype} {i}", partial(fused.check, kind=kind, dtype=dtype)

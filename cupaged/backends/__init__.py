@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import torch
 
 from ..layout import Layout
-from ..params import AttentionParams
+from ..params import AttentionParams, SamplingSettings
 
 NAMES = ("reference", "cpu", "cuda")
 
@@ -92,6 +92,10 @@ class Backend(Protocol):
         k_scale: torch.Tensor | None,
         v_scale: torch.Tensor | None,
         layout: Layout,
+    ) -> None: ...
+
+    def sample(
+        self, logits: torch.Tensor, settings: SamplingSettings, out: torch.Tensor, layout: Layout
     ) -> None: ...
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
-from ..params import AttentionParams
+from ..params import AttentionParams, SamplingSettings
 from ..quantisation import LARGEST, dequantise, quantise
 
 CHECKS_DATA = False
@@ -256,3 +256,45 @@ def rope_and_cache(
         turned.append(heads.to(x.dtype))
     query.copy_(turned[0])
     reshape_and_cache(turned[1], value, kv_cache, slot_mapping, k_scale, v_scale)
+
+
+@torch.no_grad()
+def sample(
+    logits: torch.Tensor, settings: SamplingSettings, out: torch.Tensor, layout: Hashable = None
+) -> None:
+    x = logits.double().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    largest = x.amax(dim=-1, keepdim=True)
+    tokens = torch.arange(x.shape[1], device=x.device)
+    greedy = torch.where(x == largest, tokens, x.shape[1]).amin(dim=-1)
+    temperature, top_k, top_p, min_p = (column[:, None] for column in settings[:4])
+    # Sorted by descending logit, then by ascending token.
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    weights = ((ordered - largest) / temperature.clamp(1e-30, 1e30)).exp()
+    weights = weights.masked_fill(weights < min_p.clamp(max=1), 0)
+    weights = weights.masked_fill((tokens >= top_k) & (top_k > 0), 0)
+    before = weights.cumsum(dim=-1) - weights
+    cut = (before >= top_p.clamp(min=0) * weights.sum(dim=-1, keepdim=True)) & (top_p < 1) & (tokens > 0)
+    weights = weights.masked_fill(cut, 0)
+    cumulative = torch.zeros_like(x).scatter_(-1, order, weights).cumsum(dim=-1)
+    target = uniform(*settings[4:])[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=x.shape[1] - 1)
+    at_maximum = ~(settings.temperature > 0) | largest[:, 0].isinf()
+    out.copy_(torch.where(at_maximum, greedy, drawn[:, 0]))
+
+
+def uniform(seeds: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return float64 numbers in [0, 1) that are a hash of three int64 tensors, elementwise."""
+    return _shift(_mix(_mix(_mix(seeds) + indices) + positions), 11).double() * 2.0**-53
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Apply the SplitMix64 mixing function, a bijection of 64 bits, on which int64 wraps around."""
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift to the right, without the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

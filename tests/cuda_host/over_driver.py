@@ -295,7 +295,12 @@ def kernels_run_on_what_arrives() -> None:
         key = torch.randn(num_seqs, heads, head_size, generator=generator)
         written = torch.zeros_like(cache)
         cupaged.rope_and_cache(turned, key, key, angles.cos(), angles.sin(), written, torch.arange(3))
-        fused[name] = normed, total, products, turned, written
+        logits = torch.randn(3, 300, generator=generator)
+        settings = {"temperature": torch.ones(3).double(), "top_k": torch.tensor([0, 5, 300])}
+        settings |= {"top_p": torch.tensor([0.9, 1.0, 0.5]).double(), "min_p": torch.zeros(3).double()}
+        settings |= dict.fromkeys(("seeds", "indices", "positions"), torch.arange(3))
+        tokens = cupaged.sample(logits, **settings)
+        fused[name] = tokens, normed, total, products, turned, written
         found[name] = cache, swapped, *cupaged.paged_attention(query, cache, tables, lengths, return_lse=True)
     for got, expected in zip(found["driver"][:2], found["reference"][:2]):
         assert torch.equal(got, expected)
@@ -309,6 +314,7 @@ def kernels_run_on_what_arrives() -> None:
         "rms_norm",
         "act_and_mul",
         "rope_and_cache",
+        "sample",
         "paged_decode",
         "merge_splits",
     ]
@@ -375,6 +381,7 @@ def a_raw_kernel_of_no_kernel_is_refused() -> None:
         ("rms_norm", {}),
         ("act_and_mul", {}),
         ("rope_and_cache", {"cache_dtype": torch.int8}),
+        ("sample", {}),
     ):
         assert cupaged.raw_kernel(name, arch="80", dtype=torch.bfloat16, **variant).kernel.ptr > 0
 

@@ -37,6 +37,7 @@ SPECS = {
     "rms_norm": kernel_specs.rms_norm("bf16"),
     "act_and_mul": kernel_specs.act_and_mul("bf16"),
     "rope_and_cache": kernel_specs.rope_and_cache("bf16", "int8"),
+    "sample": kernel_specs.sample("bf16"),
 }
 # What each kernel writes. All other pointers must be to const: the emulation protects their memory.
 WRITTEN = {
@@ -54,6 +55,7 @@ WRITTEN = {
     "rms_norm": {"residual", "out"},
     "act_and_mul": {"out"},
     "rope_and_cache": {"query", "kv_cache"},
+    "sample": {"out"},
 }
 
 

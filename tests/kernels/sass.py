@@ -22,6 +22,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "rms_norm": WIDE,
     "act_and_mul": WIDE,
     "rope_and_cache": WIDE,
+    "sample": WIDE[:1],
     "find_shared_splits": (),
     "plan_prefill": (),
     "merge_splits": WIDE,

@@ -191,6 +191,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
         ("test_norm.py", "bfloat16"),
         ("test_activation.py", "bfloat16"),
         ("test_rope.py", "test_rope_and_cache and bfloat16 and None"),
+        ("test_sample.py", "not cuda"),
     ],
 )
 def test_results_are_right_on_a_cpu_with_narrower_registers(file, which):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cupaged
+from benchmarks.sampling_cases import neutral
 from cupaged import backends
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.kernels import Kernels
@@ -105,6 +106,7 @@ def test_every_call_and_only_calls_launch_what_is_listed(arch, launched):
         for size in (8, 7, 5000):
             cupaged.rms_norm(torch.empty(1, size, dtype=dtype), torch.empty(size))
             cupaged.act_and_mul(torch.empty(1, 2 * size, dtype=dtype), activation="silu")
+            cupaged.sample(torch.empty(1, size, dtype=dtype), **neutral(1))
     for unit in (1, 16):
         cupaged.copy_blocks(torch.empty(2, unit, dtype=torch.int8), torch.tensor([[0, 1]]))
     listed = reachable(arch)

@@ -41,6 +41,7 @@ KINDS = (
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",
+    "sample",
 )
 E4M3 = ("CUPAGED_CACHE_DTYPE", "CUPAGED_FP8_E4M3")
 OTHER_SIZES = frozenset(map(str, range(8, 257, 8))) - frozenset(map(str, kernel_specs.HEAD_SIZES))

@@ -28,6 +28,7 @@ DTYPES: dict[str, Any] = {
     "b64": np.uint64,
     "u64": np.uint64,
     "s64": np.int64,
+    "f64": np.float64,
 }
 
 
@@ -210,7 +211,7 @@ def _convert(modifiers: list[str]) -> tuple[str, list[str], Callable[..., Lanes]
             return "b16", [source], lambda a: _codes(a, torch.bfloat16, 16).astype(np.uint16)
         return to, ["b16"], lambda a: (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if DTYPES[source]().dtype.kind == "f" and DTYPES[to]().dtype.kind in "iu":
-        rounded = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[modifiers[0]]
+        rounded = _TO_WHOLE[modifiers[0]]
         limits = np.iinfo(DTYPES[to])
 
         def to_integer(a: Lanes) -> Lanes:
@@ -218,9 +219,16 @@ def _convert(modifiers: list[str]) -> tuple[str, list[str], Callable[..., Lanes]
             return np.clip(whole, limits.min, limits.max).astype(DTYPES[to])
 
         return to, [source], to_integer
-    return to, [source], lambda a: a.astype(DTYPES[to])
+    whole = _TO_WHOLE.get(modifiers[0], lambda a: a)
+    return to, [source], lambda a: whole(a).astype(DTYPES[to])
 
 
+_TO_WHOLE: dict[str, Callable[[Lanes], Lanes]] = {
+    "rni": np.rint,
+    "rzi": np.trunc,
+    "rmi": np.floor,
+    "rpi": np.ceil,
+}
 _PACKED = {
     "bf16x2": (torch.bfloat16, 16),
     "f16x2": (torch.float16, 16),

@@ -43,7 +43,9 @@ def _constant(value: int | float, kind: str) -> np.ndarray:
     if kind == "pred":
         return np.array(value != 0)
     if isinstance(value, float):
-        return np.array(struct.unpack("<I", struct.pack("<f", value))[0], np.uint32).view(DTYPES[kind])
+        integer, number = ("<Q", "<d") if bits_of(kind) == 64 else ("<I", "<f")
+        (bits,) = struct.unpack(integer, struct.pack(number, value))
+        return np.array(bits, f"u{bits_of(kind) // 8}").view(DTYPES[kind])
     width = bits_of(kind)
     return np.array(value & (1 << width) - 1, f"u{width // 8}").view(DTYPES[kind])
 

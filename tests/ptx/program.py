@@ -11,7 +11,7 @@ from pathlib import PurePath
 from cupaged.backends.cuda.arguments import OF_KERNEL
 
 WIDTHS = {"pred": 1, "b8": 8, "u8": 8, "b16": 16, "u16": 16, "f16": 16, "b32": 32, "u32": 32, "s32": 32}
-WIDTHS |= {"f32": 32, "b64": 64, "u64": 64, "s64": 64}
+WIDTHS |= {"f32": 32, "f64": 64, "b64": 64, "u64": 64, "s64": 64}
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,8 @@ def _operand(text: str, scopes: Scopes) -> Operand:
         return Address(base, offset)
     if text.startswith(("0f", "0F")) and len(text) == 10:
         return Immediate(struct.unpack(">f", bytes.fromhex(text[2:]))[0])
+    if text.startswith(("0d", "0D")) and len(text) == 18:
+        return Immediate(struct.unpack(">d", bytes.fromhex(text[2:]))[0])
     if text[0].isdigit() or text[0] == "-":
         return Immediate(int(text.rstrip("U"), 0))
     found = _look_up(text, scopes)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import cupaged
 from benchmarks.cases import check, draw
+from benchmarks.sampling_cases import check_tokens, neutral
 from cupaged import backends
 from tests.kernels import test_norm
 from tests.kernels.test_attention import run
@@ -42,7 +44,7 @@ class Fault:
 
 
 DECODE, PREFILL, HOPPER = "paged_decode_mma", "paged_prefill_mma", "paged_prefill_wgmma"
-NORM = "rms_norm"
+NORM, SAMPLE = "rms_norm", "sample"
 FAULTS = {
     # Order
     "decode: copies not waited for": Fault(DECODE, r"cp.async.wait_group 1;", "", UNORDERED),
@@ -52,6 +54,8 @@ FAULTS = {
     "prefill: a block does not meet": Fault(PREFILL, r"bar.sync[^;]*;", "", UNORDERED, n=-1),
     "norm: a block does not meet": Fault(NORM, r"bar.sync[^;]*;", "", UNORDERED),
     "norm: a block does not meet again": Fault(NORM, r"bar.sync[^;]*;", "", UNORDERED, n=1),
+    "sample: a block does not meet": Fault(SAMPLE, r"bar.sync[^;]*;", "", UNORDERED),
+    "sample: a block does not meet in a search": Fault(SAMPLE, r"bar.sync[^;]*;", "", UNORDERED, n=3),
     "hopper: the copy is not fenced": Fault(HOPPER, r"fence.proxy.async[^;]*;", "", UNORDERED, n=None),
     "hopper: no wait for a stage": Fault(
         HOPPER, r"mbarrier.try_wait\S+ done,[^;]*;", "setp.eq.b32 done, 0, 0;", UNORDERED, n=-2
@@ -108,6 +112,11 @@ def test_is_noticed(name, monkeypatch):
         monkeypatch.setattr(backends, "for_device", lambda device_type: module)
         if fault.kernel == NORM:
             test_norm.check_call("cpu", random.Random(1), torch.float16, "input norm", "contiguous", 1, 2048)
+            return
+        if fault.kernel == SAMPLE:
+            logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1))
+            settings = neutral(1, top_k=torch.tensor([50]))
+            check_tokens(cupaged.sample(logits, **settings), logits, settings)
             return
         problem = draw(
             1,

@@ -15,6 +15,7 @@ from cupaged.backends.cuda import plans
 from cupaged.fused_checks import ACTIVATIONS
 from cupaged.params import AttentionParams
 from tests.kernels import test_activation, test_norm, test_rope
+from tests.kernels import test_sample as samples
 from tests.kernels.fused_cases import DTYPES, LAYOUTS
 from tests.kernels.test_attention import FEATURES, run
 from tests.kernels.test_shared_prefix import share
@@ -185,6 +186,13 @@ def test_rope_and_cache(arch, seed, cache_dtype, rotation):
     rng = random.Random(seed)
     dtype, layout = rng.choice(DTYPES), rng.choice(LAYOUTS)
     test_rope.test_rope_and_cache(("cuda_ptx", "cpu"), seed, dtype, cache_dtype, rotation, layout)
+
+
+def test_sample(arch, seed):
+    """Rows of less than a chunk a thread, and of more than each warp's lanes have."""
+    rng = random.Random(seed)
+    size = rng.choice([rng.randrange(1, 600), rng.randrange(8200, 12000)])
+    samples.check_call("cpu", rng, rng.choice(DTYPES), rng.choice(LAYOUTS), 1, size)
 
 
 def test_the_kernels_are_those_that_are_meant():

@@ -178,6 +178,16 @@ OPS = {
         "query_weight": torch.rand(32),
         "key_weight": torch.rand(32),
     },
+    cupaged.sample: {
+        "logits": torch.randn(3, 20),
+        "temperature": torch.ones(3).double(),
+        "top_k": torch.tensor([0, 5, 30]),
+        "top_p": torch.tensor([0.5, 1.0, 0.9]).double(),
+        "min_p": torch.zeros(3).double(),
+        "seeds": torch.tensor([-5, 7, 1 << 62]),
+        "indices": torch.arange(3),
+        "positions": torch.arange(3),
+    },
 }
 
 
@@ -410,6 +420,7 @@ def test_read_only_arrays_are_read_and_not_written():
     for function, arguments, out in (
         (cupaged.paged_attention, b, b["query"]),
         (cupaged.rms_norm, OPS[cupaged.rms_norm], np.zeros((3, 20), np.float32)),
+        (cupaged.sample, OPS[cupaged.sample], np.zeros(3, np.int64)),
         (partial(cupaged.act_and_mul, activation="silu"), {"input": b["query"][0]}, np.zeros((4, 16))),
     ):
         with pytest.raises(ValueError, match="out is written"):

@@ -11,6 +11,7 @@ import cupaged
 from cupaged import backends
 from cupaged.backends.cuda import kernels
 from cupaged.backends.cuda.kernels import Kernels
+from cupaged.sampling_checks import SETTINGS
 
 
 class Recorder:
@@ -112,7 +113,11 @@ class Calls:
         pick = self._rng.choice
         dtype, tokens, by = pick([torch.float16, torch.float32]), pick([1, 5]), pick([0, 0, 1, 2, 4])
         numbers = {"epsilon": pick([1e-6, 1e-5]), "weight_offset": pick([0.0, 1.0])}
-        operator = pick(["rms_norm", "act_and_mul", "rope_and_cache"])
+        operator = pick(["rms_norm", "act_and_mul", "rope_and_cache", "sample"])
+        if operator == "sample":
+            x = self._tensor(tokens, pick([64, 60]), dtype=dtype, by=by)
+            settings = {name: torch.zeros(tokens, dtype=kind) for name, kind in SETTINGS.items()}
+            return lambda: cupaged.sample(x, **settings)
         if operator == "act_and_mul":
             x, activation = self._tensor(tokens, 64, dtype=dtype, by=by), pick(["silu", "gelu"])
             return lambda: cupaged.act_and_mul(x, activation=activation)

@@ -14,7 +14,7 @@ import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
 from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
-from benchmarks.sections import SECTIONS, attention, check, fused, host, memory, mixed
+from benchmarks.sections import SECTIONS, attention, check, fused, host, memory, mixed, sampling
 from cupaged import backends, checks
 from cupaged.backends import reference
 
@@ -407,6 +407,23 @@ def test_a_wrong_fused_operator_has_no_time(context, monkeypatch, name):
     (text,) = context.result.wrong
     assert text == f"{operator} {rows[operator]['case']}: {rows[operator]['wrong']}"
     assert "\n".join(tables.FORMATS["fused"](context.result.rows)).count("WRONG") == 1
+
+
+def test_a_sampler_that_is_wrong_has_no_time(context, monkeypatch, seed):
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)
+    for dtype in checks.DTYPES:
+        sampling.check(CPU, seed, dtype)
+    sampling.run(context)
+    right = cupaged.sample
+    monkeypatch.setattr(cupaged, "sample", lambda x, **settings: (right(x, **settings) + 1) % x.shape[1])
+    sampling.run(context)
+    rows = [context.result.rows[i :: len(sampling.SETTINGS)] for i in range(len(sampling.SETTINGS))]
+    for timed, wrong in rows:
+        assert set(timed["seconds"]) == {"cupaged", "torch"}
+        assert (wrong["seconds"], timed["failed"]) == ({}, {})
+    assert len(context.result.wrong) == len(sampling.SETTINGS)
+    lines = list(tables.FORMATS["sampling"](context.result.rows))
+    assert sum("WRONG" in line for line in lines) == len(sampling.SETTINGS)
 
 
 @pytest.mark.parametrize("kind", [fused.Norm, fused.Gated, fused.Rope], ids=lambda kind: kind.name)

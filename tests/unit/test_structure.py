@@ -158,6 +158,7 @@ def test_public_names():
         "reshape_and_cache",
         "rms_norm",
         "rope_and_cache",
+        "sample",
         "swap_blocks",
     ]
     for name in cupaged.__all__:

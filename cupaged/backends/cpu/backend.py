@@ -15,8 +15,9 @@ import torch
 
 from ... import checks
 from ...layout import Layout
-from ...params import AttentionParams
+from ...params import AttentionParams, SamplingSettings, fraction_bits
 from . import activation, attention, formats, launch, memory, norm, rope, team, work
+from . import sample as sampling
 
 CHECKS_DATA = True  # the kernels check ids and scales themselves
 
@@ -370,3 +371,17 @@ def _prepare_rope(
         largest_scale=checks.SCALE_RANGE[1],
         **_cache_numbers(kv_cache),
     )
+
+
+def sample(logits: torch.Tensor, settings: SamplingSettings, out: torch.Tensor, layout: Layout) -> None:
+    kernel, fixed = layout.prepared or _keep(
+        layout,
+        _kernel(sampling.build, sampling.Sampling, _DTYPES[logits.dtype]),
+        sampling.Sampling,
+        stride=logits.stride(0) * logits.element_size(),
+        num_rows=logits.shape[0],
+        size=logits.shape[1],
+        itemsize=logits.element_size(),
+        fraction_bits=fraction_bits(logits.shape[1]),
+    )
+    kernel((logits.data_ptr(), *[tensor.data_ptr() for tensor in settings], out.data_ptr(), *fixed))

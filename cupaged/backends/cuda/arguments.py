@@ -182,6 +182,16 @@ class RopeAndCacheArguments(KernelArguments):
     )
 
 
+class SampleArguments(KernelArguments):
+    """The arguments of sample."""
+
+    _fields_ = _fields(
+        "logits temperature top_k top_p min_p seeds indices positions out",
+        int64="stride",
+        int32="size fraction_bits aligned",
+    )
+
+
 OF_KERNEL: dict[str, type[KernelArguments]] = {
     "copy_blocks": CopyBlocksArguments,
     "reshape_and_cache": ReshapeAndCacheArguments,
@@ -197,4 +207,5 @@ OF_KERNEL: dict[str, type[KernelArguments]] = {
     "rms_norm": RmsNormArguments,
     "act_and_mul": ActAndMulArguments,
     "rope_and_cache": RopeAndCacheArguments,
+    "sample": SampleArguments,
 }

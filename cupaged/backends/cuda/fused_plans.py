@@ -1,12 +1,13 @@
-"""Plan the launches of the fused operators, as `plans.py` does those of attention."""
+"""Plan the launches of the fused operators and of the sampler, as `plans.py` does those of attention."""
 
 from __future__ import annotations
 
 import torch
 
 from ...fused_checks import ACTIVATIONS
+from ...params import fraction_bits
 from . import specs as kernel_specs
-from .arguments import ActAndMulArguments, RmsNormArguments, RopeAndCacheArguments
+from .arguments import ActAndMulArguments, RmsNormArguments, RopeAndCacheArguments, SampleArguments
 from .kernel_choice import CACHE_DTYPE_NAMES, DTYPE_NAMES
 from .layouts import all_aligned, block_shift, ceil_div, require_aligned_cache
 from .specs import KernelCall
@@ -115,6 +116,20 @@ def rope_and_cache(
             aligned=aligned and num_pairs % chunk == 0,
             epsilon=epsilon,
             weight_offset=weight_offset,
+        ),
+    )
+
+
+def sample(logits: torch.Tensor) -> KernelCall:
+    num_rows, size = logits.shape
+    return KernelCall(
+        kernel_specs.sample(DTYPE_NAMES[logits.dtype]),
+        (num_rows, 1),
+        SampleArguments(
+            stride=logits.stride(0),
+            size=size,
+            fraction_bits=fraction_bits(size),
+            aligned=all_aligned(logits) and size % _chunk(logits) == 0,
         ),
     )
 

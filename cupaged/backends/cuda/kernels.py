@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...params import AttentionParams
+from ...params import AttentionParams, SamplingSettings
 from . import cache_plans, fused_plans, layouts, plans
 from .plans import DecodePlan, PrefillPlan
 from .specs import KernelCall
@@ -329,6 +329,16 @@ class Kernels:
                 v_scale,
             )
         )
+
+    def sample(
+        self, logits: torch.Tensor, settings: SamplingSettings, out: torch.Tensor, layout: Hashable
+    ) -> None:
+        plan_key = "sample", layout, _alignment((logits,))
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = fused_plans.sample(logits)
+            launch = self._keep(plan_key, self._launcher.prepare(call, logits.device))
+        launch((logits, *settings, out))
 
     def _keep(self, plan_key: Hashable, plan: Any) -> Any:
         if len(self._plans) >= PLANS:  # new lengths of prompts fill it again in no time

@@ -29,6 +29,7 @@ KERNELS: dict[str, Callable[..., KernelSpec]] = {
     "reshape_and_cache": kernel_specs.reshape_and_cache,
     "rms_norm": kernel_specs.rms_norm,
     "rope_and_cache": kernel_specs.rope_and_cache,
+    "sample": kernel_specs.sample,
 }
 
 

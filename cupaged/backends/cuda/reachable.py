@@ -23,6 +23,7 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
     for dtype in kernel_specs.DTYPES:
         found |= dict.fromkeys([kernel_specs.merge_splits(dtype), kernel_specs.merge_states(dtype)])
         found |= dict.fromkeys([kernel_specs.rms_norm(dtype), kernel_specs.act_and_mul(dtype)])
+        found[kernel_specs.sample(dtype)] = None
         for cache_dtype in (dtype, *kernel_specs.CACHE_DTYPES):
             found[kernel_specs.reshape_and_cache(dtype, cache_dtype)] = None
             found[kernel_specs.rope_and_cache(dtype, cache_dtype)] = None

@@ -209,6 +209,10 @@ def rope_and_cache(dtype: str, cache_dtype: str) -> KernelSpec:
     return KernelSpec("rope_and_cache.cu", "rope_and_cache", _defines(dtype, cache_dtype))
 
 
+def sample(dtype: str) -> KernelSpec:
+    return KernelSpec("sample.cu", "sample", _defines(dtype), 1024)
+
+
 def variants(arch: str) -> tuple[KernelSpec, ...]:
     """Return the kernels of an architecture that are compiled ahead of time: for head sizes that models have.
 
@@ -222,6 +226,7 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs.append(find_shared_splits())
     for dtype in DTYPES:
         specs += [merge_splits(dtype), merge_states(dtype), rms_norm(dtype), act_and_mul(dtype)]
+        specs.append(sample(dtype))
         for cache_dtype in (dtype, *CACHE_DTYPES):
             specs += [reshape_and_cache(dtype, cache_dtype), rope_and_cache(dtype, cache_dtype)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
