@@ -13,12 +13,13 @@ from cupaged.backends.cpu import backend as cpu_backend
 
 from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
+from ..transfer import to_device
 from .attention import AttentionMetadata
 from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
 from .fusion import Fusion, Proof, fuse_model
 from .kv_cache import KVCache, KVShape
-from .step_inputs import StepInputs, to_device
+from .step_inputs import StepInputs
 from .workspace import Workspaces
 
 _CACHE_DTYPES = {

@@ -14,32 +14,32 @@ from enum import IntFlag
 import numpy as np
 import torch
 
+from cupaged import sample
+
 from ..sampling_params import SamplingParams
 from ..scheduling.beam_search import num_candidates
 from ..scheduling.request import Candidates, Sequence, SequenceGroup
 from ..scheduling.step_plan import ScheduledSequence
+from ..transfer import to_device
 from .bad_words import BadWords
-from .distribution import draw, uniform, weights
 from .grammar import Grammar
 from .logits_processors import Penalties, TokenTable, Users
 from .logprobs import TokenLogprobs, take_prompt, token_logprobs
 from .structured import StructuredOutputs
 
 _MAX_INT = 2**62  # requests may contain any integer; the arrays hold 64 bits
-_CHUNK = 768  # tokens of a chunk of logits in `_argmax`; 512 to 1024 took the same time
 
 
 class _Use(IntFlag):
     """Name the features of the sampler that a sequence uses."""
 
-    DRAW = 1
-    LOGPROBS = 2
-    ALLOWED = 4
-    MIN_TOKENS = 8
-    BAD_WORDS = 16
-    BIAS = 32
-    PENALTIES = 64
-    GRAMMAR = 128
+    LOGPROBS = 1
+    ALLOWED = 2
+    MIN_TOKENS = 4
+    BAD_WORDS = 8
+    BIAS = 16
+    PENALTIES = 32
+    GRAMMAR = 64
     CHANGE = GRAMMAR | ALLOWED | MIN_TOKENS | BAD_WORDS | BIAS | PENALTIES  # of the logits
 
 
@@ -228,8 +228,6 @@ class Sampler:
             self._free = list(range(new - 1, old - 1, -1))
         row = self._free.pop()
         uses = _Use(0)
-        if not params.greedy:
-            uses |= _Use.DRAW
         if params.needs_logprobs:
             uses |= _Use.LOGPROBS
         if params.allowed_token_ids is not None:
@@ -257,7 +255,7 @@ class Sampler:
             self._penalties.add(row, *penalties)
         self._settings[row] = (
             uses,
-            params.temperature,
+            0.0 if params.greedy else params.temperature,
             params.min_p,
             min(params.top_k, _MAX_INT),
             params.top_p,
@@ -298,39 +296,30 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """Return the sampled tokens, int64 ``[sum of num_samples]``, in the order of the sequences."""
-        drawing = batch.settings["uses"] & _Use.DRAW > 0
-        if drawing.all():
-            return _draw(logits, batch.settings, batch.lengths, batch.num_samples)
-        row_of = np.repeat(np.arange(len(batch.rows)), batch.num_samples)
-        if not drawing.any():
-            best = _argmax(logits)
-            return best if len(row_of) == len(best) else best[_on(logits, row_of)]
-        greedy_rows, drawing_rows = (
-            _on(logits, np.flatnonzero(~drawing)),
-            _on(logits, np.flatnonzero(drawing)),
+        settings, lengths, counts = batch.settings, batch.lengths, batch.num_samples
+        index = settings["index"]
+        if (counts > 1).any():
+            # Of several outputs drawn at once, output i has index i; otherwise the index is the sequence's.
+            row_of = np.repeat(np.arange(len(counts)), counts)
+            order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
+            index = np.where(counts[row_of] > 1, order.astype(np.uint64), index[row_of])
+            logits, settings, lengths = logits[_on(logits, row_of)], settings[row_of], lengths[row_of]
+        names = ("temperature", "min_p", "top_k", "top_p", "seed")
+        columns = [np.ascontiguousarray(settings[name]) for name in names]
+        integers = [columns[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64), lengths]
+        temperature, min_p, top_k, top_p, seeds, indices, positions = to_device(
+            [*columns[:-1], *integers], logits.device
         )
-        best = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        best[greedy_rows] = _argmax(logits[greedy_rows])
-        tokens = best[_on(logits, row_of)]
-        tokens[_on(logits, np.flatnonzero(drawing[row_of]))] = _draw(
-            logits[drawing_rows], batch.settings[drawing], batch.lengths[drawing], batch.num_samples[drawing]
+        return sample(
+            logits,
+            temperature=temperature,
+            min_p=min_p,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=seeds,
+            indices=indices,
+            positions=positions,
         )
-        return tokens
-
-
-def _draw(
-    logits: torch.Tensor, settings: np.ndarray, lengths: np.ndarray, num_samples: np.ndarray
-) -> torch.Tensor:
-    """Draw the samples of each row of logits ``[N, vocabulary]``; return int64 ``[sum of num_samples]``."""
-    row_of = np.repeat(np.arange(len(settings)), num_samples)
-    # Of several outputs drawn at once, output i has index i; otherwise the index is the sequence's.
-    order = np.arange(len(row_of)) - np.repeat(num_samples.cumsum() - num_samples, num_samples)
-    index = np.where(num_samples[row_of] > 1, order.astype(np.uint64), settings["index"][row_of])
-    uniforms = uniform(settings["seed"][row_of], index, lengths[row_of].astype(np.uint64))
-    distribution = weights(
-        logits, settings["temperature"], settings["min_p"], settings["top_k"], settings["top_p"]
-    )
-    return draw(distribution, _on(logits, row_of), _on(logits, uniforms))
 
 
 def _take_beams(
@@ -366,23 +355,6 @@ def _sampled_logprobs(
     logprobs = token_logprobs(logits, _on(logits, row_of), sampled, num_top)
     ends = counts.cumsum()
     return [logprobs[end - count : end] for end, count in zip(ends, counts)]
-
-
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return the first argmax of each row.
-
-    On a CPU that of the chunks' maxima and then of one chunk: torch's maximum without a position is several
-    times faster than with one, and `max` faster than `argmax`.
-    """
-    num_chunks = logits.shape[1] // _CHUNK
-    if logits.device.type != "cpu" or num_chunks < 2:
-        return logits.max(-1).indices
-    maxima = logits[:, : num_chunks * _CHUNK].unflatten(1, (num_chunks, _CHUNK)).amax(-1)
-    last = logits.shape[1] - _CHUNK  # start of a chunk that overlaps the one before
-    maxima = torch.cat([maxima, logits[:, last:].amax(-1, keepdim=True)], dim=1)
-    starts = (maxima.max(-1).indices * _CHUNK).clamp(max=last).unsqueeze(1)
-    chunks = logits.gather(1, starts + torch.arange(_CHUNK))
-    return starts.squeeze(1) + chunks.max(-1).indices
 
 
 def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from cupaged.engine.sampling.distribution import weights
-from cupaged.engine.sampling.sampler import Sampler, SamplerOutput, uniform
+from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
 from tests import tiny_models
+from tests.distribution import uniform, weights
 
 from .harness import SMALL, assert_clean, finish, run, small_engine
 

@@ -13,7 +13,7 @@ import cupaged
 from benchmarks.sampling_cases import NAMES, check_tokens, draw_logits, draw_settings, neutral, weight_errors
 from cupaged import backends
 from cupaged.backends import reference
-from cupaged.engine.sampling import sampler
+from tests.distribution import uniform
 
 from .fused_cases import DTYPES, LAYOUTS, check_surroundings, moved, placed
 
@@ -184,7 +184,7 @@ def test_the_number_is_the_samplers(seed):
     """Bit for bit."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(1 << 63), (1 << 63) - 1, (3, 1000), generator=generator)
-    expected = sampler.uniform(*bits.numpy().view(np.uint64))
+    expected = uniform(*bits.numpy().view(np.uint64))
     assert np.array_equal(reference.uniform(*bits).numpy(), expected)
 
 

@@ -13,10 +13,10 @@ import transformers as tf
 
 from cupaged.engine import SamplingParams
 from cupaged.engine.sampling import bad_words
-from cupaged.engine.sampling.distribution import weights
 from cupaged.engine.sampling.sampler import Sampler
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 from cupaged.engine.scheduling.step_plan import ScheduledSequence
+from tests.distribution import weights
 
 VOCABULARY = 400  # more than is looked at before tokens are sorted
 EOS = 3
@@ -157,11 +157,8 @@ def test_who_asks_for_nothing_pays_nothing(monkeypatch):
     sampler.sample(torch.randn(1, VOCABULARY), [sequence(heavy, [[1, 2]], [1], [])])
     monkeypatch.setattr(Sampler, "_change", lambda *_: pytest.fail("the logits are changed"))
     monkeypatch.setattr("cupaged.engine.sampling.sampler.token_logprobs", lambda *_: pytest.fail("looked up"))
-    monkeypatch.setattr("cupaged.engine.sampling.distribution._truncate", lambda *_: pytest.fail("truncated"))
     plain = [sequence(SamplingParams(temperature=t), [], [1], []) for t in (0, 0.5, 0, 1)]
     sampler.sample(torch.randn(4, VOCABULARY), plain)
-    monkeypatch.setattr("cupaged.engine.sampling.sampler.weights", lambda *_: pytest.fail("drawn"))
-    sampler.sample(torch.randn(2, VOCABULARY), plain[::2])
 
 
 @pytest.mark.parametrize(

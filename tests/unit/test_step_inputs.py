@@ -15,9 +15,10 @@ from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.model.attention import ATTENTION_NAME, register_attention
 from cupaged.engine.model.kv_cache import KVCache
 from cupaged.engine.model.model_runner import ModelRunner
-from cupaged.engine.model.step_inputs import StepInputs, pack, to_device, unpack
+from cupaged.engine.model.step_inputs import StepInputs
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 from cupaged.engine.scheduling.step_plan import ScheduledSequence
+from cupaged.engine.transfer import pack, to_device, unpack
 from tests.tiny_models import CONFIGS
 
 META = torch.device("meta")  # stands for a device: what is copied to it goes over the link
@@ -89,7 +90,9 @@ def test_packed_arrays_are_as_before(seed):
     arrays = []
     for _ in range(int(rng.integers(1, 8))):
         shape = tuple(rng.integers(0, 9, int(rng.integers(1, 3))))
-        arrays.append(rng.integers(-(2**31), 2**31, shape).astype(rng.choice([np.int32, np.int64])))
+        arrays.append(
+            rng.integers(-(2**31), 2**31, shape).astype(rng.choice([np.int32, np.int64, np.float64]))
+        )
     arrays.append(np.arange(12, dtype=np.int32).reshape(3, 4)[:, :2])  # not contiguous
     packed = pack(arrays)
     for array, tensor in zip(arrays, unpack(packed.clone(), arrays)):
