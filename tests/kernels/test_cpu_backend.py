@@ -165,6 +165,7 @@ def test_activations_are_accurate_where_they_vanish(activation):
     assert error.max() < 4e-6
 
 
+@pytest.mark.matrix
 def test_a_second_process_compiles_nothing(tmp_path):
     code = (
         "import torch, cupaged; from cupaged.backends.cpu import backend, memory\n"

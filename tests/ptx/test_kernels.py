@@ -89,6 +89,7 @@ def test_splits_by_the_load(arch, seed, mode):
     check(out, problem, lse)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("arch", ["80", "90a"], indirect=True)
 @pytest.mark.parametrize(("group", "cache_dtype"), [(2, None), (12, None), (12, torch.float8_e4m3fn)])
 def test_shared_prefix(arch, seed, group, cache_dtype):

@@ -87,6 +87,7 @@ def test_as_under_the_emulation(seed, name):
         assert expected is None or torch.equal(actual, expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", PLANNERS)
 def test_every_barrier_is_needed(name):
     """What the kernel is without one is noticed. The compiler may have several of one, some of no use: before

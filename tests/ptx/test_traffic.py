@@ -38,6 +38,7 @@ def of_attention(monkeypatch, arch: str, decode: bool, head_size: int, cache_dty
     return launcher.traffic
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize(
     ("arch", "kernel"),
@@ -58,6 +59,7 @@ def test_keys_and_values(monkeypatch, arch, kernel, head_size):
         assert cost.taken == cost.fewest
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("head_size", [48, 64, 96, 128])
 def test_warps_sums(monkeypatch, head_size, cache_dtype):

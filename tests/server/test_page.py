@@ -514,6 +514,7 @@ def test_the_past_is_bounded(page):
     assert references == [3999, 4000, 3998]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("width", [360, 1440])
 def test_it_fits_every_width(browser, small, width, scheme):

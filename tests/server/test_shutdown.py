@@ -126,6 +126,7 @@ def test_a_second_signal_ends_at_once(llama_dir, first, second):
     assert "Traceback" not in log
 
 
+@pytest.mark.matrix
 def test_who_does_not_finish_in_time_is_told(llama_dir):
     with Command(llama_dir, "--shutdown-timeout", "0.5") as server:
         with streaming(server.url, max_tokens=2000, n=2) as (_, chunks, first):

@@ -128,6 +128,7 @@ def test_no_directory_to_write_to(monkeypatch, caplog):
     assert "not kept" in record.getMessage()
 
 
+@pytest.mark.matrix
 def test_the_kernels_use_it(tmp_path):
     code = (
         "import torch, cupaged\n"

@@ -70,6 +70,7 @@ def test_seeds_are_the_tests_own(run):
     assert run("-n", "2", CI="true")[0] == first
 
 
+@pytest.mark.matrix
 def test_properties_do_not_draw_from_the_modules_that_are_loaded(run, tmp_path):
     """Hypothesis would try their constants, and other tests load other modules."""
     first, _ = run("-k", "property", EXAMPLES="200")
@@ -91,6 +92,7 @@ def test_fresh_seeds_are_new_and_only_what_draws_runs(run):
     assert len({line for line in lines + again if line.startswith("property")}) > 20
 
 
+@pytest.mark.matrix
 def test_a_failure_says_how_it_is_repeated(run):
     lines, output = run("--fresh", "6", FAIL="1")
     failed = {
