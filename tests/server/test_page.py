@@ -374,9 +374,13 @@ def open_pool(page: Page) -> None:
 
 
 def looks(page: Page) -> dict:
+    """How cells look, in the frame after the next one, which draws what is shown now."""
     return page.evaluate(
-        """() => Object.fromEntries(["GPU", "CPU"].map((medium) => [medium,
-             [...Array(48).keys()].map((block) => window.blockPool.look(medium, block))]))"""
+        """async () => {
+            for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
+            return Object.fromEntries(["GPU", "CPU"].map((medium) => [medium,
+                [...Array(48).keys()].map((block) => window.blockPool.look(medium, block))]));
+        }"""
     )
 
 
