@@ -64,11 +64,11 @@ import os
 
 import instructor
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Colour(BaseModel):
-    name: str
+    name: str = Field(max_length=20)
     is_warm: bool
 
 

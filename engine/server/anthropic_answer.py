@@ -77,11 +77,14 @@ class MessagesEvents:
             events += [{"type": "message_start", "message": message}, {"type": "ping"}]
         for choice in chunk["choices"]:
             delta = choice["delta"]
+            calls = list(delta.get("tool_calls") or ())
+            while calls and self._goes_on(calls[0]):  # before the text of a call that turns out to be none
+                events += self._call(calls.pop(0))
             if text := delta.get("reasoning_content"):
                 events += self._think(text)
             if text := delta.get("content"):
                 events += self._say(text)
-            for call in delta.get("tool_calls") or ():
+            for call in calls:
                 events += self._call(call)
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             self._stop = choice.get("stop_reason")
@@ -139,11 +142,14 @@ class MessagesEvents:
         self._blocks[-1]["text"] += text
         return [*events, self._delta("text_delta", "text", text)]
 
+    def _goes_on(self, call: Json) -> bool:
+        """Return whether a call of a chunk is the open one."""
+        return self._is("tool_use") and call.get("index", call.get("id")) == self._call_index
+
     def _call(self, call: Json) -> list[Json]:
         function, events = call["function"], []
-        index = call.get("index", call.get("id"))
-        if not self._is("tool_use") or index != self._call_index:
-            self._call_index = index
+        if not self._goes_on(call):
+            self._call_index = call.get("index", call.get("id"))
             block = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
             events = self._open(block)
             self._arguments = ""

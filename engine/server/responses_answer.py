@@ -120,11 +120,14 @@ class ResponsesEvents:
         for choice in chunk["choices"]:
             delta = choice["delta"]
             self._new_logprobs += (choice.get("logprobs") or {}).get("content") or ()
+            calls = list(delta.get("tool_calls") or ())
+            while calls and self._goes_on(calls[0]):  # before the text of a call that turns out to be none
+                events += self._call(calls.pop(0))
             if text := delta.get("reasoning_content"):
                 events += self._reason(text)
             if text := delta.get("content"):
                 events += self._say(text)
-            for call in delta.get("tool_calls") or ():
+            for call in calls:
                 events += self._call(call)
             self._finish_reason = choice["finish_reason"] or self._finish_reason
         if chunk.get("usage"):
@@ -208,11 +211,14 @@ class ResponsesEvents:
         part["logprobs"] += new
         return [_without_bytes(entry) for entry in new]
 
+    def _goes_on(self, call: Json) -> bool:
+        """Return whether a call of a chunk is the open one."""
+        return self._is("function_call") and call.get("index", call.get("id")) == self._call_index
+
     def _call(self, call: Json) -> list[Json]:
         function, events = call["function"], []
-        index = call.get("index", call.get("id"))
-        if not self._is("function_call") or index != self._call_index:
-            self._call_index = index
+        if not self._goes_on(call):
+            self._call_index = call.get("index", call.get("id"))
             item = {
                 "id": _new_id("fc"),
                 "type": "function_call",

@@ -262,6 +262,30 @@ def test_text_after_a_call_is_a_part_of_its_own(seed):
     assert "".join(written) == drawn.text + drawn.late_text
 
 
+@pytest.mark.parametrize("api", ["responses", "messages"])
+def test_the_last_chunk_of_a_cut_call_has_arguments_and_its_text(api):
+    """As the chat endpoint sends it: the call goes on, then its text as content."""
+    start = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": '{"a": '}}
+    rest = {"index": 0, "function": {"arguments": '"b'}}
+    deltas = [{"tool_calls": [start]}, {"tool_calls": [rest], "content": 'f {"a": "b'}]
+    if api == "responses":
+        request = ResponsesRequest.model_validate({"model": "tiny", "input": "Hi"})
+        events = ResponsesTranslation(request, SamplingParams()).events(HEAD)
+    else:
+        events = MessagesTranslation(9).events(HEAD)
+    for delta in deltas:
+        events.next({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    end = events.end()
+    if api == "responses":
+        call, message = end[-1]["response"]["output"]
+        assert call["arguments"] == '{"a": "b'
+        assert message["content"][0]["text"] == 'f {"a": "b'
+    else:
+        call, text = events.message["content"]
+        assert call["input"] == {}  # without what is incomplete
+        assert text["text"] == 'f {"a": "b'
+
+
 def test_a_response_that_fails_keeps_what_there_is(seed):
     drawn = Drawn(seed)
     events = translated(seed).events(HEAD)
