@@ -58,7 +58,7 @@ def test_tokens_are_equal_under_every_policy(llama_dir, seed):
 
 @pytest.mark.parametrize("policy", ["lfu", "cost", LRU])
 def test_tokens_are_equal_under_every_eviction_policy(llama_dir, policy, seed):
-    """Of prompts that begin alike, one after the other, in a pool that keeps half of what they compute."""
+    """Send prompts that begin alike, one after the other, to a pool that keeps half of what they compute."""
     rng = random.Random(seed)
     common = [[rng.randrange(250) for _ in range(24)] for _ in range(3)]
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

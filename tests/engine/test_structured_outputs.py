@@ -39,7 +39,7 @@ def engine_of(directory: str, **settings: Any):
 
 
 def drawn_structure(rng: random.Random) -> tuple[StructuredOutputsParams, Any]:
-    """What an output has to be, and a check of its text."""
+    """Draw what an output has to be, with a check of its text."""
     kind = rng.choice(["json", "json", "json", "regex", "choice", "grammar"])
     if kind == "json":
         schema = draw_schema(rng)

@@ -93,7 +93,7 @@ def test_ties_keep_the_lowest_ids(backend, seed):
 
 
 def test_a_top_p_that_equals_the_probability_of_some_tokens_keeps_those(backend):
-    """Of 10 tokens of equal probability, 0.1 to 0.9 keep 1 to 9, as with Python's floats."""
+    """Keep 1 to 9 of 10 equally likely tokens for top_p of 0.1 to 0.9, as with Python's floats."""
     device, shares = backend[1], torch.arange(1, 10)
     settings = neutral(9, top_p=shares.double() / 10, seeds=torch.full((9,), 23))
     tokens = cupaged.sample(torch.full((9, 10), 0.5).to(device), **on(device, settings))
@@ -123,7 +123,7 @@ def with_numbers(numbers: list[float], seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_number_between_two_tokens_is_the_second_ones(backend, seed):
-    """Of 4 tokens of equal weight, among others without any, a quarter of the numbers each, 0 and 1 too."""
+    """Draw each of 4 tokens of equal weight, among others without any, for a quarter of the numbers."""
     device, rng = backend[1], random.Random(seed)
     size = rng.randrange(6, 700)
     possible = sorted(rng.sample(range(1, size - 1), 4))

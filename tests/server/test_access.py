@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, origins of web pages, HTTPS, a prefix behind a proxy."""
+"""Test who may use the server: API keys, origins of web pages, HTTPS, a prefix behind a proxy."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_keys_come_from_the_options_or_else_from_the_environment(monkeypatch):
 
 
 def preflight(url: str, origin: str) -> httpx.Response:
-    """What a browser asks before a page of another origin sends a request."""
+    """Ask what a browser asks before a page of another origin sends a request."""
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
