@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def held_back(text: str, markers: Iterable[str]) -> int:
     return 0
 
 
-class ToolParser:
+class ToolParser(ABC):
     """Find tool calls in the text of an answer, which comes in pieces of any length.
 
     A parser is in one state at a time. A state is a method that reads from the beginning of ``_buffer`` and
@@ -99,9 +100,9 @@ class ToolParser:
         self._buffer = self._buffer[end:]
         return False
 
+    @abstractmethod
     def _opened(self) -> bool:
         """Read what follows the start of a call."""
-        raise NotImplementedError
 
     def _take(self, length: int) -> str:
         """Move characters from the buffer to the text of the current call."""

@@ -19,7 +19,7 @@ class ForcedCall(ToolParser):
     def __init__(self, name: str) -> None:
         super().__init__({})
         self._name = name
-        self._state = self._all
+        self._state = self._opened  # the answer begins with the arguments
 
     def feed(self, text: str) -> list[Event]:
         """Return the next piece of the arguments."""
@@ -27,7 +27,7 @@ class ForcedCall(ToolParser):
             text = text.lstrip(SPACE)
         return super().feed(text)
 
-    def _all(self) -> bool:
+    def _opened(self) -> bool:
         if not self._begun:
             self._begin(self._name)
         self._arguments(self._buffer)
