@@ -76,9 +76,9 @@ def test_calls_may_be_several(server, client):
         assert answer["finish_reason"] == "length"
 
 
-def test_a_function_is_demanded_by_its_name(server, client):
+def test_a_function_is_demanded_by_its_name(server, client, seed):
     choice = {"type": "function", "function": {"name": "visit"}}
-    for answer in whole_and_streamed(client, tools=TOOLS, tool_choice=choice, max_tokens=400, seed=1):
+    for answer in whole_and_streamed(client, tools=TOOLS, tool_choice=choice, max_tokens=400, seed=seed):
         [call] = functions(answer)
         assert call["name"] == "visit"
         check([call])
@@ -118,8 +118,8 @@ def test_an_answer_of_a_given_format_has_no_reasoning(server, client):
 
 
 @pytest.mark.parametrize("method", ["function_calling", "json_schema"])
-def test_langchain_has_structured_output(server, method):
-    model = langchain(server, max_tokens=800, seed=1).with_structured_output(Visit, method=method)
+def test_langchain_has_structured_output(server, method, seed):
+    model = langchain(server, max_tokens=800, seed=seed).with_structured_output(Visit, method=method)
     assert isinstance(model.invoke("Where?"), Visit)
 
 
