@@ -145,6 +145,29 @@ def test_a_conversation_says_what_the_api_says(page, small):
     ]
 
 
+def test_settings_hold_from_when_they_are_typed(page):
+    """Send what the fields hold, even when the message follows in the very task that closes the dialog."""
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
+    page.click("#open-settings")
+    page.fill("#settings [name=max_tokens]", "3")
+    page.evaluate("""() => {
+        document.querySelector("#settings button[value=save]").click();
+        document.getElementById("input").value = "Hello";
+        document.getElementById("form").requestSubmit();
+    }""")
+    answered(page)
+    page.click("#open-settings")
+    page.evaluate("""() => {
+        document.getElementById("clear-settings").click();
+        document.querySelector("#settings button[value=save]").click();
+    }""")
+    answer_with(page, events({"content": "Well."}))
+    ask(page, "Again")
+    answered(page, 2)
+    assert [body.get("max_tokens") for body in bodies] == [3, None]
+
+
 def test_an_answer_can_be_stopped(page, small):
     set_settings(page, max_tokens=200)
     with slow_steps(small, 0.1):

@@ -45,13 +45,11 @@ function askForKey(reason) {
 $("key").addEventListener("click", () => askForKey());
 document.addEventListener("key-needed", (event) => askForKey(event.detail));
 $("cancel-key").addEventListener("click", () => $("key-dialog").close("cancel"));
-$("key-dialog").addEventListener("close", () => {
-  if ($("key-dialog").returnValue === "save") {
-    setKey($("key-input").value.trim());
-    begin();
-  }
-  $("key-input").value = "";
+$("key-dialog").querySelector("form").addEventListener("submit", () => {
+  setKey($("key-input").value.trim());
+  begin();
 });
+$("key-dialog").addEventListener("close", () => ($("key-input").value = ""));
 
 function begin() {
   $("key").textContent = hasKey() ? "Key ✓" : "Key";

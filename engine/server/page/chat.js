@@ -265,8 +265,9 @@ $("open-settings").addEventListener("click", async () => {
   const known = Object.keys(defaults).length ? defaults : OWN_DEFAULTS;
   for (const name of FIELDS) form.elements[name].placeholder = known[name] ?? "not set";
 });
-$("clear-settings").addEventListener("click", () => form.reset());
-$("settings").addEventListener("close", () => {
+
+/** Take over what the fields hold: as they change, since a dialog says that it was closed only some time after. */
+function readSettings() {
   settings = {};
   for (const name of FIELDS) {
     const { value, valueAsNumber } = form.elements[name];
@@ -274,4 +275,10 @@ $("settings").addEventListener("close", () => {
   }
   if (form.elements.system.value.trim()) settings.system = form.elements.system.value.trim();
   localStorage.setItem("settings", JSON.stringify(settings));
+}
+
+form.addEventListener("input", readSettings);
+$("clear-settings").addEventListener("click", () => {
+  form.reset();
+  readSettings();
 });
