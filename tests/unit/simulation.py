@@ -117,7 +117,8 @@ class Simulation(SimulatedEngine):
             samples.append([] if is_beam else [self.draw() for _ in range(item.num_samples)])
             if is_beam and item.num_samples:
                 candidates[position] = self.draw_candidates(item.group)
-        self.scheduler.update(plan, samples, candidates)
+        self.scheduler.advance(plan)
+        self.scheduler.resolve(plan, samples, candidates)
 
     def fail(self) -> None:
         """A step that ends in an error; what it was to write and to move is poison."""

@@ -43,7 +43,7 @@ def test_three_requests_over_two_steps():
     ]
     assert [item.num_samples for item in step.scheduled] == [1, 1, 0]  # "c" has a token of its prompt to come
     assert [list(blocks.table(item.seq.seq_id)) for item in step.scheduled] == [[0, 1], [0, 2], [3]]
-    scheduler.update(step, [[10], [EOS], []])  # the model ends "b"
+    update(scheduler, step, [[10], [EOS], []])  # the model ends "b"
     assert [group.request_id for group in scheduler.running] == ["a", "c"]
 
     # "a" decodes its token, and the prompt of "c" is completed.
@@ -52,9 +52,14 @@ def test_three_requests_over_two_steps():
         ("a", 5, 1),
         ("c", 1, 1),
     ]
-    scheduler.update(step, [[11], [12]])  # the second token of "a" is its last
+    update(scheduler, step, [[11], [12]])  # the second token of "a" is its last
     assert [group.request_id for group in scheduler.running] == ["c"]
     assert blocks.gpu.num_free == 5
+
+
+def update(scheduler, step, samples):
+    scheduler.advance(step)
+    scheduler.resolve(step, samples)
 
 
 REQUEST = st.fixed_dictionaries(
