@@ -1,4 +1,4 @@
-"""Measure the CPU time of a scheduler's step: `schedule`, `advance` and `resolve`, with block manager, without model.
+"""Measure the CPU time of a scheduler's step: `schedule`, `advance`, `resolve`, with block manager, no model.
 
     python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from .sampling.detokenizer import Detokenizer, token_text
 from .sampling.logprobs import TokenLogprobs
-from .sampling.sampler import SamplerOutput
+from .sampling.samples import SamplerOutput
 from .scheduling.request import Sequence, SequenceGroup
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import ScheduledSequence
@@ -55,7 +55,12 @@ class OutputProcessor:
                 state.logprobs.append(self._decoded(token_logprobs))
                 state.cumulative_logprob += token_logprobs.logprobs[0]
         outputs = []
-        for group in dict.fromkeys(item.group for item in scheduled if item.num_samples):
+        sampled = dict.fromkeys(
+            item.group
+            for item, tokens in zip(scheduled, samples.token_ids)
+            if tokens or (item.num_samples and item.group.beams is not None)
+        )
+        for group in sampled:
             if group.params.only_prompt:
                 outputs.append(self._empty_output(group))
                 continue

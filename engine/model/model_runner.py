@@ -152,9 +152,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(
-        self, scheduled: tuple[ScheduledSequence, ...], blocks: BlockManager, cache: KVCache
+        self,
+        scheduled: tuple[ScheduledSequence, ...],
+        blocks: BlockManager,
+        cache: KVCache,
+        sampled: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the scheduled tokens.
+
+        Args:
+            sampled: int64, on the device: the tokens that the step before has sampled. Those that the host
+                does not know yet are taken from here (`StepInputs`).
 
         Returns:
             Logits ``[N, vocabulary]``. Each sequence, in order, has one row for each of its first
@@ -187,6 +195,9 @@ class ModelRunner:
                 shared_prefix=self.device.type != "cpu"
                 and shares_prefix(inputs.block_tables, cache.shape.block_size),
             )
+        if sampled is not None and (inputs.token_ids < 0).any():
+            rows = (-1 - token_ids).clamp_(min=0)
+            token_ids = torch.where(token_ids < 0, sampled[rows], token_ids)
         output = self._model(
             input_ids=token_ids[None],
             position_ids=positions[None],

@@ -127,6 +127,7 @@ class SequenceGroup:
     rank: tuple[int, int] = (0, 0)  # lower ranks come first
     root_key: bytes = b""  # the prefix hash before its first block
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
+    needs_host: str | None = None  # why its tokens have to be known before the next step; see `Overlap`
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
     beams: Beams | None = None  # the state of its beam search

@@ -21,6 +21,7 @@ from ..memory.prefix_hash import root_key
 from .admission_check import AdmissionCheck, Turn
 from .contiguous_memory import group_memory
 from .failed_step import readers_of_others
+from .overlap import reason_for_host
 from .pinned_prefixes import PinnedPrefixes
 from .preemption import Preemption
 from .queues import Queues
@@ -88,6 +89,7 @@ class Scheduler:
         self._prepare(group, seed)
         self._admission.check(group)
         group.stop_ids = group.params.ending_tokens(self._eos_token_ids)
+        group.needs_host = reason_for_host(group)
         if group.params.beam_width:
             group.beams = Beams()
         self._queues.add(group)
@@ -146,8 +148,8 @@ class Scheduler:
         """Plan the next step and take the blocks it needs.
 
         The caller launches the step and calls `advance`; or, after an error, `moves_failed`, or `hold` and an
-        `advance` for every part that could be launched. Of the steps before, the tokens of the last one may be
-        missing, if `overlap.reason_to_wait` has none against it.
+        `advance` for every part that could be launched. The tokens of the step before may be unknown, unless
+        `Overlap` has a reason to wait for them; those of earlier steps are not.
         """
         self._sequences.retire()
         draft = Draft(self._max_num_batched_tokens)

@@ -34,7 +34,7 @@ class ScheduledSequence:
 
     @property
     def receivers(self) -> list[Sequence]:
-        """Return the sequences of the samples, in order; to be called after the plan's `Scheduler.advance`."""
+        """Return the sequences of the samples, in order; to be called after `Scheduler.advance`."""
         return [self.seq] if self.num_samples == 1 else self.group.seqs[: self.num_samples]
 
 
