@@ -10,7 +10,8 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler
+from cupaged.engine.sampling.samples import LaunchedSamples, SamplerOutput
 from tests import tiny_models
 from tests.distribution import uniform, weights
 
@@ -27,7 +28,7 @@ def says(llama_dir, monkeypatch):
 
     def generate(text: str, *ids: int, **params) -> CompletionOutput:
         tokens = iter([*llm.engine.tokenizer(text)["input_ids"], *ids])
-        monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
+        monkeypatch.setattr(Sampler, "launch", lambda *_: LaunchedSamples(SamplerOutput([[next(tokens)]])))
         (output,) = llm.generate({"prompt_token_ids": PROMPT}, SamplingParams(**params), use_tqdm=False)
         assert output.finished
         assert_clean(llm.engine)
