@@ -78,7 +78,7 @@ def test_an_output_ends_where_it_should(says, said, params, text, num_tokens, re
 def test_what_may_become_a_stop_string_is_held_back(llama_dir, monkeypatch):
     engine = small_engine(llama_dir)
     tokens = iter(engine.tokenizer("one, two, three")["input_ids"])
-    monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
+    monkeypatch.setattr(Sampler, "launch", lambda *_: LaunchedSamples(SamplerOutput([[next(tokens)]])))
     engine.add_request("x", {"prompt_token_ids": PROMPT}, SamplingParams(stop=", three", max_tokens=64))
     seen = []
     while engine.has_unfinished():
