@@ -18,11 +18,16 @@ from tests.unit.test_sampler import scheduled
 
 from .harness import Reference, assert_clean, small_engine
 
+
+class PlantedError(RuntimeError):
+    """Makes a step fail."""
+
+
 UNKNOWN = -(10**9)  # what the host sees in place of tokens that it does not know
 
 
 class LateSamples:
-    """The samples of a step. The host may read them once, and what it sees of the tensor before is no token."""
+    """The samples of a step, for the host to read once; what it sees of the tensor before is no token."""
 
     def __init__(self, samples: Any) -> None:
         self._samples = samples
@@ -59,13 +64,14 @@ class LateDevice:
     def _may_fail(self) -> None:
         if self._rng.random() < self._failures:
             self.num_failed += 1
-            raise RuntimeError("planted")
+            raise PlantedError
 
     def run(self, scheduled, blocks, cache, sampled=None):
         self._may_fail()
         on_device = None
         if sampled is not None:
-            assert self._last is not None and sampled is self._last.tokens
+            assert self._last is not None
+            assert sampled is self._last.tokens
             assert not self._last.known
             on_device = self._last.on_device
             self.num_ahead += 1
@@ -180,6 +186,8 @@ def logprobs(positions: Any) -> Any:
 
 
 def assert_equal(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        found, expected = list(found.items()), list(expected.items())
     if isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
@@ -208,8 +216,7 @@ def serve(
                 assert output.request_id in engine._groups or output.finished
                 assert not (output.request_id in outputs and outputs[output.request_id].finished)
                 outputs[output.request_id] = output
-        except RuntimeError as error:
-            assert str(error) == "planted"
+        except PlantedError:
             assert engine.failed_requests
         engine._blocks.check_integrity()
         step += 1
@@ -306,7 +313,7 @@ def test_launching_waits_for_nothing(params):
 def test_tensors_of_all_kinds_come_to_the_host_in_one_copy():
     tensors = [torch.arange(3), torch.rand(3, 2), torch.arange(5, dtype=torch.int32), torch.arange(2)]
     packed = pack(tensors)
-    assert packed.dtype == torch.uint8 and packed.dim() == 1
+    assert (packed.dtype, packed.dim()) == (torch.uint8, 1)
     for found, tensor in zip(unpack(packed, tensors), tensors, strict=True):
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)

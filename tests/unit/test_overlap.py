@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -200,10 +201,8 @@ def steps_of_a_load(rng: random.Random, num_steps: int) -> LateSimulation:
             group = {"n": rng.choice([1, 1, 1, 2, 4]), "beams": paged and rng.random() < 0.15}
             if rng.random() < 0.2:
                 group["cache_salt"] = rng.choice(SALTS)
-            try:
+            with contextlib.suppress(ValueError):  # it does not fit
                 simulation.add(prompt, rng.choice([1, 2, 5, 12, 20]), priority=rng.randint(-1, 1), **group)
-            except ValueError:
-                pass  # it does not fit
         if rng.random() < 0.03 and simulation.unfinished():
             simulation.scheduler.abort(rng.choice(simulation.unfinished()))
             simulation.check_blocks()
@@ -211,10 +210,8 @@ def steps_of_a_load(rng: random.Random, num_steps: int) -> LateSimulation:
             if prefixes:
                 simulation.scheduler.remove_prefix(prefixes.pop().request_id)
             else:
-                try:
+                with contextlib.suppress(ValueError):
                     prefixes.append(simulation.add_prefix(bases[0][:16]))
-                except ValueError:
-                    pass
         simulation.step()
     for prefix in prefixes:
         simulation.scheduler.remove_prefix(prefix.request_id)
@@ -237,19 +234,22 @@ def test_a_hundred_thousand_steps(seed):
     assert sum(run.num_wasted for run in runs) > 1000
 
 
+def add_ending(simulation: LateSimulation, count: int, max_tokens: int, reason: str) -> None:
+    """Add requests whose outputs end for this reason."""
+    while count:
+        prompt = simulation.prompt(5)
+        if output_of(simulation.group(prompt, max_tokens), 0)[1] == reason:
+            simulation.add(prompt, max_tokens)
+            count -= 1
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_an_output_that_ends_by_its_length_costs_no_token(num_tokens):
     """Its seat and its blocks are those of the next step, as if its tokens were known."""
     plans = {}
     for overlap in (False, True):
         simulation = LateSimulation(overlap, num_blocks=4, max_num_seqs=1, budget=8)
-        for _ in range(3):
-            prompt = next(
-                prompt
-                for prompt in iter(lambda: simulation.prompt(5), None)
-                if output_of(simulation.group(prompt, num_tokens), 0)[1] == "length"
-            )
-            simulation.add(prompt, num_tokens)
+        add_ending(simulation, 3, num_tokens, "length")
         schedule, seen = simulation.scheduler.schedule, []
 
         def watched(schedule=schedule, seen=seen):
@@ -267,10 +267,7 @@ def test_an_output_that_ends_by_its_length_costs_no_token(num_tokens):
 
 def test_a_stop_costs_one_token_at_most():
     simulation = LateSimulation(num_blocks=40, budget=32)
-    while simulation.arrivals < 6:
-        prompt = simulation.prompt(5)
-        if output_of(simulation.group(prompt, 30), 0)[1] == "stop":
-            simulation.add(prompt, 30)
+    add_ending(simulation, 6, 30, "stop")
     simulation.run()
     outputs = [seq.output_token_ids for group in simulation.groups for seq in group.seqs]
     assert 0 < simulation.num_wasted <= len(outputs)
