@@ -17,12 +17,6 @@ from .contenders.rates import medians
 WIDTH, LABELS, VALUES = 720, 220, 60  # pixels of a chart, of the labels before its bars and the values after
 ROW, BAR = 24, 16  # pixels from one bar to the next, and of a bar
 COLOURS = ("#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6")
-MEMORY_POLICIES = {
-    "orca-max": "Orca (max)",
-    "orca-pow2": "Orca (pow2)",
-    "orca-oracle": "Orca (oracle)",
-    "paged": "paged",
-}
 SLOTS = {  # what becomes of a slot of the KV cache, as results name it and in words
     "stored": "tokens",
     "reserved": "reserved for later tokens",
@@ -50,12 +44,12 @@ def memory_use(run: dict[str, Any]) -> str:
     """Return the chart of what each memory policy uses the slots of the KV cache for."""
     bars = [
         Bar(
-            MEMORY_POLICIES[row["memory_policy"]],
+            row["system"],
             tuple(row[kind] for kind in SLOTS),
             f"{100 * row['stored']:.1f}%",
         )
         for row in run["results"]["policies"]
-        if row["load"] == "ShareGPT" and row["batching"] == "continuous"
+        if row["load"] == "ShareGPT" and row["system"] != "FasterTransformer"
     ]
     return svg(
         "Slots of the KV cache in use that hold tokens (simulated, ShareGPT)", bars, tuple(SLOTS.values())

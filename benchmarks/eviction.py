@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parsed(arguments)
     try:
         drawn = load(options)
-        costs = cost_model.read(options.times).costs if options.times else cost_model.OPT_13B_ON_A100
+        costs = cost_model.read(options.times).costs if options.times else cost_model.opt_13b_on_a100()
     except (ValueError, OSError) as error:
         print(f"eviction.py: {error}", file=sys.stderr)
         return 2

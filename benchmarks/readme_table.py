@@ -21,10 +21,11 @@ from typing import Any
 if not __package__:  # as a script: what is imported is the checkout, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import charts, paper
+from benchmarks import charts
 from benchmarks.contenders import names
 from benchmarks.contenders import rates as rates_of
-from cupaged.engine.memory.eviction import EVICTION_POLICIES
+from benchmarks.evaluation import tables
+from benchmarks.markdown import header, line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -32,7 +33,7 @@ DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/paper.md")
 REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
 USUAL_REQUESTS = 32  # whose rates the README has
-KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-simulated"
+KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-memory"
 Run = dict[str, Any]
 
 
@@ -56,7 +57,11 @@ def filled(root: Path, document: Path) -> str:
         else:
             link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
             name = match[2].removesuffix(".json")
-            lines = TABLES[name.partition("-")[0]](_run(root, name), f"[{match[2]}]({link})")
+            if (root / RESULTS / match[2]).is_file():
+                table = next(table for start, table in TABLES.items() if name.startswith(start))
+                lines = table(_run(root, name), f"[{match[2]}]({link})")
+            else:
+                lines = iter(["Not measured yet."])
         return match[1] + "\n".join(lines) + "\n" + match[3]
 
     return REGION.sub(region, document.read_text())
@@ -64,15 +69,6 @@ def filled(root: Path, document: Path) -> str:
 
 def _run(root: Path, name: str) -> Run:
     return json.loads((root / RESULTS / f"{name}.json").read_text())
-
-
-def _table(*titles: str) -> Iterator[str]:
-    yield _line(*titles)
-    yield "|" + "---|" * len(titles)
-
-
-def _line(*cells: str) -> str:
-    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 # -- README ------------------------------------------------------------------------------------------
@@ -107,9 +103,9 @@ def summary(root: Path) -> Iterator[str]:
         "running sequences in a step."
     )
     stored = {
-        row["memory_policy"]: 100 * row["stored"]
+        row["system"]: 100 * row["stored"]
         for row in _run(root, PAPER)["results"]["policies"]
-        if row["load"] == "ShareGPT" and row["batching"] == "continuous"
+        if row["load"] == "ShareGPT" and row["system"] != "FasterTransformer"
     }
     paged = stored.pop("paged")
     yield (
@@ -138,9 +134,9 @@ def kernels_table(run: Run, link: str) -> Iterator[str]:
     yield ""
     peer = any(_best(row, "flashinfer") for row in rows)
     titles = ["", "sequences x context", "query/KV heads x size", "paged us", "", "dense us", "speed-up"]
-    yield from _table(*titles, *(["FlashInfer us"] if peer else []))
+    yield from header(*titles, *(["FlashInfer us"] if peer else []))
     for row in rows:
-        yield _line(*_cells(row, peer))
+        yield line(*_cells(row, peer))
 
 
 def _attention_rows(run: Run) -> list[Run]:
@@ -207,7 +203,7 @@ def throughput_table(run: Run, link: str) -> Iterator[str]:
         f"cupaged-http its rate over cupaged's ({link})."
     )
     yield ""
-    yield from _table("", *cases)
+    yield from header("", *cases)
     for each in runs:
         rates = rates_of.medians(each)
         cells = []
@@ -215,7 +211,7 @@ def throughput_table(run: Run, link: str) -> Iterator[str]:
             ratio = rates_of.ratio(runs, each, case)
             times = "" if ratio is None else f" ({ratio:.2f}x)"
             cells.append(f"{rates[case]:,.0f}{times}" if case in rates else "")
-        yield _line(each["name"], *cells)
+        yield line(each["name"], *cells)
 
 
 def scheduler_table(run: Run, link: str) -> Iterator[str]:
@@ -226,11 +222,11 @@ def scheduler_table(run: Run, link: str) -> Iterator[str]:
         f"{run['environment']['device']} ({link})."
     )
     yield ""
-    yield from _table(
+    yield from header(
         "load", "sequences", "blocks", "prefix cache", "us a sequence", "us to gather its block table"
     )
     for row in results["rows"]:
-        yield _line(
+        yield line(
             row["load"],
             row["sequences"],
             f"{row['num_blocks']:,}",
@@ -240,75 +236,16 @@ def scheduler_table(run: Run, link: str) -> Iterator[str]:
         )
 
 
-def paper_tables(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"{results['note']} {results['requests']:,} requests of each load, {results['slots']:,} slots, at "
-        f"most {results['max_model_len']:,} tokens a sequence ({link}); the paper's figures in brackets."
-    )
-    yield ""
-    kinds = [charts.SLOTS[kind] for kind in paper.KINDS]
-    yield from _table("load", "memory policy", "batching", *[f"{kind}, %" for kind in kinds], "running")
-    for row in results["policies"]:
-        policy, batching = row["memory_policy"], row["batching"]
-        load, compared = paper.LOADS[row["load"]], batching == "continuous"
-        used = {kind: f"{100 * row[kind]:.1f}" for kind in paper.KINDS}
-        if compared and row["load"] == "ShareGPT":
-            used["stored"] += f" ({100 * paper.PAPERS_USE[policy]:.1f})"
-        running = f"{row['running']:.1f}" + f" ({load.running[policy]:.1f})" * compared
-        yield _line(row["load"], f"`{policy}`", batching, *used.values(), running)
-    yield ""
-    yield from _table("load", "decoding", "outputs or beams", "memory saved by sharing, %")
-    for decoding, name in (("parallel_sampling", "n"), ("beam_search", "beam_width")):
-        for row in results[decoding]:
-            published = paper.LOADS[row["load"]].saved[name].get(row[name])
-            of_paper = "" if published is None else f" ({100 * published:.1f})"
-            saved = f"{100 * row['saved']:.1f}{of_paper}"
-            yield _line(row["load"], decoding.replace("_", " "), str(row[name]), saved)
-
-
-def rates_table(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"{results['note']} {results['requests']:,} requests of ShareGPT, more of shorter ones; rates at "
-        f"a mean latency of {results['latency_s']} s per output token ({link}); the paper's in brackets."
-    )
-    yield ""
-    yield from _table("figure", "load", "system", "requests/s", "paged memory sustains")
-    for row in results["rows"]:
-        published = " to ".join(f"{ratio:g}" for ratio in row["published"])
-        if row["case"] == "ShareGPT" and row["system"] == "FasterTransformer":
-            published = f"up to {published}"
-        ratio = f"{row['ratio']:.2f}x" + f" ({published}x)" * bool(published)
-        ratio = "" if row["system"] == "paged" else ratio
-        yield _line(row["figure"], row["case"], row["system"], f"{row['rate']:.2f}", ratio)
-
-
-def eviction_table(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"`{results['trace']}`, {results['fitting']:,} requests, {results['blocks']:,} blocks of 16 tokens. "
-        f"{results['note']} ({link})"
-    )
-    yield ""
-    yield from _table("policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token")
-    for row in results["rows"]:
-        yield _line(
-            f"`{row['policy']}`" if row["policy"] in EVICTION_POLICIES else row["policy"],
-            f"{100 * row['hit_rate']:.1f}",
-            f"{row['ttft_median_s']:.2f}",
-            f"{row['ttft_p99_s']:.2f}",
-            f"{row['normalized_latency_s']:.4f}",
-        )
-
-
-TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the first word of the file's name
+TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the beginning of the file's name
     "kernels": kernels_table,
     "throughput": throughput_table,
     "scheduler": scheduler_table,
-    "paper": paper_tables,
-    "rates": rates_table,
-    "eviction": eviction_table,
+    "paper-memory": tables.memory_tables,
+    "paper-rates": tables.rates_table,
+    "paper-block-size": tables.block_size_table,
+    "paper-preemption": tables.preemption_table,
+    "allocators": tables.allocators_table,
+    "eviction": tables.eviction_table,
 }
 
 
