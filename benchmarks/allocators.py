@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parsed(arguments)
     torch.set_num_threads(options.threads)
     load = Load(requests=options.requests, latency=options.latency)
-    systems, seeds, seqs, rounds = list(SYSTEMS), options.seeds, [1, 2, 4, 8, 12, 16, 24], 5
+    systems, seeds, seqs, rounds = list(SYSTEMS), options.seeds, [1, 2, 4, 8, 12, 16], 15
     if options.quick:
         load = Load(num_blocks=8, max_model_len=64, output=8, requests=12, latency=0.05)
         systems, seeds, seqs, rounds = ["paged", "FasterTransformer"], 1, [1, 8], 1

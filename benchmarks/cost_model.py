@@ -137,10 +137,10 @@ _LAYERS, _HIDDEN = 40, 5120
 _KV_BYTES = 2 * 2 * _LAYERS * _HIDDEN  # of a token: 16-bit keys and values
 _MEMORY, _LINK = 1.555e12, 25e9  # bytes/s of its memory and of PCIe 4.0
 # A copy of a block is one of keys and one of values in each layer, and each takes so long to start.
-_TRANSFER = 5e-6
+TRANSFER = 5e-6
 # Reading a block costs as much as reading so many tokens more: the paper's kernel takes 20 to 26 % longer
 # than FasterTransformer's with blocks of 16 tokens (section 7.1), which is all put down to its blocks here.
-_BLOCK_TOKENS = 4
+BLOCK_TOKENS = 4
 
 
 def opt_13b_on_a100(block_size: int | None = 16) -> Costs:
@@ -156,8 +156,8 @@ def opt_13b_on_a100(block_size: int | None = 16) -> Costs:
     per_token = _KV_BYTES / _MEMORY
     moved = 0.0
     if block_size is not None:
-        per_token *= 1 + _BLOCK_TOKENS / block_size
-        moved = 2 * _LAYERS * _TRANSFER + block_size * _KV_BYTES / _LINK
+        per_token *= 1 + BLOCK_TOKENS / block_size
+        moved = 2 * _LAYERS * TRANSFER + block_size * _KV_BYTES / _LINK
     return Costs(
         step=0.028,
         prompt_token=1.3e-4,

@@ -142,7 +142,7 @@ def _lines(
             points = [(row["block_size"], factor * row[value]) for row in results["rows"] if row[by] == name]
             axes.plot(*zip(*points), marker="o", label=name)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("symlog" if value == "preemptions" else "log")
         axes.set(title=title, xlabel="tokens of a block", ylabel=ylabel)
 
     return panel

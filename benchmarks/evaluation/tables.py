@@ -132,4 +132,5 @@ def eviction_table(run: Run, link: str) -> Iterator[str]:
             f"{row['ttft_median_s']:.2f}",
             f"{row['ttft_p99_s']:.2f}",
             f"{row['normalized_latency_s']:.4f}",
+            f"{row['tokens_per_s']:,.0f}",
         )

@@ -20,8 +20,11 @@ TABLES = {
 }
 
 
+LONG = ("memory", "rates")  # to run
+
+
 @pytest.mark.parametrize(
-    "part", [pytest.param("rates", marks=pytest.mark.matrix), *sorted({*paper.PARTS} - {"rates"})]
+    "part", [pytest.param(part, marks=pytest.mark.matrix) if part in LONG else part for part in paper.PARTS]
 )
 def test_every_part_becomes_a_json_a_plot_and_a_table(part, tmp_path, monkeypatch):
     """In a smaller form than the quick one; every row is printed and is in the table."""
