@@ -3,8 +3,7 @@
     python benchmarks/readme_table.py          rewrite them
     python benchmarks/readme_table.py --check  exit with 1 if they are not what the results say
 
-A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`;
-`<!-- measured -->` is the summary of all of them.
+A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -22,18 +21,16 @@ if not __package__:  # as a script: what is imported is the checkout, not this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import charts
-from benchmarks.contenders import names
 from benchmarks.contenders import rates as rates_of
 from benchmarks.evaluation import tables
 from benchmarks.markdown import header, line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/paper.md")
-REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("docs/benchmarks.md", "docs/paper.md")
+REGION = re.compile(r"(<!-- ([\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
-USUAL_REQUESTS = 32  # whose rates the README has
-KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-memory"
+KERNELS, THROUGHPUT = "kernels-cpu", "throughput-cpu"
 Run = dict[str, Any]
 
 
@@ -41,7 +38,6 @@ def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     """Yield every file that is made from results, in whole or in part, and the text it must have."""
     for name in DOCUMENTS:
         yield root / name, filled(root, root / name)
-    yield root / "docs" / "memory-use.svg", charts.memory_use(_run(root, PAPER))
     kernels = _run(root, KERNELS)
     rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _compared_rows(kernels)]
     yield root / "docs" / "throughput.svg", charts.throughput(_run(root, THROUGHPUT))
@@ -52,16 +48,13 @@ def filled(root: Path, document: Path) -> str:
     """Return a document's text with every region made anew."""
 
     def region(match: re.Match[str]) -> str:
-        if match[2] == "measured":
-            lines = summary(root)
+        link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
+        name = match[2].removesuffix(".json")
+        if (root / RESULTS / match[2]).is_file():
+            table = next(table for start, table in TABLES.items() if name.startswith(start))
+            lines = table(_run(root, name), f"[{match[2]}]({link})")
         else:
-            link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
-            name = match[2].removesuffix(".json")
-            if (root / RESULTS / match[2]).is_file():
-                table = next(table for start, table in TABLES.items() if name.startswith(start))
-                lines = table(_run(root, name), f"[{match[2]}]({link})")
-            else:
-                lines = iter(["Not measured yet."])
+            lines = iter(["Not measured yet."])
         return match[1] + "\n".join(lines) + "\n" + match[3]
 
     return REGION.sub(region, document.read_text())
@@ -69,49 +62,6 @@ def filled(root: Path, document: Path) -> str:
 
 def _run(root: Path, name: str) -> Run:
     return json.loads((root / RESULTS / f"{name}.json").read_text())
-
-
-# -- README ------------------------------------------------------------------------------------------
-
-
-def summary(root: Path) -> Iterator[str]:
-    """Yield the README's line for each result."""
-    kernels = _run(root, KERNELS)
-    speeds: dict[bool, list[float]] = {True: [], False: []}
-    for row in _compared_rows(kernels):
-        speeds[row["query_tokens"] == 1].append(_speed_up(row))
-    decode, prefill = (f"{min(found):.1f} to {max(found):.1f}" for found in speeds.values())
-    yield (
-        f"- Kernels: decode is {decode} times as fast as dense attention (torch SDPA on contiguous tensors), "
-        f"prefill {prefill} times, in {DTYPE} on {charts.hardware(kernels)}."
-    )
-    run = _run(root, THROUGHPUT)
-    loads = [each for each in run["results"]["cases"] if each["kind"] == "requests"]
-    load = next((each for each in loads if each["requests"] == USUAL_REQUESTS), loads[-1])
-    rates = {each["name"]: rates_of.medians(each).get(load["name"]) for each in run["results"]["runs"]}
-    rates.pop(names.FLOOR, None)
-    ours = rates.pop(names.OURS)
-    others = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate)
-    yield (
-        f"- Engine: {ours:.0f} tokens/s with {run['results']['model']}, {load['requests']} requests on "
-        f"{charts.hardware(run)}; {others}."
-    )
-    run = _run(root, SCHEDULER)
-    usual = next(row for row in run["results"]["rows"] if row["sequences"] == "forks")
-    yield (
-        f"- Scheduler and block manager: {usual['us_per_seq']:.1f} us for each of {run['results']['seqs']} "
-        "running sequences in a step."
-    )
-    stored = {
-        row["system"]: 100 * row["stored"]
-        for row in _run(root, PAPER)["results"]["policies"]
-        if row["load"] == "ShareGPT" and row["system"] != "FasterTransformer"
-    }
-    paged = stored.pop("paged")
-    yield (
-        f"- Memory, simulated with ShareGPT's lengths: {paged:.1f}% of the slots in use hold tokens, "
-        f"{min(stored.values()):.1f} to {max(stored.values()):.1f}% with contiguous reservations."
-    )
 
 
 # -- kernels -----------------------------------------------------------------------------------------

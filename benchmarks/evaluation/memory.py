@@ -23,7 +23,12 @@ from .systems import SYSTEMS
 NAME = "paper-memory"
 REQUESTS = 1500  # of each run
 QUICK = 300  # likewise: fewer of Alpaca fit all at once
-KINDS = ("stored", "reserved", "internal", "external")
+KINDS = {  # what a slot is used for, as `MemoryUse` names it and in words
+    "stored": "tokens",
+    "reserved": "reserved for later tokens",
+    "internal": "never used",
+    "external": "between reservations",
+}
 WIDTHS = (2, 4, 6)
 AT_ONCE = 1e9  # requests per second
 

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from .memory import KINDS
+
 COLOURS = {
     "paged": "C3",
     "Orca (Oracle)": "C0",
@@ -18,12 +20,7 @@ COLOURS = {
     "Orca (Max)": "C2",
     "FasterTransformer": "C7",
 }
-KINDS = {  # of a slot: colour and label
-    "stored": ("C0", "tokens"),
-    "reserved": ("C1", "reserved for later tokens"),
-    "internal": ("C3", "never used"),
-    "external": ("C7", "between reservations"),
-}
+SLOT_COLOURS = ("C0", "C1", "C3", "C7")  # of `KINDS`
 PAPER = {"marker": "D", "color": "black", "linestyle": "", "markersize": 5, "label": "paper"}
 Results = dict[str, Any]
 
@@ -56,13 +53,13 @@ def _use(axes: Any, results: Results) -> None:
         if row["load"] == "ShareGPT" and row["system"] != "FasterTransformer"
     ]
     bottoms = [0.0] * len(rows)
-    for kind, (colour, label) in KINDS.items():
+    for (kind, label), colour in zip(KINDS.items(), SLOT_COLOURS):
         heights = [100 * row[kind] for row in rows]
         axes.bar(range(len(rows)), heights, 0.6, bottoms, color=colour, label=label)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
     axes.plot(range(len(rows)), [100 * row["published"] for row in rows], **PAPER)
     axes.set_xticks(range(len(rows)), [row["system"] for row in rows], fontsize=8)
-    axes.set(title="Figure 2: slots of the KV cache, ShareGPT", ylabel="%")
+    axes.set(title="Figure 2: slots of the KV cache, ShareGPT", ylabel="%", ylim=(0, 140))
 
 
 def _running(axes: Any, results: Results) -> None:

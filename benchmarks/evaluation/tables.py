@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.charts import SLOTS, hardware
+from benchmarks.charts import hardware
 from benchmarks.markdown import header, line
 from cupaged.engine.memory.eviction import EVICTION_POLICIES
 
@@ -22,7 +22,7 @@ def memory_tables(run: Run, link: str) -> Iterator[str]:
         "paper's figures in brackets."
     )
     yield ""
-    yield from header("load", "system", *[f"{SLOTS[kind]}, %" for kind in KINDS], "running")
+    yield from header("load", "system", *[f"{kind}, %" for kind in KINDS.values()], "running")
     for row in results["policies"]:
         used = [f"{100 * row[kind]:.1f}" for kind in KINDS]
         used[0] += _of_paper(row["published"], 100)
@@ -124,7 +124,9 @@ def eviction_table(run: Run, link: str) -> Iterator[str]:
         f"{results['note']} ({link})"
     )
     yield ""
-    yield from header("policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token")
+    yield from header(
+        "policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token", "tokens/s"
+    )
     for row in results["rows"]:
         yield line(
             f"`{row['policy']}`" if row["policy"] in EVICTION_POLICIES else row["policy"],
@@ -132,5 +134,5 @@ def eviction_table(run: Run, link: str) -> Iterator[str]:
             f"{row['ttft_median_s']:.2f}",
             f"{row['ttft_p99_s']:.2f}",
             f"{row['normalized_latency_s']:.4f}",
-            f"{row['tokens_per_s']:,.0f}",
+            f"{row['queued_tokens_per_s']:,.0f}",
         )
