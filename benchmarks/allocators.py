@@ -5,9 +5,10 @@
 The engine runs the demo model in a pool so small that memory limits how many requests run at once. Requests
 arrive at random at a rate, in real time; the rate is measured at which the mean normalized latency (of a
 request: its latency over its number of output tokens) is `--latency`, as the paper compares systems. The
-simulator gets the times of this machine's steps, which are measured first, and the same requests. Of each
-system and seed the predicted rate is run first, and then lower or higher ones until the latency is between
-two of them. A machine that does something else meanwhile makes all of it worthless.
+simulator gets the times of this machine's steps, which are measured before and after, and the same requests.
+Of each system and seed the predicted rate is run first, and then lower or higher ones until the latency is
+between two of them. A machine that does something else meanwhile makes all of it worthless: "drift" is the
+median ratio of a step's time after all runs to that before.
 """
 
 from __future__ import annotations
@@ -210,31 +211,38 @@ def rates_to_run(predicted: float, latency: float, points: list[Point]) -> Itera
         rate = rate / FACTOR if too_slow[0] else rate * FACTOR
 
 
+def sustained(load: Load, system: str, costs: Costs, seed: int) -> float:
+    """Return the rate at which the simulated latency is the load's."""
+    return predicted_rate(load, lambda rate: simulated(load, system, costs, rate, seed).latency_s)
+
+
 def compare(load: Load, systems: Sequence[str], seeds: int, costs: Costs) -> Iterator[dict[str, Any]]:
-    """Yield a row of each seed and system; the systems take turns."""
+    """Yield a measured row of each seed and system; the systems take turns.
+
+    Args:
+        costs: a cost model, which tells where to begin.
+    """
     engines = {system: real_engine(load, system) for system in systems}
     for seed in range(seeds):
         for system, engine in engines.items():
-
-            def latency(rate: float, system: str = system, seed: int = seed) -> float:
-                return simulated(load, system, costs, rate, seed).latency_s
-
-            predicted = predicted_rate(load, latency)
             points: list[Point] = []
             runs = []
-            for rate in rates_to_run(predicted, load.latency, points):
+            for rate in rates_to_run(sustained(load, system, costs, seed), load.latency, points):
                 requests = load.draw(rate, seed)
                 real = measured(engine, requests, prompts(requests, seed))
                 points.append((rate, real.latency_s))
-                expected = asdict(simulated(load, system, costs, rate, seed))
-                runs.append({"rate": rate, "measured": asdict(real), "predicted": expected})
-            yield {
-                "system": system,
-                "seed": seed,
-                "measured_rate": rate_at(points, load.latency),
-                "predicted_rate": predicted,
-                "runs": runs,
-            }
+                runs.append({"rate": rate, "measured": asdict(real)})
+            rate = rate_at(points, load.latency)
+            yield {"system": system, "seed": seed, "measured_rate": rate, "runs": runs}
+
+
+def predict(load: Load, row: dict[str, Any], costs: Costs) -> dict[str, Any]:
+    """Return a measured row with what the simulator predicts of it."""
+    system, seed = row["system"], row["seed"]
+    runs = [
+        {**run, "predicted": asdict(simulated(load, system, costs, run["rate"], seed))} for run in row["runs"]
+    ]
+    return {**row, "predicted_rate": sustained(load, system, costs, seed), "runs": runs}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -268,11 +276,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _step_times(load: Load, seqs: list[int], rounds: int) -> dict[str, Any]:
-    """Measure steps of the sizes that the load makes."""
-    longest = load.max_model_len // 2
-    steps = step_times.grid(longest, tuple(seqs), (16, 64))
-    engine = LLMEngine(
+def _step_engine(load: Load, steps: list[step_times.Step]) -> LLMEngine:
+    """Return an engine whose pool holds each of the steps."""
+    return LLMEngine(
         None,
         EngineConfig(
             block_size=BLOCK_SIZE,
@@ -284,7 +290,6 @@ def _step_times(load: Load, seqs: list[int], rounds: int) -> dict[str, Any]:
             preemption_mode="swap",
         ),
     )
-    return step_times.results(engine, steps, rounds)
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -311,15 +316,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         load = Load(num_blocks=8, max_model_len=64, output=8, requests=12, latency=0.05)
         systems, seeds, seqs, rounds = ["paged", "FasterTransformer"], 1, [1, 8], 1
-    times = _step_times(load, seqs, rounds)
-    fitted = fit(times["steps"], times["moved_block_ms"] / 1e3)
+    steps = step_times.grid(load.max_model_len // 2, tuple(seqs), (16, 64))
+    engine = _step_engine(load, steps)
+    times = step_times.results(engine, steps, rounds)
+    first = fit(times["steps"])
+    print(f"{'seed':>4} {'system':<18} {'requests/s':>10}", flush=True)
+    measured_rows = []
+    for row in compare(load, systems, seeds, first.costs):
+        measured_rows.append(row)
+        print(f"{row['seed']:>4} {row['system']:<18} {row['measured_rate']:>10.2f}", flush=True)
+    after = step_times.results(engine, steps, rounds)["steps"]
+    drift = statistics.median(late["ms"] / row["ms"] for late, row in zip(after, times["steps"]))
+    fitted = fit([*times["steps"], *after])
+    rows = [predict(load, row, fitted.costs) for row in measured_rows]
     print(f"error of the fit to steps: median {fitted.median_error:.1%}, largest {fitted.largest_error:.1%}")
-    print(f"{'seed':>4} {'system':<18} {'requests/s':>10} {'predicted':>9}", flush=True)
-    rows = []
-    for row in compare(load, systems, seeds, fitted.costs):
-        rows.append(row)
-        rates = f"{row['measured_rate']:>10.2f} {row['predicted_rate']:>9.2f}"
-        print(f"{row['seed']:>4} {row['system']:<18} {rates}", flush=True)
+    print(f"drift of the steps' times: {drift - 1:+.1%}")
     means = summary(rows)
     print(f"{'system':<18} {'requests/s':>10} {'predicted':>9} {'error':>7} {'paged over it':>14} predicted")
     for line in means:
@@ -337,6 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
             "load": asdict(load),
             "seeds": seeds,
             "step_times": times,
+            "step_times_after": after,
+            "drift": drift,
             "fit": asdict(fitted),
             "systems": means,
             "rows": rows,

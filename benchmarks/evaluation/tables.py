@@ -97,7 +97,8 @@ def allocators_table(run: Run, link: str) -> Iterator[str]:
         f"tokens a sequence, {load['requests']} requests with a median of {load['prompt']:g} tokens in and "
         f"{load['output']:g} out; requests/s at {load['latency']} s per output token, means of "
         f"{results['seeds']} seeds and their range. The cost model was fitted to {num_steps} steps with a "
-        f"median error of {fitted['median_error']:.0%} ({link})."
+        f"median error of {fitted['median_error']:.0%}; from before the runs to after them "
+        f"the steps' times changed by {results['drift'] - 1:+.1%} ({link})."
     )
     yield ""
     yield from header(

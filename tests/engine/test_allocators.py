@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import asdict
 
 import pytest
 
@@ -12,6 +13,7 @@ from benchmarks import allocators
 from benchmarks.allocators import Load, Outcome, Point, rate_at, rates_to_run
 from benchmarks.cost_model import Costs
 from benchmarks.evaluation.systems import SYSTEMS
+from benchmarks.evaluation.tables import allocators_table
 
 from .harness import small_engine
 
@@ -53,12 +55,16 @@ def test_rates_are_run_until_the_latency_is_between_two(factor):
 def test_predicted_rates_have_the_latency_and_the_papers_order(seed):
     load, rates = Load(), []
     for system in SYSTEMS:
-
-        def latency(rate: float, system: str = system) -> float:
-            return allocators.simulated(load, system, COSTS, rate, seed).latency_s
-
-        rates.append(allocators.predicted_rate(load, latency))
-        assert latency(rates[-1] / 1.3) < load.latency < latency(rates[-1] * 1.3)
+        rates.append(allocators.sustained(load, system, COSTS, seed))
+        row = {
+            "system": system,
+            "seed": seed,
+            "runs": [{"rate": rates[-1] * factor} for factor in (0.7, 1.4)],
+        }
+        found = allocators.predict(load, row, COSTS)
+        assert found["predicted_rate"] == rates[-1]
+        low, high = (run["predicted"]["latency_s"] for run in found["runs"])
+        assert low < load.latency < high
     assert rates == sorted(rates, reverse=True)
     with pytest.raises(ValueError, match=r"a latency of 0\.001 s a token is below that of a request alone"):
         allocators.predicted_rate(Load(latency=0.001), lambda rate: 0.02 + rate)
@@ -84,6 +90,23 @@ def test_the_summary_compares_within_a_seed():
     assert other["measured"]["rate"] == statistics.fmean([4, 0.5])
     assert other["error"] == pytest.approx(0.1)
     assert other["throughput_errors"] == [0, 0]
+    results = {
+        "model": "m",
+        "dtype": "bfloat16",
+        "block_size": 16,
+        "load": asdict(Load()),
+        "seeds": 2,
+        "step_times": {"steps": [1] * 9},
+        "fit": {"median_error": 0.05},
+        "drift": 0.98,
+        "systems": [paged, other],
+    }
+    run = {"environment": {"device": "D", "threads": 2}, "results": results}
+    lines = list(allocators_table(run, "[link](link)"))
+    assert "changed by -2.0%" in lines[0]
+    assert lines[-1] == (
+        "| Orca (Max) | 2.25 (0.50 to 4.00) | 2.47 | +10.0% | 2.83x (2.00 to 4.00) | 2.83x |"
+    )
 
 
 def test_requests_are_served_at_their_times(llama_dir, seed):
