@@ -105,7 +105,7 @@ def test_the_summary_compares_within_a_seed():
     lines = list(allocators_table(run, "[link](link)"))
     assert "changed by -2.0%" in lines[0]
     assert lines[-1] == (
-        "| Orca (Max) | 2.25 (0.50 to 4.00) | 2.47 | +10.0% | 2.83x (2.00 to 4.00) | 2.83x |"
+        "| Orca (Max) | 2.25 (0.50 to 4.00) | 2.48 | +10.0% | 2.83x (2.00 to 4.00) | 2.83x |"
     )
 
 
