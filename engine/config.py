@@ -50,6 +50,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation_config": (lambda v: isinstance(v, str) and v != "", "'auto', 'vllm' or a directory"),
     "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "fuse": (lambda v: isinstance(v, bool), "True or False"),
+    "enforce_eager": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -107,6 +108,7 @@ class EngineConfig:
         trust_remote_code: run Python files that come with the model, if transformers has no code for it.
         fuse: rewrite the model's layers into fused operators and merged projections when it is loaded, as far
             as they compute the same (``python -m cupaged.engine.explain`` lists what is fused).
+        enforce_eager: launch the kernels of a decode step one by one: no CUDA graphs are captured.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: check the block manager's state after every step (for tests).
 
@@ -133,6 +135,7 @@ class EngineConfig:
     generation_config: str = "auto"
     trust_remote_code: bool = False
     fuse: bool = True
+    enforce_eager: bool = False
     device: str | None = None
     check_integrity: bool = False
 
