@@ -140,10 +140,8 @@ class TapeGraph:
 
     def _is_known(self, result: torch.Tensor, args: Any) -> bool:
         """Return whether a result shares memory with an argument."""
-        memory = result.untyped_storage()._cdata
-        return any(
-            isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == memory for a in tree_iter(args)
-        )
+        given = (leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor))
+        return result.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in given}
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor | Outside:
         memory = tensor.untyped_storage()
@@ -163,6 +161,10 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # in inference mode operations arrive that consist of others
+            result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         name = function.overloadpacket.__name__
         waits = name in WAITING or kwargs.get("pin_memory") or (name == "index" and _has_mask(args))
         if waits or (function == torch.ops.aten.repeat_interleave.Tensor and not kwargs.get("output_size")):

@@ -171,10 +171,9 @@ def test_a_replay_has_the_bits_of_the_step(model_type, seed, monkeypatch):
 
 
 def alter(model: torch.nn.Module, change) -> None:
-    """Let the model do something more with its hidden states before the last norm."""
-    norm = model.model.norm
-    forward = norm.forward
-    norm.forward = lambda hidden: forward(change(hidden))
+    """Let the model do something more with its hidden states before the head."""
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: forward(change(hidden))
 
 
 def kept_from_before(kept: dict):
