@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 # Operations whose result has a size that depends on data, or that read a number.
 WAITING = {
-    "_local_scalar_dense", "_pin_memory", "_unique2", "bincount", "equal", "is_nonzero", "masked_select",
-    "nonzero", "unique_consecutive", "unique_dim",
+    "_local_scalar_dense", "_pin_memory", "_unique2", "bincount", "equal", "is_nonzero", "item",
+    "masked_select", "nonzero", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
