@@ -1,6 +1,6 @@
 """Measure the host's time for a decode step whose model is one launch: what Python does between two replays.
 
-    python benchmarks/host_time.py [--seqs 256] [--tokens 2000]
+    python benchmarks/host_time.py [--seqs 256] [--tokens 2000] [--out DIR]
 
 The graph is a stand-in that launches nothing, and the logits are those of a few tokens, so that what remains
 is the batch of the step (`StepInputs`), its copy to where graphs read it, the choice of the graph, and the
@@ -16,7 +16,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,10 +68,12 @@ def steps(num_seqs: int, tokens: int) -> tuple[list[ScheduledSequence], BlockMan
     for i in range(num_seqs):
         length = rng.randint(tokens // 2, tokens)
         params = SamplingParams(temperature=0) if i % 2 else SamplingParams(top_p=0.9, seed=i)
+        prompt_len = length // 2
         token_ids = [rng.randrange(VOCABULARY) for _ in range(length)]
-        seq = Sequence(i, 0, token_ids, length // 2, i)
+        seq = Sequence(i, 0, token_ids, prompt_len, i)
+        group = SequenceGroup(str(i), None, token_ids[:prompt_len], params, 10**6, i, [seq])
         blocks.append(i, 0, length)
-        scheduled.append(ScheduledSequence(SequenceGroup(str(i), None, token_ids[: length // 2], params, 10**6, i, [seq]), seq, length - 1, 1, 1))
+        scheduled.append(ScheduledSequence(group, seq, length - 1, 1, 1))
     return scheduled, blocks
 
 
@@ -85,9 +89,11 @@ def measure(num_seqs: int, tokens: int, num_steps: int) -> dict[str, list[float]
     scheduled, blocks = steps(num_seqs, tokens)
     cache = KVCache(KVShape(1, 1, BLOCK_SIZE, 8, torch.float32), 4, 0, CPU)
     buckets = Buckets(num_seqs, 2 * tokens, BLOCK_SIZE, with_prefixes=True)
-    graphs = DecodeGraphs(
-        lambda token_ids, *_: torch.ones(len(token_ids), VOCABULARY), cache, (None,), buckets, VOCABULARY, NoGraphs()
-    )
+
+    def forward(token_ids: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.ones(len(token_ids), VOCABULARY)
+
+    graphs = DecodeGraphs(forward, cache, (None,), buckets, VOCABULARY, NoGraphs())
     graphs.capture()
     sampler, seconds = Sampler(frozenset()), {name: [] for name in ("inputs", "replay", "sample", "step")}
     for _ in range(num_steps):
@@ -102,23 +108,29 @@ def measure(num_seqs: int, tokens: int, num_steps: int) -> dict[str, list[float]
         times.append(time.perf_counter())
         sampler.sample(logits, scheduled)
         times.append(time.perf_counter())
-        parts = [*(end - start for start, end in zip(times, times[1:])), times[-1] - times[0]]
+        parts = [*(end - start for start, end in pairwise(times)), times[-1] - times[0]]
         for name, part in zip(seconds, parts):
             seconds[name].append(part)
     return seconds
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seqs", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=200)
+    wrapped = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wrapped)
+    parser.add_argument("--seqs", type=int, default=256, help="number of sequences")
+    parser.add_argument("--tokens", type=int, default=2000, help="maximum number of tokens at the start")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps")
+    parser.add_argument("--out", type=Path, help="folder for the results as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seconds = measure(options.seqs, options.tokens, options.steps)
+    results = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         quick = np.quantile(values, 0.1)
-        print(f"{name:8} {statistics.median(values) * 1e6:7.0f} us (fastest tenth {quick * 1e6:.0f})")
+        print(f"{name:8} {results[name] * 1e6:7.0f} us (fastest tenth {quick * 1e6:.0f})")
+    if options.out is not None:
+        name = common.result_name("host-time", CPU)
+        common.write(options.out, name, common.environment(CPU), {**vars(options), **results, "out": None})
     return 0
 
 

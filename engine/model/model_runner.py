@@ -260,6 +260,7 @@ class ModelRunner:
                 query_start_loc=starts[0] if starts else None,
                 windows=self._windows,
                 shared_prefix=shared_prefix,
+                buffer=None if self._workspaces is None else self._workspaces.buffer(len(inputs.token_ids)),
             )
         if sampled is not None and (inputs.token_ids < 0).any():
             token_ids = with_sampled(token_ids, sampled)
