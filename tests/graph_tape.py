@@ -8,7 +8,7 @@ device. Between replays the graph's own memory holds NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+
+from cupaged.backends.cuda.kernels import Launch
 
 # Operations whose result has a size that depends on data, or that read a number.
 WAITING = {
@@ -72,25 +74,75 @@ class Operation:
                 result.copy_(new)
 
 
+@dataclass
+class Launches:
+    """What an operator of ours has launched: prepared kernels, and their tensors or `Outside`s."""
+
+    launches: list[tuple[Launch, list[Any]]]
+
+    def run(self) -> None:
+        for launch, tensors in self.launches:
+            launch(tree_map_only(Outside, Outside.tensor, tensors))
+
+
+class RecordingLauncher:
+    """A `Launcher` over another one, that notes what is launched.
+
+    Attributes:
+        launched: what was launched, if a list is there to hold it.
+        scratch: the memory that launches got between them, likewise.
+        num_prepared: number of launches that were planned.
+    """
+
+    def __init__(self, launcher: Any) -> None:
+        self._launcher = launcher
+        self.launched: list[tuple[Launch, Sequence[torch.Tensor | None]]] | None = None
+        self.scratch: list[torch.Tensor] = []
+        self.num_prepared = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launcher, name)
+
+    def empty(self, *arguments: Any) -> torch.Tensor:
+        self.scratch.append(self._launcher.empty(*arguments))
+        return self.scratch[-1]
+
+    def prepare(self, call: Any, device: torch.device) -> Launch:
+        prepared = self._launcher.prepare(call, device)
+        self.num_prepared += 1
+
+        def launch(tensors: Sequence[torch.Tensor | None]) -> None:
+            if self.launched is not None:
+                self.launched.append((prepared, tensors))
+            prepared(tensors)
+
+        return launch
+
+
 class TapeGraphs:
     """Makes graphs.
 
     Args:
         declared: returns the tensors that stay where they are and may be used; None: any may.
+        launcher: what our kernels are launched by, so that their launches are repeated and not the operators.
 
     Attributes:
         made: the graphs so far.
     """
 
-    def __init__(self, declared: Callable[[], Iterable[torch.Tensor]] | None = None) -> None:
-        self.declared = declared
+    def __init__(
+        self,
+        declared: Callable[[], Iterable[torch.Tensor]] | None = None,
+        launcher: RecordingLauncher | None = None,
+    ) -> None:
+        self.declared, self.launcher = declared, launcher
         self.made: list[TapeGraph] = []
 
     def __call__(self) -> TapeGraph:
         allowed = None
         if self.declared is not None:
             allowed = {tensor.untyped_storage()._cdata for tensor in self.declared()}
-        self.made.append(TapeGraph(allowed))
+        self.made.append(TapeGraph(allowed, self.launcher))
         return self.made[-1]
 
     def warming_up(self) -> AbstractContextManager[None]:
@@ -100,9 +152,10 @@ class TapeGraphs:
 class TapeGraph:
     """Records operations and repeats them."""
 
-    def __init__(self, allowed: set[int] | None) -> None:
+    def __init__(self, allowed: set[int] | None, launcher: RecordingLauncher | None) -> None:
         self.replays = 0
-        self.operations: list[Operation] = []
+        self.operations: list[Operation | Launches] = []
+        self.launcher = launcher
         self._allowed = allowed
         self._own: dict[int, torch.Tensor] = {}  # by the address of their storage
         self._numbers: dict[int, torch.Tensor] = {}  # made by the host, which a launch takes by their value
@@ -138,6 +191,15 @@ class TapeGraph:
         if function.overloadpacket.__name__ not in EMPTY:
             self.operations.append(Operation(function, args, kwargs, new))
 
+    def record_launches(self, launcher: RecordingLauncher) -> None:
+        for tensor in launcher.scratch:
+            self._own[tensor.untyped_storage()._cdata] = tensor
+        launches = [
+            (launch, tree_map_only(torch.Tensor, self._kept, list(tensors)))
+            for launch, tensors in launcher.launched or []
+        ]
+        self.operations.append(Launches(launches))
+
     def _is_known(self, result: torch.Tensor, args: Any) -> bool:
         """Return whether a result shares memory with an argument."""
         given = (leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor))
@@ -169,6 +231,13 @@ class _Recording(TorchDispatchMode):
         waits = name in WAITING or kwargs.get("pin_memory") or (name == "index" and _has_mask(args))
         if waits or (function == torch.ops.aten.repeat_interleave.Tensor and not kwargs.get("output_size")):
             raise GraphError(f"the host waits for the device in a capture ({name})")
+        launcher = self._graph.launcher
+        if launcher is not None and function.namespace == "cupaged":
+            launcher.launched, launcher.scratch = [], []
+            result = function(*args, **kwargs)
+            self._graph.record_launches(launcher)
+            launcher.launched = None
+            return result
         result = function(*args, **kwargs)
         self._graph.record(
             function, args, kwargs, [leaf for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor)]
