@@ -88,9 +88,7 @@ class LLMEngine:
         self._seeds = random.Random(config.seed)
         self._totals = Totals()
         self._launched: deque[LaunchedStep] = deque()
-        self._overlap = Overlap(
-            self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-        )
+        self._overlap = Overlap(config.async_scheduling, default=self.device.type == "cuda")
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
 
@@ -114,7 +112,10 @@ class LLMEngine:
         self._runner.settle_frequencies(size.max_model_len)
         longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
         scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
-        return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        cache = KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        if not self.config.enforce_eager:
+            self._runner.capture_graphs(cache, self.config.max_num_seqs, size.max_model_len)
+        return cache
 
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
