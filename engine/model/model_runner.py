@@ -182,6 +182,11 @@ class ModelRunner:
         if graphs is not None and graphs.try_capture():
             self._graphs = graphs
 
+    @property
+    def num_graphs(self) -> int:
+        """Return the number of sizes of decode steps that are captured."""
+        return 0 if self._graphs is None else len(self._graphs.buckets.all())
+
     def graph_bytes(self, cache: KVCache, max_num_seqs: int, max_model_len: int) -> int:
         """Return how much memory of a GPU the graphs take; 0 if there will be none.
 
