@@ -14,12 +14,13 @@ _Shape = tuple[np.dtype, tuple[int, ...]]
 _DTYPES = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
 }
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Return int32, int64 and float64 arrays as tensors on a device.
+    """Return arrays of integers or floats as tensors on a device.
 
     They are copied together, by one transfer that the host does not wait for. On a CPU the tensors are the
     arrays themselves.
