@@ -109,4 +109,4 @@ class Staging:
         source = self.buffers[self._turn][:num_bytes]
         self._target[:num_bytes].copy_(source, non_blocking=True)
         if self._copied:
-            self._copied[self._turn].record()
+            self._copied[self._turn].record(torch.cuda.current_stream(self._target.device))
