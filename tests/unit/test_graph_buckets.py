@@ -28,7 +28,9 @@ def test_a_step_finds_the_smallest_bucket_that_it_fits_into(seed):
         buckets = Buckets(most, length, size, with_prefixes=rng.random() < 0.5)
         every = buckets.all()
         assert len(set(every)) == len(every)
-        step = rng.randint(1, 2 * most), rng.randint(1, 2 * (length // size + 1)), rng.random() < 0.5
+        num_seqs = rng.choice([rng.randint(1, 2 * most), *buckets.numbers_of_seqs])
+        width = rng.choice([rng.randint(1, 2 * (length // size + 1)), *buckets.widths])
+        step = num_seqs, width, rng.random() < 0.5
         fitting = [b for b in every if b.num_seqs >= step[0] and b.width >= step[1]]
         found = buckets.find(*step)
         if not fitting:
