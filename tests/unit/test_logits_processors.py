@@ -305,3 +305,24 @@ def test_what_a_device_has_is_not_copied_again():
             penalties.apply(logits, users())
         counts.append((of_table, transfers.count - of_table))
     assert counts == [(1, 2), (0, 1), (0, 1)]
+
+
+def test_a_row_that_another_sequence_takes_has_its_settings(seed):
+    """In the same place of the batch, so that only the numbers differ."""
+    rng, kept = random.Random(seed), Recorder(frozenset([EOS]))
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    for _ in range(5):
+        params = SamplingParams(
+            repetition_penalty=rng.uniform(0.5, 2),
+            frequency_penalty=rng.uniform(-2, 2),
+            presence_penalty=rng.uniform(-2, 2),
+            logit_bias={rng.randrange(VOCABULARY): rng.uniform(-9, 9)},
+            allowed_token_ids=rng.sample(range(VOCABULARY), 50),
+        )
+        item = sequence(params, [], [1, 2], [3, 3, 4])
+        found = []
+        for sampler in (kept, Recorder(frozenset([EOS]))):
+            sampler.sample(logits.clone(), [item])
+            found.append(sampler.logits)
+        assert found[0].equal(found[1])
+        kept.release(item.group)
