@@ -8,6 +8,7 @@ many requests as stand in the row, and prompts of a few hundred tokens before.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Iterator
@@ -63,6 +64,9 @@ def load_of(context: Context) -> Load:
 
 
 def run(context: Context) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        context.result.left_out.append("all of it: transformers is not installed")
+        return
     load = load_of(context)
     for graphs, overlap in context.within_budget(list(variants(context)), _name):
         context.progress(f"  engine {_name((graphs, overlap))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -422,6 +423,10 @@ def test_steps_of_the_whole_engine_are_timed(context, monkeypatch):
     assert len(context.result.wrong) == len(rows) // 2
     lines = list(tables.FORMATS["engine"](rows))
     assert sum("WRONG" in line for line in lines) == len(rows) // 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    engine.run(context)
+    assert context.result.left_out == ["all of it: transformers is not installed"]
+    assert len(context.result.rows) == len(rows)
 
 
 def test_a_sampler_that_is_wrong_has_no_time(context, monkeypatch, seed):
