@@ -32,6 +32,11 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
     return unpack(packed.to(device, non_blocking=True), arrays)
 
 
+def with_sampled(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Return token IDs in which ``-1 - i`` is replaced by ``sampled[i]``."""
+    return torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_(min=0)], token_ids)
+
+
 def pack(arrays: Sequence[np.ndarray], pin_memory: bool = False) -> torch.Tensor:
     """Return the bytes of arrays in one tensor, each from a multiple of 16 bytes on."""
     packing = Packing.of(arrays)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..transfer import with_sampled
 from .attention import AttentionMetadata
 from .cuda_graph import Graph, GraphMaker
-from .decode_buffers import DecodeBuffers, with_sampled
+from .decode_buffers import DecodeBuffers
 from .graph_buckets import Bucket, Buckets
 from .graph_check import difference, draw_step, fill_with_numbers
 from .kv_cache import KVCache

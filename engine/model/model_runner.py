@@ -15,12 +15,11 @@ from cupaged.backends.cpu import backend as cpu_backend
 
 from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
-from ..transfer import to_device
+from ..transfer import to_device, with_sampled
 from .attention import AttentionMetadata
 from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
 from .cuda_graph import CudaGraphs, GraphMaker
-from .decode_buffers import with_sampled
 from .decode_graphs import DecodeGraphs, free_bytes, measured_bytes
 from .fusion import Fusion, Proof, fuse_model
 from .graph_buckets import LONG_PREFIX, Buckets

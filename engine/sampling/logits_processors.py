@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..scheduling.request import Sequence
-from ..transfer import to_device
+from ..transfer import to_device, with_sampled
 
 _UNSEEN = -1  # tokens counted for a new sequence: even with a prompt of one token, more than one is missing
 
@@ -26,16 +26,23 @@ class Users:
         positions: int64 ``[M]``, their rows of the logits.
         rows: int64 ``[M]``, their rows in the processors' arrays.
         lengths: int64 ``[M]``, their numbers of tokens.
+        sampled: the tokens that the step before has sampled; ``-1 - row`` stands for one that the host does
+            not know yet.
     """
 
     positions: np.ndarray
     rows: np.ndarray
     lengths: np.ndarray
     seqs: SequenceABC[Sequence]
+    sampled: torch.Tensor | None = None
 
     def last_tokens(self, which: np.ndarray) -> np.ndarray:
         """Return the last tokens, int64, of the sequences that a bool ``[M]`` array selects."""
         return np.array([self.seqs[i].token_ids[-1] for i in np.flatnonzero(which).tolist()], dtype=np.int64)
+
+    def known(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens on the device in which there is none that the host does not know."""
+        return tokens if self.sampled is None else with_sampled(tokens, self.sampled)
 
 
 class TokenTable:
@@ -156,17 +163,17 @@ class Penalties:
         num_new = users.lengths - self._seen[slots]
         self._seen[slots] = _UNSEEN  # until all are counted: an error in between makes them be counted again
         one_new = num_new == 1
-        last_tokens = users.last_tokens(one_new)
-        at, tokens = to_device([slots[one_new], last_tokens], device)
-        self._counts[at, tokens] += 1
+        at, tokens = to_device([slots[one_new], users.last_tokens(one_new)], device)
+        self._counts[at, users.known(tokens)] += 1
         for i in np.flatnonzero((num_new != 0) & ~one_new).tolist():  # at a sequence's first step
             slot, seq = slots[i], users.seqs[i]
-            output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=device)
+            prompt = np.array(seq.token_ids[: seq.prompt_len], dtype=np.int64)
+            prompt = prompt[prompt < self._in_prompt.shape[1]]  # other tokens cannot be sampled
+            generated = np.array(seq.output_token_ids, dtype=np.int64)
+            in_prompt, output = to_device([prompt, generated], device)
             self._counts[slot] = 0
-            self._counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+            ones = torch.ones_like(output, dtype=torch.int32)
+            self._counts[slot].index_add_(0, users.known(output), ones)
             self._in_prompt[slot] = False
-            prompt = torch.tensor(seq.token_ids[: seq.prompt_len], device=device)
-            self._in_prompt[slot, prompt[prompt < self._in_prompt.shape[1]]] = (
-                True  # other tokens cannot be sampled
-            )
+            self._in_prompt[slot, in_prompt] = True
         self._seen[slots] = users.lengths
