@@ -186,6 +186,7 @@ class ModelRunner:
                 windows=self._windows,
                 shared_prefix=self.device.type != "cpu"
                 and shares_prefix(inputs.block_tables, cache.shape.block_size),
+                buffer=None if self._workspaces is None else self._workspaces.buffer(len(inputs.token_ids)),
             )
         output = self._model(
             input_ids=token_ids[None],
