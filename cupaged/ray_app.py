@@ -15,7 +15,7 @@ from .engine.replicas.deployment import replica_application
 from .engine.replicas.ingress import ingress_application
 from .engine.server.limits import Limits
 from .options import parser, replica_arguments, settings_of
-from .serve import access_of
+from .serve import access_of, check_replicas
 
 _OF_RAY = ("autoscaling_config", "ray_actor_options")
 _OF_PROXIES = ("host", "port", "uds", "root_path", "ssl_certfile", "ssl_keyfile")  # Ray Serve's own
@@ -37,6 +37,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     options = _parsed({name: value for name, value in args.items() if name not in _OF_RAY})
     EngineConfig(**settings_of(options, EngineConfig))  # report a wrong setting here
     limits = Limits(**settings_of(options, Limits))
+    check_replicas(options.replicas)
     if options.replicas is not None and "autoscaling_config" in of_ray:
         raise ValueError("replicas and autoscaling_config are given: leave one out")
     replicas = replica_application(

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cupaged.engine.model.model_files import check_files, check_generation_config
 
@@ -23,6 +24,9 @@ from .engine.server.chat_settings import ChatSettings
 from .engine.server.limits import Limits
 from .listener import listen, listen_on_path
 from .options import parser, replica_arguments, settings_of
+
+if TYPE_CHECKING:
+    import torch
 
 _OTHER_DESCRIPTORS = 256  # file descriptors besides connections
 
@@ -47,8 +51,7 @@ def _serve(options: argparse.Namespace) -> int:
     access, tls = access_of(options), _tls(options)
     chat_settings = ChatSettings(**settings_of(options, ChatSettings))
     _allow_descriptors(limits.max_connections)
-    if options.replicas is not None and options.replicas < 1:
-        raise ValueError(f"replicas must be at least 1, got {options.replicas}")
+    check_replicas(options.replicas)
     with listen_on_path(options.uds) if options.uds else listen(options.host, options.port) as listener:
         # Before torch and transformers are imported, and because the hub may take half a minute to fail.
         if check_files(options.model, options.max_model_len) is None and options.model is not None:
@@ -58,6 +61,7 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"cupaged: {why}", flush=True)
         config = EngineConfig(**{**settings, "device": str(device)})
         if options.replicas is not None:
+            _check_gpus(device, options.replicas)
             _run_replicas(listener, options, device.type, limits, access, tls)
         else:
             _run(listener, options, config, limits, access, tls, chat_settings)
@@ -144,6 +148,25 @@ def _run(
     server.run(sockets=[bound])
     if server.failure is not None:
         raise server.failure
+
+
+def check_replicas(number: int | None) -> None:
+    """Check the number of replicas, if it is given."""
+    if number is not None and number < 1:
+        raise ValueError(f"replicas must be at least 1, got {number}")
+
+
+def _check_gpus(device: torch.device, num_replicas: int) -> None:
+    """Check that each replica can have a GPU of its own, if they are to run on GPUs."""
+    import torch
+
+    if device.index is not None:
+        raise ValueError(f"device is {str(device)!r}, and each replica has a GPU of its own: give 'cuda'")
+    if device.type == "cuda" and torch.cuda.device_count() < num_replicas:
+        raise ValueError(
+            f"replicas is {num_replicas}, and there are {torch.cuda.device_count()} GPUs, one for each: give "
+            "fewer replicas, or more devices in CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _run_replicas(

@@ -71,8 +71,7 @@ class Replica:
 
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's ID and its metrics."""
-        async with self._server.request("GET", "/metrics", b"", [], b"") as (_, _, parts):
-            return self._id, b"".join([part async for part in parts]).decode()
+        return self._id, await self._server.metrics()
 
     async def healthy(self) -> bool:
         return await self._server.healthy()

@@ -20,7 +20,7 @@ from ..server.drain import Drain
 from ..server.http_server import HttpServer
 from ..server.limits import Limits
 from .deployment import replica_application
-from .gateway import create_gateway
+from .gateway import create_gateway, end_requests
 from .ray_router import Route
 
 APPLICATION = "cupaged"
@@ -91,5 +91,8 @@ class ReplicaServer(HttpServer):
         shutdown_timeout: float,
         tls: tuple[Path, Path] | None,
     ) -> None:
-        drain = Drain(create_gateway(handle, limits, lambda: self._drain.begun))
-        super().__init__(drain, on_start, limits, access, shutdown_timeout, tls)
+        self._gateway = create_gateway(handle, limits, lambda: self._drain.begun)
+        super().__init__(Drain(self._gateway), on_start, limits, access, shutdown_timeout, tls)
+
+    def _drained(self) -> None:
+        end_requests(self._gateway)

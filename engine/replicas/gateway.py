@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import ClientDisconnect
 
@@ -32,7 +32,7 @@ _ATTEMPTS = 2  # replicas that a request is sent to at most: one may be what end
 _STATUS_SECONDS = 5.0  # in which replicas have to say how they are
 _LOST = (RayActorError, ReplicaLostError)
 _LOST_MESSAGE = "the replica that ran the request has ended; send the request again"
-_EVENT_STREAM = b"text/event-stream"
+_STOPPED_MESSAGE = "the server is shutting down"
 
 
 def create_gateway(
@@ -46,6 +46,7 @@ def create_gateway(
         stopping: returns whether ``/health`` answers 503 because the gateway is stopped.
     """
     bodies = Bodies(limits, None)
+    running = set[Any]()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +54,7 @@ def create_gateway(
         bodies.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.running = running
     add_error_handlers(app, {})
     # Each is a call of the deployment's method, and returns a generator.
     forward = handle.options(stream=True).forward
@@ -80,8 +82,11 @@ def create_gateway(
             parts = forward.remote(
                 scope["method"], scope["path"], scope["query_string"], scope["headers"], body, route
             )
+            running.add(parts)
             try:
-                response = await unless_disconnected(request, _begin(request, parts))
+                response = await unless_disconnected(request, _begin(request, parts, running))
+            except RequestCancelledError:
+                return _unavailable(request, _STOPPED_MESSAGE)
             except _LOST as error:
                 _log.warning("a replica has ended with a request (attempt %d): %s", attempt, error)
                 continue
@@ -92,15 +97,21 @@ def create_gateway(
             if response.status_code != 503 or attempt == _ATTEMPTS:
                 return response
             route = Route(hashes, avoid=response.headers["x-replica"])  # it stops, or its engine has failed
-        return Response(
-            encode(error_json(request.scope["path"], 503, _LOST_MESSAGE)),
-            status_code=503,
-            headers={"Retry-After": "1"},
-            media_type="application/json",
-        )
+        return _unavailable(request, _LOST_MESSAGE)
 
     app.add_route("/{path:path}", answer, methods=_METHODS)
     return app
+
+
+def end_requests(app: FastAPI) -> None:
+    """End the requests that are still running with an error."""
+    for parts in list(app.state.running):
+        parts.cancel()
+
+
+def _unavailable(request: Request, message: str) -> Response:
+    body = error_json(request.scope["path"], 503, message)
+    return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
 
 async def _ask_all(handle: DeploymentHandle, method: str) -> list[Any]:
@@ -115,29 +126,35 @@ async def _any_healthy(handle: DeploymentHandle) -> bool:
     return any(each is True for each in await _ask_all(handle, "healthy"))
 
 
-async def _begin(request: Request, parts: Any) -> Response:
+async def _begin(request: Request, parts: Any, running: set[Any]) -> Response:
     """Return an answer that is complete, or of which a part has come if it is streamed.
 
     So a replica that ends before anything was sent can be replaced by another one.
     """
+    streams = False
     try:
         replica, status, headers = await anext(parts)
         kind = dict(headers).get(b"content-type", b"")
-        if not kind.startswith(_EVENT_STREAM):
+        if streams := kind.startswith(b"text/event-stream"):
+            first = await anext(parts, b"")
+            events = _events(request.scope["path"], first, parts, running)
+            response: Response = StreamingResponse(events, status_code=status)
+        else:
             content = b"".join([part async for part in parts])
             response = Response(content, status_code=status)
             headers = [*headers, (b"content-length", b"%d" % len(content))]
-        else:
-            first = await anext(parts, b"")
-            response = StreamingResponse(_events(request.scope["path"], first, parts), status_code=status)
     except BaseException:
+        streams = False
         parts.cancel()
         raise
+    finally:
+        if not streams:
+            running.discard(parts)
     response.raw_headers = [*headers, (b"x-replica", replica.encode())]
     return response
 
 
-async def _events(path: str, first: bytes, parts: Any) -> AsyncIterator[bytes]:
+async def _events(path: str, first: bytes, parts: Any, running: set[Any]) -> AsyncIterator[bytes]:
     """Yield the events of a stream, whole ones only, and an error if its replica ends."""
     try:
         rest = first
@@ -152,17 +169,20 @@ async def _events(path: str, first: bytes, parts: Any) -> AsyncIterator[bytes]:
         yield rest
     except _LOST as error:
         _log.warning("a replica has ended with a stream: %s", error)
-        yield _lost_event(path)
+        yield _last_event(path, _LOST_MESSAGE)
+    except RequestCancelledError:
+        yield _last_event(path, _STOPPED_MESSAGE)
     finally:
+        running.discard(parts)
         parts.cancel()  # nothing if it has ended
 
 
-def _lost_event(path: str) -> bytes:
-    """Return the event that ends a stream whose replica is lost."""
-    error = error_json(path, 500, _LOST_MESSAGE)
+def _last_event(path: str, message: str) -> bytes:
+    """Return the event of an error that ends a stream."""
+    error = error_json(path, 500, message)
     if is_anthropic(path):
         return f"event: error\ndata: {encode(error)}\n\n".encode()
     if path.endswith("/responses"):
-        error = {"type": "error", "code": "server_error", "message": _LOST_MESSAGE, "param": None}
+        error = {"type": "error", "code": "server_error", "message": message, "param": None}
         return f"event: error\ndata: {encode(error)}\n\n".encode()
     return f"data: {encode(error)}\n\ndata: [DONE]\n\n".encode()

@@ -16,6 +16,9 @@ import httpx
 Headers = Sequence[tuple[bytes, bytes]]
 
 _POLL_SECONDS = 0.1
+_STATUS_SECONDS = (
+    3.0  # for a server to say how it is, so that one that hangs does not keep the others waiting
+)
 # Headers about one connection, and what the other side sets itself.
 _OF_CONNECTION = (
     *(b"connection", b"content-length", b"date", b"host", b"keep-alive", b"server"),
@@ -57,15 +60,20 @@ class ServerProcess:
             RuntimeError: it has ended.
         """
         while True:
-            with contextlib.suppress(httpx.TransportError):
-                if await self.healthy():
-                    return
+            if await self.healthy():
+                return
             if (status := self.process.poll()) is not None:
                 raise RuntimeError(f"the server ended with status {status} at its start; its log says why")
             await asyncio.sleep(_POLL_SECONDS)
 
     async def healthy(self) -> bool:
-        return (await self._client.get("/health", timeout=10)).status_code == 200
+        """Return whether the server is there and says that it is well."""
+        with contextlib.suppress(httpx.TransportError):
+            return (await self._client.get("/health", timeout=_STATUS_SECONDS)).status_code == 200
+        return False
+
+    async def metrics(self) -> str:
+        return (await self._client.get("/metrics", timeout=_STATUS_SECONDS)).text
 
     @contextlib.asynccontextmanager
     async def request(

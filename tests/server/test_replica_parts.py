@@ -7,6 +7,7 @@ import random
 
 import httpx
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -117,3 +118,13 @@ def test_a_unix_socket_that_cannot_be(tmp_path, capsys):
 def test_a_number_of_replicas_that_is_none(replicas, capsys):
     assert serve.main([f"--replicas={replicas}", "--device", "cpu", "--port", "0"]) == 1
     assert f"replicas must be at least 1, got {replicas}" in capsys.readouterr().err
+
+
+def test_each_replica_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, replicas in (("cpu", 5), ("cuda", 1), ("cuda", 2)):
+        serve._check_gpus(torch.device(device), replicas)
+    with pytest.raises(ValueError, match="replicas is 3, and there are 2 GPUs"):
+        serve._check_gpus(torch.device("cuda"), 3)
+    with pytest.raises(ValueError, match="each replica has a GPU of its own: give 'cuda'"):
+        serve._check_gpus(torch.device("cuda:1"), 1)

@@ -219,7 +219,7 @@ def answer(url: str, method: str, path: str, body) -> tuple:
     names = sorted({*response.headers} - {"x-replica", "transfer-encoding", "content-length", "connection"})
     text = re.sub(CHANGING, "", response.text)
     if "event-stream" in response.headers.get("content-type", ""):  # how tokens are grouped depends on load
-        text = "".join(re.findall(r'"(?:text|delta)":"((?:[^"\\\\]|\\\\.)*)"', text)) + text[-20:]
+        text = "".join(re.findall(r'"(?:text|delta)":"((?:[^"\\]|\\.)*)"', text)) + text[-20:]
     return response.status_code, names, text
 
 
