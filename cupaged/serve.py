@@ -177,6 +177,8 @@ def _run_replicas(
     access: Access,
     tls: tuple[Path, Path] | None,
 ) -> None:
+    # Ray reads it when it is imported: it would leave out lines of replicas' logs that resemble others.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     try:
         from .engine.replicas.front import ReplicaServer, local_replicas, model_card
     except ModuleNotFoundError as error:

@@ -33,6 +33,11 @@ class PrefixRouter(RequestRouter):
     Every handle has a router of its own, which knows the requests that it has routed itself.
     """
 
+    # Seconds that Ray Serve lets a replica take to say how many requests it has, before it tries the next
+    # one: 0.1 by default, in which one whose cores are busy does not answer, and its cache is not used.
+    queue_len_response_deadline_s = 2.0
+    max_queue_len_response_deadline_s = 10.0
+
     def initialize_state(self, **settings: Any) -> None:
         self._choice = ReplicaChoice[ReplicaID](settings["max_imbalance"], MAX_BEGINNINGS)
         self._running: dict[str, ReplicaID] = {}  # by the internal IDs of unfinished requests

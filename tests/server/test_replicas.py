@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.matrix, pytest.mark.ray]
 
 START_SECONDS = 300  # generous: Ray and two engines, on a machine that does other things as well
 CONFIG = {"block_size": 8, "max_num_seqs": 16, "num_gpu_blocks_override": 800}
+# Of Ray, which end after about a minute: they try to report first that the process that started them has died.
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The router takes whoever got a request least recently.
 ROUND_ROBIN = """
 from cupaged.engine.replicas.prefix_index import ReplicaChoice
@@ -64,7 +66,8 @@ class Replicas:
         )
         assert self.process.poll() is None, self.log
         self.url = re.search(r"http://localhost:\d+", self.log)[0]
-        self.everyone = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.others = {each: " ".join(command_of(each)) for each in children}
         return self
 
     def __exit__(self, *error) -> None:
@@ -99,10 +102,12 @@ class Replicas:
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         wait_until(lambda: set(map(tuple, self.metrics(*names).values())) == {(0, 0, 0)}, 60)
 
-    def wait_for_the_end(self) -> None:
+    def wait_for_the_end(self, but: tuple[str, ...] = ()) -> None:
         """Wait until no process of it is left."""
         self.process.wait(120)
-        wait_until(lambda: not [each for each in self.everyone[1:] if is_alive(each)], 60)
+        others = [each for each, name in self.others.items() if name not in but]
+        assert len(others) > 4
+        wait_until(lambda: not [each for each in others if is_alive(each)], 60)
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -173,7 +178,7 @@ def test_conversations_meet_their_caches(directory, seed):
         rate, loads = hit_rate(running)
         running.assert_idle_and_empty()
         running.process.kill()  # which it cannot catch
-        running.wait_for_the_end()
+        running.wait_for_the_end(but=AGENTS)
     with Replicas(directory, script=ROUND_ROBIN) as running:
         assert hold_all(running.url, held) == expected
         rate_in_turns, loads_in_turns = hit_rate(running)
@@ -207,7 +212,7 @@ REQUESTS = [
     ("POST", "/v1/messages", {"messages": []}),
     ("POST", "/tokenize", {"prompt": "abc"}),
 ]
-CHANGING = r'"(?:id|item_id|created|created_at|completed_at|request_id)": ?(?:"[^"]*"|[\d.]+)'
+CHANGING = r'"(?:id|item_id|cached_tokens|input_tokens|cache_read_input_tokens|created|created_at|completed_at|request_id)": ?(?:"[^"]*"|[\d.]+)'
 LIMIT = 5000  # bytes of a body
 
 
@@ -328,3 +333,50 @@ def test_a_signal_lets_requests_finish(directory):
         running.wait_for_the_end()
         assert running.process.returncode == 0
         assert "Traceback" not in running.log
+
+
+SCALE = """
+import asyncio, json, sys
+from ray import serve
+from cupaged.engine.replicas.deployment import replica_application
+from cupaged.engine.replicas.front import APPLICATION, local_replicas
+from cupaged.engine.replicas.ray_router import Route
+
+arguments, settings = sys.argv[1:], {"max_imbalance": 0, "max_ongoing_requests": 9, "shutdown_timeout": 60}
+resources = {"num_cpus": 1, "num_gpus": 0}
+body = {"model": "tiny-llama", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+request = "POST", "/v1/completions", b"", [(b"content-type", b"application/json")], json.dumps(body).encode()
+
+def scale_down():
+    one = replica_application(
+        arguments, num_replicas=1, autoscaling_config=None, ray_actor_options=resources, **settings
+    )
+    serve.run(one, name=APPLICATION, route_prefix=None)
+
+async def run(handle):
+    streams = [handle.options(stream=True).forward.remote(*request, Route()) for _ in range(2)]
+    replicas = {(await anext(stream))[0] for stream in streams}
+    scaled = asyncio.create_task(asyncio.to_thread(scale_down))
+    bodies = [b"".join([part async for part in stream]) for stream in streams]
+    await scaled
+    while len(left := await handle.broadcast("metrics").results_async()) > 1:
+        await asyncio.sleep(0.2)
+    print(json.dumps([len(replicas), left[0][0] in replicas, [body.decode() for body in bodies]]))
+
+with local_replicas(arguments, 2, num_gpus=0, **settings) as handle:
+    asyncio.run(run(handle))
+"""
+
+
+def test_a_replica_that_is_scaled_away_finishes_first(directory):
+    model = ["--model", directory, "--served-model-name", MODEL, "--device", "cpu", "--no-log-stats"]
+    command = [sys.executable, "-c", SCALE, *model, "--num-gpu-blocks-override=800"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * START_SECONDS)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("[2"))
+    count, is_one_of_them, bodies = json.loads(line)
+    assert (count, is_one_of_them) == (2, True)
+    for body in bodies:
+        *events, done_event, _ = body.split("\n\n")
+        assert done_event == "data: [DONE]"
+        assert json.loads(events[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
