@@ -16,9 +16,8 @@ import httpx
 Headers = Sequence[tuple[bytes, bytes]]
 
 _POLL_SECONDS = 0.1
-_STATUS_SECONDS = (
-    3.0  # for a server to say how it is, so that one that hangs does not keep the others waiting
-)
+# Time for a server to say how it is: one that hangs must not keep those waiting who ask for all.
+_STATUS_SECONDS = 3.0
 # Headers about one connection, and what the other side sets itself.
 _OF_CONNECTION = (
     *(b"connection", b"content-length", b"date", b"host", b"keep-alive", b"server"),
