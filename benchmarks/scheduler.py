@@ -1,4 +1,4 @@
-"""Measure the CPU time of a scheduler's step: `schedule` and `update`, with block manager, without model.
+"""Measure the CPU time of a scheduler's step: `schedule`, `advance`, `resolve`, with block manager, no model.
 
     python benchmarks/scheduler.py [--seqs 256] [--out DIR]
 
@@ -94,7 +94,8 @@ class Load:
             self.blocks.tables([item.seq.seq_id for item in plan.scheduled])
             gather_s = time.thread_time() - start
             start = time.thread_time()
-            self.scheduler.update(plan, samples, candidates)
+            self.scheduler.advance(plan)
+            self.scheduler.resolve(plan, samples, candidates)
             scheduler_s += time.thread_time() - start
             yield scheduler_s, gather_s, len(plan.scheduled)
 

@@ -160,7 +160,7 @@ class SimulatedModel:
         self._hesitation = hesitation
 
     def sample(self, plan: Plan) -> tuple[list[list[int]], dict[int, Candidates]]:
-        """Return samples and candidates as `Scheduler.update` takes them, without EOS."""
+        """Return samples and candidates as `Scheduler.resolve` takes them, without EOS."""
         samples: list[list[int]] = []
         beams = []
         for position, item in enumerate(plan.scheduled):
@@ -286,7 +286,7 @@ class _Replay:
                 self._followers.setdefault(request.follows, []).append((i, request))
         self._served: dict[SequenceGroup, Served] = {}  # of the requests that have not ended
         self._outputs: dict[SequenceGroup, list[int]] = {}
-        self._next_output_token = -1  # prompts have no negative tokens
+        self._next_output_token = 2**62  # prompts have no tokens as large
         self._num_added = 0
         self._most_steps = 1000 + 2 * sum(r.width * r.num_tokens + len(r.prompt) for r in requests)
 
@@ -330,7 +330,8 @@ class _Replay:
             self._served[group].arrived = request.time
         token = request.output_token
         if token is None:
-            token = self._next_output_token = self._next_output_token - request.width
+            token = self._next_output_token
+            self._next_output_token += request.width
         self._outputs[group] = list(range(token, token + request.width))
 
     def _compute(self, plan: Plan) -> None:
@@ -372,7 +373,8 @@ class _Replay:
                 record.served.append(served)
         candidates = self._model.candidates(plan, beams) if beams else {}
         unfinished = len(scheduler.running)
-        scheduler.update(plan, samples, candidates)
+        scheduler.advance(plan)
+        scheduler.resolve(plan, samples, candidates)
         if len(scheduler.running) < unfinished:
             for group in dict.fromkeys(item.group for item in scheduled):
                 if group.status is Status.FINISHED:

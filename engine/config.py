@@ -50,6 +50,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation_config": (lambda v: isinstance(v, str) and v != "", "'auto', 'vllm' or a directory"),
     "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "fuse": (lambda v: isinstance(v, bool), "True or False"),
+    "async_scheduling": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
+    "enforce_eager": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -107,6 +109,10 @@ class EngineConfig:
         trust_remote_code: run Python files that come with the model, if transformers has no code for it.
         fuse: rewrite the model's layers into fused operators and merged projections when it is loaded, as far
             as they compute the same (``python -m cupaged.engine.explain`` lists what is fused).
+        async_scheduling: schedule and launch a step before the tokens of the step before have reached the
+            host, as long as no request needs them for that; None: on a GPU, where the host works while the
+            device computes.
+        enforce_eager: launch the kernels of a decode step one by one: no CUDA graphs are captured.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: check the block manager's state after every step (for tests).
 
@@ -133,6 +139,8 @@ class EngineConfig:
     generation_config: str = "auto"
     trust_remote_code: bool = False
     fuse: bool = True
+    async_scheduling: bool | None = None
+    enforce_eager: bool = False
     device: str | None = None
     check_integrity: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import replace
 from os import PathLike, fspath
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cupaged.device import choose_device
 
 from .config import EngineConfig
+from .launched_step import LaunchedStep
 from .memory.block_manager import BlockManager
 from .model import demo_model
 from .model.attention import ATTENTION_NAME, register_attention
@@ -28,18 +30,18 @@ from .model.step_timer import StepTimer
 from .model.vocabulary import Vocabulary
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput, Totals
-from .prompts import Prompt, PromptReader, cache_salt
-from .sampling import bad_words
+from .prompts import Prompt, PromptReader
+from .request_reader import RequestReader
 from .sampling.grammar import Grammar, GrammarCompiler
 from .sampling.sampler import Sampler
 from .sampling_params import SamplingParams
 from .scheduling.block_watch import BlockWatch
 from .scheduling.failed_step import FailedStep
+from .scheduling.overlap import Overlap
 from .scheduling.preemption import Preemption, Rates
 from .scheduling.request import SequenceGroup, Status
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import Plan
-from .validation import is_integer
 
 
 class LLMEngine:
@@ -85,6 +87,8 @@ class LLMEngine:
         self._groups: dict[str, SequenceGroup] = {}
         self._seeds = random.Random(config.seed)
         self._totals = Totals()
+        self._launched: deque[LaunchedStep] = deque()
+        self._overlap = Overlap(config.async_scheduling, default=self.device.type == "cuda")
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
 
@@ -108,7 +112,10 @@ class LLMEngine:
         self._runner.settle_frequencies(size.max_model_len)
         longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
         scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
-        return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        cache = KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        if not self.config.enforce_eager:
+            self._runner.capture_graphs(cache, self.config.max_num_seqs, size.max_model_len)
+        return cache
 
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
@@ -122,6 +129,14 @@ class LLMEngine:
         self._sampler = Sampler(eos_token_ids)
         self.grammars = GrammarCompiler(self.tokenizer, self._vocabulary.num_samplable, eos_token_ids)
         self._processor = OutputProcessor(self.tokenizer, self._scheduler)
+        self._requests = RequestReader(
+            self.tokenizer,
+            self._prompts,
+            self._sampler,
+            self._vocabulary.num_samplable,
+            self.max_model_len,
+            by_priority=self.config.scheduling_policy == "priority",
+        )
 
     @property
     def max_characters(self) -> int:
@@ -156,55 +171,16 @@ class LLMEngine:
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already running")
-        if not is_integer(priority):
-            raise ValueError(f"priority must be an integer, got {priority!r}")
-        if priority and self.config.scheduling_policy != "priority":
-            raise ValueError(
-                f"priority is {priority}, and requests run in the order of their arrival: leave it out, or "
-                "set scheduling_policy='priority'"
-            )
-        num_samplable = self._vocabulary.num_samplable
-        params.check_vocabulary(num_samplable)
-        self._sampler.check(params, num_samplable)
+        group = self._requests.read(request_id, prompt, params, priority, self._totals.arrivals)
         if params.structured_outputs is not None and grammar is None:
             grammar = self.grammars.compile(params.structured_outputs)
-        self._prompts.check_length(prompt)
-        text, token_ids = self._prompts.read(prompt)
-        if params.needs_whole_prompt and (beyond := max(token_ids)) >= num_samplable:
-            raise ValueError(
-                f"prompt_logprobs is asked for, and the model gives token {beyond} of the prompt no "
-                "probability: leave it out"
-            )
-        available = self.max_model_len - len(token_ids)
-        max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
-        if params.only_prompt:
-            max_tokens = 1  # the last step of a prompt samples; that token is not shown, and never an input
-        longest_word = max_tokens * self._prompts.longest_token
-        words = bad_words.tokenize(
-            self.tokenizer,
-            [word for word in params.bad_words if len(word.lstrip()) <= longest_word],
-            max_tokens,
-        )
-        group = SequenceGroup(
-            request_id,
-            text,
-            token_ids,
-            params,
-            max_tokens,
-            self._totals.arrivals,
-            priority=priority,
-            cache_salt=cache_salt(prompt),
-            skip_reading_prefix_cache=params.needs_whole_prompt,
-            # One with a token that the model cannot sample is never complete.
-            bad_words=tuple(word for word in words if max(word) < num_samplable),
-        )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         self._scheduler.add(group, seed % 2**64)
         if grammar is not None:
             self._sampler.add_grammar(group, grammar)
         self._groups[request_id] = group
         self._totals.arrivals += 1
-        self._totals.prompt_tokens += len(token_ids)
+        self._totals.prompt_tokens += group.prompt_len
 
     def default_sampling_params(self) -> SamplingParams:
         """Return the settings of a request that brings none: those of the model's generation config."""
@@ -237,16 +213,7 @@ class LLMEngine:
             )
         if prefix_id in self._scheduler.pinned.groups:
             raise ValueError(f"prefix_id {prefix_id!r} is taken: remove that prefix, or choose another id")
-        text, token_ids = self._prompts.read(prompt)
-        size = self.config.block_size
-        kept = token_ids[: len(token_ids) // size * size]
-        if not kept:
-            raise ValueError(
-                f"the prefix has {len(token_ids)} tokens, and only full blocks of {size} tokens are kept"
-            )
-        group = SequenceGroup(
-            prefix_id, text, kept, SamplingParams(), 1, self._totals.arrivals, cache_salt=cache_salt(prompt)
-        )
+        group = self._requests.read_prefix(prefix_id, prompt, self.config.block_size, self._totals.arrivals)
         self._scheduler.add_prefix(group)
         self._totals.arrivals += 1
 
@@ -266,11 +233,14 @@ class LLMEngine:
         return list(self._groups)
 
     def has_unfinished(self) -> bool:
-        """Return whether there is something to run: requests, or prefixes to be computed."""
-        return self._scheduler.has_unfinished()
+        """Return whether there is something to run or to return: requests, prefixes, launched steps."""
+        return bool(self._launched) or self._scheduler.has_unfinished()
 
     def step(self) -> list[RequestOutput]:
-        """Run one step.
+        """Return the outputs of the next step: schedule, launch, resolve.
+
+        With ``async_scheduling`` the step after it is scheduled and launched first, as long as nothing needs
+        the tokens of this one for that (`Overlap`). At most two steps are launched and not resolved.
 
         Returns:
             The outputs so far of every request that got a token.
@@ -282,43 +252,79 @@ class LLMEngine:
         itself.
         """
         self.failed_requests = None
+        while self._may_launch() and (plan := self._schedule()).scheduled:
+            self._launched.append(self._launch(plan))
+        if not self._launched:
+            return []
+        outputs = self._resolve(self._launched[0])
+        if self.config.check_integrity:
+            self.check_integrity()
+        return outputs
+
+    def _may_launch(self) -> bool:
+        """Return whether the next step can be scheduled now."""
+        if not self._launched:
+            return True
+        last = self._launched[-1]
+        if len(self._launched) == 2 or last.error is not None or self._failed_step:
+            return False
+        return self._overlap.reason_to_wait(last.plan) is None
+
+    def _schedule(self) -> Plan:
         part = self._failed_step.next()
         plan = Plan(part) if part else self._scheduler.schedule()
-        if not plan.scheduled:
-            if self.has_unfinished():
-                raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
-            return []
+        if not plan.scheduled and self._scheduler.has_unfinished():
+            raise RuntimeError("requests are waiting and the scheduler ran none; please report this")
+        return plan
+
+    def _launch(self, plan: Plan) -> LaunchedStep:
+        """Hand a step to the device, or keep the error for when the steps before are resolved."""
         self._timer.start_step()
+        moved = False
         try:
             self._timer.move_blocks(plan)
-        except BaseException:
-            self._step_failed(plan)
-            self._scheduler.moves_failed()
-            raise
-        try:
-            logits = self._runner.run(plan.scheduled, self._blocks, self._cache)
-            samples = self._sampler.sample(logits, plan.scheduled)
-        except BaseException:
-            self._step_failed(plan)
-            self._failed_step.add(self._scheduler.hold(plan.scheduled))
-            raise
-        self._timer.end_step(plan)
-        self._scheduler.update(plan, samples.token_ids, samples.candidates)
-        self._sampler.prepare()
+            moved = True
+            sampled = self._launched[-1].sampled if self._launched else None
+            logits = self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
+            samples = self._sampler.launch(logits, plan.scheduled)
+        except BaseException as error:
+            self._timer.step_failed()
+            self._totals.failed_steps += 1
+            if moved:
+                self._failed_step.add(self._scheduler.hold(plan.scheduled))
+            else:
+                self._scheduler.moves_failed()
+            if not isinstance(error, Exception):  # such as Ctrl-C
+                raise
+            return LaunchedStep(plan, error=error)
+        self._scheduler.advance(plan)
+        return LaunchedStep(plan, samples)
+
+    def _resolve(self, step: LaunchedStep) -> list[RequestOutput]:
+        """Wait for the samples of a step, end the sequences that they end and build the outputs."""
+        if step.samples is None:
+            assert step.error is not None
+            self._launched.popleft()
+            self.failed_requests = step.request_ids
+            try:
+                raise step.error
+            finally:
+                del step  # or the error's traceback would keep the error, and with it the step's tensors
+        samples = step.samples.result()
+        self._launched.popleft()
+        plan = step.plan
+        self._timer.end_step(plan, idle=not self._launched)
+        wasted = self._scheduler.resolve(plan, samples.token_ids, samples.candidates)
+        if wasted:
+            samples.drop(plan.scheduled.index(item) for item in wasted)
+        if not self._launched:  # a step with grammars is resolved before another is launched
+            self._sampler.prepare()
         self._totals.generation_tokens += sum(map(len, samples.token_ids)) + len(samples.candidates)
         outputs = self._processor.process(plan.scheduled, samples)
         for output in outputs:
             if output.finished:
                 self._forget(self._groups.pop(output.request_id))
-        if self.config.check_integrity:
-            self.check_integrity()
         return outputs
-
-    def _step_failed(self, plan: Plan) -> None:
-        self._timer.step_failed()
-        self._totals.failed_steps += 1
-        groups = dict.fromkeys(item.group for item in plan.scheduled)
-        self.failed_requests = tuple(group.request_id for group in groups)
 
     def probe(self) -> None:
         """Compute and sample a token in a cache of its own, beside any requests.

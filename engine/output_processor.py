@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from .sampling.detokenizer import Detokenizer, token_text
 from .sampling.logprobs import TokenLogprobs
-from .sampling.sampler import SamplerOutput
+from .sampling.samples import SamplerOutput
 from .scheduling.request import Sequence, SequenceGroup
 from .scheduling.scheduler import Scheduler
 from .scheduling.step_plan import ScheduledSequence
@@ -55,7 +55,12 @@ class OutputProcessor:
                 state.logprobs.append(self._decoded(token_logprobs))
                 state.cumulative_logprob += token_logprobs.logprobs[0]
         outputs = []
-        for group in dict.fromkeys(item.group for item in scheduled if item.num_samples):
+        sampled = dict.fromkeys(
+            item.group
+            for position, (item, tokens) in enumerate(zip(scheduled, samples.token_ids))
+            if tokens or position in samples.candidates
+        )
+        for group in sampled:
             if group.params.only_prompt:
                 outputs.append(self._empty_output(group))
                 continue
@@ -99,9 +104,9 @@ class OutputProcessor:
     def _add_tokens(self, group: SequenceGroup, seq: Sequence) -> None:
         """Append the text of a sequence's new tokens and finish the sequence at a stop string."""
         params, state = group.params, self._state(group, seq)
-        if state.num_tokens == seq.num_output_tokens:
+        new = seq.token_ids[seq.prompt_len + state.num_tokens : seq.num_known]
+        if not new:
             return
-        new = seq.token_ids[seq.prompt_len + state.num_tokens :]
         state.num_tokens += len(new)
         if seq.finish_reason == "stop" and not params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended it is not part of the text

@@ -16,7 +16,8 @@ class StepInputs:
     """Hold the batch of a step: the tokens of all sequences, one sequence after the other.
 
     Args:
-        token_ids: int64 [T].
+        token_ids: int64 [T]. One that the host does not know yet is ``-1 - row``, with its row in the tensor
+            of the tokens that the step before has sampled.
         positions: int64 [T], in the sequences.
         slots: int64 [T] of the cache, where keys and values are written; -1 where they are not.
         kept_rows: int64 [N], the tokens whose logits are wanted.
@@ -34,6 +35,13 @@ class StepInputs:
     query_start_loc: np.ndarray
     block_tables: np.ndarray
     is_decode: bool
+
+    @classmethod
+    def padding(cls) -> StepInputs:
+        """Return a decode step without sequences."""
+        nothing, start = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int32)
+        table = np.zeros((0, 0), dtype=np.int32)
+        return cls(nothing, nothing, nothing, nothing, start[:0], start, table, is_decode=True)
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledSequence], blocks: BlockManager) -> StepInputs:

@@ -25,6 +25,7 @@ class StepTimer:
         self._rates = rates
         self._enabled = enabled
         self._num_tokens = 0  # of the steps since the last measurement
+        self._idle = True  # no step is launched that has not been waited for
         self._started = 0.0
 
     def measure_link(self, num_blocks: int) -> None:
@@ -48,12 +49,18 @@ class StepTimer:
         self._rates.moved(len(plan.swap_out) + len(plan.swap_in), time.perf_counter() - start)
 
     def start_step(self) -> None:
-        """Note the time, unless the step before has not been measured yet."""
-        if not self._num_tokens:
+        """Note the time, unless the step before has not been measured yet, or is still computed."""
+        if self._idle and not self._num_tokens:
             self._started = time.perf_counter()
+        self._idle = False
 
-    def end_step(self, plan: Plan) -> None:
-        """Note the rate of prompts, over whole steps: from one that was waited for to the next."""
+    def end_step(self, plan: Plan, idle: bool) -> None:
+        """Note the rate of prompts, over whole steps: from one that was waited for to the next.
+
+        Args:
+            idle: no other step has been launched.
+        """
+        self._idle = idle
         if not self._enabled:
             return
         self._num_tokens += sum(item.num_tokens for item in plan.scheduled)
@@ -61,10 +68,12 @@ class StepTimer:
             if self._num_tokens > 2 * len(plan.scheduled):  # mostly prompts
                 self._rates.computed(self._num_tokens, time.perf_counter() - self._started)
             self._num_tokens = 0
+            self._started = time.perf_counter()
 
     def step_failed(self) -> None:
         """Forget the steps that have not been measured."""
         self._num_tokens = 0
+        self._idle = True
 
     def _synchronize(self) -> None:
         if self._cache.blocks.is_cuda:

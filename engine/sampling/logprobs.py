@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..scheduling.step_plan import ScheduledSequence
+from ..transfer import to_device
 
 _PROMPT_SLICE = 64  # number of prompt positions whose log probabilities are computed at once
 
@@ -21,10 +22,8 @@ class TokenLogprobs(NamedTuple):
     rank: int  # of the first token: 1 + the number of tokens that are more likely
 
 
-def token_logprobs(
-    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray
-) -> list[TokenLogprobs]:
-    """Return the log probabilities of tokens and of the most likely tokens at their positions.
+class LogprobTensors:
+    """Compute log probabilities of tokens and of the most likely tokens at their positions, on their device.
 
     Args:
         logits: ``[N, vocabulary]``.
@@ -32,29 +31,39 @@ def token_logprobs(
         tokens: int64 ``[D]``.
         num_top: int ``[D]``, number of most likely tokens to return with each token; -1 is all.
 
-    Returns:
-        A list of length D.
+    Attributes:
+        tensors: what `read` needs on the host.
     """
-    vocabulary = logits.shape[-1]
-    logits = logits.float()
-    norms = logits.logsumexp(-1)
-    chosen = logits[rows, tokens]
-    ranks = (logits[rows] > chosen[:, None]).sum(-1).add_(1).tolist()
-    logprobs = (chosen - norms[rows]).tolist()
-    result = [
-        TokenLogprobs([token], [logprob], rank)
-        for token, logprob, rank in zip(tokens.tolist(), logprobs, ranks)
-    ]
-    counts = np.where(num_top < 0, vocabulary, np.minimum(num_top, vocabulary))
-    for count in np.unique(counts[counts > 0]):  # one top-k per count: ties must not depend on other tokens
-        which = np.flatnonzero(counts == count)
-        at = rows[torch.from_numpy(which).to(rows.device)]
-        top = logits[at].topk(int(count))
-        values = top.values - norms[at][:, None]
-        for i, ids, numbers in zip(which, top.indices.tolist(), values.tolist()):
-            result[i].token_ids.extend(ids)
-            result[i].logprobs.extend(numbers)
-    return result
+
+    def __init__(
+        self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray
+    ) -> None:
+        vocabulary = logits.shape[-1]
+        logits = logits.float()
+        norms = logits.logsumexp(-1)
+        chosen = logits[rows, tokens]
+        ranks = (logits[rows] > chosen[:, None]).sum(-1).add_(1)
+        self.tensors = [tokens, ranks, chosen - norms[rows]]
+        counts = np.where(num_top < 0, vocabulary, np.minimum(num_top, vocabulary))
+        self._tops: list[np.ndarray] = []  # the tokens of each pair of tensors with the most likely ones
+        for count in np.unique(counts[counts > 0]):  # ties must not depend on other tokens: a top-k per count
+            which = np.flatnonzero(counts == count)
+            at = rows[to_device([which], rows.device)[0]]
+            top = logits[at].topk(int(count))
+            self.tensors += [top.indices, top.values - norms[at][:, None]]
+            self._tops.append(which)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> list[TokenLogprobs]:
+        """Return a list of length D from the tensors as they are on the host."""
+        tokens, ranks, logprobs, *tops = (tensor.tolist() for tensor in tensors)
+        result = [
+            TokenLogprobs([token], [logprob], rank) for token, logprob, rank in zip(tokens, logprobs, ranks)
+        ]
+        for which, token_ids, values in zip(self._tops, tops[::2], tops[1::2]):
+            for i, ids, numbers in zip(which, token_ids, values):
+                result[i].token_ids.extend(ids)
+                result[i].logprobs.extend(numbers)
+        return result
 
 
 def take_prompt(
@@ -72,12 +81,13 @@ def take_prompt(
             output[position] = []
             for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
                 part = np.array(tokens[first : first + _PROMPT_SLICE])
-                output[position] += token_logprobs(
+                logprobs = LogprobTensors(
                     logits[row + first : row + first + len(part)],
                     torch.from_numpy(np.arange(len(part))).to(logits.device),
                     torch.from_numpy(part).to(logits.device),
                     np.full(len(part), item.group.params.prompt_logprobs),
                 )
+                output[position] += logprobs.read(logprobs.tensors)
             row += count
         if item.num_samples:
             sampled_rows.append(row)

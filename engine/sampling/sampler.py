@@ -8,7 +8,7 @@ batch, as long as its logits are the same.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntFlag
 
 import numpy as np
@@ -23,8 +23,10 @@ from ..scheduling.step_plan import ScheduledSequence
 from ..transfer import to_device
 from .bad_words import BadWords
 from .grammar import Grammar
+from .kept_settings import KeptSettings
 from .logits_processors import Penalties, TokenTable, Users
-from .logprobs import TokenLogprobs, take_prompt, token_logprobs
+from .logprobs import LogprobTensors, take_prompt
+from .samples import LaunchedSamples, SamplerOutput
 from .structured import StructuredOutputs
 
 _MAX_INT = 2**62  # requests may contain any integer; the arrays hold 64 bits
@@ -56,23 +58,6 @@ _SETTINGS = np.dtype(
         ("logprobs", np.int64),
     ]
 )
-
-
-@dataclass
-class SamplerOutput:
-    """Hold the tokens sampled in a step. Dictionaries are keyed by the sequence's position in the plan.
-
-    Args:
-        token_ids: the ``num_samples`` tokens of each scheduled sequence; none for beams.
-        logprobs: log probabilities of these tokens, for sequences that ask for them.
-        prompt_logprobs: log probabilities of the prompt tokens from ``start + 1`` on.
-        candidates: candidates of the beams.
-    """
-
-    token_ids: list[list[int]]
-    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    candidates: dict[int, Candidates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +92,7 @@ class Sampler:
         self._allowed, self._ending, self._biases = TokenTable(), TokenTable(), TokenTable()
         self._bad_words, self._penalties = BadWords(), Penalties()
         self._grammars: dict[SequenceGroup, Grammar] = {}
+        self._kept_settings = KeptSettings()
         self._structured = StructuredOutputs(eos_token_ids)
         self._processors: tuple[tuple[_Use, TokenTable | BadWords | Penalties | StructuredOutputs], ...] = (
             (_Use.GRAMMAR, self._structured),
@@ -117,9 +103,16 @@ class Sampler:
             (_Use.PENALTIES, self._penalties),
         )
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> SamplerOutput:
+        """Sample the tokens of a step and wait for them; see `launch`."""
+        return self.launch(logits, scheduled).result()
+
+    @torch.inference_mode()
+    def launch(self, logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> LaunchedSamples:
         """Sample the tokens of a step.
+
+        The host waits only for what it has to know: candidates of beams, log probabilities of prompts. Of
+        sequences whose last token it does not know yet it needs none (see `Overlap`).
 
         Args:
             logits: ``[N, vocabulary]``: for each scheduled sequence, in order, ``num_prompt_logits`` rows
@@ -133,7 +126,7 @@ class Sampler:
         if any(scheduled[position].group.params.beam_width for position in planned):
             logits, planned = _take_beams(logits, scheduled, planned, output)
         if not planned:
-            return output
+            return LaunchedSamples(output)
         batch = self._batch([scheduled[position] for position in planned])
         uses = batch.settings["uses"]
         used = int(np.bitwise_or.reduce(uses))
@@ -144,13 +137,9 @@ class Sampler:
             logits = logits.float()
             self._change(logits, batch, used)
         tokens = self._choose(logits, batch)
-        token_ids, ends = tokens.tolist(), batch.num_samples.cumsum().tolist()
-        for position, end in zip(planned, ends):
-            output.token_ids[position] = token_ids[end - scheduled[position].num_samples : end]
-        if len(with_logprobs):
-            logprobs = _sampled_logprobs(original, with_logprobs, batch, tokens)
-            output.logprobs = {planned[i]: of_seq for i, of_seq in zip(with_logprobs, logprobs)}
-        return output
+        logprobs = _sampled_logprobs(original, with_logprobs, batch, tokens) if len(with_logprobs) else None
+        counts = batch.num_samples
+        return LaunchedSamples(output, planned, counts, tokens, with_logprobs, logprobs)
 
     def check(self, params: SamplingParams, vocab_size: int) -> None:
         """Check that a request always leaves tokens to sample.
@@ -227,6 +216,7 @@ class Sampler:
             self._settings = np.append(self._settings, np.zeros(new - old, dtype=_SETTINGS))
             self._free = list(range(new - 1, old - 1, -1))
         row = self._free.pop()
+        self._kept_settings.forget()
         uses = _Use(0)
         if params.needs_logprobs:
             uses |= _Use.LOGPROBS
@@ -304,12 +294,15 @@ class Sampler:
             order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
             index = np.where(counts[row_of] > 1, order.astype(np.uint64), index[row_of])
             logits, settings, lengths = logits[_on(logits, row_of)], settings[row_of], lengths[row_of]
-        names = ("temperature", "min_p", "top_k", "top_p", "seed")
-        columns = [np.ascontiguousarray(settings[name]) for name in names]
-        integers = [columns[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64), lengths]
-        temperature, min_p, top_k, top_p, seeds, indices, positions = to_device(
-            [*columns[:-1], *integers], logits.device
-        )
+
+        def columns() -> list[np.ndarray]:
+            names = ("temperature", "min_p", "top_k", "top_p", "seed")
+            values = [np.ascontiguousarray(settings[name]) for name in names]
+            return [*values[:-1], values[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64)]
+
+        key = batch.rows.tobytes() + counts.tobytes()
+        kept, positions = self._kept_settings.of(key, columns, lengths, logits.device)
+        temperature, min_p, top_k, top_p, seeds, indices = kept
         return sample(
             logits,
             temperature=temperature,
@@ -344,18 +337,16 @@ def _take_beams(
 
 def _sampled_logprobs(
     logits: torch.Tensor, which: np.ndarray, batch: _Batch, tokens: torch.Tensor
-) -> list[list[TokenLogprobs]]:
-    """Return the log probabilities of the sampled tokens of sequences ``which``, whose logits are given."""
+) -> LogprobTensors:
+    """Compute the log probabilities of the sampled tokens of sequences ``which``, whose logits are given."""
     counts = batch.num_samples[which]
     row_of = np.repeat(np.arange(len(which)), counts)
     order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
     first = batch.num_samples.cumsum() - batch.num_samples
     sampled = tokens[_on(logits, first[which][row_of] + order)]
     num_top = batch.settings["logprobs"][which][row_of]
-    logprobs = token_logprobs(logits, _on(logits, row_of), sampled, num_top)
-    ends = counts.cumsum()
-    return [logprobs[end - count : end] for end, count in zip(ends, counts)]
+    return LogprobTensors(logits, _on(logits, row_of), sampled, num_top)
 
 
 def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).to(like.device)
+    return to_device([array], like.device)[0]

@@ -32,10 +32,17 @@ class FailedStep:
         )
         self._parts.extendleft(half for half in reversed(halves) if half)
 
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
     def next(self) -> Part:
-        """Return the next part, without requests that were aborted meanwhile; empty when none is left."""
+        """Return the next part, without sequences that have ended meanwhile; empty when none is left."""
         while self._parts:
-            part = tuple(item for item in self._parts.popleft() if item.group.status is Status.RUNNING)
+            part = tuple(
+                item
+                for item in self._parts.popleft()
+                if item.group.status is Status.RUNNING and not item.seq.finished
+            )
             if part:
                 return part
         return ()

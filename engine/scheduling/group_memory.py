@@ -31,10 +31,11 @@ class GroupMemory:
     def keys(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> list[bytes]:
         """Return the keys of a sequence's full blocks, at least of those in its first ``num_tokens`` tokens.
 
-        Empty without a prefix cache.
+        A block with a token that is not known yet has no key. Empty without a prefix cache.
         """
         size = self._blocks.block_size
         if self._caching and num_tokens >= (len(seq.keys) + 1) * size:
+            num_tokens = min(num_tokens, seq.num_known)
             extend_keys(seq.keys, group.root_key, seq.token_ids, num_tokens, size)
         return seq.keys
 

@@ -21,8 +21,11 @@ class Status(Enum):
 class Sequence:
     """One output of a request: the prompt and the tokens sampled after it.
 
-    The first ``num_computed`` tokens have their keys and values in the cache. While decoding that is all but
-    the last token.
+    The first ``num_computed`` tokens have their keys and values in the cache, or get them by steps that were
+    launched. While decoding that is all but the last token.
+
+    A token that a launched step samples, and that the host does not know yet, stands in ``token_ids`` as
+    ``-1 - row``: ``row`` is its row in that step's tensor of sampled tokens, which the device has.
     """
 
     seq_id: int
@@ -47,12 +50,23 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_known(self) -> int:
+        """Return the number of tokens, without those at the end that launched steps sample."""
+        token_ids = self.token_ids
+        count = len(token_ids)
+        while token_ids[count - 1] < 0:
+            count -= 1
+        return count
+
+    @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_len :]
+        """Return the output's tokens, as far as they are known."""
+        return self.token_ids[self.prompt_len : self.num_known]
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.prompt_len
+        """Return the number of the output's tokens, as far as they are known."""
+        return self.num_known - self.prompt_len
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class SequenceGroup:
     rank: tuple[int, int] = (0, 0)  # lower ranks come first
     root_key: bytes = b""  # the prefix hash before its first block
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
+    needs_host: str | None = None  # why its tokens have to be known before the next step; see `Overlap`
     forked: bool = False  # the first tokens are sampled; before, `seqs` has the first sequence only
     prefilling: bool = True  # a sequence has more to compute than its last token
     beams: Beams | None = None  # the state of its beam search

@@ -21,6 +21,7 @@ from ..memory.prefix_hash import root_key
 from .admission_check import AdmissionCheck, Turn
 from .contiguous_memory import group_memory
 from .failed_step import readers_of_others
+from .overlap import reason_for_host
 from .pinned_prefixes import PinnedPrefixes
 from .preemption import Preemption
 from .queues import Queues
@@ -76,7 +77,7 @@ class Scheduler:
     # -- requests ------------------------------------------------------------------------------------
 
     def has_unfinished(self) -> bool:
-        """Return whether a request or a prefix has tokens to compute."""
+        """Return whether a request or a prefix has tokens to compute, besides those of launched steps."""
         return len(self._queues) > 0
 
     def add(self, group: SequenceGroup, seed: int) -> None:
@@ -88,19 +89,21 @@ class Scheduler:
         self._prepare(group, seed)
         self._admission.check(group)
         group.stop_ids = group.params.ending_tokens(self._eos_token_ids)
+        group.needs_host = reason_for_host(group)
         if group.params.beam_width:
             group.beams = Beams()
         self._queues.add(group)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a request wherever it is and free what it holds."""
-        for seq in list(group.live):
-            self.finish(group, seq, "abort")
+        for seq in group.seqs:
+            if not seq.finished:
+                self.finish(group, seq, "abort")
 
     def finish(
         self, group: SequenceGroup, seq: Sequence, reason: str, stop_reason: str | int | None = None
     ) -> None:
-        """End a sequence and free its blocks; with the last one the group leaves the queues."""
+        """End a sequence by its last known token and free its blocks; with the last one the group ends."""
         self._sequences.finish(group, seq, reason, stop_reason)
 
     def _prepare(self, group: SequenceGroup, seed: int) -> None:
@@ -144,9 +147,11 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Plan the next step and take the blocks it needs.
 
-        The caller runs the step and then calls `update`; or, after an error, `moves_failed`, or `hold` and an
-        `update` for every part that could be computed.
+        The caller launches the step and calls `advance`; or, after an error, `moves_failed`, or `hold` and an
+        `advance` for every part that could be launched. The tokens of the step before may be unknown, unless
+        `Overlap` has a reason to wait for them; those of earlier steps are not.
         """
+        self._sequences.retire()
         draft = Draft(self._max_num_batched_tokens)
         admits = not (self._static_batching and self.running)
         victim = self._make_way(draft) if admits and self._by_priority and self._memory.preempts else None
@@ -156,21 +161,31 @@ class Scheduler:
             self._admit(draft, victim)
         return draft.freeze()
 
-    def update(
+    def advance(self, plan: Plan) -> None:
+        """Record that a step was launched: what it computes and samples, but for the tokens.
+
+        In the order of the launches, each followed by a `resolve`, also in this order.
+        """
+        self._blocks.confirm()
+        self._sequences.advance(plan)
+
+    def resolve(
         self,
         plan: Plan,
         samples: SequenceABC[SequenceABC[int]],
         candidates: Mapping[int, Candidates] | None = None,
-    ) -> None:
-        """Record what a step computed.
+    ) -> list[ScheduledSequence]:
+        """Record the tokens that a launched step has sampled, and end the sequences that they end.
 
         Args:
             plan: the step.
             samples: for every scheduled sequence its sampled tokens, ``num_samples`` of them; none for beams.
             candidates: of the beams, by their position in the plan.
+
+        Returns:
+            The scheduled sequences that ended after the launch, whose tokens count for nothing.
         """
-        self._blocks.confirm()
-        self._sequences.extend(plan, samples, candidates or {})
+        return self._sequences.resolve(plan, samples, candidates or {})
 
     def hold(self, scheduled: SequenceABC[ScheduledSequence]) -> list[ScheduledSequence]:
         """Keep the plan of a step that failed while it was computed, to be computed in parts.
@@ -180,7 +195,7 @@ class Scheduler:
         they could not run without them.
 
         Returns:
-            What can be computed in any order, group by group, each followed by an `update`.
+            What can be computed in any order, group by group, each followed by an `advance`.
         """
         self._blocks.revoke()
         dependent = readers_of_others(scheduled, self._blocks)
@@ -193,10 +208,10 @@ class Scheduler:
         swapped = [group for group in self.preempted if group.status is Status.SWAPPED]
         self._start_again([*self.running, *swapped])
 
-    def _start_again(self, groups: list[SequenceGroup]) -> None:
+    def _start_again(self, groups: list[SequenceGroup], keep: bool = False) -> None:
         for group in groups:
             self._queues.remove(group)
-            self._memory.drop(group, keep=False)
+            self._memory.drop(group, keep)
             self._queues.add(group)
 
     # -- running groups ------------------------------------------------------------------------------
@@ -316,7 +331,12 @@ class Scheduler:
                 count = min(len(first.token_ids) - cached, draft.budget)
                 turn = [(first, count)] if count > 0 else []
             if not turn or needed + reserved > self._blocks.gpu.num_free:
-                return
+                if group.status is not Status.SWAPPED or self.running:
+                    return
+                # It has a copy of its own of blocks that a prefix was given since, and never fits beside it.
+                self._blocks.note("recompute", [seq.seq_id for seq in group.live])
+                self._start_again([group], keep=True)
+                continue
             self._queues.remove(group)
             if group.status is Status.SWAPPED:
                 draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.live])

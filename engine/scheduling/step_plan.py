@@ -34,7 +34,7 @@ class ScheduledSequence:
 
     @property
     def receivers(self) -> list[Sequence]:
-        """Return the sequences of the samples, in order; to be called after the plan's `Scheduler.update`."""
+        """Return the sequences of the samples, in order; to be called after `Scheduler.advance`."""
         return [self.seq] if self.num_samples == 1 else self.group.seqs[: self.num_samples]
 
 
@@ -44,12 +44,15 @@ class Plan:
 
     Args:
         swap_out: (GPU block, CPU block). swap_in: (CPU block, GPU block). copies: (source, destination).
+        ending: the sequences to which the step gives the last token that they may have; set by
+            `Scheduler.advance`.
     """
 
     scheduled: tuple[ScheduledSequence, ...] = ()
     swap_out: BlockPairs = ()
     swap_in: BlockPairs = ()
     copies: BlockPairs = ()
+    ending: list[tuple[SequenceGroup, Sequence]] = field(default_factory=list)
 
 
 @dataclass

@@ -221,7 +221,9 @@ def test_what_ends_programs_is_not_tried_again(llama_dir, monkeypatch, error):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("method", ["_scheduler.schedule", "_scheduler.update", "check_integrity"])
+@pytest.mark.parametrize(
+    "method", ["_scheduler.schedule", "_scheduler.advance", "_scheduler.resolve", "check_integrity"]
+)
 def test_an_engine_that_may_be_wrong_about_itself_is_dead_at_once(llama_dir, monkeypatch, method):
     calls = []
 

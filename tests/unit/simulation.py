@@ -20,6 +20,8 @@ SALTS = (None, "salt")
 class Simulation(SimulatedEngine):
     """Steps the simulated engine and computes in a simulated memory."""
 
+    ends = (EOS,)  # tokens that end an output
+
     def __init__(
         self,
         *,
@@ -117,7 +119,8 @@ class Simulation(SimulatedEngine):
             samples.append([] if is_beam else [self.draw() for _ in range(item.num_samples)])
             if is_beam and item.num_samples:
                 candidates[position] = self.draw_candidates(item.group)
-        self.scheduler.update(plan, samples, candidates)
+        self.scheduler.advance(plan)
+        self.scheduler.resolve(plan, samples, candidates)
 
     def fail(self) -> None:
         """A step that ends in an error; what it was to write and to move is poison."""
@@ -274,7 +277,7 @@ class Simulation(SimulatedEngine):
                 elif seq.finish_reason == "length":
                     assert seq.num_output_tokens == group.max_tokens
                 elif seq.finish_reason == "stop":
-                    assert seq.token_ids[-1] == EOS
+                    assert seq.token_ids[-1] in self.ends
                 assert seq.token_ids[: seq.prompt_len] == group.prompt_token_ids
 
     @staticmethod

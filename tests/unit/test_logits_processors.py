@@ -156,7 +156,7 @@ def test_who_asks_for_nothing_pays_nothing(monkeypatch):
     heavy = SamplingParams(presence_penalty=1, logit_bias={1: 2.0}, min_tokens=5, stop_token_ids=[2])
     sampler.sample(torch.randn(1, VOCABULARY), [sequence(heavy, [[1, 2]], [1], [])])
     monkeypatch.setattr(Sampler, "_change", lambda *_: pytest.fail("the logits are changed"))
-    monkeypatch.setattr("cupaged.engine.sampling.sampler.token_logprobs", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("cupaged.engine.sampling.sampler.LogprobTensors", lambda *_: pytest.fail("looked up"))
     plain = [sequence(SamplingParams(temperature=t), [], [1], []) for t in (0, 0.5, 0, 1)]
     sampler.sample(torch.randn(4, VOCABULARY), plain)
 

@@ -43,7 +43,7 @@ def test_three_requests_over_two_steps():
     ]
     assert [item.num_samples for item in step.scheduled] == [1, 1, 0]  # "c" has a token of its prompt to come
     assert [list(blocks.table(item.seq.seq_id)) for item in step.scheduled] == [[0, 1], [0, 2], [3]]
-    scheduler.update(step, [[10], [EOS], []])  # the model ends "b"
+    update(scheduler, step, [[10], [EOS], []])  # the model ends "b"
     assert [group.request_id for group in scheduler.running] == ["a", "c"]
 
     # "a" decodes its token, and the prompt of "c" is completed.
@@ -52,9 +52,14 @@ def test_three_requests_over_two_steps():
         ("a", 5, 1),
         ("c", 1, 1),
     ]
-    scheduler.update(step, [[11], [12]])  # the second token of "a" is its last
+    update(scheduler, step, [[11], [12]])  # the second token of "a" is its last
     assert [group.request_id for group in scheduler.running] == ["c"]
     assert blocks.gpu.num_free == 5
+
+
+def update(scheduler, step, samples):
+    scheduler.advance(step)
+    scheduler.resolve(step, samples)
 
 
 REQUEST = st.fixed_dictionaries(
@@ -450,3 +455,18 @@ def test_nobody_reads_what_one_that_failed_never_wrote():
     simulation.scheduler.abort(first)
     simulation.run()
     assert second.seqs[0].finish_reason == "length"
+
+
+def test_a_request_comes_back_beside_a_prefix_that_was_pinned_while_it_was_swapped_out():
+    """It has computed half a block of what the prefix holds: with that copy of its own it does not fit."""
+    simulation = Simulation(
+        num_blocks=12, num_cpu_blocks=24, block_size=2, budget=11, mode="swap", by_priority=True
+    )
+    prompt = simulation.prompt(19)
+    group = simulation.add(prompt, 2, priority=1)
+    simulation.step()
+    simulation.add_prefix(prompt[:16])
+    simulation.step()
+    assert group.status is Status.SWAPPED
+    simulation.run()
+    assert group.finished
