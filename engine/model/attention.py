@@ -35,6 +35,7 @@ class AttentionMetadata:
         rotary_halves: what fused layers share in a step: cosines and sines as the operator takes them, by the
             id of the model's own, which stand beside them.
         workspace: the `Workspace` in which the tensors of this step always are; None: they are new.
+        buffer: where fused layers write intermediate results (`workspace.Buffer`); None: into new memory.
     """
 
     kv_caches: tuple[torch.Tensor, ...]
@@ -47,6 +48,7 @@ class AttentionMetadata:
     shared_prefix: bool = False
     rotary_halves: dict[int, Any] = field(default_factory=dict)
     workspace: Any = None
+    buffer: Any = None
 
 
 def register_attention() -> None:

@@ -194,6 +194,7 @@ class ModelRunner:
                 windows=self._windows,
                 shared_prefix=self.device.type != "cpu"
                 and shares_prefix(inputs.block_tables, cache.shape.block_size),
+                buffer=None if self._workspaces is None else self._workspaces.buffer(len(inputs.token_ids)),
             )
         if sampled is not None and (inputs.token_ids < 0).any():
             rows = (-1 - token_ids).clamp_(min=0)

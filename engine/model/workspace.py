@@ -22,6 +22,34 @@ from .kv_cache import KVCache
 MAX_SEQS = 64  # maximum number of sequences: from there on arithmetic takes almost all of the time
 _MAX_WORKSPACES = 64
 Halves = tuple[torch.Tensor, torch.Tensor]
+# Returns where to write the intermediate result of a name, ``[T, columns]``.
+Buffer = Callable[[str, int], torch.Tensor]
+
+
+class Buffers:
+    """Keep the memory of intermediate results: pages of new memory are mapped one by one when written.
+
+    Args:
+        dtype: dtype of the results.
+        num_rows: number of rows for which memory is taken at first; it grows with the steps.
+    """
+
+    def __init__(self, dtype: torch.dtype, num_rows: int = 0) -> None:
+        self._dtype, self._num_rows = dtype, num_rows
+        self._memory: dict[tuple[str, int], torch.Tensor] = {}
+
+    def of(self, num_rows: int) -> Buffer:
+        """Return the buffer of a step of so many tokens. The buffers of all steps share their memory."""
+        self._num_rows = max(self._num_rows, num_rows)
+
+        def buffer(name: str, columns: int) -> torch.Tensor:
+            memory = self._memory.get((name, columns))
+            if memory is None or memory.numel() < num_rows * columns:
+                memory = torch.empty(self._num_rows * columns, dtype=self._dtype)
+                self._memory[name, columns] = memory
+            return memory[: num_rows * columns].view(num_rows, columns)
+
+        return buffer
 
 
 class Workspace:
@@ -32,7 +60,7 @@ class Workspace:
         windows: sliding window of each layer.
         num_seqs: number of sequences, with one token each.
         width: number of columns of the block tables.
-        buffer: returns the intermediate result of a name, ``[num_seqs, columns]``.
+        buffer: where intermediate results are written.
 
     Attributes:
         tapes: by module, its calls and its result.
@@ -44,7 +72,7 @@ class Workspace:
         windows: tuple[int | None, ...],
         num_seqs: int,
         width: int,
-        buffer: Callable[[str, int], torch.Tensor],
+        buffer: Buffer,
     ) -> None:
         self.buffer = buffer
         self.tapes: dict[torch.nn.Module, tuple[Tape, torch.Tensor]] = {}
@@ -95,7 +123,8 @@ class Workspaces:
         self._windows, self._dtype = windows, dtype
         self._cache: KVCache | None = None
         self._workspaces: OrderedDict[tuple[int, ...], Workspace] = OrderedDict()
-        self._memory: dict[tuple[str, int], torch.Tensor] = {}  # of the intermediate results, used by all
+        self._buffers = Buffers(dtype, MAX_SEQS)  # of all workspaces; they stay in place
+        self._any_size = Buffers(dtype)
 
     def get(self, cache: KVCache, num_seqs: int, width: int) -> Workspace | None:
         """Return the workspace for decode steps of a size; None for more sequences than `MAX_SEQS`.
@@ -114,17 +143,11 @@ class Workspaces:
         if workspace is None:
             if len(self._workspaces) == _MAX_WORKSPACES:
                 self._workspaces.popitem(last=False)
-            workspace = Workspace(cache, self._windows, num_seqs, width, self._buffer(num_seqs))
+            workspace = Workspace(cache, self._windows, num_seqs, width, self._buffers.of(num_seqs))
             self._workspaces[key] = workspace
         self._workspaces.move_to_end(key)
         return workspace
 
-    def _buffer(self, num_seqs: int) -> Callable[[str, int], torch.Tensor]:
-        def buffer(name: str, columns: int) -> torch.Tensor:
-            memory = self._memory.get((name, columns))
-            if memory is None:
-                memory = torch.empty(MAX_SEQS * columns, dtype=self._dtype)
-                self._memory[name, columns] = memory
-            return memory[: num_seqs * columns].view(num_seqs, columns)
-
-        return buffer
+    def buffer(self, num_tokens: int) -> Buffer:
+        """Return where a step that has no workspace writes its intermediate results."""
+        return self._any_size.of(num_tokens)

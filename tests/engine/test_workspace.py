@@ -11,7 +11,7 @@ import cupaged
 from cupaged.backends.cpu import launch
 from cupaged.backends.cpu.tape import Tape, recorded
 from cupaged.engine import SamplingParams
-from cupaged.engine.model.workspace import MAX_SEQS, Workspace
+from cupaged.engine.model.workspace import MAX_SEQS, Buffers, Workspace, Workspaces
 from tests import tiny_models
 
 from .harness import finish, small_engine
@@ -76,10 +76,18 @@ def test_a_replayed_step_has_the_bits_of_a_new_one(directories, seed, monkeypatc
     assert replayed._runner._workspaces is not None
     plain._runner._workspaces = None
     begin_step, replays = Workspace.begin_step, []
+    workspaces = replayed._runner._workspaces
+
+    def poison(buffers: Buffers) -> None:
+        for memory in buffers._memory.values():
+            memory.fill_(float("nan"))
+
+    def poisoned_buffer(num_tokens: int):
+        poison(workspaces._any_size)
+        return Workspaces.buffer(workspaces, num_tokens)
 
     def poisoned(self, *inputs):
-        for memory in replayed._runner._workspaces._memory.values():
-            memory.fill_(float("nan"))
+        poison(workspaces._buffers)
         for parts in self._halves:
             for part in parts:
                 part.fill_(float("nan"))
@@ -93,6 +101,7 @@ def test_a_replayed_step_has_the_bits_of_a_new_one(directories, seed, monkeypatc
         return replay(self)
 
     monkeypatch.setattr(Workspace, "begin_step", poisoned)
+    monkeypatch.setattr(workspaces, "buffer", poisoned_buffer)
     monkeypatch.setattr(Tape, "replay", counted)
     actual, expected = seen_logits(replayed, seed), seen_logits(plain, seed)
     assert len(actual) == len(expected)
@@ -149,6 +158,24 @@ def test_larger_steps_and_other_models_run_as_they_are(llama_dir, tmp_path):
     assert small_engine(llama_dir, fuse=False)._runner._workspaces is None
     tiny_models.save("opt", tmp_path)
     assert small_engine(str(tmp_path))._runner._workspaces is None
+
+
+def test_buffers_of_all_sizes_share_memory(seed):
+    """A smaller step writes where a larger one did, so that no new page is mapped; names keep apart."""
+    rng, buffers, largest = random.Random(seed), Buffers(torch.float32), 0
+    for _ in range(20):
+        num_rows = rng.randint(1, 100)
+        addresses = {name: memory.data_ptr() for name, memory in buffers._memory.items()}
+        buffer = buffers.of(num_rows)
+        names = [("a", 5), ("a", 7), ("b", 5)]
+        for number, (name, columns) in enumerate(names):
+            rows = buffer(name, columns)
+            assert rows.shape == (num_rows, columns)
+            assert rows.is_contiguous()
+            assert num_rows > largest or rows.data_ptr() == addresses[name, columns]
+            rows.fill_(number)
+        assert [float(buffer(*name).unique()) for name in names] == [0, 1, 2]
+        largest = max(largest, num_rows)
 
 
 def test_few_workspaces_are_kept(llama_dir):

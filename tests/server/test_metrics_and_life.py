@@ -180,7 +180,8 @@ def test_a_server_that_stops_answers_every_request(llama_dir, monkeypatch):
     assert done == "data: [DONE]"
 
 
-@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.matrix), True])
+@pytest.mark.matrix
+@pytest.mark.parametrize("busy", [False, True])
 def test_ctrl_c_ends_the_command_cleanly(llama_dir, busy):
     command = [sys.executable, "-m", "cupaged.serve", "--model", llama_dir, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(

@@ -188,7 +188,8 @@ def ask_in_vain(server: Command) -> None:
         ask(server)
 
 
-@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("signals", [1, 2])
 def test_signals_end_a_command_whose_step_hangs(llama_dir, signals):
     """The main thread runs no instruction of Python any more."""
     timeout = "0.3" if signals == 1 else "60"

@@ -80,6 +80,7 @@ def test_properties_do_not_draw_from_the_modules_that_are_loaded(run, tmp_path):
     )
 
 
+@pytest.mark.matrix
 def test_fresh_seeds_are_new_and_only_what_draws_runs(run):
     lines, output = run("--fresh", "3", "-n", "2")
     again, _ = run("--fresh", "3")

@@ -329,7 +329,7 @@ class FusedLayer:
                 replay(hidden_states, keywords, paged.workspace)
                 return hidden_states
             residual, x = (hidden_states.view(-1, size),) * 2 if source is None else source.take()
-            x = compute(residual, x, halves(keywords), paged, _new)
+            x = compute(residual, x, halves(keywords), paged, paged.buffer or _new)
             if linked:
                 link.residual, link.addend = residual, x
             else:
