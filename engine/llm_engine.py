@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import weakref
 from collections import deque
 from dataclasses import replace
 from os import PathLike, fspath
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from cupaged.device import choose_device
 
 from .config import EngineConfig
+from .distributed.launch import RankGroup
+from .distributed.plan import check_divides
+from .distributed.rank import is_follower, run_follower
+from .distributed.ranks import RankError
 from .launched_step import LaunchedStep
 from .memory.block_manager import BlockManager
 from .model import demo_model
-from .model.attention import ATTENTION_NAME, register_attention
-from .model.cache_size import CacheSize, choose_cache_size
-from .model.dry_run import dry_run
+from .model.dry_run import probe
 from .model.generation_config import ending_token_ids, generation_config, sampling_defaults
-from .model.kv_cache import KVCache, KVShape
-from .model.kv_scales import calibrate
-from .model.loader import load_model, model_length
-from .model.model_files import check_generation_config, check_length
-from .model.model_runner import ModelRunner
-from .model.progress import without_bars
+from .model.model_files import check_generation_config
 from .model.step_timer import StepTimer
-from .model.vocabulary import Vocabulary
+from .model.worker import Worker
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput, Totals
 from .prompts import Prompt, PromptReader
@@ -50,6 +47,8 @@ class LLMEngine:
     Args:
         model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
         config: settings.
+        group: the ranks of ``tensor_parallel_size``, to be used by several engines in turn; None: they are
+            started, and end with the engine.
 
     Raises:
         ValueError: the model or a setting cannot be served.
@@ -57,25 +56,26 @@ class LLMEngine:
             missing.
     """
 
-    def __init__(self, model: str | PathLike[str] | None = None, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        group: RankGroup | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         check_generation_config(config.generation_config)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
-        loaded, self.tokenizer = self._load(None if model is None else fspath(model))
         self.model_name = demo_model.NAME if model is None else fspath(model)
+        worker = self._start(None if model is None else fspath(model), group)
+        loaded, self.tokenizer, self._runner = worker.model, worker.tokenizer, worker.runner
         self.dtype = loaded.dtype
-        self._runner = ModelRunner(loaded)
-        self._runner.rewrite(config.block_size, config.fuse)
-        self._vocabulary = Vocabulary.of(loaded)
-        shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
-        model_len = check_length(config.max_model_len, model_length(loaded.config))
-        size = choose_cache_size(config, self._runner, shape, model_len)
+        self._vocabulary, shape, size = worker.vocabulary, worker.shape, worker.size
         self.max_model_len = size.max_model_len
         self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
         self._blocks = BlockManager(
             size.num_gpu_blocks, size.num_cpu_blocks, config.block_size, config.eviction_policy
         )
-        self._cache = self._allocate_cache(shape, size)
+        self._cache = worker.cache
         self._rates = Rates(shape.block_bytes)
         self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")
         self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
@@ -94,27 +94,24 @@ class LLMEngine:
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
 
-    def _load(self, model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        register_attention()
-        with without_bars(model is None):  # the demo model is small, and its download has a bar
-            loaded, tokenizer = load_model(
-                model,
-                dtype=self.config.dtype,
-                device=str(self.device),
-                attn_implementation=ATTENTION_NAME,
-                max_model_len=self.config.max_model_len,
-                trust_remote_code=self.config.trust_remote_code,
-            )
-        if self.device.type == "cpu":
-            # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
-            torch.zeros(1).exp_()
-        return loaded, tokenizer
-
-    def _allocate_cache(self, shape: KVShape, size: CacheSize) -> KVCache:
-        self._runner.settle_frequencies(size.max_model_len)
-        longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
-        scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
-        return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+    def _start(self, model: str | None, group: RankGroup | None) -> Worker:
+        """Load the model, among several ranks if the config says so."""
+        config = self.config
+        self._group = None
+        if config.tensor_parallel_size == 1:
+            return Worker(model, config, self.device)
+        check_divides(model, config)
+        if is_follower(config.tensor_parallel_size):
+            run_follower(self.device.type, config.distributed_timeout_seconds)
+        self._owns_group = group is None
+        self._group = group = group or RankGroup(config, self.device)
+        self.device = group.ranks.device
+        weakref.finalize(self, _let_go, group, self._owns_group)
+        with group.explained():
+            group.leader.load(model, config)
+            worker = Worker(model, config, self.device, group.ranks)
+        worker.runner.before_step = group.leader.step
+        return worker
 
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
@@ -284,8 +281,10 @@ class LLMEngine:
             self._timer.move_blocks(plan)
             moved = True
             sampled = self._launched[-1].sampled if self._launched else None
-            logits = self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
+            logits = self._run(plan, sampled)
             samples = self._sampler.launch(logits, plan.scheduled)
+        except RankError:
+            raise
         except BaseException as error:
             self._timer.step_failed()
             self._totals.failed_steps += 1
@@ -298,6 +297,14 @@ class LLMEngine:
             return LaunchedStep(plan, error=error)
         self._scheduler.advance(plan)
         return LaunchedStep(plan, samples)
+
+    def _run(self, plan: Plan, sampled: torch.Tensor | None) -> torch.Tensor:
+        """Run the model. An error among several ranks ends the engine: the others would wait for this one."""
+        if self._group is None:
+            return self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
+        self._group.leader.moved(plan)
+        with self._group.explained(always=True):
+            return self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
 
     def _resolve(self, step: LaunchedStep) -> list[RequestOutput]:
         """Wait for the samples of a step, end the sequences that they end and build the outputs."""
@@ -330,8 +337,13 @@ class LLMEngine:
 
         An error means that the engine itself does not work.
         """
-        shape = self._runner.kv_shape(self.config.block_size)
-        dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
+        announce, self._runner.before_step = self._runner.before_step, None
+        try:
+            if self._group is not None:
+                self._group.leader.probe()
+            probe(self._runner, self.config.block_size, SamplingParams(temperature=0))
+        finally:
+            self._runner.before_step = announce
 
     def warm_up(self) -> None:
         """Run a small request and move blocks, so that what is compiled at its first use delays no real one.
@@ -339,13 +351,14 @@ class LLMEngine:
         To be called before there are requests. The totals of `stats` are as before.
         """
         gpu, cpu = self._blocks.gpu, self._blocks.cpu
-        self._cache.move_blocks(
-            Plan(
-                swap_out=((0, 0),) if cpu.num_blocks else (),
-                swap_in=((0, 0),) if cpu.num_blocks else (),
-                copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
-            )
+        moves = Plan(
+            swap_out=((0, 0),) if cpu.num_blocks else (),
+            swap_in=((0, 0),) if cpu.num_blocks else (),
+            copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
         )
+        self._cache.move_blocks(moves)
+        if self._group is not None:
+            self._group.leader.moved(moves)
         self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
@@ -393,6 +406,20 @@ class LLMEngine:
         if cpu.num_free != cpu.num_blocks:
             raise RuntimeError("no request is left, and blocks of the swap space are not free")
 
+    def close(self) -> None:
+        """End the other ranks, if the model is divided."""
+        if self._group is not None:
+            _let_go(self._group, self._owns_group)
+
     def _forget(self, group: SequenceGroup) -> None:
         self._sampler.release(group)
         self._processor.forget(group)
+
+
+def _let_go(group: RankGroup, owned: bool) -> None:
+    """End the ranks of an engine, or let them forget its model."""
+    if owned:
+        group.close()
+    elif group.failure is None:
+        with contextlib.suppress(RuntimeError):
+            group.leader.drop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class ModelRunner:
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
         self._workspaces: Workspaces | None = None
+        # Called with the batch of each step and `sampled` before it is computed, to tell the other ranks.
+        self.before_step: Callable[[StepInputs, torch.Tensor | None], None] | None = None
 
     @property
     def window(self) -> int | None:
@@ -169,9 +172,18 @@ class ModelRunner:
             ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token.
         """
         inputs = StepInputs.of(scheduled, blocks)
+        if self.before_step is not None:
+            self.before_step(inputs, sampled)
+        return self.run_inputs(inputs, cache, sampled)
+
+    @torch.inference_mode()
+    def run_inputs(
+        self, inputs: StepInputs, cache: KVCache, sampled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute a batch; `run` says what is returned."""
         workspace = None
         if inputs.is_decode and self._workspaces is not None:
-            workspace = self._workspaces.get(cache, len(scheduled), inputs.block_tables.shape[1])
+            workspace = self._workspaces.get(cache, len(inputs.seq_lens), inputs.block_tables.shape[1])
         read = [inputs.token_ids, inputs.positions, inputs.kept_rows]
         if workspace is not None:
             workspace.begin_step(inputs.slots, inputs.block_tables, inputs.seq_lens)

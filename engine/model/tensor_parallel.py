@@ -22,8 +22,8 @@ _WITHOUT_COLLECTIVE = ("replicated_with_grad_allreduce", "replicate", "local_par
 _SUMMED = ("moe_tp_experts", "all_reduce")
 
 
-class Collectives(Protocol):
-    """What the layers need of the group of ranks."""
+class Ranks(Protocol):
+    """What a model that is divided needs of the group of ranks."""
 
     rank: int
     size: int
@@ -33,6 +33,15 @@ class Collectives(Protocol):
 
     def join_columns(self, tensor: torch.Tensor, num_columns: int) -> torch.Tensor:
         """Return the ``[..., num_columns]`` of which each rank has consecutive columns."""
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+
+    def smallest(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers."""
+
+    def check_agreement(self, facts: dict[str, str]) -> None:
+        """Check that what the ranks have found out is the same."""
 
 
 class RowParallelLinear(torch.nn.Module):
@@ -82,7 +91,7 @@ class GatheringLinear(torch.nn.Module):
         out_features: number of outputs of all ranks.
     """
 
-    def __init__(self, linear: torch.nn.Linear, ranks: Collectives, out_features: int) -> None:
+    def __init__(self, linear: torch.nn.Linear, ranks: Ranks, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, out_features
         self.local, self._ranks = linear, ranks
@@ -105,7 +114,7 @@ class VocabParallelEmbedding(torch.nn.Module):
         num_embeddings: number of rows of all ranks.
     """
 
-    def __init__(self, weight: torch.Tensor, start: int, num_embeddings: int, ranks: Collectives) -> None:
+    def __init__(self, weight: torch.Tensor, start: int, num_embeddings: int, ranks: Ranks) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.num_embeddings, self.embedding_dim = num_embeddings, weight.shape[1]
@@ -122,7 +131,7 @@ class VocabParallelEmbedding(torch.nn.Module):
         return self._add_up(found)
 
 
-def localise(model: Any, ranks: Collectives) -> None:
+def localise(model: Any, ranks: Ranks) -> None:
     """Replace the modules that transformers has divided by plain ones on this rank's weights, in place.
 
     A module in whose plan is something else keeps transformers' forward.
@@ -131,9 +140,7 @@ def localise(model: Any, ranks: Collectives) -> None:
         model: a model that was loaded with a ``distributed_config``.
     """
     plan: dict[str, str] = model.tp_plan
-    parents = {
-        child: (parent, name) for parent in model.modules() for name, child in parent._modules.items()
-    }
+    parents = {child: (parent, name) for parent in model.modules() for name, child in parent._modules.items()}
     for name, module in list(model.named_modules()):
         style = plan.get(_generic(name))
         if style is None or "forward" not in vars(module):
@@ -149,7 +156,7 @@ def _generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _replacement(module: torch.nn.Module, style: str, ranks: Collectives) -> torch.nn.Module | None:
+def _replacement(module: torch.nn.Module, style: str, ranks: Ranks) -> torch.nn.Module | None:
     """Return what takes the place of a module, the module itself if it was changed; None: it stays."""
     if style in _WITHOUT_COLLECTIVE:
         _use_own_parameters(module)
@@ -182,7 +189,7 @@ def _replacement(module: torch.nn.Module, style: str, ranks: Collectives) -> tor
     return None
 
 
-def _first(count: int, ranks: Collectives) -> int:
+def _first(count: int, ranks: Ranks) -> int:
     """Return the first of the rows or columns that this rank has of ``count``."""
     return min(count, ranks.rank * -(-count // ranks.size))
 
