@@ -244,6 +244,10 @@ def _serve(options: argparse.Namespace) -> int:
     settings = _settings(options, EngineConfig)
     EngineConfig(**settings)  # report a wrong setting before anything slow
     _set_up_logs(options)
+    if _torchrun_rank() > 0 and options.tensor_parallel_size > 1:
+        from .engine import LLMEngine
+
+        LLMEngine(options.model, EngineConfig(**settings))  # does not return: it follows rank 0
     limits = Limits(**_settings(options, Limits))
     access, tls = _access(options), _tls(options)
     chat_settings = ChatSettings(**_settings(options, ChatSettings))
@@ -258,6 +262,11 @@ def _serve(options: argparse.Namespace) -> int:
         config = EngineConfig(**{**settings, "device": str(device)})
         _run(listener, options, config, limits, access, tls, chat_settings)
     return 0
+
+
+def _torchrun_rank() -> int:
+    """Return this process's number among those that torchrun has started; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def _access(options: argparse.Namespace) -> Access:

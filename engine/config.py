@@ -97,8 +97,8 @@ class EngineConfig:
             by how often and how long ago it was used and how many blocks are of no use without it. From
             Python also a class derived from `cupaged.engine.memory.eviction.EvictionPolicy`, or a function
             that makes one.
-        tensor_parallel_size: number of GPUs among which the model is divided, each with a process, a rank, that
-            has its part of the weights and of the KV cache. Without a GPU they are processes on the CPU.
+        tensor_parallel_size: number of GPUs among which the model is divided. Each has a process, a rank,
+            with its part of the weights and of the KV cache. Without a GPU the ranks run on the CPU.
         distributed_timeout_seconds: seconds after which a rank that does not answer in a step is taken to
             hang, which ends the engine.
         dtype: dtype of the weights; "auto" follows the checkpoint.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import weakref
 from collections import deque
 from dataclasses import replace
 from os import PathLike, fspath
 
-import torch
 from cupaged.device import choose_device
 
 from .config import EngineConfig
 from .distributed.launch import RankGroup
-from .distributed.plan import check_divides
-from .distributed.rank import is_follower, run_follower
+from .distributed.lead import Lead
 from .distributed.ranks import RankError
 from .launched_step import LaunchedStep
 from .memory.block_manager import BlockManager
@@ -65,24 +61,25 @@ class LLMEngine:
         self.config = config = config or EngineConfig()
         check_generation_config(config.generation_config)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
-        self.model_name = demo_model.NAME if model is None else fspath(model)
-        worker = self._start(None if model is None else fspath(model), group)
-        loaded, self.tokenizer, self._runner = worker.model, worker.tokenizer, worker.runner
-        self.dtype = loaded.dtype
-        self._vocabulary, shape, size = worker.vocabulary, worker.shape, worker.size
+        path = None if model is None else fspath(model)
+        self.model_name = path or demo_model.NAME
+        self.ranks = None if config.tensor_parallel_size == 1 else Lead(path, config, self.device, group)
+        worker = self.ranks.worker if self.ranks else Worker(path, config, self.device)
+        self.device, self.dtype, self.tokenizer = worker.device, worker.model.dtype, worker.tokenizer
+        self._runner, self._vocabulary, self._cache = worker.runner, worker.vocabulary, worker.cache
+        shape, size = worker.shape, worker.size
         self.max_model_len = size.max_model_len
         self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
         self._blocks = BlockManager(
             size.num_gpu_blocks, size.num_cpu_blocks, config.block_size, config.eviction_policy
         )
-        self._cache = worker.cache
         self._rates = Rates(shape.block_bytes)
         self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")
         self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
-        generation = generation_config(loaded, config.generation_config)
+        generation = generation_config(worker.model, config.generation_config)
         self.sampling_defaults = sampling_defaults(generation, config.generation_config)
         self._make_scheduler_and_sampler(
-            ending_token_ids(loaded.config, generation, self.tokenizer, self._vocabulary.num_samplable)
+            ending_token_ids(worker.model.config, generation, self.tokenizer, self._vocabulary.num_samplable)
         )
         self._groups: dict[str, SequenceGroup] = {}
         self._seeds = random.Random(config.seed)
@@ -93,25 +90,6 @@ class LLMEngine:
         )
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
-
-    def _start(self, model: str | None, group: RankGroup | None) -> Worker:
-        """Load the model, among several ranks if the config says so."""
-        config = self.config
-        self._group = None
-        if config.tensor_parallel_size == 1:
-            return Worker(model, config, self.device)
-        check_divides(model, config)
-        if is_follower(config.tensor_parallel_size):
-            run_follower(self.device.type, config.distributed_timeout_seconds)
-        self._owns_group = group is None
-        self._group = group = group or RankGroup(config, self.device)
-        self.device = group.ranks.device
-        weakref.finalize(self, _let_go, group, self._owns_group)
-        with group.explained():
-            group.leader.load(model, config)
-            worker = Worker(model, config, self.device, group.ranks)
-        worker.runner.before_step = group.leader.step
-        return worker
 
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
@@ -281,7 +259,7 @@ class LLMEngine:
             self._timer.move_blocks(plan)
             moved = True
             sampled = self._launched[-1].sampled if self._launched else None
-            logits = self._run(plan, sampled)
+            logits = self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
             samples = self._sampler.launch(logits, plan.scheduled)
         except RankError:
             raise
@@ -297,14 +275,6 @@ class LLMEngine:
             return LaunchedStep(plan, error=error)
         self._scheduler.advance(plan)
         return LaunchedStep(plan, samples)
-
-    def _run(self, plan: Plan, sampled: torch.Tensor | None) -> torch.Tensor:
-        """Run the model. An error among several ranks ends the engine: the others would wait for this one."""
-        if self._group is None:
-            return self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
-        self._group.leader.moved(plan)
-        with self._group.explained(always=True):
-            return self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
 
     def _resolve(self, step: LaunchedStep) -> list[RequestOutput]:
         """Wait for the samples of a step, end the sequences that they end and build the outputs."""
@@ -337,13 +307,7 @@ class LLMEngine:
 
         An error means that the engine itself does not work.
         """
-        announce, self._runner.before_step = self._runner.before_step, None
-        try:
-            if self._group is not None:
-                self._group.leader.probe()
-            probe(self._runner, self.config.block_size, SamplingParams(temperature=0))
-        finally:
-            self._runner.before_step = announce
+        probe(self._runner, self.config.block_size, SamplingParams(temperature=0))
 
     def warm_up(self) -> None:
         """Run a small request and move blocks, so that what is compiled at its first use delays no real one.
@@ -351,14 +315,13 @@ class LLMEngine:
         To be called before there are requests. The totals of `stats` are as before.
         """
         gpu, cpu = self._blocks.gpu, self._blocks.cpu
-        moves = Plan(
-            swap_out=((0, 0),) if cpu.num_blocks else (),
-            swap_in=((0, 0),) if cpu.num_blocks else (),
-            copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
+        self._cache.move_blocks(
+            Plan(
+                swap_out=((0, 0),) if cpu.num_blocks else (),
+                swap_in=((0, 0),) if cpu.num_blocks else (),
+                copies=((0, 1),) if gpu.num_blocks > 1 else (),  # as a fork does when it writes
+            )
         )
-        self._cache.move_blocks(moves)
-        if self._group is not None:
-            self._group.leader.moved(moves)
         self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
@@ -408,18 +371,9 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the other ranks, if the model is divided."""
-        if self._group is not None:
-            _let_go(self._group, self._owns_group)
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _forget(self, group: SequenceGroup) -> None:
         self._sampler.release(group)
         self._processor.forget(group)
-
-
-def _let_go(group: RankGroup, owned: bool) -> None:
-    """End the ranks of an engine, or let them forget its model."""
-    if owned:
-        group.close()
-    elif group.failure is None:
-        with contextlib.suppress(RuntimeError):
-            group.leader.drop()

@@ -1,9 +1,10 @@
 """Start the ranks of a divided model, watch them, and end them.
 
 Rank 0 is the process of the engine. It starts the others as torchrun does, each with ``python -m`` and its
-number in the environment, so that a user's script is not run again as with multiprocessing. A rank's standard
-input is a pipe that nobody writes to: it ends when rank 0 does, however that ends, and then the rank ends too.
-Its standard output is a pipe on which it says why it fails; what is printed goes to standard error.
+number in the environment, so that a user's script is not run again as with multiprocessing. A rank's
+standard input is a pipe that nobody writes to: it ends when rank 0 does, however that ends, and then the
+rank ends too. Its standard output is a pipe on which it says why it fails; what is printed goes to standard
+error.
 
 Under torchrun the ranks are there already: all run the same program, in which those but rank 0 follow as soon
 as they come to the engine.
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -44,6 +46,7 @@ class RankGroup:
         device: the device of rank 0.
 
     Attributes:
+        timeout: the time limit of a step in seconds.
         failure: why the group cannot go on; None while it can.
         on_failure: called by another thread with the error when a rank has ended by itself.
 
@@ -57,7 +60,7 @@ class RankGroup:
         check_devices(size, device)
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
-        self._timeout = config.distributed_timeout_seconds
+        self.timeout = config.distributed_timeout_seconds
         self._ended = False
         self._processes: list[subprocess.Popen[str]] = []
         self._watches: list[threading.Thread] = []
@@ -71,7 +74,7 @@ class RankGroup:
         if device.type == "cpu":
             torch.set_num_threads(_threads(size))
         with self.explained():
-            self.leader = Leader(Ranks(store, 0, size, own_device(device, 0), self._timeout))
+            self.leader = Leader(Ranks(store, 0, size, own_device(device, 0), self.timeout))
 
     @property
     def ranks(self) -> Ranks:
@@ -96,7 +99,7 @@ class RankGroup:
         if device.type == "cpu":
             environment["OMP_NUM_THREADS"] = str(_threads(size))
         process = subprocess.Popen(
-            [sys.executable, "-m", "cupaged.engine.distributed.rank", device.type, str(self._timeout)],
+            [sys.executable, "-m", "cupaged.engine.distributed.rank", device.type, str(self.timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -114,6 +117,8 @@ class RankGroup:
         assert process.stdout is not None
         words = process.stdout.read().strip()
         status = process.wait()
+        if _is_about_ranks(words):
+            time.sleep(1)  # another has ended first, and its own reason is the better one
         if self._ended or self.failure is not None:
             return
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
@@ -155,13 +160,17 @@ class RankGroup:
         if self.failure is not None:
             return self.failure
         if "imed out" in text or "imeout" in text:
-            return RankError(
-                f"a rank has not answered within {self._timeout:g} s (--distributed-timeout-seconds): it hangs, "
-                "or the first use of a kernel takes longer to compile"
-            )
+            return self.timed_out()
         if _is_about_ranks(text):
             return RankError(f"the ranks cannot reach each other: {text.splitlines()[0]}")
         return None
+
+    def timed_out(self) -> RankError:
+        """Return the error of a step that takes too long."""
+        return RankError(
+            f"a rank has not answered within {self.timeout:g} s (--distributed-timeout-seconds): it hangs, or "
+            "the first use of a kernel takes longer to compile"
+        )
 
     def close(self) -> None:
         """End the other ranks. Calling it again has no effect."""
@@ -201,8 +210,8 @@ def check_devices(size: int, device: torch.device) -> None:
     if device.type == "cuda":
         if device.index not in (None, 0):
             raise ValueError(
-                f"device {str(device)!r} is one GPU, and tensor_parallel_size {size} takes the first {size}: choose "
-                "them with CUDA_VISIBLE_DEVICES"
+                f"device {str(device)!r} is one GPU, and tensor_parallel_size {size} takes the first {size}: "
+                "choose them with CUDA_VISIBLE_DEVICES"
             )
         if (count := torch.cuda.device_count()) < size and not by_torchrun():
             raise ValueError(f"tensor_parallel_size {size} needs as many GPUs, and there are {count}")
@@ -225,7 +234,8 @@ def _torchrun_store(size: int) -> dist.Store:
     started = int(os.environ["WORLD_SIZE"])
     if started != size:
         raise ValueError(
-            f"torchrun has started {started} ranks, and tensor_parallel_size is {size}: give both the same number"
+            f"torchrun has started {started} ranks, and tensor_parallel_size is {size}: give both the same "
+            "number"
         )
     return environment_store()
 

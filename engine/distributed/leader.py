@@ -35,7 +35,9 @@ class Leader:
 
     def moved(self, plan: Plan) -> None:
         """Let the other ranks move blocks as this one did, before the next step."""
-        if self._moves != Plan():  # of a step that failed before it was sent
+        if not (plan.swap_out or plan.swap_in or plan.copies):
+            return
+        if self._moves.swap_out or self._moves.swap_in or self._moves.copies:  # of a step that was not sent
             self._send(Kind.MOVE, pickle.dumps(self._moves))
         self._moves = Plan(swap_out=plan.swap_out, swap_in=plan.swap_in, copies=plan.copies)
 

@@ -58,7 +58,8 @@ def check_sizes(config: Any, size: int) -> None:
     plan = getattr(config, "base_model_tp_plan", None)
     if not plan:
         raise ValueError(
-            f"tensor_parallel_size {size}: transformers has no tensor parallel plan for {kind}; it runs with 1"
+            f"tensor_parallel_size {size}: transformers has no tensor parallel plan for {kind}; it can "
+            "only be 1"
         )
     parts = divided_parts(config, plan)
     if all(count % size == 0 for count, _ in parts):

@@ -23,8 +23,9 @@ def is_follower(tensor_parallel_size: int) -> bool:
 def run_follower(device_type: str, timeout: float) -> NoReturn:
     """Follow rank 0, and end the process when it ends."""
     # They go to all processes of a terminal or a container. Rank 0 finishes its requests first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = own_device(torch.device(device_type), int(os.environ["LOCAL_RANK"]))
     follow(Ranks(environment_store(), rank, size, device, timeout))

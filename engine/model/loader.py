@@ -38,7 +38,7 @@ def load_model(
         attn_implementation: name under which the attention is registered with transformers.
         max_model_len: maximum number of tokens of a sequence, checked before the weights are loaded.
         trust_remote_code: run Python files that come with the model.
-        tensor_parallel_size: number of ranks among which the weights are divided; this process is one of them.
+        tensor_parallel_size: number of ranks among which the weights are divided; this process is one.
 
     Raises:
         ValueError: there is no such model, it lacks tensors, it was made for fewer than ``max_model_len``

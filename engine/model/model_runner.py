@@ -50,8 +50,8 @@ class ModelRunner:
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
         self._workspaces: Workspaces | None = None
-        # Called with the batch of each step and `sampled` before it is computed, to tell the other ranks.
-        self.before_step: Callable[[StepInputs, torch.Tensor | None], None] | None = None
+        # Computes the batch of a step together with other ranks, in place of `run_inputs` alone.
+        self.lead: Callable[[StepInputs, KVCache, torch.Tensor | None], torch.Tensor] | None = None
 
     @property
     def window(self) -> int | None:
@@ -172,9 +172,7 @@ class ModelRunner:
             ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token.
         """
         inputs = StepInputs.of(scheduled, blocks)
-        if self.before_step is not None:
-            self.before_step(inputs, sampled)
-        return self.run_inputs(inputs, cache, sampled)
+        return (self.lead or self.run_inputs)(inputs, cache, sampled)
 
     @torch.inference_mode()
     def run_inputs(

@@ -1,9 +1,9 @@
 """Run the parts of a model that transformers has divided among ranks on this rank's own weights.
 
-transformers loads each rank's part of the weights, as DTensors, and replaces the ``forward`` of the modules in
-its plan. What the plan does at inference is little: a linear layer has some rows or some columns of its weight,
-and the results of the latter are added up over the ranks. So these modules become plain ones here, which are
-then fused and packed like those of any model, with one collective operation behind some of them.
+transformers loads each rank's part of the weights, as DTensors, and replaces the ``forward`` of the modules
+in its plan. What the plan does at inference is little: a linear layer has some rows or some columns of its
+weight, and the results of the latter are added up over the ranks. So these modules become plain ones here,
+which are then fused and packed like those of any model, with one collective operation behind some of them.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _replacement(module: torch.nn.Module, style: str, ranks: Ranks) -> torch.nn.
     if style in _ROW or style in _ROW_OF_WHOLE_INPUT:
         _use_own_parameters(module)
         if ranks.rank:
-            module.bias = None
+            module.register_parameter("bias", None)
         if style in _ROW:
             return RowParallelLinear(module, ranks.add_up)
         return SplittingLinear(module, ranks.add_up, _first(whole_in, ranks))
