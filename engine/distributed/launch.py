@@ -19,16 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..config import EngineConfig
 from .leader import Leader
-from .ranks import RankError, Ranks
+from .ranks import START, RankError, Ranks
 
-_START = timedelta(minutes=10)  # for the processes to start and to find each other
 _LAST_WORDS = 5.0  # seconds for a rank that has failed to end
 _HOST = "127.0.0.1"
 
@@ -68,12 +66,13 @@ class RankGroup:
         if by_torchrun():
             store = _torchrun_store(size)
         else:
-            store = dist.TCPStore(_HOST, 0, size, is_master=True, timeout=_START, wait_for_workers=False)
+            store = dist.TCPStore(_HOST, 0, size, is_master=True, timeout=START, wait_for_workers=False)
             for rank in range(1, size):
                 self._start(rank, size, store.port, device)
         if device.type == "cpu":
             torch.set_num_threads(_threads(size))
         with self.explained():
+            self._wait_for_all(store)
             self.leader = Leader(Ranks(store, 0, size, own_device(device, 0), self.timeout))
 
     @property
@@ -111,6 +110,21 @@ class RankGroup:
         self._processes.append(process)
         self._watches.append(watch)
         watch.start()
+
+    def _wait_for_all(self, store: dist.Store) -> None:
+        """Wait until the other processes have started.
+
+        Raises:
+            RankError: one has ended, or takes too long.
+        """
+        started = [f"started/{rank}" for rank in range(1, len(self._processes) + 1)]
+        end = time.monotonic() + START.total_seconds()
+        while started and not store.check(started):
+            if self.failure is not None:
+                raise self.failure
+            if time.monotonic() > end:
+                raise RankError(f"the ranks have not started within {START}")
+            time.sleep(0.02)
 
     def _watch(self, rank: int, process: subprocess.Popen[str]) -> None:
         """Wait for a rank to end, which it does not before `close` unless it fails."""
@@ -168,8 +182,8 @@ class RankGroup:
     def timed_out(self) -> RankError:
         """Return the error of a step that takes too long."""
         return RankError(
-            f"a rank has not answered within {self.timeout:g} s (--distributed-timeout-seconds): it hangs, or "
-            "the first use of a kernel takes longer to compile"
+            f"a rank has not answered within {self.timeout:g} s (--distributed-timeout-seconds): it hangs, "
+            "or the first use of a kernel takes longer to compile"
         )
 
     def close(self) -> None:
@@ -243,7 +257,7 @@ def _torchrun_store(size: int) -> dist.Store:
 def environment_store() -> dist.Store:
     """Return the store that the environment names, as torchrun does."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_START))
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=START))
     return store
 
 

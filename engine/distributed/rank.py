@@ -28,7 +28,9 @@ def run_follower(device_type: str, timeout: float) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = own_device(torch.device(device_type), int(os.environ["LOCAL_RANK"]))
-    follow(Ranks(environment_store(), rank, size, device, timeout))
+    store = environment_store()
+    store.set(f"started/{rank}", b"")
+    follow(Ranks(store, rank, size, device, timeout))
     os._exit(0)  # other threads may wait for ranks that have ended
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from .packet import HEADER_BYTES, payload_bytes
 
 _AT_ONCE = 1 << 16  # bytes of a buffer that are sent with its header; the rest follows
+START = timedelta(minutes=10)  # for the processes to start and to find each other
 _FOREVER = timedelta(days=365)  # an idle rank waits for the next step
 
 
@@ -40,10 +41,8 @@ class Ranks:
             )
         self.rank, self.size, self.device = rank, size, device
         backend = "nccl" if device.type == "cuda" else "gloo"
-        options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout), **options
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START)
+        self._devices = dist.new_group(timeout=timedelta(seconds=timeout))
         self._hosts = dist.new_group(backend="gloo", timeout=_FOREVER)
 
     def close(self) -> None:
@@ -52,7 +51,7 @@ class Ranks:
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over the ranks, in place, and return it."""
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._devices)
         return tensor
 
     def join_columns(self, tensor: torch.Tensor, num_columns: int) -> torch.Tensor:
@@ -63,13 +62,13 @@ class Ranks:
         shape = tensor.shape[:-1]
         rows = tensor.reshape(-1, width).contiguous()
         parts = rows.new_empty((self.size, len(rows), width))
-        dist.all_gather(list(parts), rows)
+        dist.all_gather(list(parts), rows, group=self._devices)
         joined = parts.transpose(0, 1).reshape(len(rows), -1)
         return joined[:, :num_columns].reshape(*shape, num_columns)
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy rank 0's tensor over that of each other rank, from device to device."""
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, 0, group=self._devices)
         return tensor
 
     def send(self, buffer: bytes) -> None:
