@@ -16,19 +16,7 @@ from .contenders.rates import medians
 
 WIDTH, LABELS, VALUES = 720, 220, 60  # pixels of a chart, of the labels before its bars and the values after
 ROW, BAR = 24, 16  # pixels from one bar to the next, and of a bar
-COLOURS = ("#1f77b4", "#ff7f0e", "#d62728", "#9aa0a6")
-MEMORY_POLICIES = {
-    "orca-max": "Orca (max)",
-    "orca-pow2": "Orca (pow2)",
-    "orca-oracle": "Orca (oracle)",
-    "paged": "paged",
-}
-SLOTS = {  # what becomes of a slot of the KV cache, as results name it and in words
-    "stored": "tokens",
-    "reserved": "reserved for later tokens",
-    "internal": "never used",
-    "external": "between reservations",
-}
+COLOUR = "#1f77b4"
 
 
 @dataclass(frozen=True)
@@ -37,29 +25,13 @@ class Bar:
 
     Args:
         label: stands before the bar.
-        parts: lengths, one for each series, that follow each other; none for a heading.
+        length: None for a heading.
         value: stands after the bar.
     """
 
     label: str
-    parts: tuple[float, ...]
+    length: float | None
     value: str
-
-
-def memory_use(run: dict[str, Any]) -> str:
-    """Return the chart of what each memory policy uses the slots of the KV cache for."""
-    bars = [
-        Bar(
-            MEMORY_POLICIES[row["memory_policy"]],
-            tuple(row[kind] for kind in SLOTS),
-            f"{100 * row['stored']:.1f}%",
-        )
-        for row in run["results"]["policies"]
-        if row["load"] == "ShareGPT" and row["batching"] == "continuous"
-    ]
-    return svg(
-        "Slots of the KV cache in use that hold tokens (simulated, ShareGPT)", bars, tuple(SLOTS.values())
-    )
 
 
 def speed_up(rows: Sequence[dict[str, Any]], where: str) -> str:
@@ -69,7 +41,7 @@ def speed_up(rows: Sequence[dict[str, Any]], where: str) -> str:
         rows: ``label`` and ``speed_up`` of each.
         where: the hardware.
     """
-    bars = [Bar(row["label"], (row["speed_up"],), f"{row['speed_up']:.1f}x") for row in rows]
+    bars = [Bar(row["label"], row["speed_up"], f"{row['speed_up']:.1f}x") for row in rows]
     return svg(f"Paged attention's speed over dense attention's: bfloat16, {where}", bars, mark=1.0)
 
 
@@ -83,8 +55,8 @@ def throughput(run: dict[str, Any]) -> str:
         if not of_case:
             continue
         unit = of_case.get(OURS) or max(of_case.values())
-        bars.append(Bar(case, (), ""))
-        bars += [Bar(name, (rate / unit,), f"{rate:,.0f}") for name, rate in of_case.items()]
+        bars.append(Bar(case, None, ""))
+        bars += [Bar(name, rate / unit, f"{rate:,.0f}") for name, rate in of_case.items()]
     title = f"Tokens/s: {results['model']} in {results['dtype']}, {hardware(run)}"
     return svg(title, bars, mark=1.0)
 
@@ -98,16 +70,15 @@ def hardware(run: dict[str, Any]) -> str:
     return f"{threads} thread{'s' * (threads != 1)} of an {where['device']}"
 
 
-def svg(title: str, bars: Sequence[Bar], series: Sequence[str] = (), mark: float | None = None) -> str:
+def svg(title: str, bars: Sequence[Bar], mark: float) -> str:
     """Draw bars.
 
     Args:
-        series: names of the parts; none for bars of one part.
-        mark: a length at which a line is drawn.
+        mark: length at which a line is drawn.
     """
-    top = 58 if series else 36
+    top = 36
     height = top + ROW * len(bars) + 8
-    scale = (WIDTH - LABELS - VALUES) / max(sum(bar.parts) for bar in bars)
+    scale = (WIDTH - LABELS - VALUES) / max(bar.length or 0.0 for bar in bars)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" role="img" font-family="sans-serif" font-size="12">',
@@ -116,25 +87,16 @@ def svg(title: str, bars: Sequence[Bar], series: Sequence[str] = (), mark: float
         "@media(prefers-color-scheme:dark){text{fill:#e6edf3}line{stroke:#e6edf3}}</style>",
         f'<text x="0" y="18" font-size="14">{escape(title)}</text>',
     ]
-    x = 0.0
-    for name, colour in zip(series, COLOURS):
-        lines.append(f'<rect x="{x:.0f}" y="34" width="12" height="12" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 17:.0f}" y="44">{escape(name)}</text>')
-        x += 32 + 6.2 * len(name)
     for i, bar in enumerate(bars):
         y, x = top + ROW * i, float(LABELS)
-        if not bar.parts:
+        if bar.length is None:
             lines.append(f'<text x="0" y="{y + 13}" font-weight="bold">{escape(bar.label)}</text>')
             continue
         lines.append(f'<text x="{LABELS - 8}" y="{y + 13}" text-anchor="end">{escape(bar.label)}</text>')
-        for part, colour in zip(bar.parts, COLOURS):
-            width = part * scale
-            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>')
-            x += width
+        width = bar.length * scale
+        lines.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{COLOUR}"/>')
+        x += width
         lines.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{escape(bar.value)}</text>')
-    if mark is not None:
-        x = LABELS + mark * scale
-        lines.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - 6}" stroke-dasharray="3 3"/>'
-        )
+    x = LABELS + mark * scale
+    lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - 6}" stroke-dasharray="3 3"/>')
     return "\n".join([*lines, "</svg>", ""])

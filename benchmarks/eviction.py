@@ -6,6 +6,7 @@
 TRACE is a file (`traces.py` lists the formats) or the name of a drawn trace (`trace_generators.py`). The
 scheduler and the block manager are those that serve; no model runs. The time of a step comes from a file of
 step times, which `step_times.py` measures, or else from the cost model of the paper's OPT-13B on an A100.
+tokens/s are those of prompts and outputs where all requests wait from the beginning.
 "clairvoyant" is Belady's policy, which needs the trace's future: it evicts what is used again last.
 """
 
@@ -119,12 +120,14 @@ def engine(policy: str | MakePolicy, costs: Costs, num_blocks: int, max_num_seqs
 
 def replay(policy: str, requests: Sequence[Request], make: Callable[..., SimulatedEngine]) -> dict[str, Any]:
     """Replay requests, in the order of arrival and without sessions, and return a row of the table."""
-    if policy == CLAIRVOYANT:
-        simulated = _clairvoyant(requests, make)
-    else:
-        simulated = make(policy)
-    record = simulated.replay(requests)
-    return {"policy": policy, **summary(simulated, record)}
+
+    def run(requests: Sequence[Request]) -> dict[str, float]:
+        simulated = _clairvoyant(requests, make) if policy == CLAIRVOYANT else make(policy)
+        return summary(simulated, simulated.replay(requests))
+
+    # Requests that come at a rate end at that rate: a policy's throughput is that of a queue.
+    queued = run([replace(request, time=0.0) for request in requests])
+    return {"policy": policy, **run(requests), "queued_tokens_per_s": queued["tokens_per_s"]}
 
 
 def _clairvoyant(requests: Sequence[Request], make: Callable[..., SimulatedEngine]) -> SimulatedEngine:
@@ -225,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parsed(arguments)
     try:
         drawn = load(options)
-        costs = cost_model.read(options.times).costs if options.times else cost_model.OPT_13B_ON_A100
+        costs = cost_model.read(options.times).costs if options.times else cost_model.opt_13b_on_a100()
     except (ValueError, OSError) as error:
         print(f"eviction.py: {error}", file=sys.stderr)
         return 2
@@ -243,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row := replay(policy, requests, make))
         print(
             f"{policy:<12} {100 * row['hit_rate']:>5.1f}% {row['ttft_median_s']:>15.3f} "
-            f"{row['ttft_p99_s']:>8.2f} {row['normalized_latency_s']:>8.4f} {row['tokens_per_s']:>9.0f}"
+            f"{row['ttft_p99_s']:>8.2f} {row['normalized_latency_s']:>8.4f} "
+            f"{row['queued_tokens_per_s']:>9.0f}"
         )
     if options.out:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}

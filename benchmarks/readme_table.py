@@ -3,8 +3,7 @@
     python benchmarks/readme_table.py          rewrite them
     python benchmarks/readme_table.py --check  exit with 1 if they are not what the results say
 
-A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`;
-`<!-- measured -->` is the summary of all of them.
+A table stands between `<!-- NAME.json -->` and `<!-- end -->`, for a file NAME.json in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ from typing import Any
 if not __package__:  # as a script: what is imported is the checkout, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import charts, paper
-from benchmarks.contenders import names
+from benchmarks import charts
 from benchmarks.contenders import rates as rates_of
-from cupaged.engine.memory.eviction import EVICTION_POLICIES
+from benchmarks.evaluation import tables
+from benchmarks.markdown import header, line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/paper.md")
-REGION = re.compile(r"(<!-- (measured|[\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("docs/benchmarks.md", "docs/paper.md")
+REGION = re.compile(r"(<!-- ([\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = "bfloat16"
-USUAL_REQUESTS = 32  # whose rates the README has
-KERNELS, THROUGHPUT, SCHEDULER, PAPER = "kernels-cpu", "throughput-cpu", "scheduler-cpu", "paper-simulated"
+KERNELS, THROUGHPUT = "kernels-cpu", "throughput-cpu"
 Run = dict[str, Any]
 
 
@@ -40,7 +38,6 @@ def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     """Yield every file that is made from results, in whole or in part, and the text it must have."""
     for name in DOCUMENTS:
         yield root / name, filled(root, root / name)
-    yield root / "docs" / "memory-use.svg", charts.memory_use(_run(root, PAPER))
     kernels = _run(root, KERNELS)
     rows = [{"label": _label(row), "speed_up": _speed_up(row)} for row in _compared_rows(kernels)]
     yield root / "docs" / "throughput.svg", charts.throughput(_run(root, THROUGHPUT))
@@ -51,12 +48,13 @@ def filled(root: Path, document: Path) -> str:
     """Return a document's text with every region made anew."""
 
     def region(match: re.Match[str]) -> str:
-        if match[2] == "measured":
-            lines = summary(root)
+        link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
+        name = match[2].removesuffix(".json")
+        if (root / RESULTS / match[2]).is_file():
+            table = next(table for start, table in TABLES.items() if name.startswith(start))
+            lines = table(_run(root, name), f"[{match[2]}]({link})")
         else:
-            link = Path(os.path.relpath(root / RESULTS / match[2], document.parent)).as_posix()
-            name = match[2].removesuffix(".json")
-            lines = TABLES[name.partition("-")[0]](_run(root, name), f"[{match[2]}]({link})")
+            lines = iter(["Not measured yet."])
         return match[1] + "\n".join(lines) + "\n" + match[3]
 
     return REGION.sub(region, document.read_text())
@@ -64,58 +62,6 @@ def filled(root: Path, document: Path) -> str:
 
 def _run(root: Path, name: str) -> Run:
     return json.loads((root / RESULTS / f"{name}.json").read_text())
-
-
-def _table(*titles: str) -> Iterator[str]:
-    yield _line(*titles)
-    yield "|" + "---|" * len(titles)
-
-
-def _line(*cells: str) -> str:
-    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
-
-
-# -- README ------------------------------------------------------------------------------------------
-
-
-def summary(root: Path) -> Iterator[str]:
-    """Yield the README's line for each result."""
-    kernels = _run(root, KERNELS)
-    speeds: dict[bool, list[float]] = {True: [], False: []}
-    for row in _compared_rows(kernels):
-        speeds[row["query_tokens"] == 1].append(_speed_up(row))
-    decode, prefill = (f"{min(found):.1f} to {max(found):.1f}" for found in speeds.values())
-    yield (
-        f"- Kernels: decode is {decode} times as fast as dense attention (torch SDPA on contiguous tensors), "
-        f"prefill {prefill} times, in {DTYPE} on {charts.hardware(kernels)}."
-    )
-    run = _run(root, THROUGHPUT)
-    loads = [each for each in run["results"]["cases"] if each["kind"] == "requests"]
-    load = next((each for each in loads if each["requests"] == USUAL_REQUESTS), loads[-1])
-    rates = {each["name"]: rates_of.medians(each).get(load["name"]) for each in run["results"]["runs"]}
-    rates.pop(names.FLOOR, None)
-    ours = rates.pop(names.OURS)
-    others = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate)
-    yield (
-        f"- Engine: {ours:.0f} tokens/s with {run['results']['model']}, {load['requests']} requests on "
-        f"{charts.hardware(run)}; {others}."
-    )
-    run = _run(root, SCHEDULER)
-    usual = next(row for row in run["results"]["rows"] if row["sequences"] == "forks")
-    yield (
-        f"- Scheduler and block manager: {usual['us_per_seq']:.1f} us for each of {run['results']['seqs']} "
-        "running sequences in a step."
-    )
-    stored = {
-        row["memory_policy"]: 100 * row["stored"]
-        for row in _run(root, PAPER)["results"]["policies"]
-        if row["load"] == "ShareGPT" and row["batching"] == "continuous"
-    }
-    paged = stored.pop("paged")
-    yield (
-        f"- Memory, simulated with ShareGPT's lengths: {paged:.1f}% of the slots in use hold tokens, "
-        f"{min(stored.values()):.1f} to {max(stored.values()):.1f}% with contiguous reservations."
-    )
 
 
 # -- kernels -----------------------------------------------------------------------------------------
@@ -138,9 +84,9 @@ def kernels_table(run: Run, link: str) -> Iterator[str]:
     yield ""
     peer = any(_best(row, "flashinfer") for row in rows)
     titles = ["", "sequences x context", "query/KV heads x size", "paged us", "", "dense us", "speed-up"]
-    yield from _table(*titles, *(["FlashInfer us"] if peer else []))
+    yield from header(*titles, *(["FlashInfer us"] if peer else []))
     for row in rows:
-        yield _line(*_cells(row, peer))
+        yield line(*_cells(row, peer))
 
 
 def _attention_rows(run: Run) -> list[Run]:
@@ -207,7 +153,7 @@ def throughput_table(run: Run, link: str) -> Iterator[str]:
         f"cupaged-http its rate over cupaged's ({link})."
     )
     yield ""
-    yield from _table("", *cases)
+    yield from header("", *cases)
     for each in runs:
         rates = rates_of.medians(each)
         cells = []
@@ -215,7 +161,7 @@ def throughput_table(run: Run, link: str) -> Iterator[str]:
             ratio = rates_of.ratio(runs, each, case)
             times = "" if ratio is None else f" ({ratio:.2f}x)"
             cells.append(f"{rates[case]:,.0f}{times}" if case in rates else "")
-        yield _line(each["name"], *cells)
+        yield line(each["name"], *cells)
 
 
 def scheduler_table(run: Run, link: str) -> Iterator[str]:
@@ -226,11 +172,11 @@ def scheduler_table(run: Run, link: str) -> Iterator[str]:
         f"{run['environment']['device']} ({link})."
     )
     yield ""
-    yield from _table(
+    yield from header(
         "load", "sequences", "blocks", "prefix cache", "us a sequence", "us to gather its block table"
     )
     for row in results["rows"]:
-        yield _line(
+        yield line(
             row["load"],
             row["sequences"],
             f"{row['num_blocks']:,}",
@@ -240,75 +186,16 @@ def scheduler_table(run: Run, link: str) -> Iterator[str]:
         )
 
 
-def paper_tables(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"{results['note']} {results['requests']:,} requests of each load, {results['slots']:,} slots, at "
-        f"most {results['max_model_len']:,} tokens a sequence ({link}); the paper's figures in brackets."
-    )
-    yield ""
-    kinds = [charts.SLOTS[kind] for kind in paper.KINDS]
-    yield from _table("load", "memory policy", "batching", *[f"{kind}, %" for kind in kinds], "running")
-    for row in results["policies"]:
-        policy, batching = row["memory_policy"], row["batching"]
-        load, compared = paper.LOADS[row["load"]], batching == "continuous"
-        used = {kind: f"{100 * row[kind]:.1f}" for kind in paper.KINDS}
-        if compared and row["load"] == "ShareGPT":
-            used["stored"] += f" ({100 * paper.PAPERS_USE[policy]:.1f})"
-        running = f"{row['running']:.1f}" + f" ({load.running[policy]:.1f})" * compared
-        yield _line(row["load"], f"`{policy}`", batching, *used.values(), running)
-    yield ""
-    yield from _table("load", "decoding", "outputs or beams", "memory saved by sharing, %")
-    for decoding, name in (("parallel_sampling", "n"), ("beam_search", "beam_width")):
-        for row in results[decoding]:
-            published = paper.LOADS[row["load"]].saved[name].get(row[name])
-            of_paper = "" if published is None else f" ({100 * published:.1f})"
-            saved = f"{100 * row['saved']:.1f}{of_paper}"
-            yield _line(row["load"], decoding.replace("_", " "), str(row[name]), saved)
-
-
-def rates_table(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"{results['note']} {results['requests']:,} requests of ShareGPT, more of shorter ones; rates at "
-        f"a mean latency of {results['latency_s']} s per output token ({link}); the paper's in brackets."
-    )
-    yield ""
-    yield from _table("figure", "load", "system", "requests/s", "paged memory sustains")
-    for row in results["rows"]:
-        published = " to ".join(f"{ratio:g}" for ratio in row["published"])
-        if row["case"] == "ShareGPT" and row["system"] == "FasterTransformer":
-            published = f"up to {published}"
-        ratio = f"{row['ratio']:.2f}x" + f" ({published}x)" * bool(published)
-        ratio = "" if row["system"] == "paged" else ratio
-        yield _line(row["figure"], row["case"], row["system"], f"{row['rate']:.2f}", ratio)
-
-
-def eviction_table(run: Run, link: str) -> Iterator[str]:
-    results = run["results"]
-    yield (
-        f"`{results['trace']}`, {results['fitting']:,} requests, {results['blocks']:,} blocks of 16 tokens. "
-        f"{results['note']} ({link})"
-    )
-    yield ""
-    yield from _table("policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token")
-    for row in results["rows"]:
-        yield _line(
-            f"`{row['policy']}`" if row["policy"] in EVICTION_POLICIES else row["policy"],
-            f"{100 * row['hit_rate']:.1f}",
-            f"{row['ttft_median_s']:.2f}",
-            f"{row['ttft_p99_s']:.2f}",
-            f"{row['normalized_latency_s']:.4f}",
-        )
-
-
-TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the first word of the file's name
+TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the beginning of the file's name
     "kernels": kernels_table,
     "throughput": throughput_table,
     "scheduler": scheduler_table,
-    "paper": paper_tables,
-    "rates": rates_table,
-    "eviction": eviction_table,
+    "paper-memory": tables.memory_tables,
+    "paper-rates": tables.rates_table,
+    "paper-block-size": tables.block_size_table,
+    "paper-preemption": tables.preemption_table,
+    "allocators": tables.allocators_table,
+    "eviction": tables.eviction_table,
 }
 
 

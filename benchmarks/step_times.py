@@ -145,6 +145,19 @@ def measure(runner: Runner, steps: list[Step], rounds: int) -> list[dict[str, An
     ]
 
 
+def results(engine: LLMEngine, steps: list[Step], rounds: int) -> dict[str, Any]:
+    """Measure steps, and moves of blocks, and return what the JSON has of them."""
+    runner = Runner(engine)
+    rows = measure(runner, steps, rounds)
+    return {
+        "model": engine.model_name,
+        "block_size": engine.config.block_size,
+        "rounds": rounds,
+        "moved_block_ms": 1e3 * runner.moved_block_seconds(),
+        "steps": rows,
+    }
+
+
 def blocks_needed(steps: list[Step], block_size: int) -> int:
     """Return the number of blocks of the largest step."""
     return max(sum(-(-(start + count) // block_size) for start, count in step.spans()) for step in steps)
@@ -185,20 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
             preemption_mode="swap",
         ),
     )
-    runner = Runner(engine)
-    rows = measure(runner, steps, options.rounds)
-    moved = runner.moved_block_seconds()
-    _show(rows, fit(rows, moved))
+    found = results(engine, steps, options.rounds)
+    _show(found["steps"], fit(found["steps"], found["moved_block_ms"] / 1e3))
     if options.out:
-        results = {
-            "model": engine.model_name,
-            "block_size": options.block_size,
-            "rounds": options.rounds,
-            "moved_block_ms": 1e3 * moved,
-            "steps": rows,
-        }
         name = common.result_name("step-times", engine.device)
-        common.write(options.out, name, common.environment(engine.device), results)
+        common.write(options.out, name, common.environment(engine.device), found)
     return 0
 
 

@@ -53,6 +53,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trust_remote_code": (lambda v: isinstance(v, bool), "True or False"),
     "fuse": (lambda v: isinstance(v, bool), "True or False"),
     "async_scheduling": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
+    "enforce_eager": (lambda v: isinstance(v, bool), "True or False"),
     "device": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 
@@ -118,6 +119,7 @@ class EngineConfig:
         async_scheduling: schedule and launch a step before the tokens of the step before have reached the
             host, as long as no request needs them for that; None: on a GPU, where the host works while the
             device computes.
+        enforce_eager: launch the kernels of a decode step one by one: no CUDA graphs are captured.
         device: "cuda", "cuda:1", "cpu", or None: a GPU if there is one.
         check_integrity: check the block manager's state after every step (for tests).
 
@@ -147,6 +149,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     fuse: bool = True
     async_scheduling: bool | None = None
+    enforce_eager: bool = False
     device: str | None = None
     check_integrity: bool = False
 

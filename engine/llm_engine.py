@@ -85,9 +85,7 @@ class LLMEngine:
         self._seeds = random.Random(config.seed)
         self._totals = Totals()
         self._launched: deque[LaunchedStep] = deque()
-        self._overlap = Overlap(
-            self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-        )
+        self._overlap = Overlap(config.async_scheduling, default=self.device.type == "cuda")
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
 

@@ -57,8 +57,8 @@ class OutputProcessor:
         outputs = []
         sampled = dict.fromkeys(
             item.group
-            for item, tokens in zip(scheduled, samples.token_ids)
-            if tokens or (item.num_samples and item.group.beams is not None)
+            for position, (item, tokens) in enumerate(zip(scheduled, samples.token_ids))
+            if tokens or position in samples.candidates
         )
         for group in sampled:
             if group.params.only_prompt:
@@ -104,9 +104,9 @@ class OutputProcessor:
     def _add_tokens(self, group: SequenceGroup, seq: Sequence) -> None:
         """Append the text of a sequence's new tokens and finish the sequence at a stop string."""
         params, state = group.params, self._state(group, seq)
-        if state.num_tokens == seq.num_output_tokens:
+        new = seq.token_ids[seq.prompt_len + state.num_tokens : seq.num_known]
+        if not new:
             return
-        new = seq.token_ids[seq.prompt_len + state.num_tokens :]
         state.num_tokens += len(new)
         if seq.finish_reason == "stop" and not params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended it is not part of the text

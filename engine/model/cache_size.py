@@ -115,7 +115,7 @@ def largest_step(config: EngineConfig, max_model_len: int) -> list[int]:
 
 
 def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> int:
-    """Return the bytes that ``gpu_memory_utilization`` leaves beside the peak usage of the largest step."""
+    """Return the bytes that ``gpu_memory_utilization`` leaves beside graphs and the largest step's peak."""
     torch.cuda.reset_peak_memory_stats(runner.device)
     prompts = [[0] * length for length in largest_step(config, max_model_len)]
     # Sampling needs the most memory if all tokens are about equally likely, so that all are sorted.
@@ -123,11 +123,12 @@ def _free_gpu_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: in
     cache = dry_run(runner, runner.kv_shape(config.block_size), prompts, params=params)
     torch.cuda.synchronize(runner.device)
     peak = torch.cuda.max_memory_allocated(runner.device) - cache.blocks.nbytes
+    graphs = 0 if config.enforce_eager else runner.graph_bytes(cache, config.max_num_seqs, max_model_len)
     del cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(runner.device)
     other = total - free - torch.cuda.memory_reserved(runner.device)
-    return int(total * config.gpu_memory_utilization) - peak - other
+    return int(total * config.gpu_memory_utilization) - peak - other - graphs
 
 
 def _available_cpu_bytes() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,14 @@ from ..transfer import to_device
 from .attention import AttentionMetadata
 from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
+from .cuda_graph import CudaGraphs, GraphMaker
+from .decode_buffers import with_sampled
+from .decode_graphs import DecodeGraphs, free_bytes, measured_bytes
 from .fusion import Fusion, Proof, fuse_model
+from .graph_buckets import LONG_PREFIX, Buckets
 from .kv_cache import KVCache, KVShape
 from .step_inputs import StepInputs
+from .vocabulary import num_tokens
 from .workspace import Workspaces
 
 _CACHE_DTYPES = {
@@ -29,7 +36,9 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
-LONG_PREFIX = 1024  # minimum number of shared prompt tokens for which kernels look for shared prefixes
+_WARN = "warn_if_padding_and_no_attention_mask"
+
+_log = logging.getLogger("cupaged.engine")
 
 
 class ModelRunner:
@@ -50,6 +59,11 @@ class ModelRunner:
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
         self._workspaces: Workspaces | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._finds_prefixes = self.device.type != "cpu"
+        for module in model.modules():  # to look whether to warn, transformers would wait for the device
+            if hasattr(module, _WARN):
+                setattr(module, _WARN, lambda *_: None)
         # Computes the batch of a step together with other ranks, in place of `run_inputs` alone.
         self.lead: Callable[[StepInputs, KVCache, torch.Tensor | None], torch.Tensor] | None = None
 
@@ -153,6 +167,53 @@ class ModelRunner:
                     module(last.float(), last, layer_type)
                     kinds[layer_type] = "default"
 
+    def capture_graphs(
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_model_len: int,
+        make_graph: GraphMaker | None = None,
+    ) -> None:
+        """Capture decode steps, so that each is one launch. What cannot be captured runs as it is.
+
+        Args:
+            cache: the KV cache of the steps, which holds nothing yet.
+            max_num_seqs: maximum number of sequences of a step.
+            max_model_len: maximum number of tokens of a sequence.
+            make_graph: makes the graphs; None: CUDA's, and none on a CPU.
+        """
+        graphs = self._new_graphs(cache, max_num_seqs, max_model_len, make_graph)
+        if graphs is not None and graphs.try_capture():
+            self._graphs = graphs
+
+    def graph_bytes(self, cache: KVCache, max_num_seqs: int, max_model_len: int) -> int:
+        """Return how much memory of a GPU the graphs take; 0 if there will be none.
+
+        Args:
+            cache: any cache of the shape; it is overwritten. The others are as in `capture_graphs`.
+        """
+        graphs = self._new_graphs(cache, max_num_seqs, max_model_len)
+        return 0 if graphs is None else measured_bytes(graphs, partial(free_bytes, self.device))
+
+    def _new_graphs(
+        self, cache: KVCache, max_num_seqs: int, max_model_len: int, make_graph: GraphMaker | None = None
+    ) -> DecodeGraphs | None:
+        if make_graph is None:
+            if self.device.type != "cuda":
+                return None
+            make_graph = CudaGraphs(self.device)
+        if has_dynamic_frequencies(self._model):
+            _log.info("decode steps run without CUDA graphs: rotary frequencies follow the longest sequence")
+            return None
+        return DecodeGraphs(
+            self._forward,
+            cache,
+            self._windows,
+            Buckets(max_num_seqs, max_model_len, cache.shape.block_size, self._finds_prefixes),
+            num_tokens(self._model),
+            make_graph,
+        )
+
     @torch.inference_mode()
     def run(
         self,
@@ -169,7 +230,8 @@ class ModelRunner:
 
         Returns:
             Logits ``[N, vocabulary]``. Each sequence, in order, has one row for each of its first
-            ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token.
+            ``num_prompt_logits`` tokens of the step and, if it samples, one for its last token. The next step
+            may overwrite them.
         """
         inputs = StepInputs.of(scheduled, blocks)
         return (self.lead or self.run_inputs)(inputs, cache, sampled)
@@ -179,6 +241,11 @@ class ModelRunner:
         self, inputs: StepInputs, cache: KVCache, sampled: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute a batch; `run` says what is returned."""
+        shared_prefix = self._finds_prefixes and shares_prefix(inputs.block_tables, cache.shape.block_size)
+        if self._graphs is not None and self._graphs.takes(inputs, cache):
+            logits = self._graphs.run(inputs, shared_prefix, sampled)
+            if logits is not None:
+                return logits
         workspace = None
         if inputs.is_decode and self._workspaces is not None:
             workspace = self._workspaces.get(cache, len(inputs.seq_lens), inputs.block_tables.shape[1])
@@ -202,21 +269,35 @@ class ModelRunner:
                 seq_lens=lens,
                 query_start_loc=starts[0] if starts else None,
                 windows=self._windows,
-                shared_prefix=self.device.type != "cpu"
-                and shares_prefix(inputs.block_tables, cache.shape.block_size),
+                shared_prefix=shared_prefix,
                 buffer=None if self._workspaces is None else self._workspaces.buffer(len(inputs.token_ids)),
             )
         if sampled is not None and (inputs.token_ids < 0).any():
-            rows = (-1 - token_ids).clamp_(min=0)
-            token_ids = torch.where(token_ids < 0, sampled[rows], token_ids)
+            token_ids = with_sampled(token_ids, sampled)
+        # A tensor of indices, as an int would keep at least one row.
+        return self._forward(token_ids, positions, metadata, kept_rows)
+
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        paged: AttentionMetadata,
+        kept_rows: torch.Tensor | int = 0,  # all
+    ) -> torch.Tensor:
         output = self._model(
             input_ids=token_ids[None],
             position_ids=positions[None],
-            logits_to_keep=kept_rows,  # a tensor of indices, as an int would keep at least one row
+            logits_to_keep=kept_rows,
             use_cache=False,
-            paged=metadata,
+            paged=paged,
         )
         return output.logits[0]
+
+
+def has_dynamic_frequencies(model: torch.nn.Module) -> bool:
+    """Return whether rotary frequencies are computed anew for longer sequences, for which the host waits."""
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    return any(kind == "dynamic" or (isinstance(kind, dict) and "dynamic" in kind.values()) for kind in kinds)
 
 
 def shares_prefix(block_tables: np.ndarray, block_size: int) -> bool:

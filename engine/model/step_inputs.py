@@ -37,6 +37,13 @@ class StepInputs:
     is_decode: bool
 
     @classmethod
+    def padding(cls) -> StepInputs:
+        """Return a decode step without sequences."""
+        nothing, start = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int32)
+        table = np.zeros((0, 0), dtype=np.int32)
+        return cls(nothing, nothing, nothing, nothing, start[:0], start, table, is_decode=True)
+
+    @classmethod
     def of(cls, scheduled: Sequence[ScheduledSequence], blocks: BlockManager) -> StepInputs:
         """Return the batch of a step plan's sequences, of which there is at least one."""
         block_tables = blocks.tables([item.seq.seq_id for item in scheduled])

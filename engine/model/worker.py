@@ -87,4 +87,7 @@ class Worker:
         self.runner.settle_frequencies(size.max_model_len)
         longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
         scales = calibrate(self.runner, shape, self.vocabulary.size, longest_prompt)
-        return KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        cache = KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
+        if not self.config.enforce_eager:
+            self.runner.capture_graphs(cache, self.config.max_num_seqs, size.max_model_len)
+        return cache

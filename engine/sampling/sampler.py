@@ -23,6 +23,7 @@ from ..scheduling.step_plan import ScheduledSequence
 from ..transfer import to_device
 from .bad_words import BadWords
 from .grammar import Grammar
+from .kept_settings import KeptSettings
 from .logits_processors import Penalties, TokenTable, Users
 from .logprobs import LogprobTensors, take_prompt
 from .samples import LaunchedSamples, SamplerOutput
@@ -91,6 +92,7 @@ class Sampler:
         self._allowed, self._ending, self._biases = TokenTable(), TokenTable(), TokenTable()
         self._bad_words, self._penalties = BadWords(), Penalties()
         self._grammars: dict[SequenceGroup, Grammar] = {}
+        self._kept_settings = KeptSettings()
         self._structured = StructuredOutputs(eos_token_ids)
         self._processors: tuple[tuple[_Use, TokenTable | BadWords | Penalties | StructuredOutputs], ...] = (
             (_Use.GRAMMAR, self._structured),
@@ -214,6 +216,7 @@ class Sampler:
             self._settings = np.append(self._settings, np.zeros(new - old, dtype=_SETTINGS))
             self._free = list(range(new - 1, old - 1, -1))
         row = self._free.pop()
+        self._kept_settings.forget()
         uses = _Use(0)
         if params.needs_logprobs:
             uses |= _Use.LOGPROBS
@@ -291,12 +294,15 @@ class Sampler:
             order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
             index = np.where(counts[row_of] > 1, order.astype(np.uint64), index[row_of])
             logits, settings, lengths = logits[_on(logits, row_of)], settings[row_of], lengths[row_of]
-        names = ("temperature", "min_p", "top_k", "top_p", "seed")
-        columns = [np.ascontiguousarray(settings[name]) for name in names]
-        integers = [columns[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64), lengths]
-        temperature, min_p, top_k, top_p, seeds, indices, positions = to_device(
-            [*columns[:-1], *integers], logits.device
-        )
+
+        def columns() -> list[np.ndarray]:
+            names = ("temperature", "min_p", "top_k", "top_p", "seed")
+            values = [np.ascontiguousarray(settings[name]) for name in names]
+            return [*values[:-1], values[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64)]
+
+        key = batch.rows.tobytes() + counts.tobytes()
+        kept, positions = self._kept_settings.of(key, columns, lengths, logits.device)
+        temperature, min_p, top_k, top_p, seeds, indices = kept
         return sample(
             logits,
             temperature=temperature,

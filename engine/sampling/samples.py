@@ -30,10 +30,11 @@ class SamplerOutput:
     candidates: dict[int, Candidates] = field(default_factory=dict)
 
     def drop(self, positions: Iterable[int]) -> None:
-        """Drop the tokens of sequences that had ended before, at these positions in the plan."""
+        """Drop what sequences got that had ended before, at these positions in the plan."""
         for position in positions:
             self.token_ids[position] = []
             self.logprobs.pop(position, None)
+            self.candidates.pop(position, None)
 
 
 class LaunchedSamples:

@@ -10,11 +10,12 @@ class Overlap:
     """Find what has to wait for the tokens of a step.
 
     Args:
-        enabled: launch steps ahead where nothing has to wait; otherwise every step waits.
+        enabled: launch steps ahead where nothing has to wait; False: every step waits.
+        default: what None stands for.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, enabled: bool | None, default: bool = False) -> None:
+        self.enabled = default if enabled is None else enabled
 
     def reason_to_wait(self, plan: Plan) -> str | None:
         """Return why the next step cannot be launched before this one's tokens are known, or None.

@@ -208,10 +208,10 @@ class Scheduler:
         swapped = [group for group in self.preempted if group.status is Status.SWAPPED]
         self._start_again([*self.running, *swapped])
 
-    def _start_again(self, groups: list[SequenceGroup]) -> None:
+    def _start_again(self, groups: list[SequenceGroup], keep: bool = False) -> None:
         for group in groups:
             self._queues.remove(group)
-            self._memory.drop(group, keep=False)
+            self._memory.drop(group, keep)
             self._queues.add(group)
 
     # -- running groups ------------------------------------------------------------------------------
@@ -331,7 +331,12 @@ class Scheduler:
                 count = min(len(first.token_ids) - cached, draft.budget)
                 turn = [(first, count)] if count > 0 else []
             if not turn or needed + reserved > self._blocks.gpu.num_free:
-                return
+                if group.status is not Status.SWAPPED or self.running:
+                    return
+                # It has a copy of its own of blocks that a prefix was given since, and never fits beside it.
+                self._blocks.note("recompute", [seq.seq_id for seq in group.live])
+                self._start_again([group], keep=True)
+                continue
             self._queues.remove(group)
             if group.status is Status.SWAPPED:
                 draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.live])

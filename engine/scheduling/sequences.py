@@ -166,19 +166,24 @@ class Sequences:
             if seq.finish_reason is None:
                 self.finish(group, seq, "length")
         if candidates:
-            self._resolve_beams(plan, candidates)
+            wasted += self._resolve_beams(plan, candidates)
         return wasted
 
-    def _resolve_beams(self, plan: Plan, candidates: Mapping[int, Candidates]) -> None:
+    def _resolve_beams(self, plan: Plan, candidates: Mapping[int, Candidates]) -> list[ScheduledSequence]:
         searches: dict[SequenceGroup, Beams] = {}
+        wasted = []
         for position, best in candidates.items():
             item = plan.scheduled[position]
+            if item.seq.finished:
+                wasted.append(item)
+                continue
             beams = item.group.beams
             assert beams is not None
             beams.candidates[item.seq.seq_id] = best
             searches[item.group] = beams
         for group, beams in searches.items():
             self._advance_beams(group, beams)
+        return wasted
 
     def _advance_beams(self, group: SequenceGroup, beams: Beams) -> None:
         """Take a step of beam search when all beams are computed."""

@@ -10,7 +10,8 @@ import torch
 import transformers as tf
 
 from cupaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler
+from cupaged.engine.sampling.samples import LaunchedSamples, SamplerOutput
 from tests import tiny_models
 from tests.distribution import uniform, weights
 
@@ -27,7 +28,7 @@ def says(llama_dir, monkeypatch):
 
     def generate(text: str, *ids: int, **params) -> CompletionOutput:
         tokens = iter([*llm.engine.tokenizer(text)["input_ids"], *ids])
-        monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
+        monkeypatch.setattr(Sampler, "launch", lambda *_: LaunchedSamples(SamplerOutput([[next(tokens)]])))
         (output,) = llm.generate({"prompt_token_ids": PROMPT}, SamplingParams(**params), use_tqdm=False)
         assert output.finished
         assert_clean(llm.engine)
@@ -77,7 +78,7 @@ def test_an_output_ends_where_it_should(says, said, params, text, num_tokens, re
 def test_what_may_become_a_stop_string_is_held_back(llama_dir, monkeypatch):
     engine = small_engine(llama_dir)
     tokens = iter(engine.tokenizer("one, two, three")["input_ids"])
-    monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
+    monkeypatch.setattr(Sampler, "launch", lambda *_: LaunchedSamples(SamplerOutput([[next(tokens)]])))
     engine.add_request("x", {"prompt_token_ids": PROMPT}, SamplingParams(stop=", three", max_tokens=64))
     seen = []
     while engine.has_unfinished():

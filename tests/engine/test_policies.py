@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks import paper
+from benchmarks.evaluation import memory, systems
 from benchmarks.memory_use import memory_use
 from cupaged.engine import SamplingParams
 from cupaged.engine.config import MEMORY_POLICIES
@@ -15,7 +15,7 @@ from cupaged.engine.memory.eviction import EVICTION_POLICIES, LRU
 
 from .harness import Reference, run, small_engine
 
-ORDER = ("orca-max", "orca-pow2", "orca-oracle", "paged")  # of the paper's figures
+ORDER = ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged")  # of the paper's figures
 COUNTS = {"ShareGPT": 200, "Alpaca": 1000}  # requests of a load
 
 
@@ -119,45 +119,45 @@ def test_settings_of_the_engine(llama_dir):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", paper.LOADS)
+@pytest.mark.parametrize("name", memory.LOADS)
 def test_memory_and_batches_order_as_in_the_paper(name):
-    load, count = paper.LOADS[name], COUNTS[name]
-    use = {policy: paper.memory(load, policy, "continuous", count) for policy in ORDER}
+    load, count = memory.LOADS[name], COUNTS[name]
+    use = {policy: memory.use(load, policy, count) for policy in ORDER}
     assert all(more > 1.2 * less for less, more in pairwise(use[policy]["stored"] for policy in ORDER))
     for shares in use.values():
-        assert sum(shares[kind] for kind in paper.KINDS) == pytest.approx(1)
+        assert sum(shares[kind] for kind in memory.KINDS) == pytest.approx(1)
         assert shares["saved"] == 0
-    running = [paper.running(load, policy, "continuous", count) for policy in ORDER]
+    running = [memory.running(load, policy, count) for policy in ORDER]
     assert all(more > 1.1 * less for less, more in pairwise(running))
-    assert running[0] == pytest.approx(load.running["orca-max"], rel=0.05)
-    assert paper.running(load, "orca-max", "static", count // 2) < 0.7 * running[0]
+    assert running[0] == pytest.approx(load.running["Orca (Max)"], rel=0.05)
+    assert memory.running(load, "FasterTransformer", count // 2) < 0.7 * running[0]
     if name == "ShareGPT":  # Figure 2
         for policy in ORDER[:3]:
-            assert use[policy]["stored"] == pytest.approx(paper.PAPERS_USE[policy], abs=0.04)
+            assert use[policy]["stored"] == pytest.approx(load.used[policy], abs=0.04)
 
 
 def test_paged_memory_holds_tokens():
     """At every step of a load with the lengths of ShareGPT, after the first requests have come."""
-    served = paper.engine("paged", "continuous")
+    served = systems.engine("paged")
     shares = []
 
     def observe(trace, seconds):
         if served.scheduler.waiting and trace.num_steps > 20:
-            use = memory_use(served.blocks, served.scheduler.running, paper.tokens_at_end)
+            use = memory_use(served.blocks, served.scheduler.running, memory.tokens_at_end)
             in_prompts = any(group.prefilling for group in served.scheduler.running)
             assert use.internal + use.reserved < 16 * len(served.scheduler.running) or in_prompts
             shares.append(use.stored / use.allocated)
 
-    served.replay(paper.requests(paper.LOADS["ShareGPT"], 200), observe=observe)
+    served.replay(memory.requests(memory.LOADS["ShareGPT"], 200), observe=observe)
     assert sum(shares) / len(shares) >= 0.96
     assert min(shares) > 0.9
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", paper.LOADS)
+@pytest.mark.parametrize("name", memory.LOADS)
 def test_sharing_saves_what_it_saved_in_the_paper(name):
-    load, count = paper.LOADS[name], COUNTS[name]
-    saved = {n: paper.memory(load, "paged", "continuous", count * 2 // n, n=n)["saved"] for n in paper.WIDTHS}
+    load, count = memory.LOADS[name], COUNTS[name]
+    saved = {n: memory.use(load, "paged", count * 2 // n, n=n)["saved"] for n in memory.WIDTHS}
     assert saved[2] < saved[4]
     for n, share in load.saved["n"].items():
         assert saved[n] == pytest.approx(share, abs=0.06)
@@ -165,8 +165,8 @@ def test_sharing_saves_what_it_saved_in_the_paper(name):
 
 @pytest.mark.matrix
 def test_beams_save_what_they_saved_in_the_paper():
-    load = paper.LOADS["Alpaca"]
+    load = memory.LOADS["Alpaca"]
     for width, share in load.saved["beam_width"].items():
-        found = paper.memory(load, "paged", "continuous", 400, beam_width=width)
+        found = memory.use(load, "paged", 400, beam_width=width)
         assert found["saved"] == pytest.approx(share, abs=0.08)
         assert found["stored"] + found["reserved"] + found["internal"] == pytest.approx(1)

@@ -265,8 +265,8 @@ def test_a_step_that_fails_takes_no_output_further(long_dir, reference, seed):
     engine = engine_of(long_dir)
     reference.replace_logits(engine)
     expected = run(engine, requests)
-    sample, choose = engine._sampler.sample, engine._sampler._choose
-    places = iter([(rng.randrange(2, 9), rng.choice([sample, choose])) for _ in range(3)])
+    launch, choose = engine._sampler.launch, engine._sampler._choose
+    places = iter([(rng.randrange(2, 9), rng.choice([launch, choose])) for _ in range(3)])
     for request_id, (prompt, its_params) in requests.items():
         engine.add_request(request_id, prompt, its_params)
     steps, where = next(places)
@@ -278,12 +278,12 @@ def test_a_step_that_fails_takes_no_output_further(long_dir, reference, seed):
             def fail(*arguments):
                 raise RuntimeError("a fault")
 
-            name = "sample" if where is sample else "_choose"
+            name = "launch" if where is launch else "_choose"
             setattr(engine._sampler, name, fail)
             with pytest.raises(RuntimeError, match="a fault"):
                 engine.step()
             delattr(engine._sampler, name)
-            steps, where = next(places, (-1, sample))
+            steps, where = next(places, (-1, launch))
         found |= {output.request_id: output for output in engine.step() if output.finished}
     assert completions(found, requests) == completions(expected, requests)
 

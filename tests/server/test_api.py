@@ -13,7 +13,8 @@ import openai
 import pytest
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler
+from cupaged.engine.sampling.samples import LaunchedSamples, SamplerOutput
 from cupaged.engine.server.app import create_app
 from tests import tiny_models
 
@@ -239,7 +240,7 @@ def test_a_character_is_never_cut_between_chunks(client, server, monkeypatch):
     said = "añ☃😀é" * 4
     tokens = iter([*server.engine.tokenizer(said)["input_ids"], tiny_models.EOS])
     wait_until(lambda: not server.engine.has_unfinished())  # requests of clients that have left
-    monkeypatch.setattr(Sampler, "sample", lambda *_: SamplerOutput([[next(tokens)]]))
+    monkeypatch.setattr(Sampler, "launch", lambda *_: LaunchedSamples(SamplerOutput([[next(tokens)]])))
     chunks = client.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
     pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == said
@@ -624,17 +625,17 @@ def test_events_are_lines_for_every_client(client, server, monkeypatch):
         ("chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 0}),
     ):
         tokens = iter([*ids, tiny_models.EOS])
-        original = Sampler.sample
+        original = Sampler.launch
 
         def says(self, logits, scheduled, tokens=tokens, original=original):
-            output = original(self, logits, scheduled)
+            output = original(self, logits, scheduled).result()
             output.token_ids = [[next(tokens)]]
             found = output.logprobs[0][0]
             output.logprobs[0][0] = found._replace(token_ids=[output.token_ids[0][0], *found.token_ids[1:]])
-            return output
+            return LaunchedSamples(output)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Sampler, "sample", says)
+            patch.setattr(Sampler, "launch", says)
             content = httpx.post(f"{server.url}/v1/{path}", json={**body, **more}).content
         lines = content.decode().splitlines()
         assert lines == content.decode().split("\n")[:-1]

@@ -87,7 +87,7 @@ def test_the_others_are_as_if_nothing_had_failed(llama_dir, reference, seed, nam
         reference.replace_logits(one)
     expected = serve(undisturbed, wanted)
     target = engine._sampler if kind == "sampler" else engine._runner
-    method = "sample" if kind == "sampler" else "run"
+    method = "launch" if kind == "sampler" else "run"
     original, failures = getattr(target, method), []
 
     def planted(*arguments):

@@ -11,7 +11,8 @@ import pytest
 
 from cupaged.engine import LLM, SamplingParams
 from cupaged.engine.outputs import Logprob
-from cupaged.engine.sampling.sampler import Sampler, SamplerOutput
+from cupaged.engine.sampling.sampler import Sampler
+from cupaged.engine.sampling.samples import LaunchedSamples, SamplerOutput
 from cupaged.engine.server.logprobs import ChatLogprobs, TextLogprobs, for_prompt, token_bytes
 from tests import tiny_models
 from tests.unit.test_detokenizer import byte_fallback_tokenizer
@@ -282,17 +283,17 @@ def test_every_token_has_its_place_in_the_text(client, server, monkeypatch):
     said = "añ☃b"
     ids = server.engine.tokenizer(said)["input_ids"]
     ids = ids + ids  # for a request that is streamed and one that is not
-    original = Sampler.sample
+    original = Sampler.launch
 
     def says(self, logits, scheduled):
-        output: SamplerOutput = original(self, logits, scheduled)
+        output: SamplerOutput = original(self, logits, scheduled).result()
         token = ids.pop(0)
         found = output.logprobs[0][0]
         output.logprobs[0][0] = found._replace(token_ids=[token, *found.token_ids[1:]])
         output.token_ids = [[token]]
-        return output
+        return LaunchedSamples(output)
 
-    monkeypatch.setattr(Sampler, "sample", says)
+    monkeypatch.setattr(Sampler, "launch", says)
     settings = {**SETTINGS, "prompt": "xy", "max_tokens": 7, "logprobs": 0}
     found = client.completions.create(**settings).choices[0]
     assert found.text == said

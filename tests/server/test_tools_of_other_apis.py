@@ -10,6 +10,7 @@ import anthropic
 import pytest
 from pydantic import BaseModel
 
+from cupaged.engine.sampling.samples import LaunchedSamples
 from tests import tiny_models
 
 from .conftest import MODEL, Running
@@ -77,21 +78,21 @@ def saying(server: Running, text: str) -> Iterator[None]:
     """Let the model write this text, whatever it is asked."""
     engine = server.engine
     tokens = [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], tiny_models.EOS]
-    sample = engine._sampler.sample
+    launch = engine._sampler.launch
 
     def scripted(logits, scheduled):
-        output = sample(logits, scheduled)
+        output = launch(logits, scheduled).result()
         output.token_ids = [
             [tokens[item.seq.num_output_tokens]] * len(sampled)
             for item, sampled in zip(scheduled, output.token_ids)
         ]
-        return output
+        return LaunchedSamples(output)
 
-    engine._sampler.sample = scripted
+    engine._sampler.launch = scripted
     try:
         yield
     finally:
-        engine._sampler.sample = sample
+        engine._sampler.launch = launch
 
 
 def test_calls_of_a_response_and_their_results(server, client):

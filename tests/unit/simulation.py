@@ -20,6 +20,8 @@ SALTS = (None, "salt")
 class Simulation(SimulatedEngine):
     """Steps the simulated engine and computes in a simulated memory."""
 
+    ends = (EOS,)  # tokens that end an output
+
     def __init__(
         self,
         *,
@@ -275,7 +277,7 @@ class Simulation(SimulatedEngine):
                 elif seq.finish_reason == "length":
                     assert seq.num_output_tokens == group.max_tokens
                 elif seq.finish_reason == "stop":
-                    assert seq.token_ids[-1] == EOS
+                    assert seq.token_ids[-1] in self.ends
                 assert seq.token_ids[: seq.prompt_len] == group.prompt_token_ids
 
     @staticmethod

@@ -68,9 +68,11 @@ def test_swap_space_is_gib_and_never_more_than_the_cache():
 
 
 def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
-    """Weights and the largest step take 30 GiB of 80, other processes 5."""
+    """Weights and the largest step take 30 GiB of 80, graphs 3, other processes 5."""
     gib = 2**30
-    runner = SimpleNamespace(device=torch.device("cuda"), kv_shape=lambda *_: SHAPE)
+    runner = SimpleNamespace(
+        device=torch.device("cuda"), kv_shape=lambda *_: SHAPE, graph_bytes=lambda *_: 3 * gib
+    )
     cache = SimpleNamespace(blocks=SimpleNamespace(nbytes=2 * gib))
     monkeypatch.setattr(cache_size, "dry_run", lambda *_, **__: cache)
     for name, value in {
@@ -83,12 +85,12 @@ def test_gpu_memory_utilization_is_a_share_of_all_memory(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
-    def blocks(share: float) -> int:
-        config = EngineConfig(gpu_memory_utilization=share, max_num_seqs=2048)
+    def blocks(share: float, **settings) -> int:
+        config = EngineConfig(gpu_memory_utilization=share, max_num_seqs=2048, **settings)
         return cache_size.num_gpu_blocks(config, runner, SHAPE, max_model_len=8192)
 
-    assert blocks(0.9) == int((80 * 0.9 - 30 - 5) * gib) // SHAPE.block_bytes
-    assert blocks(0.5) == int((80 * 0.5 - 30 - 5) * gib) // SHAPE.block_bytes
+    assert blocks(0.9) == int((80 * 0.9 - 30 - 3 - 5) * gib) // SHAPE.block_bytes
+    assert blocks(0.5, enforce_eager=True) == int((80 * 0.5 - 30 - 5) * gib) // SHAPE.block_bytes
     with pytest.raises(ValueError, match=r"no memory is left .* raise gpu_memory_utilization"):
         blocks(0.4)
 

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from benchmarks import rates
-from benchmarks.rates import CASES, LATENCY, STEPS, SYSTEMS, latency, sustained
+from benchmarks.evaluation import rates
+from benchmarks.evaluation.rates import CASES, LATENCY, STEPS, latency, sustained
+from benchmarks.evaluation.systems import SYSTEMS
 
 
 def test_the_search_finds_where_the_latency_rises(monkeypatch, seed):
@@ -45,5 +46,5 @@ def test_every_case_can_be_drawn_for_every_system_it_compares(name):
     assert set(case.published) <= set(case.others) < set(SYSTEMS)
     for system in ("paged", *case.others):
         mean, per_second = latency(case, system, 4, 0.01)
-        assert 0.03 < mean < 0.2, "a request alone takes a step a token, and its prompt"
+        assert 0.028 < mean < 0.2, "a request alone takes a step a token, and its prompt"
         assert per_second > 0

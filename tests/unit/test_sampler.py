@@ -251,3 +251,30 @@ def test_a_very_high_temperature_is_even_and_keeps_what_is_ruled_out():
     counts = np.bincount(tokens, minlength=4)
     assert counts[2] == 0
     assert counts[[0, 1, 3]].min() > 800
+
+
+def test_a_batch_that_stays_the_same_has_its_tokens(seed):
+    """Sequences come, go, grow by a token or by several, are computed again, and take rows of others."""
+    rng = random.Random(seed)
+    kept = Sampler(frozenset())
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(seed))
+    live: list[ScheduledSequence] = []
+    for step in range(40):
+        if rng.random() < 0.3 and live:
+            kept.release(live.pop(rng.randrange(len(live))).group)
+        if len(live) < 2 or rng.random() < 0.3:
+            params, tokens = draw_params(rng), [1] * rng.randint(1, 9)
+            seq = Sequence(step, 0, tokens, len(tokens), rng.getrandbits(60))
+            group = SequenceGroup(str(step), None, list(tokens), params, 100, step, [seq])
+            live.append(ScheduledSequence(group, seq, 0, 1, 1))
+        if rng.random() < 0.2:
+            rng.shuffle(live)
+        chosen = live if rng.random() < 0.8 else live[1:]
+        for item in chosen:
+            item.num_samples = rng.choice([1, 1, 1, 2])
+        fresh = Sampler(frozenset()).sample(logits[: len(chosen)].clone(), chosen)
+        assert kept.sample(logits[: len(chosen)].clone(), chosen).token_ids == fresh.token_ids
+        for item in live if rng.random() < 0.8 else live[:1]:
+            item.seq.token_ids.append(1)
+        if rng.random() < 0.1:
+            live[0].seq.token_ids.pop()

@@ -455,3 +455,18 @@ def test_nobody_reads_what_one_that_failed_never_wrote():
     simulation.scheduler.abort(first)
     simulation.run()
     assert second.seqs[0].finish_reason == "length"
+
+
+def test_a_request_comes_back_beside_a_prefix_that_was_pinned_while_it_was_swapped_out():
+    """It has computed half a block of what the prefix holds: with that copy of its own it does not fit."""
+    simulation = Simulation(
+        num_blocks=12, num_cpu_blocks=24, block_size=2, budget=11, mode="swap", by_priority=True
+    )
+    prompt = simulation.prompt(19)
+    group = simulation.add(prompt, 2, priority=1)
+    simulation.step()
+    simulation.add_prefix(prompt[:16])
+    simulation.step()
+    assert group.status is Status.SWAPPED
+    simulation.run()
+    assert group.finished

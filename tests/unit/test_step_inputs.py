@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 from cupaged.engine import SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
 from cupaged.engine.model.attention import ATTENTION_NAME, register_attention
+from cupaged.engine.model.decode_buffers import DecodeBuffers
 from cupaged.engine.model.kv_cache import KVCache
 from cupaged.engine.model.model_runner import ModelRunner
 from cupaged.engine.model.step_inputs import StepInputs
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 from cupaged.engine.scheduling.step_plan import ScheduledSequence
-from cupaged.engine.transfer import pack, to_device, unpack
+from cupaged.engine.transfer import Staging, pack, to_device, unpack
+from tests.graph_tape import WAITING
 from tests.tiny_models import CONFIGS
 
 META = torch.device("meta")  # stands for a device: what is copied to it goes over the link
@@ -30,12 +32,14 @@ class Transfers(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         devices = {value.device for value in (*args, result) if isinstance(value, torch.Tensor)}
         self.count += len(devices) > 1
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        self.names.append(func.overloadpacket.__name__)
+        assert self.names[-1] not in WAITING, "the host waits for a number"
         return result
 
 
@@ -130,3 +134,78 @@ def test_a_step_is_one_transfer(num_tokens):
     assert [tuple(tensor.shape) for tensor in tensors[:4]] == [(1, num_tokens)] * 2 + [(1,), (num_tokens,)]
     assert (metadata.query_start_loc is None) == (num_tokens == 1)
     assert to_device([np.arange(3)], torch.device("cpu"))[0].tolist() == [0, 1, 2]
+
+
+def test_two_buffers_are_written_in_turns():
+    """Each when the copy from it has ended, so that the host does not wait for the copy before."""
+    target, notes = torch.zeros(64, dtype=torch.uint8), []
+    staging = Staging(target)
+    staging._copied = [
+        SimpleNamespace(
+            synchronize=lambda i=i: notes.append(("wait", i)), record=lambda i=i: notes.append(("copied", i))
+        )
+        for i in range(2)
+    ]
+    for number in range(1, 5):
+        turn = staging.begin()
+        staging.buffers[turn].fill_(number)
+        staging.send(32)
+        assert target.tolist() == [number] * 32 + [0] * 32
+    assert notes == [(what, turn) for turn in (1, 0, 1, 0) for what in ("wait", "copied")]
+
+
+def test_a_bucket_holds_a_step_and_padding(seed):
+    rng = np.random.default_rng(seed)
+    blocks = BlockManager(300, 0, block_size=4)
+    buffers = DecodeBuffers(16, 20, torch.device("cpu"))
+    scheduled = [item for item in draw_plan(rng, blocks) if len(item.seq.token_ids) <= 80]
+    decoding = [ScheduledSequence(i.group, i.seq, i.start + i.num_tokens - 1, 1, 1) for i in scheduled]
+    inputs = StepInputs.of(decoding, blocks) if decoding else StepInputs.padding()
+    for num_seqs in (len(decoding), 16):
+        for buffer in buffers._staging.buffers:
+            buffer.fill_(0xFF)
+        buffers.fill(num_seqs, 20, inputs)
+        held = buffers.tensors(num_seqs, 20)
+        count, width = inputs.block_tables.shape
+        for tensor, given, padding in (
+            (held.token_ids, inputs.token_ids, 0),
+            (held.positions, inputs.positions, 0),
+            (held.slots, inputs.slots, -1),
+            (held.seq_lens, inputs.seq_lens, 0),
+        ):
+            assert tensor.tolist() == given.tolist() + [padding] * (num_seqs - count)
+        assert held.block_tables[:count, :width].tolist() == inputs.block_tables.tolist()
+        assert {tensor.untyped_storage().data_ptr() for tensor in held} == {buffers.memory.data_ptr()}
+
+
+class NoGraph:
+    def replay(self) -> None:
+        pass
+
+
+def test_a_replayed_step_is_one_copy_and_one_launch():
+    """Nothing is allocated, and nothing waited for. Without a token that only the device knows."""
+    register_attention()
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation=ATTENTION_NAME)
+    runner = ModelRunner(model)
+    cache = KVCache(runner.kv_shape(16), 8, 0, META)
+    runner._graphs = graphs = runner._new_graphs(cache, 4, 100, NoGraph)
+    graphs._graphs = dict.fromkeys(graphs.buckets.all(), NoGraph())
+    graphs._logits = torch.empty(4, 100, device=META)
+    graphs._addresses = graphs._current_addresses()
+    blocks = BlockManager(8, 0, block_size=16)
+    items = []
+    for seq_id in range(3):
+        blocks.append(seq_id, 0, 5, [])
+        group = SequenceGroup("0", None, [1] * 5, SamplingParams(), 10, 0)
+        items.append(ScheduledSequence(group, Sequence(seq_id, 0, [1] * 5, 5, 0), 4, 1, 1))
+    sampled = torch.zeros(3, dtype=torch.int64, device=META)
+    runner.run(tuple(items), blocks, cache, sampled)  # the first of its size looks up where its inputs are
+    for unknown, expected in (([], ["copy_"]), ([0, 2], ["copy_", "copy_"])):
+        for row in unknown:
+            items[row].seq.token_ids[-1] = -1 - row
+        with Transfers() as transfers:
+            logits = runner.run(tuple(items), blocks, cache, sampled)
+        assert transfers.count == 1  # the other copy is on the device
+        assert [name for name in transfers.names if name != "slice"] == expected
+        assert logits.shape == (3, 100)

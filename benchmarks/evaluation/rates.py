@@ -1,48 +1,29 @@
-"""Find the request rates that the paper's systems sustain at the same latency: its Figures 12, 14, 16 and 17.
+"""Find the request rates that the paper's systems sustain at the same latency: Figures 12, 14, 16 and 17.
 
-    python benchmarks/rates.py [--requests 1000] [--jobs 2] [--out DIR]
-
-A simulation with the scheduler and block manager that serve, the memory of the paper's OPT-13B and a cost
-model of one A100 (`cost_model.py`): no model ran. Of each system the rate is found at which the mean
-normalized latency is `LATENCY`; the paper compares rates at similar latencies, where the curves rise.
+Of each system the rate is found at which the mean normalized latency is `LATENCY`; the paper compares rates
+at similar latencies, where the curves rise.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import statistics
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-if __package__:
-    from . import common
-else:
-    import common
-
-import torch
-
-from benchmarks.cost_model import OPT_13B_ON_A100
-from benchmarks.simulation import Request, SimulatedEngine
+from benchmarks.simulation import Request
 from benchmarks.trace_generators import GENERATORS, Draw, exponential, independent, shared_prefixes
 from benchmarks.traces import Arrivals
 
-SLOTS = 15_700  # of the KV cache: Table 1
-MAX_MODEL_LEN = 2048
-LATENCY = 0.25  # seconds per output token; a request alone takes 0.035
+from . import systems
+from .systems import ORCA, SYSTEMS
+
+NAME = "paper-rates"
+REQUESTS = 800  # of ShareGPT; more of shorter ones
+QUICK = 150
+LATENCY = 0.25  # seconds per output token; a request alone takes 0.03
 STEPS = 6  # of the search
-NOTE = "A simulation: no model ran, and the times are those of a cost model."
-SYSTEMS = {  # memory policy, batching
-    "paged": ("paged", "continuous"),
-    "Orca (Oracle)": ("orca-oracle", "continuous"),
-    "Orca (Pow2)": ("orca-pow2", "continuous"),
-    "Orca (Max)": ("orca-max", "continuous"),
-    "FasterTransformer": ("orca-max", "static"),
-}
-ORCA = tuple(SYSTEMS)[1:4]
+CURVE = (0.2, 0.5, 0.8, 1.1)  # points of the curves of Figure 12, in multiples of the rate that was found
 
 
 @dataclass(frozen=True)
@@ -141,18 +122,8 @@ def latency(case: Case, system: str, count: int, rate: float | None) -> tuple[fl
     Args:
         rate: requests per second; None: all arrive at once.
     """
-    policy, batching = SYSTEMS[system]
-    requests = case.draw(count, Arrivals(rate or 1e9), policy == "paged")
-    record = SimulatedEngine(
-        SLOTS // 16,
-        max_num_seqs=512,
-        budget=2048,
-        costs=OPT_13B_ON_A100,
-        max_model_len=MAX_MODEL_LEN,
-        enable_prefix_caching=case.caching and policy == "paged",
-        memory_policy=policy,
-        batching=batching,
-    ).replay(requests)
+    requests = case.draw(count, Arrivals(rate or 1e9), system == "paged")
+    record = systems.engine(system, enable_prefix_caching=case.caching).replay(requests)
     mean = statistics.fmean(served.normalized_latency for served in record.served)
     return mean, count / record.seconds
 
@@ -180,49 +151,42 @@ def sustained(case: Case, system: str, count: int) -> tuple[float, list[tuple[fl
     return (low * high) ** 0.5, sorted(points)
 
 
-def _job(job: tuple[str, str, int]) -> dict[str, Any]:
-    name, system, count = job
-    case = CASES[name]
-    rate, points = sustained(case, system, round(count * case.scale))
-    return {"case": name, "figure": case.figure, "system": system, "rate": rate, "points": points}
+def jobs(quick: bool) -> list[dict[str, Any]]:
+    """Return the runs: of each case paged memory and what it is compared with."""
+    cases = {"ShareGPT": CASES["ShareGPT"]} if quick else CASES
+    return [
+        {"case": name, "system": system, "requests": round((QUICK if quick else REQUESTS) * case.scale)}
+        for name, case in cases.items()
+        for system in ("paged", *case.others)
+    ]
 
 
-def run(cases: Iterable[str], count: int, jobs: int) -> Iterator[dict[str, Any]]:
-    """Yield a row of each case and system, with the ratio of paged memory's rate to the system's."""
-    wanted = [(name, system, count) for name in cases for system in ("paged", *CASES[name].others)]
-    paged: dict[str, float] = {}
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for row in pool.imap(_job, wanted, chunksize=1):
-            paged.setdefault(row["case"], row["rate"])  # the first of its case
-            row["ratio"] = paged[row["case"]] / row["rate"]
-            row["published"] = CASES[row["case"]].published.get(row["system"], ())
-            yield row
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a job."""
+    case, system, count = CASES[job["case"]], job["system"], job["requests"]
+    rate, points = sustained(case, system, count)
+    if case.figure == "12":
+        points += [(rate * factor, latency(case, system, count, rate * factor)[0]) for factor in CURVE]
+    return {
+        **job,
+        "figure": case.figure,
+        "rate": rate,
+        "points": sorted(points),
+        "published": case.published.get(system, ()),
+    }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000, help="of each run of ShareGPT (default: 1000)")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="CASE")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--out", type=Path, help="directory for the JSON")
-    options = parser.parse_args(arguments)
-    if min(options.requests, options.jobs) < 1:
-        parser.error("--requests and --jobs must be at least 1")
-    print(NOTE)
-    print(f"\n{'load':<32} {'system':<18} {'requests/s':>10} {'paged over it':>14} {'(paper)':>9}")
-    rows: list[dict[str, Any]] = []
-    for row in run(options.cases, options.requests, options.jobs):
-        rows.append(row)
-        paper = " to ".join(f"{ratio:g}" for ratio in row["published"])
-        print(
-            f"{row['case']:<32} {row['system']:<18} {row['rate']:>10.2f} {row['ratio']:>14.2f} {paper:>9}",
-            flush=True,
-        )
-        if options.out:
-            results = {"note": NOTE, "requests": options.requests, "latency_s": LATENCY, "rows": rows}
-            common.write(options.out, "rates-simulated", common.environment(torch.device("cpu")), results)
-    return 0
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the JSON has, each row with the ratio of paged memory's rate to its own."""
+    paged = {row["case"]: row["rate"] for row in rows if row["system"] == "paged"}
+    return {
+        "note": systems.NOTE,
+        "requests": rows[0]["requests"],
+        "latency_s": LATENCY,
+        "rows": [{**row, "ratio": paged[row["case"]] / row["rate"]} for row in rows],
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def line(row: dict[str, Any]) -> str:
+    """Return a row as text."""
+    return f"{row['case']}, {row['system']}: {row['rate']:.2f} requests/s at {LATENCY} s a token"
