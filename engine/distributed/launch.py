@@ -46,6 +46,7 @@ class RankGroup:
     Attributes:
         timeout: the time limit of a step in seconds.
         failure: why the group cannot go on; None while it can.
+        ended: `close` was called.
         on_failure: called by another thread with the error when a rank has ended by itself.
 
     Raises:
@@ -59,7 +60,7 @@ class RankGroup:
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
         self.timeout = config.distributed_timeout_seconds
-        self._ended = False
+        self.ended = False
         self._processes: list[subprocess.Popen[str]] = []
         self._watches: list[threading.Thread] = []
         self._num_threads = torch.get_num_threads()
@@ -133,7 +134,7 @@ class RankGroup:
         status = process.wait()
         if _is_about_ranks(words):
             time.sleep(1)  # another has ended first, and its own reason is the better one
-        if self._ended or self.failure is not None:
+        if self.ended or self.failure is not None:
             return
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         self._fail(RankError(f"rank {rank} has ended with {how}{': ' if words else ''}{words}"))
@@ -188,9 +189,9 @@ class RankGroup:
 
     def close(self) -> None:
         """End the other ranks. Calling it again has no effect."""
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self.failure is None and by_torchrun():
             with contextlib.suppress(RuntimeError):
                 self.leader.exit()

@@ -83,6 +83,6 @@ class Lead:
 
 
 def _drop(group: RankGroup) -> None:
-    if group.failure is None:
+    if not group.ended:
         with contextlib.suppress(RuntimeError):
             group.leader.drop()
