@@ -29,7 +29,7 @@ def run_follower(device_type: str, timeout: float) -> NoReturn:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = own_device(torch.device(device_type), int(os.environ["LOCAL_RANK"]))
     store = environment_store()
-    store.set(f"started/{rank}", b"")
+    store.set(f"started/{rank}", "")
     follow(Ranks(store, rank, size, device, timeout))
     os._exit(0)  # other threads may wait for ranks that have ended
 
