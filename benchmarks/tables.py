@@ -112,6 +112,15 @@ def _mixed(rows: list[Row]) -> Iterator[str]:
         yield f"{row['name']:<44}{times}  {row['of_parts']:.2f}"
 
 
+def _engine(rows: list[Row]) -> Iterator[str]:
+    yield f"{'model':<7}{'graphs':<8}{'overlap':<9}step in ms, and tokens/s, by number of requests"
+    for row in rows:
+        steps = row.get("seconds", {})
+        times = [f"{count}: {s * 1e3:.2f} ({int(count) / s:.0f})" for count, s in steps.items()]
+        on = ["on" if row[name] else "off" for name in ("graphs", "overlap")]
+        yield f"{row['name']:<7}{on[0]:<8}{on[1]:<9}{', '.join(times) or 'WRONG: not measured'}"
+
+
 def _host(rows: list[Row]) -> Iterator[str]:
     depths = ("dispatched", "call", "backend", "launches")
     yield f"{'host us of':<20}" + "".join(f"{depth:>11}" for depth in depths)
@@ -129,6 +138,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
     "memory": _memory,
     "fused": _memory,
     "sampling": _sampling,
+    "engine": _engine,
     "host": _host,
 }
 

@@ -258,7 +258,7 @@ class LLMEngine:
             moved = True
             sampled = self._launched[-1].sampled if self._launched else None
             logits = self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
-            samples = self._sampler.launch(logits, plan.scheduled)
+            samples = self._sampler.launch(logits, plan.scheduled, sampled)
         except RankError:
             raise
         except BaseException as error:

@@ -14,12 +14,13 @@ _Shape = tuple[np.dtype, tuple[int, ...]]
 _DTYPES = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
 }
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Return int32, int64 and float64 arrays as tensors on a device.
+    """Return arrays of integers or floats as tensors on a device.
 
     They are copied together, by one transfer that the host does not wait for. On a CPU the tensors are the
     arrays themselves.
@@ -29,6 +30,11 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
     # torch does not give pinned memory to others before the copy from it has ended.
     packed = pack(arrays, pin_memory=device.type == "cuda")
     return unpack(packed.to(device, non_blocking=True), arrays)
+
+
+def with_sampled(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Return token IDs in which ``-1 - i`` is replaced by ``sampled[i]``."""
+    return torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_(min=0)], token_ids)
 
 
 def pack(arrays: Sequence[np.ndarray], pin_memory: bool = False) -> torch.Tensor:
@@ -108,4 +114,4 @@ class Staging:
         source = self.buffers[self._turn][:num_bytes]
         self._target[:num_bytes].copy_(source, non_blocking=True)
         if self._copied:
-            self._copied[self._turn].record()
+            self._copied[self._turn].record(torch.cuda.current_stream(self._target.device))

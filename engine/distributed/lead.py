@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -48,9 +49,9 @@ class Lead:
             run_follower(device.type, config.distributed_timeout_seconds)
         owned = group is None
         self.group = group = group or RankGroup(config, device)
-        self._let_go = weakref.finalize(self, group.close if owned else _drop, *(() if owned else (group,)))
         with group.explained():
-            group.leader.load(model, config)
+            number = group.leader.load(model, config)
+            self._let_go = weakref.finalize(self, partial(_let_go, group, number, owned))
             self.worker = Worker(model, config, group.ranks.device, group.ranks)
         runner, own_cache, leader = self.worker.runner, self.worker.cache, group.leader
 
@@ -82,7 +83,9 @@ class Lead:
         self._let_go()
 
 
-def _drop(group: RankGroup) -> None:
-    if not group.ended:
+def _let_go(group: RankGroup, number: int, owned: bool) -> None:
+    if owned:
+        group.close()
+    elif not group.ended:
         with contextlib.suppress(RuntimeError):
-            group.leader.drop()
+            group.leader.drop(number)

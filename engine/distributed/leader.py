@@ -25,13 +25,16 @@ class Leader:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.num_sent = self.bytes_sent = 0
+        self._num_loaded = 0
         self._moves = Plan()  # of blocks, that the others have not been told
 
-    def load(self, model: str | None, config: EngineConfig) -> None:
-        """Let the other ranks load a model, as this one does next."""
+    def load(self, model: str | None, config: EngineConfig) -> int:
+        """Let the other ranks load a model, as this one does next; return its number, for `drop`."""
         self._moves = Plan()
+        self._num_loaded += 1
         # Eviction policies may be functions, and are rank 0's business.
         self._send(Kind.LOAD, pickle.dumps((model, replace(config, eviction_policy="lru"))))
+        return self._num_loaded
 
     def moved(self, plan: Plan) -> None:
         """Let the other ranks move blocks as this one did, before the next step."""
@@ -58,9 +61,10 @@ class Leader:
         """Let the other ranks compute a token in a cache of its own, as this one does next."""
         self._send(Kind.PROBE)
 
-    def drop(self) -> None:
-        """Let the other ranks forget the model."""
-        self._send(Kind.DROP)
+    def drop(self, number: int) -> None:
+        """Let the other ranks forget a model, unless they have loaded another one since."""
+        if number == self._num_loaded:
+            self._send(Kind.DROP)
 
     def exit(self) -> None:
         """Let the other ranks end."""

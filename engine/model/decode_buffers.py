@@ -92,8 +92,3 @@ class DecodeBuffers:
 def _packing(num_seqs: int, width: int) -> Packing:
     row = (num_seqs,)
     return Packing([(_INT64, row), (_INT64, row), (_INT64, row), (_INT32, row), (_INT32, (num_seqs, width))])
-
-
-def with_sampled(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Return token IDs in which ``-1 - i`` is replaced by ``sampled[i]``."""
-    return torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_(min=0)], token_ids)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..transfer import with_sampled
 from .attention import AttentionMetadata
 from .cuda_graph import Graph, GraphMaker
-from .decode_buffers import DecodeBuffers, with_sampled
+from .decode_buffers import DecodeBuffers
 from .graph_buckets import Bucket, Buckets
 from .graph_check import difference, draw_step, fill_with_numbers
 from .kv_cache import KVCache
@@ -83,7 +84,7 @@ class DecodeGraphs:
         for bucket in tqdm(wanted, desc="Capturing decode graphs", disable=None, dynamic_ncols=True):
             self._graphs[bucket] = self._captured(bucket, rng)
         self._addresses = self._current_addresses()
-        _log.debug("captured %d decode graphs in %.1f s", len(wanted), time.perf_counter() - start)
+        _log.info("captured %d decode graphs in %.1f s", len(wanted), time.perf_counter() - start)
 
     def _captured(self, bucket: Bucket, rng: np.random.Generator) -> Graph:
         """Return the graph of a bucket, captured on nothing but padding, and compared on a drawn step."""

@@ -10,6 +10,7 @@ from .kv_cache import KVCache
 from .step_inputs import StepInputs
 
 _BLOCKS = 1024  # maximum number of blocks that drawn steps read and write
+_SPREAD = 512  # tokens by which the lengths of most sequences differ
 _FINITE_BYTES = 0x40  # a number whose bytes are all below this is finite, in every dtype of a cache
 _TOLERANCE = 1e-4  # relative to a row; two units in the last place where that is more
 
@@ -24,7 +25,8 @@ def draw_step(
 ) -> StepInputs:
     """Draw a decode step that fills a bucket, as far as each sequence has a block of its own to write to.
 
-    Half of the token IDs stand for tokens that the step before has sampled.
+    One sequence is as long as the bucket allows; if all were, a step could take seconds. Half of the token
+    IDs stand for tokens that the step before has sampled.
 
     Args:
         vocabulary: number of tokens.
@@ -32,13 +34,17 @@ def draw_step(
     """
     num_blocks, block_size = min(len(cache.blocks), _BLOCKS), cache.shape.block_size
     count = min(bucket.num_seqs, num_blocks)
-    tables = rng.integers(0, num_blocks, (count, bucket.width), dtype=np.int32)
-    shortest = 1
+    longest = min(bucket.width * block_size, max_model_len)
+    shortest = min(LONG_PREFIX + 1 if bucket.shared_prefix else 1, longest)
+    most = min(shortest + _SPREAD, longest)
+    seq_lens = rng.integers(shortest, most + 1, count, dtype=np.int32)
+    seq_lens[rng.integers(count)] = longest
+    tables = np.zeros((count, bucket.width), dtype=np.int32)
+    for row, length in zip(tables, seq_lens):
+        num_columns = -(-length // block_size)
+        row[:num_columns] = rng.integers(0, num_blocks, num_columns, dtype=np.int32)
     if bucket.shared_prefix:
         tables[:, : LONG_PREFIX // block_size] = tables[0, : LONG_PREFIX // block_size]
-        shortest = LONG_PREFIX + 1
-    longest = min(bucket.width * block_size, max_model_len)
-    seq_lens = rng.integers(min(shortest, longest), longest + 1, count, dtype=np.int32)
     positions = seq_lens.astype(np.int64) - 1
     tables[np.arange(count), positions // block_size] = rng.permutation(num_blocks)[:count]
     slots = tables[np.arange(count), positions // block_size].astype(np.int64) * block_size

@@ -16,12 +16,11 @@ from cupaged.backends.cpu import backend as cpu_backend
 
 from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
-from ..transfer import to_device
+from ..transfer import to_device, with_sampled
 from .attention import AttentionMetadata
 from .attention_probe import SUPPORTED, LayerAttention, probe_layers
 from .cpu_linear import pack_linears
 from .cuda_graph import CudaGraphs, GraphMaker
-from .decode_buffers import with_sampled
 from .decode_graphs import DecodeGraphs, free_bytes, measured_bytes
 from .fusion import Fusion, Proof, fuse_model
 from .graph_buckets import LONG_PREFIX, Buckets
@@ -185,6 +184,11 @@ class ModelRunner:
         graphs = self._new_graphs(cache, max_num_seqs, max_model_len, make_graph)
         if graphs is not None and graphs.try_capture():
             self._graphs = graphs
+
+    @property
+    def num_graphs(self) -> int:
+        """Return the number of sizes of decode steps that are captured."""
+        return 0 if self._graphs is None else len(self._graphs.buckets.all())
 
     def graph_bytes(self, cache: KVCache, max_num_seqs: int, max_model_len: int) -> int:
         """Return how much memory of a GPU the graphs take; 0 if there will be none.

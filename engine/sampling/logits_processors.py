@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..scheduling.request import Sequence
+from ..transfer import to_device, with_sampled
 
 _UNSEEN = -1  # tokens counted for a new sequence: even with a prompt of one token, more than one is missing
 
@@ -25,16 +26,23 @@ class Users:
         positions: int64 ``[M]``, their rows of the logits.
         rows: int64 ``[M]``, their rows in the processors' arrays.
         lengths: int64 ``[M]``, their numbers of tokens.
+        sampled: the tokens that the step before has sampled; ``-1 - row`` stands for one that the host does
+            not know yet.
     """
 
     positions: np.ndarray
     rows: np.ndarray
     lengths: np.ndarray
     seqs: SequenceABC[Sequence]
+    sampled: torch.Tensor | None = None
 
     def last_tokens(self, which: np.ndarray) -> np.ndarray:
         """Return the last tokens, int64, of the sequences that a bool ``[M]`` array selects."""
         return np.array([self.seqs[i].token_ids[-1] for i in np.flatnonzero(which).tolist()], dtype=np.int64)
+
+    def known(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens on the device in which there is none that the host does not know."""
+        return tokens if self.sampled is None else with_sampled(tokens, self.sampled)
 
 
 class TokenTable:
@@ -44,7 +52,7 @@ class TokenTable:
         self._rows = np.zeros(0, dtype=np.int64)
         self._tokens = np.zeros(0, dtype=np.int64)
         self._values = np.zeros(0, dtype=np.float32)
-        self._selected: tuple[bytes, tuple[torch.Tensor, ...]] | None = None
+        self._selected: tuple[bytes, list[torch.Tensor]] | None = None
 
     def add(self, row: int, tokens: SequenceABC[int], values: SequenceABC[float] | float = 0.0) -> None:
         """Set the tokens of a row that has none."""
@@ -62,23 +70,23 @@ class TokenTable:
 
     def add_to(self, logits: torch.Tensor, users: Users) -> None:
         """Add the values to the logits of the tokens, in place."""
-        at, tokens, values = self._select(users, logits.device)
+        at, tokens, values, _ = self._select(users, logits.device)
         logits[at, tokens] += values
 
     def rule_out(self, logits: torch.Tensor, users: Users) -> None:
         """Set the logits of the tokens to -inf, in place."""
-        at, tokens, _ = self._select(users, logits.device)
+        at, tokens, *_ = self._select(users, logits.device)
         logits[at, tokens] = -torch.inf
 
     def rule_out_others(self, logits: torch.Tensor, users: Users) -> None:
         """Set the logits of all other tokens to -inf, in place."""
-        at, tokens, _ = self._select(users, logits.device)
+        at, tokens, _, positions = self._select(users, logits.device)
         kept = logits[at, tokens]
-        logits[torch.from_numpy(users.positions).to(logits.device)] = -torch.inf
+        logits[positions] = -torch.inf
         logits[at, tokens] = kept
 
-    def _select(self, users: Users, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return the position in the batch, the token and the value of each entry of the users.
+    def _select(self, users: Users, device: torch.device) -> list[torch.Tensor]:
+        """Return the position in the batch, token and value of each entry of the users, and their positions.
 
         The tensors are kept on the device until the users change.
         """
@@ -88,8 +96,8 @@ class TokenTable:
             position_of[users.rows] = users.positions
             positions = position_of[self._rows]
             chosen = positions >= 0
-            arrays = positions[chosen], self._tokens[chosen], self._values[chosen]
-            self._selected = key, tuple(torch.from_numpy(array).to(device) for array in arrays)
+            arrays = positions[chosen], self._tokens[chosen], self._values[chosen], users.positions
+            self._selected = key, to_device(arrays, device)
         return self._selected[1]
 
 
@@ -107,6 +115,7 @@ class Penalties:
         self._seen = np.zeros(0, dtype=np.int64)  # number of counted tokens of the sequence
         self._counts = torch.zeros((0, 0), dtype=torch.int32)  # [slots, vocabulary], tokens of the output
         self._in_prompt = torch.zeros((0, 0), dtype=torch.bool)  # [slots, vocabulary]
+        self._selected: tuple[bytes, list[torch.Tensor]] | None = None
 
     def add(self, row: int, repetition: float, frequency: float, presence: float) -> None:
         if row >= len(self._slots):
@@ -118,6 +127,7 @@ class Penalties:
             self._free = list(range(new - 1, old - 1, -1))
         slot = self._slots[row] = self._free.pop()
         self._settings[slot] = repetition, frequency, presence
+        self._selected = None
         self._seen[slot] = _UNSEEN
 
     def remove(self, row: int) -> None:
@@ -125,11 +135,14 @@ class Penalties:
 
     def apply(self, logits: torch.Tensor, users: Users) -> None:
         """Change the users' rows of the float32 logits in place."""
-        device, slots = logits.device, self._slots[users.rows]
+        slots = self._slots[users.rows]
         self._make_room(logits)
         self._count(slots, users)
-        at, where = torch.from_numpy(users.positions).to(device), torch.from_numpy(slots).to(device)
-        settings = torch.from_numpy(self._settings[slots]).to(device)
+        key = users.positions.tobytes() + slots.tobytes()
+        if self._selected is None or self._selected[0] != key:  # kept on the device until the users change
+            arrays = users.positions, slots, self._settings[slots]
+            self._selected = key, to_device(arrays, logits.device)
+        at, where, settings = self._selected[1]
         repetition, frequency, presence = settings[:, :, None].unbind(1)
         rows, counts = logits[at], self._counts[where]
         in_output = counts > 0
@@ -150,17 +163,17 @@ class Penalties:
         num_new = users.lengths - self._seen[slots]
         self._seen[slots] = _UNSEEN  # until all are counted: an error in between makes them be counted again
         one_new = num_new == 1
-        last_tokens = users.last_tokens(one_new)
-        at, tokens = (torch.from_numpy(array).to(device) for array in (slots[one_new], last_tokens))
-        self._counts[at, tokens] += 1
+        at, tokens = to_device([slots[one_new], users.last_tokens(one_new)], device)
+        self._counts[at, users.known(tokens)] += 1
         for i in np.flatnonzero((num_new != 0) & ~one_new).tolist():  # at a sequence's first step
             slot, seq = slots[i], users.seqs[i]
-            output = torch.tensor(seq.output_token_ids, dtype=torch.int64, device=device)
+            prompt = np.array(seq.token_ids[: seq.prompt_len], dtype=np.int64)
+            prompt = prompt[prompt < self._in_prompt.shape[1]]  # other tokens cannot be sampled
+            generated = np.array(seq.output_token_ids, dtype=np.int64)
+            in_prompt, output = to_device([prompt, generated], device)
             self._counts[slot] = 0
-            self._counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+            ones = torch.ones_like(output, dtype=torch.int32)
+            self._counts[slot].index_add_(0, users.known(output), ones)
             self._in_prompt[slot] = False
-            prompt = torch.tensor(seq.token_ids[: seq.prompt_len], device=device)
-            self._in_prompt[slot, prompt[prompt < self._in_prompt.shape[1]]] = (
-                True  # other tokens cannot be sampled
-            )
+            self._in_prompt[slot, in_prompt] = True
         self._seen[slots] = users.lengths

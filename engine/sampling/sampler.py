@@ -69,12 +69,13 @@ class _Batch:
     settings: np.ndarray  # _SETTINGS [N]
     lengths: np.ndarray  # int64 [N], tokens so far
     num_samples: np.ndarray  # int64 [N]
+    sampled: torch.Tensor | None  # of the step before
 
     def users(self, which: np.ndarray) -> Users:
         """Return the sequences that a bool ``[N]`` array selects."""
         positions = np.flatnonzero(which)
         seqs = [self.items[i].seq for i in positions]
-        return Users(positions, self.rows[positions], self.lengths[positions], seqs)
+        return Users(positions, self.rows[positions], self.lengths[positions], seqs, self.sampled)
 
 
 class Sampler:
@@ -108,7 +109,12 @@ class Sampler:
         return self.launch(logits, scheduled).result()
 
     @torch.inference_mode()
-    def launch(self, logits: torch.Tensor, scheduled: SequenceABC[ScheduledSequence]) -> LaunchedSamples:
+    def launch(
+        self,
+        logits: torch.Tensor,
+        scheduled: SequenceABC[ScheduledSequence],
+        sampled: torch.Tensor | None = None,
+    ) -> LaunchedSamples:
         """Sample the tokens of a step.
 
         The host waits only for what it has to know: candidates of beams, log probabilities of prompts. Of
@@ -118,6 +124,7 @@ class Sampler:
             logits: ``[N, vocabulary]``: for each scheduled sequence, in order, ``num_prompt_logits`` rows
                 and one more if it samples. They may be changed in place.
             scheduled: the step's sequences.
+            sampled: as in `ModelRunner.run`.
         """
         output = SamplerOutput([[] for _ in scheduled])
         if any(item.group.params.needs_whole_prompt for item in scheduled):
@@ -127,7 +134,7 @@ class Sampler:
             logits, planned = _take_beams(logits, scheduled, planned, output)
         if not planned:
             return LaunchedSamples(output)
-        batch = self._batch([scheduled[position] for position in planned])
+        batch = self._batch([scheduled[position] for position in planned], sampled)
         uses = batch.settings["uses"]
         used = int(np.bitwise_or.reduce(uses))
         with_logprobs = np.flatnonzero(uses & _Use.LOGPROBS)
@@ -198,7 +205,7 @@ class Sampler:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _batch(self, items: list[ScheduledSequence]) -> _Batch:
+    def _batch(self, items: list[ScheduledSequence], sampled: torch.Tensor | None) -> _Batch:
         """Gather the rows, lengths and numbers of samples of the sequences."""
         known = self._row_of
         rows = np.array([known.get(item.seq.seq_id, -1) for item in items], dtype=np.int64)
@@ -206,7 +213,7 @@ class Sampler:
             rows[i] = self._add(items[i].group, items[i].seq)
         lengths = np.array([len(item.seq.token_ids) for item in items], dtype=np.int64)
         num_samples = np.array([item.num_samples for item in items], dtype=np.int64)
-        return _Batch(items, rows, self._settings[rows], lengths, num_samples)
+        return _Batch(items, rows, self._settings[rows], lengths, num_samples, sampled)
 
     def _add(self, group: SequenceGroup, seq: Sequence) -> int:
         """Add a sequence's parameters to the arrays and return its row."""

@@ -41,8 +41,6 @@ def reason_for_host(group: SequenceGroup) -> str | None:
         return "structured_outputs: the grammar follows the tokens"
     if group.bad_words:
         return "bad_words: the last tokens may begin one"
-    if (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0):
-        return "penalties: tokens are counted"
     if params.needs_whole_prompt:
         return "prompt_logprobs: the step is waited for anyway"
     return None

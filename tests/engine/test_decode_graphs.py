@@ -211,13 +211,20 @@ def drawn_requests(seed: int) -> list[tuple[dict, SamplingParams]]:
     return [({"prompt_token_ids": prompt}, each) for prompt, each in zip(prompts, params)]
 
 
-@pytest.mark.parametrize("mode", ["swap", pytest.param("recompute", marks=pytest.mark.matrix)])
-def test_an_engine_with_graphs_gives_the_same_tokens(llama_dir, seed, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "overlap"),
+    [
+        ("swap", True),
+        pytest.param("swap", False, marks=pytest.mark.matrix),
+        pytest.param("recompute", True, marks=pytest.mark.matrix),
+    ],
+)
+def test_an_engine_with_graphs_gives_the_same_tokens(llama_dir, seed, monkeypatch, mode, overlap):
     """Blocks are short, so that requests are preempted; requests come and go."""
     monkeypatch.setattr(model_runner, "pack_linears", lambda model: 0)
     reference, outputs = Reference(llama_dir), []
     for graphs in (False, True):
-        engine = small_engine(llama_dir, preemption_mode=mode)
+        engine = small_engine(llama_dir, preemption_mode=mode, async_scheduling=graphs and overlap)
         make = TapeGraphs()
         if graphs:
             engine._runner.capture_graphs(engine._cache, 8, 128, make)

@@ -90,9 +90,10 @@ class LateDevice:
             logits = torch.stack(expected)
         return logits
 
-    def launch(self, logits, scheduled):
+    def launch(self, logits, scheduled, sampled=None):
         self._may_fail()
-        samples = LateSamples(self._launch(logits, scheduled))
+        on_device = None if sampled is None else self._last.on_device
+        samples = LateSamples(self._launch(logits, scheduled, on_device))
         self._may_fail()
         self._last = samples
         return samples
@@ -267,7 +268,8 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_known(llama_
     for params, ahead in (
         (SamplingParams(max_tokens=9, ignore_eos=True), 8),
         (SamplingParams(max_tokens=9, ignore_eos=True, n=2, logprobs=2), 8),
-        (SamplingParams(max_tokens=9, ignore_eos=True, presence_penalty=0.1), 0),
+        (SamplingParams(max_tokens=9, ignore_eos=True, n=2, presence_penalty=0.1), 8),
+        (SamplingParams(max_tokens=9, ignore_eos=True, bad_words=["a"]), 0),
     ):
         engine = small_engine(llama_dir, async_scheduling=True)
         device = LateDevice(engine, references[llama_dir], random.Random(seed))
@@ -299,6 +301,7 @@ class HostReads(TorchDispatchMode):
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
         {"temperature": 0.8, "logprobs": 2},
         {"temperature": 0, "logprobs": -1},
+        {"temperature": 0, "repetition_penalty": 1.2, "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4]},
     ],
 )
 def test_launching_waits_for_nothing(params):

@@ -15,15 +15,16 @@ from tests import tiny_models
 
 from .harness import SMALL, Reference, run
 
-CLOSE = 1e-5  # relative to a row's largest logit
+CLOSE = 1e-5  # distance of a row of logits, relative to its length
 NUM_REQUESTS = 6
+FEW = {"num_gpu_blocks_override": 16}  # of some of the requests
 SIZE = 2
 
 
 @pytest.fixture(scope="module")
 def group():
     """The ranks, which the engines of this module use in turn: a process takes seconds to start."""
-    config = EngineConfig(tensor_parallel_size=SIZE, device="cpu", distributed_timeout_seconds=120)
+    config = EngineConfig(tensor_parallel_size=SIZE, device="cpu", distributed_timeout_seconds=300)
     ranks = RankGroup(config, torch.device("cpu"))
     yield ranks
     ranks.close()
@@ -31,8 +32,10 @@ def group():
 
 
 def divided(directory: str, group: RankGroup, **settings: Any) -> LLMEngine:
-    size = group.ranks.size
-    return LLMEngine(directory, EngineConfig(**{**SMALL, "tensor_parallel_size": size, **settings}), group)
+    settings = {**SMALL, **FEW, "tensor_parallel_size": group.ranks.size, **settings}
+    return LLMEngine(
+        directory, EngineConfig(**{**SMALL, **FEW, "tensor_parallel_size": size, **settings}), group
+    )
 
 
 def requests(seed: int) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def watch_logits(engine: LLMEngine, reference: Reference) -> list[float]:
             return logits
         known = [reference.logits(i.seq.token_ids[: i.start + i.num_tokens]) for i in sampling]
         expected = torch.stack(known)
-        distances.append(float(((logits - expected).abs().amax(-1) / expected.abs().amax(-1)).max()))
+        distances.append(float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max()))
         return expected
 
     engine._runner.run = checked
@@ -78,7 +81,7 @@ def assert_computes_the_same(directory: str, group: RankGroup, seed: int, **sett
     found = []
     for engine in (
         divided(directory, group, **settings),
-        LLMEngine(directory, EngineConfig(**{**SMALL, **settings})),
+        LLMEngine(directory, EngineConfig(**{**SMALL, **FEW, **settings})),
     ):
         distances = watch_logits(engine, reference)
         outputs = run(engine, requests(seed))
@@ -100,8 +103,6 @@ def test_outputs_are_those_of_one_rank(llama_dir, group, seed):
     "settings",
     [
         {"preemption_mode": "recompute"},
-        {"preemption_mode": "recompute", "async_scheduling": True},
-        {"preemption_mode": "swap", "async_scheduling": True},
         {"preemption_mode": "swap", "fuse": False},
         {"preemption_mode": "auto"},
     ],
@@ -112,6 +113,19 @@ def test_outputs_are_those_of_one_rank_with(llama_dir, group, seed, settings):
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_steps_that_are_launched_ahead_give_the_same_tokens(llama_dir, group, seed, mode):
+    """The other ranks get the sampled tokens that the host does not know yet from rank 0's device."""
+    found = []
+    for ahead in (False, True):
+        engine = divided(llama_dir, group, preemption_mode=mode, async_scheduling=ahead)
+        found.append(tokens(run(engine, requests(seed))))
+        assert engine.stats().num_preemptions > 0
+        engine.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 def test_a_quantised_cache_has_the_scales_of_its_heads(llama_dir, group, seed, kind):
     """Outputs are equal, as each rank quantises its heads as one rank does."""
@@ -119,7 +133,7 @@ def test_a_quantised_cache_has_the_scales_of_its_heads(llama_dir, group, seed, k
     found = []
     for engine in (
         divided(llama_dir, group, **settings),
-        LLMEngine(llama_dir, EngineConfig(**{**SMALL, **settings})),
+        LLMEngine(llama_dir, EngineConfig(**{**SMALL, **FEW, **settings})),
     ):
         outputs = run(engine, requests(seed))
         found.append((tokens(outputs)["0"], engine._cache.scales))
@@ -170,7 +184,7 @@ def test_a_step_is_one_buffer_and_two_sums_a_layer(llama_dir, group, monkeypatch
 
 
 def test_weights_and_cache_are_halved(llama_dir, group):
-    whole = LLMEngine(llama_dir, EngineConfig(**SMALL))
+    whole = LLMEngine(llama_dir, EngineConfig(**{**SMALL, **FEW}))
     part = divided(llama_dir, group)
     assert part._cache.blocks.nbytes * SIZE == whole._cache.blocks.nbytes
     assert part._cache.blocks.shape[0] == whole._cache.blocks.shape[0]
@@ -189,7 +203,7 @@ def test_a_long_step_is_sent_whole(llama_dir, group):
     """Its buffer is longer than what is sent at once."""
     settings = {"num_gpu_blocks_override": 600, "max_num_batched_tokens": 4096, "max_num_seqs": 64}
     engine = divided(llama_dir, group, **settings)
-    whole = LLMEngine(llama_dir, EngineConfig(**{**SMALL, **settings}))
+    whole = LLMEngine(llama_dir, EngineConfig(**{**SMALL, **FEW, **settings}))
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
     prompts = {str(i): ({"prompt_token_ids": [2 + i] * 100}, params) for i in range(40)}
     sent = engine.ranks.group.leader.bytes_sent

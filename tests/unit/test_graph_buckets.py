@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cupaged.engine.model.decode_graphs import measured_bytes
 from cupaged.engine.model.graph_buckets import LONG_PREFIX, MAX_SEQS, Bucket, Buckets
 
 
@@ -27,7 +28,9 @@ def test_a_step_finds_the_smallest_bucket_that_it_fits_into(seed):
         buckets = Buckets(most, length, size, with_prefixes=rng.random() < 0.5)
         every = buckets.all()
         assert len(set(every)) == len(every)
-        step = rng.randint(1, 2 * most), rng.randint(1, 2 * (length // size + 1)), rng.random() < 0.5
+        num_seqs = rng.choice([rng.randint(1, 2 * most), *buckets.numbers_of_seqs])
+        width = rng.choice([rng.randint(1, 2 * (length // size + 1)), *buckets.widths])
+        step = num_seqs, width, rng.random() < 0.5
         fitting = [b for b in every if b.num_seqs >= step[0] and b.width >= step[1]]
         found = buckets.find(*step)
         if not fitting:
@@ -49,3 +52,28 @@ def test_a_step_finds_the_smallest_bucket_that_it_fits_into(seed):
 @pytest.mark.parametrize("num_seqs", [1, 3, 64, 65, 500])
 def test_no_bucket_is_larger_than_a_step_can_be(num_seqs):
     assert max(b.num_seqs for b in Buckets(num_seqs, 100, 16, True).all()) == num_seqs
+
+
+class Measured:
+    """Graphs of which the largest takes 1000 bytes, and each other one 30."""
+
+    num_bytes = 7
+
+    def __init__(self, num_seqs: int, fails: bool = False) -> None:
+        self.buckets, self._fails = Buckets(num_seqs, 4000, 16, True), fails
+        self.free = 10**6
+
+    def capture(self, buckets: list[Bucket]) -> None:
+        if self._fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.free -= sum(1000 if bucket == self.buckets.all()[0] else 30 for bucket in buckets)
+
+
+@pytest.mark.parametrize("num_seqs", [1, 100])
+def test_memory_is_that_of_the_largest_graph_and_of_as_many_others(num_seqs):
+    graphs = Measured(num_seqs)
+    others = len(graphs.buckets.all()) - 1
+    assert measured_bytes(graphs, lambda: graphs.free) == 7 + 1000 + 30 * others
+    assert 10**6 - graphs.free <= 1000 + 8 * 30  # few are captured for that
+    failing = Measured(num_seqs, fails=True)
+    assert measured_bytes(failing, lambda: failing.free) == 0

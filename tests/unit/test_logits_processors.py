@@ -13,10 +13,13 @@ import transformers as tf
 
 from cupaged.engine import SamplingParams
 from cupaged.engine.sampling import bad_words
+from cupaged.engine.sampling.logits_processors import Penalties, TokenTable, Users
 from cupaged.engine.sampling.sampler import Sampler
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 from cupaged.engine.scheduling.step_plan import ScheduledSequence
 from tests.distribution import weights
+
+from .test_step_inputs import META, Transfers
 
 VOCABULARY = 400  # more than is looked at before tokens are sorted
 EOS = 3
@@ -271,3 +274,55 @@ def test_bad_words_that_end_in_another_or_are_too_long_are_left_out():
     baa, caa, cca = (words.ids(*word) for word in ("baa", "caa", "cca"))
     assert bad_words.tokenize(words, ["caa", "cbaa", "baa", "cca", "aaacca"], 9) == (caa, baa, cca)
     assert bad_words.tokenize(words, ["caa", "cbba", "b" + 100_000 * "a"], 3) == (caa,)
+
+
+def test_what_a_device_has_is_not_copied_again():
+    """Of the same sequences, a token longer in each step, only the new tokens."""
+    items = [sequence(SamplingParams(), [], [1, 2], [3]) for _ in range(3)]
+    seqs = [item.seq for item in items]
+    rows = np.array([4, 0, 2])
+
+    def users() -> Users:
+        lengths = np.array([len(seq.token_ids) for seq in seqs])
+        return Users(np.array([0, 1, 3]), rows, lengths, seqs)
+
+    table, penalties = TokenTable(), Penalties()
+    for row in rows.tolist():
+        table.add(row, [5, 6], [1.0, -1.0])
+        penalties.add(row, 1.5, 0.5, 0.1)
+    penalties.apply(torch.zeros(4, VOCABULARY), users())  # counts prompts on a device that can be read
+    penalties._counts, penalties._in_prompt = penalties._counts.to(META), penalties._in_prompt.to(META)
+    penalties._selected = None
+    counts = []
+    for _ in range(3):
+        for seq in seqs:
+            seq.token_ids.append(7)
+        logits = torch.zeros(4, VOCABULARY, device=META)
+        with Transfers() as transfers:
+            for change in (table.add_to, table.rule_out, table.rule_out_others):
+                change(logits, users())
+            of_table = transfers.count
+            penalties.apply(logits, users())
+        counts.append((of_table, transfers.count - of_table))
+    assert counts == [(1, 2), (0, 1), (0, 1)]
+
+
+def test_a_row_that_another_sequence_takes_has_its_settings(seed):
+    """In the same place of the batch, so that only the numbers differ."""
+    rng, kept = random.Random(seed), Recorder(frozenset([EOS]))
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    for _ in range(5):
+        params = SamplingParams(
+            repetition_penalty=rng.uniform(0.5, 2),
+            frequency_penalty=rng.uniform(-2, 2),
+            presence_penalty=rng.uniform(-2, 2),
+            logit_bias={rng.randrange(VOCABULARY): rng.uniform(-9, 9)},
+            allowed_token_ids=rng.sample(range(VOCABULARY), 50),
+        )
+        item = sequence(params, [], [1, 2], [3, 3, 4])
+        found = []
+        for sampler in (kept, Recorder(frozenset([EOS]))):
+            sampler.sample(logits.clone(), [item])
+            found.append(sampler.logits)
+        assert found[0].equal(found[1])
+        kept.release(item.group)

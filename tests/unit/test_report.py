@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
 from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
-from benchmarks.sections import SECTIONS, attention, check, fused, host, memory, mixed, sampling
+from benchmarks.sections import SECTIONS, attention, check, engine, fused, host, memory, mixed, sampling
 from cupaged import backends, checks
 from cupaged.backends import reference
 
@@ -407,6 +408,25 @@ def test_a_wrong_fused_operator_has_no_time(context, monkeypatch, name):
     (text,) = context.result.wrong
     assert text == f"{operator} {rows[operator]['case']}: {rows[operator]['wrong']}"
     assert "\n".join(tables.FORMATS["fused"](context.result.rows)).count("WRONG") == 1
+
+
+def test_steps_of_the_whole_engine_are_timed(context, monkeypatch):
+    engine.run(context)
+    rows, load = context.result.rows, engine.load_of(context)
+    assert [(row["graphs"], row["overlap"]) for row in rows] == list(engine.variants(context))
+    for row in rows:
+        assert list(row["seconds"]) == [str(count) for count in load.requests]
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert not context.result.wrong
+    monkeypatch.setattr(engine, "_engine", lambda *_: 1 / 0)
+    engine.run(context)
+    assert len(context.result.wrong) == len(rows) // 2
+    lines = list(tables.FORMATS["engine"](rows))
+    assert sum("WRONG" in line for line in lines) == len(rows) // 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    engine.run(context)
+    assert context.result.left_out == ["all of it: transformers is not installed"]
+    assert len(context.result.rows) == len(rows)
 
 
 def test_a_sampler_that_is_wrong_has_no_time(context, monkeypatch, seed):

@@ -278,3 +278,22 @@ def test_a_batch_that_stays_the_same_has_its_tokens(seed):
             item.seq.token_ids.append(1)
         if rng.random() < 0.1:
             live[0].seq.token_ids.pop()
+
+
+def test_a_row_that_another_sequence_takes_has_its_settings(seed):
+    """Its place in the batch and its length are those that the other one would have had."""
+    rng, kept = random.Random(seed), Sampler(frozenset())
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
+
+    def added(length: int) -> ScheduledSequence:
+        seq = Sequence(rng.getrandbits(40), 0, [1] * length, 1, rng.getrandbits(60))
+        group = SequenceGroup("r", None, [1], draw_params(rng), 100, 0, [seq])
+        return ScheduledSequence(group, seq, length - 1, 1, 1)
+
+    items = [added(3), added(4)]
+    for length in range(4, 30):
+        fresh = Sampler(frozenset()).sample(logits.clone(), items)
+        assert kept.sample(logits.clone(), items).token_ids == fresh.token_ids
+        items[0].seq.token_ids.append(1)
+        kept.release(items[1].group)
+        items[1] = added(length + 1)

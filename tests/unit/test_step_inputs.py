@@ -17,6 +17,7 @@ from cupaged.engine.model.decode_buffers import DecodeBuffers
 from cupaged.engine.model.kv_cache import KVCache
 from cupaged.engine.model.model_runner import ModelRunner
 from cupaged.engine.model.step_inputs import StepInputs
+from cupaged.engine.sampling.sampler import Sampler
 from cupaged.engine.scheduling.request import Sequence, SequenceGroup
 from cupaged.engine.scheduling.step_plan import ScheduledSequence
 from cupaged.engine.transfer import Staging, pack, to_device, unpack
@@ -31,10 +32,13 @@ class Transfers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.back = 0  # to the device, and from it
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.back += 1
+            return args[0]  # there is nothing to copy
         result = func(*args, **(kwargs or {}))
         devices = {value.device for value in (*args, result) if isinstance(value, torch.Tensor)}
         self.count += len(devices) > 1
@@ -136,13 +140,14 @@ def test_a_step_is_one_transfer(num_tokens):
     assert to_device([np.arange(3)], torch.device("cpu"))[0].tolist() == [0, 1, 2]
 
 
-def test_two_buffers_are_written_in_turns():
+def test_two_buffers_are_written_in_turns(monkeypatch):
     """Each when the copy from it has ended, so that the host does not wait for the copy before."""
     target, notes = torch.zeros(64, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device.type)
     staging = Staging(target)
     staging._copied = [
         SimpleNamespace(
-            synchronize=lambda i=i: notes.append(("wait", i)), record=lambda i=i: notes.append(("copied", i))
+            synchronize=lambda i=i: notes.append(("wait", i)), record=lambda on, i=i: notes.append((on, i))
         )
         for i in range(2)
     ]
@@ -151,7 +156,7 @@ def test_two_buffers_are_written_in_turns():
         staging.buffers[turn].fill_(number)
         staging.send(32)
         assert target.tolist() == [number] * 32 + [0] * 32
-    assert notes == [(what, turn) for turn in (1, 0, 1, 0) for what in ("wait", "copied")]
+    assert notes == [(what, turn) for turn in (1, 0, 1, 0) for what in ("wait", "cpu")]
 
 
 def test_a_bucket_holds_a_step_and_padding(seed):
@@ -183,8 +188,8 @@ class NoGraph:
         pass
 
 
-def test_a_replayed_step_is_one_copy_and_one_launch():
-    """Nothing is allocated, and nothing waited for. Without a token that only the device knows."""
+def graphed_runner() -> tuple[ModelRunner, KVCache]:
+    """Return a runner over a device that the host cannot read, with graphs that do nothing."""
     register_attention()
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation=ATTENTION_NAME)
     runner = ModelRunner(model)
@@ -193,12 +198,23 @@ def test_a_replayed_step_is_one_copy_and_one_launch():
     graphs._graphs = dict.fromkeys(graphs.buckets.all(), NoGraph())
     graphs._logits = torch.empty(4, 100, device=META)
     graphs._addresses = graphs._current_addresses()
-    blocks = BlockManager(8, 0, block_size=16)
+    return runner, cache
+
+
+def decoding(count: int, blocks: BlockManager, params: SamplingParams) -> list[ScheduledSequence]:
     items = []
-    for seq_id in range(3):
+    for seq_id in range(count):
         blocks.append(seq_id, 0, 5, [])
-        group = SequenceGroup("0", None, [1] * 5, SamplingParams(), 10, 0)
+        group = SequenceGroup("0", None, [1] * 5, params, 10, 0)
         items.append(ScheduledSequence(group, Sequence(seq_id, 0, [1] * 5, 5, 0), 4, 1, 1))
+    return items
+
+
+def test_a_replayed_step_is_one_copy_and_one_launch():
+    """Nothing is allocated, and nothing waited for. Without a token that only the device knows."""
+    runner, cache = graphed_runner()
+    blocks = BlockManager(8, 0, block_size=16)
+    items = decoding(3, blocks, SamplingParams())
     sampled = torch.zeros(3, dtype=torch.int64, device=META)
     runner.run(tuple(items), blocks, cache, sampled)  # the first of its size looks up where its inputs are
     for unknown, expected in (([], ["copy_"]), ([0, 2], ["copy_", "copy_"])):
@@ -209,3 +225,28 @@ def test_a_replayed_step_is_one_copy_and_one_launch():
         assert transfers.count == 1  # the other copy is on the device
         assert [name for name in transfers.names if name != "slice"] == expected
         assert logits.shape == (3, 100)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_p=0.9, seed=1)])
+def test_a_decode_step_is_one_copy_there_and_one_back(monkeypatch, params):
+    """With the sampler, while the batch stays the same; as on a GPU, over a device that is none."""
+    runner, cache = graphed_runner()
+    empty = torch.empty
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda: SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
+    )
+    blocks, sampler = BlockManager(8, 0, block_size=16), Sampler(frozenset())
+    items = decoding(3, blocks, params)
+    samples, copies = None, []
+    for _ in range(4):
+        with Transfers() as transfers:
+            logits = runner.run(tuple(items), blocks, cache, samples and samples.tokens)
+            samples = sampler.launch(logits, items)
+        copies.append((transfers.count, transfers.back))
+        for row, item in enumerate(items):
+            item.seq.token_ids.append(-1 - row)
+            item.start += 1
+    assert copies[1:] == [(1, 1)] * 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers as tf
 
+from benchmarks import tensor_parallel
 from cupaged.engine.distributed.packet import (
     HEADER_BYTES,
     Kind,
@@ -123,3 +125,8 @@ def test_sizes_that_divide_are_taken():
     check_sizes(
         tf.Phi3Config(num_attention_heads=5, num_key_value_heads=5, hidden_size=80), 2
     )  # has all heads on each rank
+
+
+def test_the_predictions_are_those_of_the_formula():
+    document = (Path(__file__).parents[2] / "docs" / "tensor_parallel.md").read_text()
+    assert "\n".join(tensor_parallel.table()) in document
