@@ -33,9 +33,7 @@ def group():
 
 def divided(directory: str, group: RankGroup, **settings: Any) -> LLMEngine:
     settings = {**SMALL, **FEW, "tensor_parallel_size": group.ranks.size, **settings}
-    return LLMEngine(
-        directory, EngineConfig(**{**SMALL, **FEW, "tensor_parallel_size": size, **settings}), group
-    )
+    return LLMEngine(directory, EngineConfig(**settings), group)
 
 
 def requests(seed: int) -> dict[str, Any]:
