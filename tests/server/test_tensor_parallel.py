@@ -55,7 +55,7 @@ def test_a_rank_that_fails_ends_the_server(command, number):
         answers = [one.result() for one in waiting]
     reason = f"within {TIME_LIMIT} s" if number == signal.SIGSTOP else f"ended with signal {number}"
     for answer in answers:
-        assert answer.status_code == 500
+        assert answer.status_code == 503
         assert reason in answer.json()["error"]["message"]
     assert command.process.wait(30) == 1
     assert_gone([rank])
