@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
@@ -16,6 +18,7 @@ from .conftest import MODEL
 from .test_shutdown import Command
 
 pytestmark = pytest.mark.matrix
+ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 6
 ARGUMENTS = [
     *("--tensor-parallel-size", "2", "--distributed-timeout-seconds", str(TIME_LIMIT), "--dtype", "float32"),
@@ -111,6 +114,7 @@ def test_it_runs_under_torchrun(llama_dir, tmp_path):
         capture_output=True,
         text=True,
         timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert python.returncode == 0, python.stderr
     assert python.stdout.count("TOKENS 5") == 1
