@@ -47,6 +47,10 @@ def _serve(options: argparse.Namespace) -> int:
     settings = settings_of(options, EngineConfig)
     EngineConfig(**settings)  # report a wrong setting before anything slow
     _set_up_logs(options)
+    if _torchrun_rank() > 0 and options.tensor_parallel_size > 1:
+        from .engine import LLMEngine
+
+        LLMEngine(options.model, EngineConfig(**settings))  # does not return: it follows rank 0
     limits = Limits(**settings_of(options, Limits))
     access, tls = access_of(options), _tls(options)
     chat_settings = ChatSettings(**settings_of(options, ChatSettings))
@@ -66,6 +70,11 @@ def _serve(options: argparse.Namespace) -> int:
         else:
             _run(listener, options, config, limits, access, tls, chat_settings)
     return 0
+
+
+def _torchrun_rank() -> int:
+    """Return this process's number among those that torchrun has started; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def access_of(options: argparse.Namespace) -> Access:

@@ -182,13 +182,14 @@ class Server(HttpServer):
         if not self._engine.stop(LAST_STEP_SECONDS) and may_exit:
             logging.shutdown()
             sys.stdout.flush()
-            os._exit(0 if self._error is None else 1)
+            os._exit(0 if self._error is None and self.failure is None else 1)
 
     def _healthy(self) -> bool:
         return self._engine.error is None and not self._watchdog.hangs() and not self._drain.begun
 
     async def on_tick(self, counter: int) -> bool:
         self._watchdog.hangs()
+        self._engine.end_if_stuck()
         if self._load_log is not None:
             self._load_log.tick()
         if self.failure is None and self._engine.error is not None:
