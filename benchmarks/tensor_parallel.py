@@ -15,7 +15,7 @@ ITEM = 2  # bytes of a number in bfloat16
 
 @dataclass(frozen=True)
 class Link:
-    """How GPUs are connected.
+    """Describe how GPUs are connected.
 
     Args:
         latency: seconds of an operation of a few bytes.

@@ -23,7 +23,7 @@ _SUMMED = ("moe_tp_experts", "all_reduce")
 
 
 class Ranks(Protocol):
-    """What a model that is divided needs of the group of ranks."""
+    """Hold what a model that is divided needs of the group of ranks."""
 
     rank: int
     size: int
