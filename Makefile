@@ -24,6 +24,7 @@ TEST_EXTRAS := test,lint
 endif
 SERVING := $(VENV)/.serve$(CUDA)
 TESTING := $(VENV)/.test$(CUDA)
+TESTING_ALL := $(VENV)/.test-all$(CUDA)
 INSTALL := $(BIN)/python -m pip install
 
 RUNS ?= 5
@@ -50,6 +51,11 @@ $(TESTING): $(SERVING)
 	$(INSTALL) -q -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	@touch $@
 
+# Ray, which nothing but the tests of replicas needs.
+$(TESTING_ALL): $(TESTING)
+	$(INSTALL) -q -c $(CONSTRAINTS) -e ".[ray]"
+	@touch $@
+
 venv: $(TESTING)  ## a virtual environment with everything the tests and the linters need
 
 serve: $(SERVING)  ## chat server with the demo model on port $(PORT)
@@ -60,10 +66,10 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 test: $(TESTING)  ## the tests, some minutes; the same for everyone
 	$(PYTEST)
 
-test-matrix: $(TESTING)  ## the rest: every kernel for every architecture, every model class
+test-matrix: $(TESTING_ALL)  ## the rest: every kernel for every architecture, every model class
 	$(PYTEST) -m matrix
 
-test-all: $(TESTING)  ## the tests and the rest of the matrix
+test-all: $(TESTING_ALL)  ## the tests and the rest of the matrix
 	$(PYTEST) -m ""
 
 test-fresh: $(TESTING)  ## what draws, $(RUNS) times with new seeds: RUNS=20, TESTS="tests/unit -k pool"

@@ -44,6 +44,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"one of {', '.join(EVICTION_POLICIES)}, or a function that makes an EvictionPolicy",
     ),
     "enable_prefix_caching": (lambda v: isinstance(v, bool), "True or False"),
+    "tensor_parallel_size": (_count, "an integer of at least 1"),
+    "distributed_timeout_seconds": (lambda v: is_number(v) and v > 0, "a number of seconds above 0"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "kv_cache_dtype": (lambda v: v in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}"),
     "seed": (is_integer, "an integer"),
@@ -68,7 +70,8 @@ class EngineConfig:
             tokens need, or twice that with the prefix cache.
         num_gpu_blocks_override: number of blocks of the KV cache, instead of one found by measuring memory.
         swap_space: GiB of CPU memory for the blocks of preempted requests, unless ``preemption_mode`` is
-            "recompute". It is never larger than the KV cache.
+            "recompute". It is never larger than the KV cache, and the ranks of ``tensor_parallel_size`` have
+            equal parts of it.
         max_num_seqs: maximum number of sequences in a step.
         max_num_batched_tokens: maximum number of tokens in a step, of prefill and decode together. Longer
             prompts are prefilled in chunks.
@@ -95,6 +98,10 @@ class EngineConfig:
             by how often and how long ago it was used and how many blocks are of no use without it. From
             Python also a class derived from `cupaged.engine.memory.eviction.EvictionPolicy`, or a function
             that makes one.
+        tensor_parallel_size: number of GPUs among which the model is divided. Each has a process, a rank,
+            with its part of the weights and of the KV cache. Without a GPU the ranks run on the CPU.
+        distributed_timeout_seconds: seconds after which a rank that does not answer in a step is taken to
+            hang, which ends the engine.
         dtype: dtype of the weights; "auto" follows the checkpoint.
         kv_cache_dtype: dtype of the KV cache; "auto" is that of the weights. "fp8" ("fp8_e4m3"), "fp8_e5m2"
             and "int8" hold twice the tokens of a 16-bit cache in the same memory, at a loss of accuracy: it
@@ -133,6 +140,8 @@ class EngineConfig:
     batching: str = "continuous"
     enable_prefix_caching: bool = True
     eviction_policy: str | MakePolicy = "lru"
+    tensor_parallel_size: int = 1
+    distributed_timeout_seconds: float = 300.0
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     seed: int = 0

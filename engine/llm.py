@@ -57,6 +57,8 @@ class LLM:
 
     def close(self) -> None:
         """Give the memory of the model and of the KV cache back. Later calls raise RuntimeError."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         release_memory()
 

@@ -7,27 +7,20 @@ from collections import deque
 from dataclasses import replace
 from os import PathLike, fspath
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from cupaged.device import choose_device
 
 from .config import EngineConfig
+from .distributed.launch import RankGroup
+from .distributed.lead import Lead
+from .distributed.ranks import RankError
 from .launched_step import LaunchedStep
 from .memory.block_manager import BlockManager
 from .model import demo_model
-from .model.attention import ATTENTION_NAME, register_attention
-from .model.cache_size import CacheSize, choose_cache_size
-from .model.dry_run import dry_run
+from .model.dry_run import probe
 from .model.generation_config import ending_token_ids, generation_config, sampling_defaults
-from .model.kv_cache import KVCache, KVShape
-from .model.kv_scales import calibrate
-from .model.loader import load_model, model_length
-from .model.model_files import check_generation_config, check_length
-from .model.model_runner import ModelRunner
-from .model.progress import without_bars
+from .model.model_files import check_generation_config
 from .model.step_timer import StepTimer
-from .model.vocabulary import Vocabulary
+from .model.worker import Worker
 from .output_processor import OutputProcessor
 from .outputs import EngineStats, RequestOutput, Totals
 from .prompts import Prompt, PromptReader
@@ -50,6 +43,8 @@ class LLMEngine:
     Args:
         model: a Hugging Face directory, a hub id, a GGUF file, or None for the demo model.
         config: settings.
+        group: the ranks of ``tensor_parallel_size``, to be used by several engines in turn; None: they are
+            started, and end with the engine.
 
     Raises:
         ValueError: the model or a setting cannot be served.
@@ -57,32 +52,34 @@ class LLMEngine:
             missing.
     """
 
-    def __init__(self, model: str | PathLike[str] | None = None, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        group: RankGroup | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         check_generation_config(config.generation_config)
         self.device, _ = choose_device(config.device)  # what is missing is said before a model is loaded
-        loaded, self.tokenizer = self._load(None if model is None else fspath(model))
-        self.model_name = demo_model.NAME if model is None else fspath(model)
-        self.dtype = loaded.dtype
-        self._runner = ModelRunner(loaded)
-        self._runner.rewrite(config.block_size, config.fuse)
-        self._vocabulary = Vocabulary.of(loaded)
-        shape = self._runner.kv_shape(config.block_size, config.kv_cache_dtype)
-        model_len = check_length(config.max_model_len, model_length(loaded.config))
-        size = choose_cache_size(config, self._runner, shape, model_len)
+        path = None if model is None else fspath(model)
+        self.model_name = path or demo_model.NAME
+        self.ranks = None if config.tensor_parallel_size == 1 else Lead(path, config, self.device, group)
+        worker = self.ranks.worker if self.ranks else Worker(path, config, self.device)
+        self.device, self.dtype, self.tokenizer = worker.device, worker.model.dtype, worker.tokenizer
+        self._runner, self._vocabulary, self._cache = worker.runner, worker.vocabulary, worker.cache
+        shape, size = worker.shape, worker.size
         self.max_model_len = size.max_model_len
         self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
         self._blocks = BlockManager(
             size.num_gpu_blocks, size.num_cpu_blocks, config.block_size, config.eviction_policy
         )
-        self._cache = self._allocate_cache(shape, size)
         self._rates = Rates(shape.block_bytes)
         self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")
         self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
-        generation = generation_config(loaded, config.generation_config)
+        generation = generation_config(worker.model, config.generation_config)
         self.sampling_defaults = sampling_defaults(generation, config.generation_config)
         self._make_scheduler_and_sampler(
-            ending_token_ids(loaded.config, generation, self.tokenizer, self._vocabulary.num_samplable)
+            ending_token_ids(worker.model.config, generation, self.tokenizer, self._vocabulary.num_samplable)
         )
         self._groups: dict[str, SequenceGroup] = {}
         self._seeds = random.Random(config.seed)
@@ -91,31 +88,6 @@ class LLMEngine:
         self._overlap = Overlap(config.async_scheduling, default=self.device.type == "cuda")
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
-
-    def _load(self, model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        register_attention()
-        with without_bars(model is None):  # the demo model is small, and its download has a bar
-            loaded, tokenizer = load_model(
-                model,
-                dtype=self.config.dtype,
-                device=str(self.device),
-                attn_implementation=ATTENTION_NAME,
-                max_model_len=self.config.max_model_len,
-                trust_remote_code=self.config.trust_remote_code,
-            )
-        if self.device.type == "cpu":
-            # The first exp of a process is off by 1.5e-4 if several threads compute it (pytorch#188792).
-            torch.zeros(1).exp_()
-        return loaded, tokenizer
-
-    def _allocate_cache(self, shape: KVShape, size: CacheSize) -> KVCache:
-        self._runner.settle_frequencies(size.max_model_len)
-        longest_prompt = min(size.max_model_len, self.config.max_num_batched_tokens)
-        scales = calibrate(self._runner, shape, self._vocabulary.size, longest_prompt)
-        cache = KVCache(shape, size.num_gpu_blocks, size.num_cpu_blocks, self.device, scales)
-        if not self.config.enforce_eager:
-            self._runner.capture_graphs(cache, self.config.max_num_seqs, size.max_model_len)
-        return cache
 
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
@@ -287,6 +259,8 @@ class LLMEngine:
             sampled = self._launched[-1].sampled if self._launched else None
             logits = self._runner.run(plan.scheduled, self._blocks, self._cache, sampled)
             samples = self._sampler.launch(logits, plan.scheduled, sampled)
+        except RankError:
+            raise
         except BaseException as error:
             self._timer.step_failed()
             self._totals.failed_steps += 1
@@ -331,8 +305,7 @@ class LLMEngine:
 
         An error means that the engine itself does not work.
         """
-        shape = self._runner.kv_shape(self.config.block_size)
-        dry_run(self._runner, shape, [[0]], params=SamplingParams(temperature=0))
+        probe(self._runner, self.config.block_size, SamplingParams(temperature=0))
 
     def warm_up(self) -> None:
         """Run a small request and move blocks, so that what is compiled at its first use delays no real one.
@@ -349,7 +322,7 @@ class LLMEngine:
         )
         self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
-        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)
         while self.has_unfinished():
             self.step()
@@ -393,6 +366,11 @@ class LLMEngine:
             raise RuntimeError("no request is left, and blocks are not free")
         if cpu.num_free != cpu.num_blocks:
             raise RuntimeError("no request is left, and blocks of the swap space are not free")
+
+    def close(self) -> None:
+        """End the other ranks, if the model is divided."""
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _forget(self, group: SequenceGroup) -> None:
         self._sampler.release(group)

@@ -15,6 +15,7 @@ from . import cgroup
 from .dry_run import dry_run
 from .kv_cache import KVShape
 from .model_runner import ModelRunner
+from .tensor_parallel import Ranks
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 4 * GIB
@@ -31,16 +32,21 @@ class CacheSize:
     max_model_len: int
 
 
-def choose_cache_size(config: EngineConfig, runner: ModelRunner, shape: KVShape, model_len: int) -> CacheSize:
+def choose_cache_size(
+    config: EngineConfig, runner: ModelRunner, shape: KVShape, model_len: int, ranks: Ranks | None = None
+) -> CacheSize:
     """Return how many blocks fit, and the maximum length of sequences.
 
     Args:
         model_len: maximum number of tokens of a sequence, as far as the model and the config are concerned.
+        ranks: the group of ranks, each with its part of the cache; None: the model is not divided.
 
     Raises:
         ValueError: not one block fits, or less than the ``max_model_len`` that the config asks for.
     """
     num_blocks = num_gpu_blocks(config, runner, shape, model_len)
+    if ranks is not None:
+        num_blocks = ranks.smallest(num_blocks)
     held = longest(config.memory_policy, num_blocks) * config.block_size
     if config.max_model_len is not None and held < model_len:
         run = "" if config.memory_policy == "paged" else " in one run of blocks"
@@ -68,7 +74,7 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
         free = _free_gpu_bytes(config, runner, max_model_len)
         remedy = "raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs"
     else:
-        free = min(CPU_CACHE_BYTES, _available_cpu_bytes() // 4)
+        free = min(CPU_CACHE_BYTES, _available_cpu_bytes() // 4) // config.tensor_parallel_size
         remedy = "free memory, or raise the container's limit (a quarter of what is available is taken)"
     blocks = min(free // shape.block_bytes, _useful_blocks(config, shape, max_model_len))
     if blocks < 1:
@@ -97,7 +103,8 @@ def num_cpu_blocks(config: EngineConfig, shape: KVShape, gpu_blocks: int) -> int
     """
     if config.preemption_mode == "recompute" or config.memory_policy != "paged":
         return 0
-    return min(int(config.swap_space * GIB) // shape.block_bytes, gpu_blocks)
+    part = int(config.swap_space * GIB) // config.tensor_parallel_size
+    return min(part // shape.block_bytes, gpu_blocks)
 
 
 def largest_step(config: EngineConfig, max_model_len: int) -> list[int]:

@@ -42,3 +42,12 @@ def dry_run(
     if params is not None:
         Sampler(frozenset()).sample(logits, scheduled)
     return cache
+
+
+def probe(runner: ModelRunner, block_size: int, params: SamplingParams | None = None) -> None:
+    """Compute a token in a cache of its own, beside any requests.
+
+    Args:
+        params: how to sample another one after it; None: none is sampled.
+    """
+    dry_run(runner, runner.kv_shape(block_size), [[0]], params=params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,7 @@ class KVCache:
             (num_cpu_blocks, *shape.block_shape), dtype=shape.dtype, pin_memory=device.type == "cuda"
         )
         self.layers = tuple(self.blocks[:, layer] for layer in range(shape.num_layers))
+        self.after_moves: Callable[[Plan], None] | None = None  # tells the other ranks
 
     def move_blocks(self, plan: Plan) -> None:
         """Run a plan's swaps and copies on the current stream, before the plan's tokens are computed."""
@@ -68,6 +69,8 @@ class KVCache:
             cupaged.swap_blocks(self.swap_space, self.blocks, _mapping(plan.swap_in))
         for copies in in_turn(plan.copies):
             cupaged.copy_blocks(self.blocks, _mapping(copies).to(self.blocks.device))
+        if self.after_moves is not None:
+            self.after_moves(plan)
 
 
 def in_turn(copies: BlockPairs) -> Iterator[BlockPairs]:

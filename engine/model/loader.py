@@ -27,6 +27,7 @@ def load_model(
     attn_implementation: str,
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder and its tokenizer, ready to run.
 
@@ -37,6 +38,7 @@ def load_model(
         attn_implementation: name under which the attention is registered with transformers.
         max_model_len: maximum number of tokens of a sequence, checked before the weights are loaded.
         trust_remote_code: run Python files that come with the model.
+        tensor_parallel_size: number of ranks among which the weights are divided; this process is one.
 
     Raises:
         ValueError: there is no such model, it lacks tensors, it was made for fewer than ``max_model_len``
@@ -63,6 +65,10 @@ def load_model(
         if max_model_len is not None:
             check_length(max_model_len, model_length(config))
         chosen = _torch_dtype(dtype, getattr(config, "dtype", None), device)
+        if tensor_parallel_size > 1:
+            from transformers.distributed import DistributedConfig
+
+            options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size)
         loaded = _checked_load(place, config, dtype=chosen, **options, **trust)
         tokenizer = _load_part(AutoTokenizer, place, "has no tokenizer that transformers can load", **trust)
     return loaded.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]

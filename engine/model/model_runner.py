@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from .fusion import Fusion, Proof, fuse_model
 from .graph_buckets import LONG_PREFIX, Buckets
 from .kv_cache import KVCache, KVShape
 from .step_inputs import StepInputs
+from .vocabulary import num_tokens
 from .workspace import Workspaces
 
 _CACHE_DTYPES = {
@@ -61,6 +63,8 @@ class ModelRunner:
         for module in model.modules():  # to look whether to warn, transformers would wait for the device
             if hasattr(module, _WARN):
                 setattr(module, _WARN, lambda *_: None)
+        # Computes the batch of a step together with other ranks, in place of `run_inputs` alone.
+        self.lead: Callable[[StepInputs, KVCache, torch.Tensor | None], torch.Tensor] | None = None
 
     @property
     def window(self) -> int | None:
@@ -205,13 +209,12 @@ class ModelRunner:
         if has_dynamic_frequencies(self._model):
             _log.info("decode steps run without CUDA graphs: rotary frequencies follow the longest sequence")
             return None
-        embedding: Any = self._model.get_input_embeddings()  # type: ignore[operator]
         return DecodeGraphs(
             self._forward,
             cache,
             self._windows,
             Buckets(max_num_seqs, max_model_len, cache.shape.block_size, self._finds_prefixes),
-            embedding.weight.shape[0],
+            num_tokens(self._model),
             make_graph,
         )
 
@@ -235,6 +238,13 @@ class ModelRunner:
             may overwrite them.
         """
         inputs = StepInputs.of(scheduled, blocks)
+        return (self.lead or self.run_inputs)(inputs, cache, sampled)
+
+    @torch.inference_mode()
+    def run_inputs(
+        self, inputs: StepInputs, cache: KVCache, sampled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute a batch; `run` says what is returned."""
         shared_prefix = self._finds_prefixes and shares_prefix(inputs.block_tables, cache.shape.block_size)
         if self._graphs is not None and self._graphs.takes(inputs, cache):
             logits = self._graphs.run(inputs, shared_prefix, sampled)
@@ -242,7 +252,7 @@ class ModelRunner:
                 return logits
         workspace = None
         if inputs.is_decode and self._workspaces is not None:
-            workspace = self._workspaces.get(cache, len(scheduled), inputs.block_tables.shape[1])
+            workspace = self._workspaces.get(cache, len(inputs.seq_lens), inputs.block_tables.shape[1])
         read = [inputs.token_ids, inputs.positions, inputs.kept_rows]
         if workspace is not None:
             workspace.begin_step(inputs.slots, inputs.block_tables, inputs.seq_lens)

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -69,6 +70,9 @@ class AsyncEngine:
         self._policy = FailurePolicy()
         self._stats = engine.stats()
         self._busy_since: float | None = None
+        if engine.ranks is not None:
+            commands = self._commands  # not this object, which would keep the model alive
+            engine.ranks.on_failure(lambda error: commands.put(partial(_raise, error)))
 
     def start(self) -> None:
         """Call `run` in a new thread, which does not keep the process alive."""
@@ -103,6 +107,18 @@ class AsyncEngine:
         """Return the seconds since the current step began, or since it ended; 0 if the engine is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
+
+    def end_if_stuck(self) -> None:
+        """Fail all requests if a step waits for another rank for longer than the time limit.
+
+        Called by another thread: that of the engine does not come back from such a step on a GPU.
+        """
+        ranks = self.engine.ranks
+        if ranks is None or self.error is not None:
+            return
+        if (error := ranks.overdue(self.seconds_in_step)) is not None:
+            _log.error("the engine has failed: %s", error)
+            self._fail_all(_dead(error))
 
     async def generate(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
@@ -228,7 +244,7 @@ class AsyncEngine:
                 self._stats = self.engine.stats()
             reason = EngineDeadError("the server is shutting down")
         except BaseException as error:  # consumers must be notified whatever ends this thread
-            reason = EngineDeadError(f"the engine has failed: {_first_line(error)}; start the server again")
+            reason = _dead(error)
             _log.exception("the engine has failed")
         self._busy_since = None
         self._fail_all(reason)
@@ -308,8 +324,16 @@ class AsyncEngine:
                 command = self._commands.get_nowait()
                 with contextlib.suppress(Exception):  # the engine's state may be inconsistent
                     command()
-        deliver([(stream, reason) for stream in self._streams.values()])
+        deliver([(stream, reason) for stream in list(self._streams.values())])
         self._streams.clear()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _dead(error: BaseException) -> EngineDeadError:
+    return EngineDeadError(f"the engine has failed: {_first_line(error)}; start the server again")
 
 
 def _first_line(error: BaseException) -> str:

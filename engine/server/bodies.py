@@ -49,13 +49,14 @@ class Bodies:
     So large bodies only delay each other.
 
     Args:
-        tokenizer: the engine's tokenizer; it is copied, as fast tokenizers are not thread-safe.
+        tokenizer: the engine's tokenizer; it is copied, as fast tokenizers are not thread-safe. None where
+            there is no engine.
 
     Attributes:
         tokenizer: a copy for the server's thread.
     """
 
-    def __init__(self, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, limits: Limits, tokenizer: Any) -> None:
         self._limits = limits
         self.tokenizer = copy.deepcopy(tokenizer)
         self._thread_tokenizer = copy.deepcopy(tokenizer)
@@ -77,7 +78,7 @@ class Bodies:
             BusyError: all bodies together are larger than ``max_bodies_size``.
             starlette.requests.ClientDisconnect: the client has disconnected.
         """
-        if not _is_json(request.headers.get("content-type", "")):
+        if not is_json(request.headers.get("content-type", "")):
             raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
         task = asyncio.current_task()
         assert task is not None
@@ -169,7 +170,8 @@ class Bodies:
         oldest.task.cancel()
 
 
-def _is_json(content_type: str) -> bool:
+def is_json(content_type: str) -> bool:
+    """Return whether a Content-Type header says that a body is JSON."""
     header = Message()
     header["content-type"] = content_type
     kind = header.get_content_type()

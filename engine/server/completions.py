@@ -112,7 +112,7 @@ class Completions:
             ]
 
         if not wanted.stream:
-            latest = await _unless_disconnected(request, _collect(outputs))
+            latest = await unless_disconnected(request, _collect(outputs))
             if latest is None:
                 return Response(status_code=499)
 
@@ -124,7 +124,7 @@ class Completions:
             content = await self._in_thread(write) if large else write(self._tokenizer)
             return Response(content, media_type="application/json")
         # Errors of the request come with its first output, before the status is sent.
-        first = await _unless_disconnected(request, anext(outputs))
+        first = await unless_disconnected(request, anext(outputs))
         if first is None:
             return Response(status_code=499)
         writer = ChunkWriter(head) if translation is None else TranslatedWriter(translation.events(head))
@@ -202,7 +202,7 @@ async def _collect(outputs: AsyncGenerator[_Positioned, None]) -> dict[int, Requ
         return {position: output async for position, output in outputs}
 
 
-async def _unless_disconnected(request: Request, work: Any) -> Any:
+async def unless_disconnected(request: Request, work: Any) -> Any:
     """Return the result of ``work``; if the client disconnects before, cancel it and return None."""
 
     async def disconnected() -> None:

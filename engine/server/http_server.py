@@ -33,14 +33,88 @@ _BACKLOG = 2048  # maximum number of connections that wait to be accepted
 _LAST_SECONDS = 5  # time to answer requests that did not finish before the shutdown timeout
 
 
-class Server(uvicorn.Server):
-    """Serve an engine over HTTP.
-
-    The engine runs on the thread that calls `run`, the event loop on another one.
+class HttpServer(uvicorn.Server):
+    """Serve an application over HTTP, with limits of connections.
 
     At the first SIGTERM or SIGINT running requests may finish and new ones are refused. A second signal ends
     the process at once with exit status 128 + signal number, as shells report it. (The default action of the
     signal would not do: it does not apply to the first process of a container.)
+
+    Args:
+        drain: the application.
+        on_start: called when the server accepts requests.
+        limits: limits of connections.
+        access: which requests are let through.
+        shutdown_timeout: maximum number of seconds for running requests to finish when the server stops.
+        tls: files with the certificate chain and the private key, to serve HTTPS; None: HTTP.
+    """
+
+    def __init__(
+        self,
+        drain: Drain,
+        on_start: Callable[[], None],
+        limits: Limits,
+        access: Access,
+        shutdown_timeout: float,
+        tls: tuple[Path, Path] | None,
+    ) -> None:
+        self._connections = Connections(limits)
+        self._drain = drain
+        super().__init__(
+            uvicorn.Config(
+                guarded(drain, access),
+                http=functools.partial(Connection, self._connections),  # type: ignore[arg-type]
+                ws="none",
+                loop="asyncio",  # `Connections` depends on how it reads and accepts
+                log_config=None,
+                access_log=False,
+                # asyncio tries to accept this many connections in a row, even while descriptors have run out;
+                # with 1 it waits a second between attempts. `startup` sets the real backlog.
+                backlog=1,
+                timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_LAST_SECONDS,
+                ssl_certfile=tls[0] if tls else None,
+                ssl_keyfile=tls[1] if tls else None,
+            )
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        self._shutdown_timeout = shutdown_timeout
+        self._on_start = on_start
+        self._signal: signal.Signals | None = None  # the first one
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
+        if self.started:
+            self._connections.start()
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + sig)
+        self._signal, self.should_exit = signal.Signals(sig), True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._signal is not None:
+            _log.info(
+                "%s: %d requests may finish within %g s (--shutdown-timeout); another signal ends at once",
+                self._signal.name,
+                self._drain.num_active,
+                self._shutdown_timeout,
+            )
+        await self._drain.run(self._shutdown_timeout)
+        self._drained()
+        await super().shutdown(sockets)
+
+    def _drained(self) -> None:
+        """Stop what answers the requests that have not finished in time."""
+
+
+class Server(HttpServer):
+    """Serve an engine over HTTP.
+
+    The engine runs on the thread that calls `run`, the event loop on another one.
 
     Args:
         model_names: names of the model in requests; the first is that in answers.
@@ -75,33 +149,12 @@ class Server(uvicorn.Server):
         chat_settings: ChatSettings | None = None,
     ) -> None:
         limits = limits or Limits()
-        self._connections = Connections(limits)
         self._watchdog = Watchdog(lambda: engine.seconds_in_step, step_timeout)
-        self._drain = Drain(create_app(engine, model_names, limits, self._healthy, False, chat_settings))
-        super().__init__(
-            uvicorn.Config(
-                guarded(self._drain, access or Access()),
-                http=functools.partial(Connection, self._connections),  # type: ignore[arg-type]
-                ws="none",
-                loop="asyncio",  # `Connections` depends on how it reads and accepts
-                log_config=None,
-                access_log=False,
-                # asyncio tries to accept this many connections in a row, even while descriptors have run out;
-                # with 1 it waits a second between attempts. `startup` sets the real backlog.
-                backlog=1,
-                timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=_LAST_SECONDS,
-                ssl_certfile=tls[0] if tls else None,
-                ssl_keyfile=tls[1] if tls else None,
-            )
-        )
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        drain = Drain(create_app(engine, model_names, limits, self._healthy, False, chat_settings))
+        super().__init__(drain, on_start, limits, access or Access(), shutdown_timeout, tls)
         self._engine = engine
         self._load_log = LoadLog(engine.stats) if log_stats else None
         self._grace = grace
-        self._shutdown_timeout = shutdown_timeout
-        self._on_start = on_start
-        self._signal: signal.Signals | None = None  # the first one
         self._error: BaseException | None = None  # that ended the event loop's thread
         self.failure: EngineDeadError | None = None
 
@@ -129,21 +182,14 @@ class Server(uvicorn.Server):
         if not self._engine.stop(LAST_STEP_SECONDS) and may_exit:
             logging.shutdown()
             sys.stdout.flush()
-            os._exit(0 if self._error is None else 1)
+            os._exit(0 if self._error is None and self.failure is None else 1)
 
     def _healthy(self) -> bool:
         return self._engine.error is None and not self._watchdog.hangs() and not self._drain.begun
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(_BACKLOG)
-        if self.started:
-            self._connections.start()
-            self._on_start()
-
     async def on_tick(self, counter: int) -> bool:
         self._watchdog.hangs()
+        self._engine.end_if_stuck()
         if self._load_log is not None:
             self._load_log.tick()
         if self.failure is None and self._engine.error is not None:
@@ -154,19 +200,5 @@ class Server(uvicorn.Server):
     def _exit(self) -> None:
         self.should_exit = True
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            os._exit(128 + sig)
-        self._signal, self.should_exit = signal.Signals(sig), True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._signal is not None:
-            _log.info(
-                "%s: %d requests may finish within %g s (--shutdown-timeout); another signal ends at once",
-                self._signal.name,
-                self._drain.num_active,
-                self._shutdown_timeout,
-            )
-        await self._drain.run(self._shutdown_timeout)
+    def _drained(self) -> None:
         self._engine.request_stop()
-        await super().shutdown(sockets)

@@ -90,7 +90,7 @@ def test_a_directory_without_one_is_refused_before_the_model_is_loaded(tmp_path,
         directory.mkdir()
     if flag == "damaged":
         (directory / "generation_config.json").write_text("{")
-    monkeypatch.setattr("cupaged.engine.llm_engine.load_model", None)
+    monkeypatch.setattr("cupaged.engine.model.worker.load_model", None)
     with pytest.raises(ValueError, match=r"generation_config.*must be|damaged"):
         LLM(save(tmp_path / "model"), generation_config=str(directory), **SETTINGS)
     arguments = ["--model", str(tmp_path / "model"), "--port", "0", "--generation-config", str(directory)]

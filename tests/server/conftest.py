@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import ssl
 import threading
 import time
@@ -72,6 +73,16 @@ def wait_until(condition, timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect what needs Ray where it is not installed, and say so."""
+    if importlib.util.find_spec("ray") is None and (
+        of_ray := [i for i in items if i.get_closest_marker("ray")]
+    ):
+        items[:] = [item for item in items if item not in of_ray]
+        config.hook.pytest_deselected(items=of_ray)
+        print(f"{len(of_ray)} tests of replicas are left out: Ray is not installed (make test-matrix does)")
 
 
 @pytest.fixture(scope="session", autouse=True)

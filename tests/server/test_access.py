@@ -166,7 +166,7 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(capsys, key):
 
 def test_keys_come_from_the_options_or_else_from_the_environment(monkeypatch):
     def keys(*arguments: str) -> tuple[str, ...]:
-        return serve._access(serve.parser().parse_args(arguments)).api_keys
+        return serve.access_of(serve.parser().parse_args(arguments)).api_keys
 
     monkeypatch.delenv("CUPAGED_API_KEY", raising=False)
     assert keys() == ()
@@ -296,7 +296,7 @@ def test_the_openapi_document_names_the_prefix(locked):
 
 @pytest.mark.parametrize(("given", "prefix"), [("", ""), ("/", ""), ("/llm", "/llm"), ("/a/b/", "/a/b")])
 def test_a_slash_at_the_end_of_the_prefix_is_left_out(given, prefix):
-    assert serve._access(serve.parser().parse_args([f"--root-path={given}"])).root_path == prefix
+    assert serve.access_of(serve.parser().parse_args([f"--root-path={given}"])).root_path == prefix
 
 
 @pytest.mark.parametrize("prefix", ["llm", "/a b", "//llm", "https://example.com/llm", "/a?b"])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from cupaged import serve
+from cupaged import options, serve
 from cupaged.engine.outputs import EngineStats
 from cupaged.engine.server.load_log import LoadLog
 
@@ -97,14 +97,14 @@ def test_the_running_server_says_its_load(llama_dir, caplog):
 
 
 @pytest.mark.parametrize("requests", [True, False])
-@pytest.mark.parametrize("level", serve.LOG_LEVELS)
+@pytest.mark.parametrize("level", options.LOG_LEVELS)
 def test_levels_and_lines_can_be_chosen(level, requests):
     names = ["cupaged", "cupaged.requests"]
     before = [(logging.getLogger(name).level, logging.getLogger(name).disabled) for name in names]
     try:
         option = "--log-requests" if requests else "--no-log-requests"
         serve._set_up_logs(serve.parser().parse_args(["--log-level", level, option]))
-        shown = serve.LOG_LEVELS.index(level) <= serve.LOG_LEVELS.index("info")
+        shown = options.LOG_LEVELS.index(level) <= options.LOG_LEVELS.index("info")
         assert logging.getLogger("cupaged.load").isEnabledFor(logging.INFO) == shown
         assert logging.getLogger("cupaged.requests").isEnabledFor(logging.INFO) == (shown and requests)
         assert logging.getLogger("cupaged.server").isEnabledFor(logging.ERROR)

@@ -22,6 +22,7 @@ SETTINGS = {
     "no prefix cache": {"enable_prefix_caching": False},
     "swapping": {"num_gpu_blocks_override": 17, "preemption_mode": "swap"},
     "recomputing": {"num_gpu_blocks_override": 17, "preemption_mode": "recompute"},
+    "ahead": {"async_scheduling": True, "num_gpu_blocks_override": 17, "preemption_mode": "swap"},
 }
 
 

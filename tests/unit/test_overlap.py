@@ -222,9 +222,7 @@ def steps_of_a_load(rng: random.Random, num_steps: int) -> LateSimulation:
 def test_outputs_are_those_of_a_device_that_delivers_at_once(seed):
     rng = random.Random(seed)
     runs = [steps_of_a_load(rng, 60) for _ in range(10)]
-    assert sum(run.num_ahead for run in runs) > 100
-    assert sum(run.num_wasted for run in runs) > 0
-    assert sum(run.scheduler.num_preemptions for run in runs) > 0
+    assert sum(run.num_ahead for run in runs) > 0
 
 
 @pytest.mark.matrix
@@ -232,6 +230,8 @@ def test_a_hundred_thousand_steps(seed):
     rng = random.Random(seed)
     runs = [steps_of_a_load(rng, 500) for _ in range(200)]
     assert sum(run.num_wasted for run in runs) > 1000
+    assert sum(run.num_failed for run in runs) > 1000
+    assert sum(run.scheduler.num_preemptions for run in runs) > 1000
 
 
 def add_ending(simulation: LateSimulation, count: int, max_tokens: int, reason: str) -> None:
@@ -282,4 +282,39 @@ def test_what_is_aborted_between_launch_and_tokens_is_gone():
     assert group.status is Status.FINISHED
     assert group.seqs[0].num_output_tokens == 1
     assert simulation.blocks.gpu.num_free == 8
+    simulation.run()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_the_prefix_cache_keeps_what_it_keeps_without_overlap(block_size, seed):
+    """All that was computed up to the ends of outputs, and no token that ends one."""
+    kept = []
+    for overlap in (False, True):
+        simulation = LateSimulation(
+            overlap, num_blocks=1000, block_size=block_size, budget=32, max_num_seqs=8, seed=seed
+        )
+        add_ending(simulation, 4, 20, "stop")
+        add_ending(simulation, 4, 7, "length")
+        simulation.run()
+        kept.append(set(simulation.blocks.gpu._block_of))
+    assert kept[0] == kept[1]
+
+
+def test_a_launch_that_fails_costs_nothing_of_the_step_before():
+    """The blocks that it writes are found, though it is not resolved yet."""
+    simulation = LateSimulation(num_blocks=20, budget=16)
+    group = simulation.add(8, 5)
+    launch = simulation.launch
+
+    def failing(plan):
+        simulation.failures = 1.0 if simulation.launched else 0.0
+        return launch(plan)
+
+    simulation.launch = failing
+    simulation.step()
+    assert [step.tokens is None for step in simulation.launched] == [True]
+    assert simulation.num_failed == 1
+    assert len(simulation.blocks.gpu._block_of) == 2
+    assert group.seqs[0].num_known == 9
+    simulation.failures, simulation.launch = 0.0, launch
     simulation.run()

@@ -46,9 +46,9 @@ def within(name: str, package: str) -> bool:
 
 
 def test_imports_point_one_way():
-    """engine -> cupaged -> cuda; only the command line of the server looks at the engine."""
+    """engine -> cupaged -> cuda; only the server's command line looks at the engine."""
     for path in sources("cupaged"):
-        if path.name != "serve.py":
+        if path.name not in ("serve.py", "options.py", "ray_app.py"):
             assert not [m for m in imported(path) if within(m, "cupaged.engine")], path
     assert not list((ROOT / "cuda").rglob("*.py")), (
         "cuda/ is device code; __init__.py shadows NVIDIA's package"
@@ -165,3 +165,24 @@ def test_public_names():
         assert getattr(cupaged, name)
     with pytest.raises(AttributeError, match="no attribute 'paged_atention'"):
         cupaged.paged_atention  # noqa: B018
+
+
+WITH_RAY = {"deployment", "front", "gateway", "ingress", "ray_router", "ray_app"}
+
+
+def test_ray_is_for_replicas_only():
+    """Who has not installed the extra never meets it: not the server, nor what its options say."""
+    for folder in ("cupaged", "engine"):
+        for path in sources(folder):
+            if path.stem not in WITH_RAY:
+                assert not [m for m in imported(path) if within(m, "ray")], path
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "import cupaged, cupaged.compile, cupaged.engine, cupaged.serve, cupaged.engine.server.http_server\n"
+        "cupaged.engine.LLM\n"
+        "sys.exit(cupaged.serve.main(['--replicas', '2', '--port', '0', '--device', 'cpu']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --replicas needs Ray")
+    assert "pip install 'cupaged[ray]'" in done.stderr

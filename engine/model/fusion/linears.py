@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..cpu_linear import PackedLinear
+from ..tensor_parallel import RowParallelLinear
 from .calls import NotRecognised, Stub
 from .formulas import Draw
 
 LinearFunction = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 MERGED = "merged_linear"  # name of the merged layer among the children of its module
+LINEAR = (torch.nn.Linear, RowParallelLinear)
 
 
-def plain_linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+def plain_linears(module: torch.nn.Module) -> dict[str, Any]:
     """Return the linear layers among a module's children.
 
     Raises:
         NotRecognised: one is of a class derived from `torch.nn.Linear`, which may compute anything.
     """
-    linears = {n: child for n, child in module._modules.items() if isinstance(child, torch.nn.Linear)}
+    linears: dict[str, Any] = {n: child for n, child in module._modules.items() if isinstance(child, LINEAR)}
     for linear in linears.values():
-        if type(linear) is not torch.nn.Linear:
+        if type(linear) not in LINEAR:
             raise NotRecognised(f"it has a {type(linear).__name__} in place of a plain linear layer")
         if type(linear.weight.data) is not torch.Tensor or not linear.weight.is_floating_point():
             raise NotRecognised("its linear layers are quantised")
@@ -32,10 +35,10 @@ def plain_linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return linears
 
 
-def linear_stubs(linears: dict[str, torch.nn.Linear], draw: Draw) -> dict[str, Stub]:
+def linear_stubs(linears: dict[str, Any], draw: Draw) -> dict[str, Stub]:
     """Return stubs that return random float32 results of the linear layers' sizes."""
 
-    def stub(linear: torch.nn.Linear) -> Stub:
+    def stub(linear: Any) -> Stub:
         return Stub(linear, lambda x: draw.rows(*x.shape[:-1], linear.out_features))
 
     return {name: stub(linear) for name, linear in linears.items()}
@@ -95,6 +98,9 @@ def function_of(parent: torch.nn.Module, name: str) -> LinearFunction:
     module = parent.get_submodule(name)
     if type(module) is PackedLinear:
         return module.multiply
+    if type(module) is RowParallelLinear:
+        product, add_up = function_of(module, "local"), module.add_up
+        return lambda x, out: add_up(product(x, out))
     if type(module) is torch.nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         weight, bias, linear = module.weight.detach(), module.bias, torch._C._nn.linear
         return lambda x, out: linear(x, weight, bias)

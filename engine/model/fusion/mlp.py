@@ -9,7 +9,7 @@ import torch
 
 from .calls import Call, NotRecognised, call_with_stubs
 from .formulas import ACTIVATIONS, Draw, agree
-from .linears import linear_stubs, plain_linears
+from .linears import LINEAR, linear_stubs, plain_linears
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class GatedMLP:
 
 def may_be_mlp(module: torch.nn.Module) -> bool:
     """Return whether a module has two or three linear layers."""
-    return sum(isinstance(child, torch.nn.Linear) for child in module._modules.values()) in (2, 3)
+    return sum(isinstance(child, LINEAR) for child in module._modules.values()) in (2, 3)
 
 
 def recognise_mlp(module: torch.nn.Module, call: Call, draw: Draw) -> GatedMLP:

@@ -17,6 +17,7 @@ import torch
 from ..attention import AttentionMetadata
 from ..attention_probe import LayerAttention
 from ..kv_cache import KVCache, KVShape
+from ..vocabulary import num_tokens
 
 _LENGTHS = (9, 4, 1)  # tokens of the prompts
 _MAX_POSITION = 1 << 20
@@ -46,7 +47,7 @@ class Proof:
         self._has_experts = any(parameter.dim() > 2 for parameter in model.parameters())
         self._blocks_each = -(-(max(_LENGTHS) + 1) // shape.block_size)
         generator = torch.Generator().manual_seed(1)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = num_tokens(model)
         self._tokens = torch.randint(vocabulary, (sum(_LENGTHS) + len(_LENGTHS),), generator=generator)
         last = min(max_positions if max_positions and max_positions > 0 else _MAX_POSITION, _MAX_POSITION) - 1
         self._starts = [max(0, min(start, last - max(_LENGTHS))) for start in (0, last // 2, last)]

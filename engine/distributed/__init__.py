@@ -1,0 +1,1 @@
+"""Run a model on several devices: one process, a rank, for each."""
