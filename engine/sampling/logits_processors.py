@@ -169,7 +169,7 @@ class Penalties:
             slot, seq = slots[i], users.seqs[i]
             prompt = np.array(seq.token_ids[: seq.prompt_len], dtype=np.int64)
             prompt = prompt[prompt < self._in_prompt.shape[1]]  # other tokens cannot be sampled
-            generated = np.array(seq.output_token_ids, dtype=np.int64)
+            generated = np.array(seq.token_ids[seq.prompt_len :], dtype=np.int64)
             in_prompt, output = to_device([prompt, generated], device)
             self._counts[slot] = 0
             ones = torch.ones_like(output, dtype=torch.int32)

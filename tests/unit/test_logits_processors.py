@@ -326,3 +326,20 @@ def test_a_row_that_another_sequence_takes_has_its_settings(seed):
             found.append(sampler.logits)
         assert found[0].equal(found[1])
         kept.release(item.group)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_token_that_only_the_device_knows_is_counted(steps):
+    """At a sequence's first step, as after a fork, and at a later one."""
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5)
+    found = []
+    for sampled in (None, torch.tensor([9, 7])):
+        sampler = Recorder(frozenset())
+        item = sequence(params, [], [1, 2], [3] * steps)
+        for _ in range(steps):
+            sampler.launch(torch.ones(1, VOCABULARY), [item])
+        item.seq.token_ids.append(7 if sampled is None else -2)
+        sampler.launch(torch.ones(1, VOCABULARY), [item], sampled)
+        found.append(sampler.logits)
+    assert found[0].equal(found[1])
+    assert found[0][0, 7] == pytest.approx(1 / 1.5 - 0.5)
