@@ -78,3 +78,62 @@ def test_arguments_that_are_wrong():
     ]
     for (_, expected), error in zip(wrong, built(*(arguments for arguments, _ in wrong))):
         assert expected in error
+
+
+ROUTE = """
+import asyncio
+from types import SimpleNamespace as N
+from ray.serve._private.common import DeploymentID
+from ray.serve.request_router import PendingRequest, ReplicaID
+from cupaged.engine.replicas.ray_router import PrefixRouter, Route
+
+async def main():
+    router = object.__new__(PrefixRouter)
+    router.initialize_state(max_imbalance=1)
+    ids = [ReplicaID(unique_id=name, deployment_id=DeploymentID(name="d")) for name in "ab"]
+    replicas = [N(replica_id=each) for each in ids]
+    router._choice.update(set(ids))
+
+    def request(n, hashes=(), avoid=None):
+        route = Route(list(hashes), avoid)
+        return PendingRequest(args=[route], kwargs={}, metadata=N(internal_request_id=str(n)))
+
+    def loads():
+        return sorted(router._choice.loads.values())
+
+    one, two = request(1), request(2)
+    (f1,), (o1,) = await router.choose_replicas(replicas, one)
+    (f2,), _ = await router.choose_replicas(replicas, two)
+    assert f1 is not f2 and o1 is f2, "those chosen at once are balanced"
+    assert loads() == [1, 1]
+    router.on_request_routed(one, f1.replica_id, None)
+    router.on_request_completed(f2.replica_id, "2")      # before it was accepted
+    router.on_request_routed(two, f2.replica_id, None)
+    assert loads() == [0, 1]
+    three = request(3)
+    await router.choose_replicas(replicas, three)
+    await router.choose_replicas(replicas, three)        # tried again
+    assert sum(loads()) == 2
+    three.future.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert loads() == [0, 1]
+    (f,), _ = await router.choose_replicas(replicas, request(4, avoid=f1.replica_id.unique_id))
+    assert f is f2
+    router.on_request_routed(request(4), f1.replica_id, None)   # the second rank took it
+    assert router._choice.loads[f1.replica_id] == 2
+    router.on_request_completed(f1.replica_id, "4")
+    router.on_request_completed(f1.replica_id, "1")
+    router.on_request_completed(f1.replica_id, "unknown")
+    assert loads() == [0, 0] and not router._running
+    for n in range(3000):
+        router.on_request_completed(ids[0], f"b{n}")
+    assert len(router._ended) == 1000
+asyncio.run(main())
+"""
+
+
+def test_a_request_counts_at_one_replica_until_it_ends():
+    """Whichever it was chosen for before, and in whatever order Ray Serve reports."""
+    done = subprocess.run([sys.executable, "-c", ROUTE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
