@@ -322,7 +322,7 @@ class LLMEngine:
         )
         self.grammars.prepare()
         totals, queries = replace(self._totals), self._scheduler.num_prefix_queries
-        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=0)
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, seed=0)
         self.add_request("warm-up", {"prompt_token_ids": [0] * min(2, self.max_model_len - 1)}, params)
         while self.has_unfinished():
             self.step()

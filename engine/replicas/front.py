@@ -29,13 +29,19 @@ _OBJECT_STORE_BYTES = 100_000_000  # answers are smaller than what goes through 
 
 @contextlib.contextmanager
 def local_replicas(
-    arguments: Sequence[str], num_replicas: int, num_gpus: int, **settings: Any
+    arguments: Sequence[str],
+    num_replicas: int,
+    num_gpus: int,
+    autoscaling_config: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[DeploymentHandle]:
     """Start a local Ray and replicas on it, and stop both in the end.
 
     Args:
         arguments: of `python -m cupaged.serve`, for each replica.
+        num_replicas: number of replicas, or the maximum with ``autoscaling_config``.
         num_gpus: number of GPUs of each replica; with none they share the cores.
+        autoscaling_config: Ray Serve's settings of autoscaling.
         settings: those of `replica_application`.
     """
     # A cluster of its own, without a dashboard. Its log has what the replicas' servers write.
@@ -58,7 +64,7 @@ def local_replicas(
             replica_application(
                 arguments,
                 num_replicas=num_replicas,
-                autoscaling_config=None,
+                autoscaling_config=autoscaling_config,
                 ray_actor_options={"num_cpus": share, "num_gpus": num_gpus},
                 **settings,
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -11,7 +12,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from .prefix_index import ReplicaChoice
 
 MAX_BEGINNINGS = 200_000  # that are remembered: of 13 million characters, in about 50 MB
-_MAX_EARLY_ENDS = 1000
+_MAX_ENDED = 1000
 
 
 @dataclass
@@ -41,8 +42,7 @@ class PrefixRouter(RequestRouter):
     def initialize_state(self, **settings: Any) -> None:
         self._choice = ReplicaChoice[ReplicaID](settings["max_imbalance"], MAX_BEGINNINGS)
         self._running: dict[str, ReplicaID] = {}  # by the internal IDs of unfinished requests
-        # Those that ended before the router learnt that they were accepted, and those it has not routed.
-        self._early_ends: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()  # the latest: one can end before it is accepted
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         self._choice.update({replica.replica_id for replica in replicas})
@@ -60,22 +60,35 @@ class PrefixRouter(RequestRouter):
         candidates = {replica.replica_id: replica for replica in candidate_replicas}
         willing = [each for each in candidates if each.unique_id != route.avoid] or list(candidates)
         first = self._choice.choose(route.hashes, willing)
+        if pending_request is not None:  # counted from now on, so that those chosen at once are balanced
+            self._begin(pending_request, first)
+            pending_request.future.add_done_callback(partial(self._unless_sent, pending_request))
         return [[candidates[first]], [replica for each, replica in candidates.items() if each != first]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._choice.begin(_route(pending_request).hashes, replica_id)
-        self._running[pending_request.metadata.internal_request_id] = replica_id
-        if pending_request.metadata.internal_request_id in self._early_ends:
-            self.on_request_completed(replica_id, pending_request.metadata.internal_request_id)
+        request_id = pending_request.metadata.internal_request_id
+        if request_id not in self._ended and self._running.get(request_id) != replica_id:
+            self._begin(pending_request, replica_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        routed_to = self._running.pop(internal_request_id, None)
-        if routed_to is not None:
-            self._choice.end(routed_to)
-            return
-        self._early_ends[internal_request_id] = None
-        if len(self._early_ends) > _MAX_EARLY_ENDS:
-            self._early_ends.popitem(last=False)
+        self._end(internal_request_id)
+        self._ended[internal_request_id] = None
+        if len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    def _begin(self, pending_request: PendingRequest, replica_id: ReplicaID) -> None:
+        request_id = pending_request.metadata.internal_request_id
+        self._end(request_id)  # at the replica that was chosen before
+        self._running[request_id] = replica_id
+        self._choice.begin(_route(pending_request).hashes, replica_id)
+
+    def _end(self, request_id: str) -> None:
+        if (replica_id := self._running.pop(request_id, None)) is not None:
+            self._choice.end(replica_id)
+
+    def _unless_sent(self, pending_request: PendingRequest, future: Any) -> None:
+        if future.cancelled():  # the client has left before a replica was free
+            self._end(pending_request.metadata.internal_request_id)
 
 
 def _route(pending_request: PendingRequest | None) -> Route:

@@ -277,6 +277,18 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_known(llama_
         assert device.num_ahead == ahead
 
 
+def test_a_grammar_follows_known_tokens_only(llama_dir, references, seed):
+    """Its request comes while another one's token is unknown, so that its first step is launched ahead."""
+    digits = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]{6}"), seed=seed)
+    requests = {"a": ([1, 2], SamplingParams(max_tokens=12, ignore_eos=True)), "b": ([3, 4, 5], digits)}
+    engine = small_engine(llama_dir, async_scheduling=True)
+    device = LateDevice(engine, references[llama_dir], random.Random(seed))
+    outputs, _ = serve(engine, requests, {"a": 0, "b": 2}, {})
+    assert device.num_ahead > 2
+    text = outputs["b"].outputs[0].text
+    assert (len(text), text.isdigit()) == (6, True)
+
+
 class HostReads(TorchDispatchMode):
     """Notes operations for which a host waits for its device."""
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
 from numba.core.ccallback import CFunc
 
-from cupaged.backends.cpu import backend
+from cupaged.backends.cpu import backend, packed_weight, tape
 from cupaged.engine import SamplingParams
+from cupaged.layout import Layout
 
 from .harness import finish, small_engine
+
+
+def forget_kernels() -> None:
+    """Forget what other tests have compiled in this process."""
+    for kernels in (backend._kernel, packed_weight._kernel, tape._player):
+        kernels.cache_clear()
+    for layout in gc.get_objects():
+        if type(layout) is Layout:
+            layout.prepared = None
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_what_requests_meet_is_compiled_before_them(llama_dir, monkeypatch, seed, kv_cache_dtype):
     """Forks that write, swaps in both directions, prefix hits, beams, prompts in chunks."""
     draw = random.Random(seed)
-    backend._kernel.cache_clear()  # other tests have compiled for this process
+    forget_kernels()
     compiled, compile_one = [], CFunc.compile
 
     def noted(self):

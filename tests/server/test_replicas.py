@@ -67,7 +67,7 @@ class Replicas:
         assert self.process.poll() is None, self.log
         self.url = re.search(r"http://localhost:\d+", self.log)[0]
         children = psutil.Process(self.process.pid).children(recursive=True)
-        self.others = {each: " ".join(command_of(each)) for each in children}
+        self.others = {each: " ".join(command_of(each)).strip() for each in children}
         return self
 
     def __exit__(self, *error) -> None:
@@ -341,46 +341,42 @@ def test_a_signal_lets_requests_finish(directory):
 
 SCALE = """
 import asyncio, json, sys
-from ray import serve
-from cupaged.engine.replicas.deployment import replica_application
-from cupaged.engine.replicas.front import APPLICATION, local_replicas
+from cupaged.engine.replicas.front import local_replicas
 from cupaged.engine.replicas.ray_router import Route
 
-arguments, settings = sys.argv[1:], {"max_imbalance": 0, "max_ongoing_requests": 9, "shutdown_timeout": 60}
-resources = {"num_cpus": 1, "num_gpus": 0}
-body = {"model": "tiny-llama", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+scaling = {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 50}
+scaling |= {"downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.5}
+body = {"model": "tiny-llama", "prompt": "x", "n": 16, "max_tokens": 900, "ignore_eos": True, "stream": True}
 request = "POST", "/v1/completions", b"", [(b"content-type", b"application/json")], json.dumps(body).encode()
 
-def scale_down():
-    one = replica_application(
-        arguments, num_replicas=1, autoscaling_config=None, ray_actor_options=resources, **settings
-    )
-    serve.run(one, name=APPLICATION, route_prefix=None)
+async def read(stream):
+    return b"".join([part async for part in stream]).decode()
 
 async def run(handle):
     streams = [handle.options(stream=True).forward.remote(*request, Route()) for _ in range(2)]
     replicas = {(await anext(stream))[0] for stream in streams}
-    scaled = asyncio.create_task(asyncio.to_thread(scale_down))
-    bodies = [b"".join([part async for part in stream]) for stream in streams]
-    await scaled
+    bodies = [asyncio.create_task(read(stream)) for stream in streams]
     while len(left := await handle.broadcast("metrics").results_async()) > 1:
-        await asyncio.sleep(0.2)
-    print(json.dumps([len(replicas), left[0][0] in replicas, [body.decode() for body in bodies]]))
+        await asyncio.sleep(0.1)
+    running = [not body.done() for body in bodies]
+    print(json.dumps([len(replicas), left[0][0] in replicas, running, await asyncio.gather(*bodies)]))
 
-with local_replicas(arguments, 2, num_gpus=0, **settings) as handle:
+settings = {"max_imbalance": 8, "max_ongoing_requests": 99, "shutdown_timeout": 300}
+with local_replicas(sys.argv[1:], 2, num_gpus=0, autoscaling_config=scaling, **settings) as handle:
     asyncio.run(run(handle))
 """
 
 
 def test_a_replica_that_is_scaled_away_finishes_first(directory):
-    model = ["--model", directory, "--served-model-name", MODEL, "--device", "cpu", "--no-log-stats"]
-    command = [sys.executable, "-c", SCALE, *model, "--num-gpu-blocks-override=800"]
+    model = ["--model", directory, "--served-model-name", MODEL, "--device", "cpu"]
+    command = [sys.executable, "-c", SCALE, *model, "--num-gpu-blocks-override=2000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * START_SECONDS)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("[2"))
-    count, is_one_of_them, bodies = json.loads(line)
-    assert (count, is_one_of_them) == (2, True)
+    *seen, bodies = json.loads(line)
+    assert seen == [2, True, [True, True]], "two replicas, one is left, and both still answered then"
     for body in bodies:
-        *events, done_event, _ = body.split("\n\n")
-        assert done_event == "data: [DONE]"
-        assert json.loads(events[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        *events, end, _ = body.split("\n\n")
+        assert end == "data: [DONE]"
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 16
