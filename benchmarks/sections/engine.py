@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -110,19 +111,20 @@ def _engine(context: Context, load: Load, graphs: bool, overlap: bool) -> LLMEng
 
     from cupaged.engine import EngineConfig, LLMEngine
     from cupaged.engine.model.attention import ATTENTION_NAME, register_attention
+    from cupaged.engine.model.worker import Worker
 
-    class RandomEngine(LLMEngine):
-        def _load(self, model: str | None) -> tuple[Any, Any]:
-            register_attention()
-            shape = SHAPES[load.shape]
-            config = LlamaConfig(**shape, max_position_embeddings=MAX_MODEL_LEN, eos_token_id=None)
-            with context.device:
-                made = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
-                )
-            words = {f"w{i} ": i for i in range(shape["vocab_size"])}
-            tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0 "))
-            return made.eval().requires_grad_(False), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    shape = SHAPES[load.shape]
+
+    def random_model(*_: object) -> tuple[Any, Any]:
+        register_attention()
+        config = LlamaConfig(**shape, max_position_embeddings=MAX_MODEL_LEN, eos_token_id=None)
+        with context.device:
+            made = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME
+            )
+        words = {f"w{i} ": i for i in range(shape["vocab_size"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0 "))
+        return made.eval().requires_grad_(False), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
     settings: dict[str, Any] = {"device": str(context.device), "max_model_len": MAX_MODEL_LEN}
     settings |= {"max_num_seqs": max(load.requests), "enforce_eager": not graphs}
@@ -130,7 +132,11 @@ def _engine(context: Context, load: Load, graphs: bool, overlap: bool) -> LLMEng
         settings["num_gpu_blocks_override"] = MAX_MODEL_LEN // 16 + max(load.requests) * load.prompt // 4
     if _OVERLAP in {field.name for field in fields(EngineConfig)}:
         settings[_OVERLAP] = overlap
-    return RandomEngine(None, EngineConfig(**settings))
+    with mock.patch.object(Worker, "_load", random_model):
+        engine = LLMEngine(None, EngineConfig(**settings))
+    if engine._runner.config.hidden_size != shape["hidden_size"]:
+        raise RuntimeError("the engine runs another model")
+    return engine
 
 
 def step_seconds(engine: LLMEngine, count: int, load: Load) -> float:
