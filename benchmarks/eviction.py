@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['queued_tokens_per_s']:>9.0f}"
         )
     if options.out:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
         results = {"note": NOTE, **settings, "fitting": len(requests), "rows": rows}
         name = f"eviction-{Path(options.trace).stem}"
         common.write(options.out, name, common.environment(torch.device("cpu")), results)

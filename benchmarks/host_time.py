@@ -130,7 +130,8 @@ def main() -> int:
         print(f"{name:8} {results[name] * 1e6:7.0f} us (fastest tenth {quick * 1e6:.0f})")
     if options.out is not None:
         name = common.result_name("host-time", CPU)
-        common.write(options.out, name, common.environment(CPU), {**vars(options), **results, "out": None})
+        settings = {key: value for key, value in vars(options).items() if key != "out"}
+        common.write(options.out, name, common.environment(CPU), {**settings, **results})
     return 0
 
 

@@ -289,3 +289,10 @@ def test_the_tree_is_the_tree():
             assert (place / file).exists(), f"{file} in {line!r}"
     packages = {path.parent for path in sources("cupaged", "engine")}
     assert not packages - listed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.name
+)
+def test_results_name_no_place_of_a_machine(path):
+    assert re.findall(r'"(?:/|~|[A-Z]:)[^"]*"', path.read_text()) == []
