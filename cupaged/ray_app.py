@@ -28,8 +28,9 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     Args:
         args: options of `python -m cupaged.serve`, without dashes in front (``model``, ``max_model_len``);
             ``replicas`` is 1 if not given, and the address is Ray Serve's. ``ray_actor_options`` are the
-            resources of a replica, by default a GPU if the cluster has any, and ``autoscaling_config``, in
-            place of ``replicas``, Ray Serve's settings of autoscaling; both are mappings, or JSON.
+            resources of a replica, by default a GPU for each rank if the cluster has any, and
+            ``autoscaling_config``, in place of ``replicas``, Ray Serve's settings of autoscaling; both are
+            mappings, or JSON.
 
     Raises:
         ValueError: an argument is unknown or wrong.
@@ -45,7 +46,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         replica_arguments(options),
         num_replicas=options.replicas or 1,
         autoscaling_config=of_ray.get("autoscaling_config"),
-        ray_actor_options=of_ray.get("ray_actor_options") or _resources(options.device),
+        ray_actor_options=of_ray.get("ray_actor_options")
+        or _resources(options.device, options.tensor_parallel_size),
         max_imbalance=options.max_imbalance,
         max_ongoing_requests=limits.max_waiting_requests + options.max_num_seqs,
         shutdown_timeout=options.shutdown_timeout,
@@ -55,10 +57,10 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return ingress_application(replicas, limits, access, options.shutdown_timeout)
 
 
-def _resources(device: str | None) -> dict[str, float]:
-    """Return what a replica reserves: a GPU, or a core if it is to run, or can only run, on CPUs."""
+def _resources(device: str | None, num_ranks: int) -> dict[str, float]:
+    """Return what a replica reserves for each rank: a GPU, or a core if there are none, or not wanted."""
     on_cpu = device == "cpu" or (ray.is_initialized() and not ray.cluster_resources().get("GPU"))
-    return {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
+    return {"num_cpus" if on_cpu else "num_gpus": num_ranks}
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

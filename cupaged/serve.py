@@ -196,7 +196,7 @@ def _run_replicas(
     with local_replicas(
         replica_arguments(options),
         options.replicas,
-        num_gpus=int(device_type == "cuda"),
+        num_gpus=options.tensor_parallel_size if device_type == "cuda" else 0,
         max_imbalance=options.max_imbalance,
         max_ongoing_requests=limits.max_waiting_requests + options.max_num_seqs,
         shutdown_timeout=options.shutdown_timeout,

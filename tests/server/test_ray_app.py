@@ -52,7 +52,8 @@ def test_arguments_are_the_options_of_the_command():
         "ray_actor_options": '{"num_cpus": 0.5}',
         "autoscaling_config": {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 7},
     }
-    first, second, third = built(given, {"replicas": "3"}, {"device": "cpu"})
+    divided = {"tensor_parallel_size": 2}
+    first, second, third, fourth = built(given, {"replicas": "3"}, {"device": "cpu"}, divided)
     expected = {"--model=m", "--served-model-name", "a", "b", "--block-size=8", "--max-model-len=64"}
     assert {*first["arguments"][:-1]} == {*expected, "--no-enable-prefix-caching"}
     assert first["resources"]["num_cpus"] == 0.5
@@ -62,6 +63,8 @@ def test_arguments_are_the_options_of_the_command():
     assert (second["replicas"], second["resources"]["num_gpus"], second["scaling"]) == (3, 1, None)
     assert (third["replicas"], third["resources"].get("num_gpus", 0)) == (1, 0)
     assert third["resources"]["num_cpus"] == 1
+    assert fourth["resources"]["num_gpus"] == 2  # one for each rank
+    assert "--tensor-parallel-size=2" in fourth["arguments"]
 
 
 def test_arguments_that_are_wrong():
