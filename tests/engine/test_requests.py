@@ -107,7 +107,7 @@ def test_a_warm_up_leaves_no_trace(llama_dir):
     steps = []
     step, warm.step = warm.step, lambda: steps.append(1) or step()
     warm.warm_up()
-    assert len(steps) == 2, "a prompt and a decoded token are computed"
+    assert len(steps) == 3, "a prompt, a decode step that is recorded, and one that is replayed"
     assert_clean(warm)
     assert warm.stats() == cold.stats()
     assert run(warm, {"x": (prompt(5), drawn)}) == run(cold, {"x": (prompt(5), drawn)})

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 
 import openai
 import pytest
 
 from cupaged.engine import EngineConfig, LLMEngine
+from cupaged.engine.sampling.samples import LaunchedSamples
 from cupaged.engine.server.access import Access
 from cupaged.engine.server.async_engine import AsyncEngine
 from cupaged.engine.server.http_server import Server
 from cupaged.engine.server.limits import Limits
 from cupaged.serve import listen
+from tests import tiny_models
 
 MODEL = "tiny-llama"
 
@@ -103,3 +107,25 @@ def server(llama_dir):
 def client(server):
     with server.client() as found:
         yield found
+
+
+@contextlib.contextmanager
+def saying(server: Running, text: str) -> Iterator[None]:
+    """Let the model write this text, whatever it is asked."""
+    engine = server.engine
+    tokens = [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], tiny_models.EOS]
+    launch = engine._sampler.launch
+
+    def scripted(logits, scheduled, sampled):
+        output = launch(logits, scheduled, sampled).result()
+        output.token_ids = [
+            [tokens[item.seq.num_output_tokens]] * len(drawn)
+            for item, drawn in zip(scheduled, output.token_ids)
+        ]
+        return LaunchedSamples(output)
+
+    engine._sampler.launch = scripted
+    try:
+        yield
+    finally:
+        engine._sampler.launch = launch

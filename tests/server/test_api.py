@@ -627,8 +627,8 @@ def test_events_are_lines_for_every_client(client, server, monkeypatch):
         tokens = iter([*ids, tiny_models.EOS])
         original = Sampler.launch
 
-        def says(self, logits, scheduled, tokens=tokens, original=original):
-            output = original(self, logits, scheduled).result()
+        def says(self, *arguments, tokens=tokens, original=original):
+            output = original(self, *arguments).result()
             output.token_ids = [[next(tokens)]]
             found = output.logprobs[0][0]
             output.logprobs[0][0] = found._replace(token_ids=[output.token_ids[0][0], *found.token_ids[1:]])

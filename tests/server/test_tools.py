@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 
 import httpx
 import openai
@@ -14,11 +12,10 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from cupaged.engine import LLM, SamplingParams
-from cupaged.engine.sampling.samples import LaunchedSamples
 from cupaged.engine.server.chat_settings import ChatSettings
 from tests import tiny_models
 
-from .conftest import MODEL, Running
+from .conftest import MODEL, Running, saying
 
 # Writes tools, calls and results as models of the Hermes family have them, and marks reasoning.
 TEMPLATE = """{%- if tools -%}
@@ -81,28 +78,6 @@ def directory(tmp_path_factory) -> str:
 def server(directory):
     with Running(directory, **SIZE) as running:
         yield running
-
-
-@contextlib.contextmanager
-def saying(server: Running, text: str) -> Iterator[None]:
-    """Let the model write this text, whatever it is asked."""
-    engine = server.engine
-    tokens = [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], tiny_models.EOS]
-    launch = engine._sampler.launch
-
-    def scripted(logits, scheduled):
-        output = launch(logits, scheduled).result()
-        output.token_ids = [
-            [tokens[item.seq.num_output_tokens]] * len(sampled)
-            for item, sampled in zip(scheduled, output.token_ids)
-        ]
-        return LaunchedSamples(output)
-
-    engine._sampler.launch = scripted
-    try:
-        yield
-    finally:
-        engine._sampler.launch = launch
 
 
 def whole_and_streamed(client, **request) -> list[dict]:

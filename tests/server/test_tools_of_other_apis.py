@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 
 import anthropic
 import pytest
 from pydantic import BaseModel
 
-from cupaged.engine.sampling.samples import LaunchedSamples
 from tests import tiny_models
 
-from .conftest import MODEL, Running
+from .conftest import MODEL, Running, saying
 
 # Writes tools, calls and results as models of the Hermes family have them, and marks reasoning.
 TEMPLATE = """{%- if tools -%}
@@ -71,28 +68,6 @@ def server(tmp_path_factory):
 def claude(server):
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60) as found:
         yield found
-
-
-@contextlib.contextmanager
-def saying(server: Running, text: str) -> Iterator[None]:
-    """Let the model write this text, whatever it is asked."""
-    engine = server.engine
-    tokens = [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], tiny_models.EOS]
-    launch = engine._sampler.launch
-
-    def scripted(logits, scheduled):
-        output = launch(logits, scheduled).result()
-        output.token_ids = [
-            [tokens[item.seq.num_output_tokens]] * len(sampled)
-            for item, sampled in zip(scheduled, output.token_ids)
-        ]
-        return LaunchedSamples(output)
-
-    engine._sampler.launch = scripted
-    try:
-        yield
-    finally:
-        engine._sampler.launch = launch
 
 
 def test_calls_of_a_response_and_their_results(server, client):
