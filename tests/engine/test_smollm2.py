@@ -62,3 +62,19 @@ def test_answers_equal_transformers_generate():
 def test_numbers_are_cut_into_digits():
     _, tokenizer = load_model(None, dtype="auto", device="cpu", attn_implementation="sdpa")
     assert tokenizer.tokenize("2023") == ["2", "0", "2", "3"]
+
+
+def test_smollm2_runs_on_three_ranks_and_not_on_two():
+    """It has 9 heads and 3 KV heads."""
+    settings = {"device": "cpu", "dtype": "float32", "num_gpu_blocks_override": 16, "max_model_len": 128}
+    prompt = "The capital of France is Paris. The capital of Italy is"
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
+    outputs = []
+    with pytest.raises(ValueError, match=r"9 attention heads, 3 KV heads, an MLP of 1536: it can be 3$"):
+        LLM(tensor_parallel_size=2, **settings)
+    for size in (3, 1):
+        with LLM(tensor_parallel_size=size, **settings) as llm:
+            outputs.append(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0])
+    divided, whole = outputs
+    assert divided.token_ids == whole.token_ids
+    assert abs(divided.cumulative_logprob - whole.cumulative_logprob) < 1e-4
