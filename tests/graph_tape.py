@@ -57,7 +57,7 @@ class Outside:
 
 @dataclass
 class Operation:
-    """An operation, with `Outside`s in place of tensors that the graph does not own."""
+    """Hold an operation, with `Outside`s in place of tensors that the graph does not own."""
 
     function: Any
     args: Any
@@ -76,7 +76,7 @@ class Operation:
 
 @dataclass
 class Launches:
-    """What an operator of ours has launched: prepared kernels, and their tensors or `Outside`s."""
+    """Hold what an operator of ours has launched: prepared kernels, and their tensors or `Outside`s."""
 
     launches: list[tuple[Launch, list[Any]]]
 
@@ -86,7 +86,7 @@ class Launches:
 
 
 class RecordingLauncher:
-    """A `Launcher` over another one, that notes what is launched.
+    """Note what is launched, as a `Launcher` over another one.
 
     Attributes:
         launched: what was launched, if a list is there to hold it.

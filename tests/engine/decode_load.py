@@ -24,7 +24,7 @@ MAX_MODEL_LEN = 200
 
 
 class Graphed:
-    """A runner with graphs, a cache and the blocks of sequences."""
+    """Return a runner with graphs, a cache and the blocks of sequences."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ def constants(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class Load:
-    """Sequences that come, grow by a token a step, and go."""
+    """Draw sequences that come, grow by a token a step, and go."""
 
     def __init__(self, seed: int, graphed: Graphed, vocabulary: int) -> None:
         self.rng, self.graphed, self.vocabulary = random.Random(seed), graphed, vocabulary

@@ -21,7 +21,7 @@ COSTS = Costs(step=0.013, prompt_token=9e-4, decoded_token=7e-4)
 
 
 def test_the_rate_of_a_latency_is_found_among_measured_points(seed):
-    """Where the latency is a power of the rate it is exact, and otherwise between the two next to it."""
+    """Read a rate exactly where the latency is a power of it, and otherwise between the two next to it."""
     rng = random.Random(seed)
     rate, latency, exponent = rng.uniform(0.1, 50), rng.uniform(0.01, 1), rng.uniform(0.5, 20)
 
@@ -40,7 +40,7 @@ def test_the_rate_of_a_latency_is_found_among_measured_points(seed):
 
 @pytest.mark.parametrize("factor", [0.5, 0.75, 0.99, 1.01, 1.3, 2.0])
 def test_rates_are_run_until_the_latency_is_between_two(factor):
-    """A machine that sustains `factor` times what was predicted."""
+    """Stand for a machine that sustains `factor` times what was predicted."""
     points: list[Point] = []
     for rate in rates_to_run(10.0, 0.1, points):
         points.append((rate, 0.1 * (rate / (10 * factor)) ** 3))

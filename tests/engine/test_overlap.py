@@ -27,7 +27,7 @@ UNKNOWN = -(10**9)  # what the host sees in place of tokens that it does not kno
 
 
 class LateSamples:
-    """The samples of a step, for the host to read once; what it sees of the tensor before is no token."""
+    """Hold the samples of a step, for the host to read once; what it sees of them before is no token."""
 
     def __init__(self, samples: Any) -> None:
         self._samples = samples
@@ -110,7 +110,7 @@ def references(llama_dir, mistral_dir) -> dict[str, Reference]:
 
 
 def draw_params(rng: random.Random) -> SamplingParams:
-    """One of all ways in which an output is sampled and ends."""
+    """Draw one of all ways in which an output is sampled and ends."""
     settings: dict[str, Any] = {"seed": rng.getrandbits(32), "max_tokens": rng.choice([1, 2, 5, 9, 14])}
     letters = rng.sample(range(97, 123), 4)
     kind = rng.choice([*["plain"] * 4, *["stop"] * 3, "n", "n", "beams", "host", "logprobs", "prompt"])
@@ -166,12 +166,12 @@ def draw_requests(rng: random.Random, count: int) -> dict[str, tuple[list[int], 
 
 
 def close(value: Any) -> Any:
-    """What floats are compared by."""
+    """Return what floats are compared by."""
     return pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
 def comparable(output: RequestOutput) -> list[Any]:
-    """What has to be equal of two outputs of a request."""
+    """Return what has to be equal of two outputs of a request."""
     found: list[Any] = [output.prompt_token_ids, output.finished, logprobs(output.prompt_logprobs)]
     for one in output.outputs:
         found.append([one.index, one.text, one.token_ids, one.finish_reason, one.stop_reason])
@@ -290,7 +290,7 @@ def test_a_grammar_follows_known_tokens_only(llama_dir, references, seed):
 
 
 class HostReads(TorchDispatchMode):
-    """Notes operations for which a host waits for its device."""
+    """Note operations for which a host waits for its device."""
 
     WAITS = ("aten::_local_scalar_dense", "aten::_to_copy", "aten::nonzero", "aten::is_nonzero", "aten::item")
 

@@ -24,7 +24,7 @@ SIZE = 2
 
 @pytest.fixture(scope="module")
 def group():
-    """The ranks, which the engines of this module use in turn: a process takes seconds to start."""
+    """Start the ranks, which the engines of this module use in turn: a process takes seconds to start."""
     config = EngineConfig(tensor_parallel_size=SIZE, device="cpu", distributed_timeout_seconds=300)
     ranks = RankGroup(config, torch.device("cpu"))
     yield ranks
@@ -147,7 +147,7 @@ def test_a_quantised_cache_has_the_scales_of_its_heads(llama_dir, group, seed, k
 
 
 def test_a_step_is_one_buffer_and_two_sums_a_layer(llama_dir, group, monkeypatch):
-    """What docs/tensor_parallel.md predicts times from: the operations of a step, and their bytes."""
+    """Count what docs/tensor_parallel.md predicts times from: a step's operations, and their bytes."""
     engine = divided(llama_dir, group)
     seen: list[tuple[str, int]] = []
 

@@ -397,7 +397,7 @@ def open_pool(page: Page) -> None:
 
 
 def looks(page: Page) -> dict:
-    """How cells look, in the frame after the next one, which draws what is shown now."""
+    """Return how cells look in the frame after the next one, which draws what is shown now."""
     return page.evaluate(
         """async () => {
             for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);

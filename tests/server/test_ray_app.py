@@ -33,7 +33,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def built(*arguments: dict[str, Any]) -> list[Any]:
-    """What the builder makes of each of the arguments."""
+    """Return what the builder makes of each of the arguments."""
     command = [sys.executable, "-c", BUILD, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

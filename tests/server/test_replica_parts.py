@@ -86,7 +86,7 @@ def test_metrics_of_replicas_differ_by_a_label(seed):
 
 @pytest.mark.matrix
 def test_a_server_on_a_unix_socket(llama_dir, tmp_path):
-    """The last address that is given; nothing listens on a port."""
+    """Listen at the last address that is given, and on no port."""
     path = tmp_path / "socket"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Command, "__enter__", lambda self: self)

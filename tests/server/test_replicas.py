@@ -40,7 +40,7 @@ RUN = "import sys; from cupaged import serve; sys.exit(serve.main(sys.argv[1:]))
 
 
 class Replicas:
-    """The command with two replicas, in a process group of its own, as a shell would start it."""
+    """Run the command with two replicas, in a process group of its own, as a shell would start it."""
 
     def __init__(self, directory: str, *arguments: str, script: str = "") -> None:
         settings = [f"--{name.replace('_', '-')}={value}" for name, value in CONFIG.items()]
@@ -84,12 +84,12 @@ class Replicas:
         return "".join(self.lines)
 
     def servers(self) -> list[psutil.Process]:
-        """The processes that run the engines."""
+        """Return the processes that run the engines."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in children if "cupaged.engine.replicas.child" in " ".join(command_of(each))]
 
     def metrics(self, *names: str) -> dict[str, list[float]]:
-        """The values of metrics by replica."""
+        """Return the values of metrics by replica."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
         found: dict[str, dict[str, float]] = {}
         for family in text_string_to_metric_families(text):
@@ -98,7 +98,7 @@ class Replicas:
         return {replica: [values[name] for name in names] for replica, values in found.items()}
 
     def assert_idle_and_empty(self) -> None:
-        """No replica has a request or holds a block for one."""
+        """Assert that no replica has a request, or holds a block for one."""
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         wait_until(lambda: set(map(tuple, self.metrics(*names).values())) == {(0, 0, 0)}, 60)
 
@@ -126,12 +126,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> str:
-    """A model with room for conversations."""
+    """Write a model with room for conversations."""
     return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=1024))
 
 
 def conversations(seed: int) -> list[list[str]]:
-    """Twenty conversations of ten turns of the user."""
+    """Draw twenty conversations of ten turns of the user."""
     rng = random.Random(seed)
     return [["".join(rng.choices("abcdefgh ", k=rng.randrange(5, 40))) for _ in range(10)] for _ in range(20)]
 
@@ -162,7 +162,7 @@ def hold_all(url: str, all_turns: list[list[str]]) -> list[list[str]]:
 
 
 def hit_rate(running: Replicas) -> tuple[float, list[float]]:
-    """The share of prompt tokens that were cached, and how many prompt tokens each replica got."""
+    """Return the share of prompt tokens that were cached, and how many prompt tokens each replica got."""
     totals = running.metrics("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
     queries, hits = (sum(column) for column in zip(*totals.values()))
     return hits / queries, [values[0] for values in totals.values()]

@@ -23,7 +23,7 @@ def question(slo: dict[str, float], trace: str = "alpaca", count: int = 30) -> Q
 
 
 class Limited(Question):
-    """A question whose limits hold up to a rate that its configuration determines."""
+    """Ask a question whose limits hold up to a rate that its configuration determines."""
 
     limits: dict[Configuration, float]
 
