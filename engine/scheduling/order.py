@@ -18,7 +18,7 @@ class SchedulingPolicy(ABC):
 
     preempts = False  # a request that waits takes the memory of running ones that rank after it
     reads_priority = False  # requests may have a priority
-    num_reranked = 0  # number of waiting requests, from the first on, that are ranked again at every step
+    num_reranked = 0  # number of waiting requests, from the first on, that are ranked again when one may run
 
     @abstractmethod
     def rank(self, group: SequenceGroup, num_cached: int) -> float:

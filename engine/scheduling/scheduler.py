@@ -158,8 +158,6 @@ class Scheduler:
         self._sequences.retire()
         draft = Draft(self._max_num_batched_tokens)
         admits = not (self._static_batching and self.running)
-        if self._policy.num_reranked and self.waiting and admits:
-            self._queues.rerank(self._policy.num_reranked, self._rank_by_cache)
         victim = self._make_way(draft) if admits and self._policy.preempts and self._memory.preempts else None
         preemptions = self.num_preemptions
         self._schedule_running(draft)
@@ -323,6 +321,8 @@ class Scheduler:
         """
         seats = self._admission.num_seats_left(self.running)
         promised = self._admission.num_promised(self.running)
+        if self._policy.num_reranked and seats and promised < self._blocks.gpu.num_free:
+            self._queues.rerank(self._policy.num_reranked, self._rank_by_cache)
         while (group := self._queues.next_to_admit()) is not None and group is not victim:
             reserved = promised + self._admission.num_reserved(group, self.running)
             if group.num_seats > seats or reserved > self._blocks.gpu.num_free:
