@@ -12,11 +12,11 @@
 // A row of the cache is the key of all heads, and its first Dv elements are their value: it is read
 // once for both.
 //
-// A work item (work.cuh) is a tile of kTileRows query heads of one query token, or of several tokens
-// where there are fewer heads, and one KV split of its sequence. Each warp has kWarpRows of the rows
-// to itself. A row of the cache is spread over the lanes, 16 bytes each at a time; the warps of a
-// block read the same rows, which come from the L1 cache but for the first. No shared memory but
-// 0.5 KiB of the planner.
+// A work item (work.cuh) is a tile of kTileRows query heads of one query token, or of several
+// tokens where there are fewer heads, and one KV split of its sequence. Each warp has kWarpRows of
+// the rows to itself. A row of the cache is spread over the lanes, 16 bytes each at a time; the
+// warps of a block read the same rows, which come from the L1 cache but for the first. No shared
+// memory but 0.5 KiB of the planner.
 //
 // Macros CUPAGED_DTYPE, CUPAGED_KEY_SIZE and CUPAGED_VALUE_SIZE: what Dk and Dv, multiples of 8,
 // are at most.
@@ -70,9 +70,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 3)
                              args.value_size,
                              args.max_splits,
                              args.out_aligned != 0};
-    const Batch batch{
-        args.seq_lens,   args.query_start_loc, args.num_seqs, args.num_tokens, 0, args.split_tokens,
-        args.max_splits, static_cast<Subset>(args.subset)};
+    const Batch batch{args.seq_lens,
+                      args.query_start_loc,
+                      args.num_seqs,
+                      args.num_tokens,
+                      0,
+                      args.split_tokens,
+                      args.max_splits,
+                      static_cast<Subset>(args.subset)};
     const SharedSplits none{nullptr, nullptr, 0};
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
@@ -111,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, 3)
         }
 
         const int last_position = to_position + token[kWarpRows - 1];  // the largest of the rows
-        const int end = args.causal ? min(plan.end_of(item.split), last_position + 1)
-                                    : plan.end_of(item.split);
+        const int end =
+            args.causal ? min(plan.end_of(item.split), last_position + 1) : plan.end_of(item.split);
         for (int begin = plan.begin_of(item.split); begin < end; begin += kUnroll) {
             uint4 key[kUnroll][kChunks];
 #pragma unroll

@@ -16,18 +16,18 @@
 // through a ring of kStages (cp.async), and three steps, with barriers between, take one in:
 // 1. Logits: a warp has 16 rows of the query by 16 keys, or a slice of the elements of their
 //    products where there are more warps than such squares. They go through shared memory.
-// 2. Softmax: kThreads / kTileRows lanes a row sum the slices, and leave the weights in 16 bits.
+// 2. Softmax: kRowLanes lanes a row sum the slices, and leave the weights in 16 bits.
 // 3. Output: a warp has Dv / kWarps columns of all rows, so that each value is loaded by one warp,
 //    and the sums stay in registers from tile to tile.
 //
-// Dynamic shared memory, see Shared: at Dk = 576 with 64 rows, 32 keys and 3 stages 199 KiB, with 16
-// rows and 2 stages 103 KiB. Static: 1 KiB of the planner.
+// Dynamic shared memory, see Shared: at Dk = 576 with 64 rows, 32 keys and 3 stages 199 KiB, with
+// 16 rows and 2 stages 103 KiB. Static: 1 KiB of the planner.
 //
-// Predicted for an H100 with 128 heads of 576, not measured yet: a tile of 32 keys and 64 rows takes
-// ldmatrix 320 KB, 2,500 clocks, and the tensor cores 1,100, while its 36 KB take a multiprocessor
-// 2,500 clocks from memory. So the loads from shared memory are the bound, at a third of what
-// FlashMLA reaches with products of a warpgroup, whose matrices stay in shared memory. With 16 heads
-// memory is.
+// Predicted for an H100 with 128 heads of 576, not measured yet: a tile of 32 keys and 64 rows
+// takes ldmatrix 360 KB, 2,800 clocks, the tensor cores 1,100, and its 36 KB take a multiprocessor
+// 2,500 clocks from memory. So loads from shared memory are the bound, and half of what FlashMLA
+// reaches with the products of a warpgroup, whose matrices stay there, is the most to expect. With
+// 16 heads memory is the bound.
 //
 // Macros CUPAGED_DTYPE (fp16 or bf16), CUPAGED_KEY_SIZE and CUPAGED_VALUE_SIZE (what Dk and Dv,
 // multiples of 8, are at most; of 16 and of 128), CUPAGED_TILE_ROWS, CUPAGED_TILE_KEYS,
@@ -55,8 +55,10 @@ constexpr int kSlices = kWarps / kSquares;
 constexpr int kSliceSteps = ceil_div(kSteps, kSlices);
 constexpr int kWarpPairs = kValueSize / kWarps / 16;  // of 8 columns of the output, of a warp
 constexpr int kRowThreads = kThreads / kTileKeys;     // that copy a row of the cache
-constexpr int kRowLanes = kThreads / kTileRows;       // that have a row's softmax
-constexpr int kLaneKeys = kTileKeys / kRowLanes;
+// Lanes that have a row's softmax, each of pairs of keys.
+constexpr int kRowLanes =
+    kThreads / kTileRows < kTileKeys / 2 ? kThreads / kTileRows : kTileKeys / 2;
+constexpr int kLanePairs = kTileKeys / 2 / kRowLanes;
 constexpr int kMinBlocks = kTileRows == 16 && kStages == 2 ? 2 : 1;  // for which there is room
 
 static_assert(kSlices * kSquares == kWarps, "each warp has a slice of a square");
@@ -148,9 +150,8 @@ __device__ __forceinline__ void multiply_keys(Shared& shared, const uint4* tile)
     for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int n = 0; n < 2; ++n)
-            *reinterpret_cast<float2*>(
-                &shared.logits[slice][16 * row_tile + 8 * r + lane / 4]
-                              [16 * key_tile + 8 * n + 2 * (lane % 4)]) =
+            *reinterpret_cast<float2*>(&shared.logits[slice][16 * row_tile + 8 * r + lane / 4]
+                                                     [16 * key_tile + 8 * n + 2 * (lane % 4)]) =
                 make_float2(score[n][2 * r], score[n][2 * r + 1]);
 }
 
@@ -160,28 +161,39 @@ __device__ __forceinline__ void take_weights(Shared& shared, float scale, int be
                                              SoftmaxState& state) {
     const int row = static_cast<int>(threadIdx.x) / kRowLanes;
     const int lane = static_cast<int>(threadIdx.x) % kRowLanes;
-    float score[kLaneKeys];
+    if (row >= kTileRows) return;
+    float score[kLanePairs][2];
     float max = negative_infinity();
 #pragma unroll
-    for (int j = 0; j < kLaneKeys; ++j) {
-        const int key = j * kRowLanes + lane;
-        score[j] = 0.0f;
+    for (int j = 0; j < kLanePairs; ++j) {
+        const int key = 2 * (j * kRowLanes + lane);
+        score[j][0] = score[j][1] = 0.0f;
 #pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice) score[j] += shared.logits[slice][row][key];
-        score[j] = begin + key < end ? score[j] * scale : negative_infinity();
-        max = fmaxf(max, score[j]);
+        for (int slice = 0; slice < kSlices; ++slice) {
+            const float2 part = *reinterpret_cast<const float2*>(&shared.logits[slice][row][key]);
+            score[j][0] += part.x;
+            score[j][1] += part.y;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            score[j][i] = begin + key + i < end ? score[j][i] * scale : negative_infinity();
+            max = fmaxf(max, score[j][i]);
+        }
     }
 #pragma unroll
     for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
         max = fmaxf(max, __shfl_xor_sync(kFullMask, max, offset));
     const float factor = softmax_raise(state, max);
     const float reference = softmax_reference(state.max);
-    scalar_t* const weights = reinterpret_cast<scalar_t*>(shared.weights + row * kWeightChunks);
+    unsigned* const weights = reinterpret_cast<unsigned*>(shared.weights + row * kWeightChunks);
 #pragma unroll
-    for (int j = 0; j < kLaneKeys; ++j) {
-        const float weight = exp2f(score[j] - reference);
-        state.sum += weight;
-        weights[j * kRowLanes + lane] = from_float<scalar_t>(weight);
+    for (int j = 0; j < kLanePairs; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            score[j][i] = exp2f(score[j][i] - reference);
+            state.sum += score[j][i];
+        }
+        weights[j * kRowLanes + lane] = pack_pair(score[j]);
     }
     if (lane == 0) shared.factors[row] = factor;
 }
@@ -244,9 +256,14 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
                              args.value_size,
                              args.max_splits,
                              args.out_aligned != 0};
-    const Batch batch{
-        args.seq_lens,   args.query_start_loc, args.num_seqs, args.num_tokens, 0, args.split_tokens,
-        args.max_splits, static_cast<Subset>(args.subset)};
+    const Batch batch{args.seq_lens,
+                      args.query_start_loc,
+                      args.num_seqs,
+                      args.num_tokens,
+                      0,
+                      args.split_tokens,
+                      args.max_splits,
+                      static_cast<Subset>(args.subset)};
     const SharedSplits none{nullptr, nullptr, 0};
     for_each_item<kThreads>(batch, none, tiles, sums, [&](const WorkItem& item) {
         const Sequence sequence = sequence_of(batch, item.sequence);
@@ -261,8 +278,7 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
             args.causal ? min(split_end, to_position + last_row / group + 1) : split_end};
         // What the row of this thread's softmax sees.
         const int row = min(item.first_row + static_cast<int>(threadIdx.x) / kRowLanes, last_row);
-        const int row_end =
-            args.causal ? min(split_end, to_position + row / group + 1) : split_end;
+        const int row_end = args.causal ? min(split_end, to_position + row / group + 1) : split_end;
         SoftmaxState state = softmax_empty();  // of the row; the sum of this lane's keys
         float acc[kRowTiles][2 * kWarpPairs][4];
 #pragma unroll
@@ -307,7 +323,8 @@ extern "C" __global__ void __launch_bounds__(cupaged::kThreads, cupaged::kMinBlo
 #pragma unroll
         for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
             state.sum += __shfl_xor_sync(kFullMask, state.sum, offset);
-        if (threadIdx.x % kRowLanes == 0) shared.states[threadIdx.x / kRowLanes] = state;
+        if (threadIdx.x % kRowLanes == 0 && threadIdx.x / kRowLanes < kTileRows)
+            shared.states[threadIdx.x / kRowLanes] = state;
         __syncthreads();  // query and tiles become the output
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)

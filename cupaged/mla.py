@@ -1,8 +1,8 @@
 """The public functions of multi-head latent attention (MLA, DeepSeek-V2 and later): write latents, attend.
 
-The keys of all heads are expanded from one latent of a token, ``k[h] = W_UK[h] @ kv_c`` beside a part with RoPE
-``k_pe``, and so are its values, ``v[h] = W_UV[h] @ kv_c``. Cached are the latent and ``k_pe``. A model gets the
-same attention with the expansions absorbed into the query and the output: the query of head h is
+The keys of all heads are expanded from one latent of a token, ``k[h] = W_UK[h] @ kv_c``, beside a part with
+RoPE ``k_pe``, and so are its values, ``v[h] = W_UV[h] @ kv_c``. The cache has the latent and ``k_pe``. A
+model gets the same attention with the expansions absorbed into query and output: the query of head h is
 ``W_UK[h].T @ q_nope`` with ``q_pe`` after it, and ``W_UV[h]`` is applied to what `mla_attention` returns.
 
 Letters in shapes: T tokens, S sequences, H query heads, B block size; Dk is the size of a cached row, 576 in
@@ -26,8 +26,8 @@ def concat_and_cache_mla(kv_c: Array, k_pe: Array, kv_cache: Array, slot_mapping
     Args:
         kv_c: [T, Dv], the compressed keys and values, after their norm; contiguous in Dv, a multiple of 8.
         k_pe: [T, Dk - Dv] of the same dtype, the part of the keys with RoPE, after it; likewise.
-        kv_cache: [num_blocks, B, Dk] of the same dtype. Each block is contiguous; the stride between blocks is
-            free.
+        kv_cache: [num_blocks, B, Dk] of the same dtype. Each block is contiguous; the stride between blocks
+            is free.
         slot_mapping: int64 [T], block id * B + offset within the block; -1 skips the token. Slots must be
             distinct: if two tokens name one slot, it is undefined which of them it holds.
 
@@ -56,10 +56,10 @@ def mla_attention(
 ) -> torch.Tensor | Any:  # with return_lse a pair: Any, so that a type checker takes either use
     """Compute multi-head latent attention of a batch of sequences over their paged cache of latents.
 
-    Decode, prefill and chunked prefill are one call, as in `paged_attention`. The one row of a token is the key
-    of every head, and its first ``value_size`` elements are the value of every head: it is read once for all.
-    The logit of a query q and a row k is ``scale * q.k``. Sums are accumulated in float32. A sequence's result
-    does not depend on the rest of the batch, to the bit. There are no gradients.
+    Decode, prefill and chunked prefill are one call, as in `paged_attention`. The cached row of a token is
+    the key of every head, and its first ``value_size`` elements are the value of every head: it is read once
+    for all. The logit of a query q and a row k is ``scale * q.k``. Sums are accumulated in float32. A sequence's
+    result is bitwise independent of the rest of the batch. There are no gradients.
 
     Args:
         query: [T, H, Dk], float32, float16 or bfloat16, contiguous in Dk.
@@ -70,12 +70,13 @@ def mla_attention(
             sequence of length 0 is zeros.
         query_start_loc: int32 [S + 1], starting at 0; None means one query token per sequence (decode).
             Rows from ``query_start_loc[S]`` on are padding; their output is zeros.
-        scale: factor of ``q.k``. It is that of the expanded heads, ``(128 + 64) ** -0.5`` in DeepSeek's models
-            before the factor of YaRN, and does not follow from Dk.
+        scale: factor of ``q.k``. It is that of the expanded heads, in DeepSeek's models
+            ``(128 + 64) ** -0.5`` times the square of YaRN's factor, and does not follow from Dk.
         value_size: Dv, a multiple of 8, at most 512 and at most Dk.
         causal: let a query see only the keys at or before its own position.
         max_query_len: maximum number of query tokens in a sequence, if known: with up to 8 (speculative
-            decoding) long sequences are divided among more blocks of the GPU. A hint, which affects speed only.
+            decoding) long sequences are divided among more blocks of the GPU. A hint, which affects speed
+            only.
         out: [T, H, Dv] to write into, in query's dtype; returned as given.
         return_lse: also return the natural logarithm of the softmax's denominator.
 

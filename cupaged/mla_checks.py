@@ -16,7 +16,7 @@ MAX_BLOCK_SIZE = 256
 
 
 def latent_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
-    """Check a layer's cache of latents [num_blocks, B, Dk], in which only the stride between blocks is free."""
+    """Check a cache of latents [num_blocks, B, Dk], in which only the stride between blocks is free."""
     tensor(name, value, "num_blocks B Dk", sizes, dtype=DTYPES)
     blocks_contiguous(name, value)
     block_size = sizes["B"]

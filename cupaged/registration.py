@@ -184,8 +184,16 @@ def _mla_attention(
     backend.mla_attention(*tensors, out, lse, params, layout)
 
 
-def _fake_mla_attention(*arguments: Any) -> None:
-    mla_checks.attention(*arguments[:5], arguments[-2])
+def _fake_mla_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    *settings_and_tensors: Any,
+) -> None:
+    *_, out, _lse = settings_and_tensors
+    mla_checks.attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out)
 
 
 def _concat_and_cache_mla(

@@ -25,7 +25,11 @@ HEADS = [1, 5, 8, 16, 17, 40, 64, 128]
 def draw_call(seed: int, mode: str, **options) -> Latents:
     """Draw a batch whose sequences have one query token, up to 8, or any number."""
     rng = random.Random(seed)
-    options = {"num_heads": rng.choice(HEADS), "sizes": rng.choice(SIZES), "dtype": rng.choice(DTYPES)} | options
+    options = {
+        "num_heads": rng.choice(HEADS),
+        "sizes": rng.choice(SIZES),
+        "dtype": rng.choice(DTYPES),
+    } | options
     lengths = [0, 1, rng.randrange(2, 80), rng.randrange(513, 560)]
     most = {"decode": 1, "speculation": 8, "prefill": 20 if options["num_heads"] < 64 else 4}[mode]
     query_lens = [rng.randrange(min(n, most) + 1) for n in lengths]
@@ -157,14 +161,16 @@ def test_rows_at_any_address(backend, seed, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_latents_are_written_into_their_slots(backend, seed, dtype):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    latent, rope, block_size = rng.choice([(512, 64), (24, 8), (8, 8)]) + (rng.choice([1, 4, 64]),)
+    latent, rope, block_size = (*rng.choice([(512, 64), (24, 8), (8, 8)]), rng.choice([1, 4, 64]))
     tokens, num_blocks = 9, 40 // min(block_size, 8)
     wide = torch.randn(tokens, latent + rope + 3, generator=generator).to(backend[1], dtype)
     first = rng.choice([0, 1])  # of the rows in one tensor: aligned or not
     kv_c, k_pe = wide[:, first : first + latent], wide[:, first + latent : first + latent + rope]
     if rng.random() < 0.5:
         kv_c, k_pe = kv_c.contiguous(), k_pe.contiguous()
-    memory = torch.full((num_blocks, 2, block_size, latent + rope), float("nan"), dtype=dtype, device=backend[1])
+    memory = torch.full(
+        (num_blocks, 2, block_size, latent + rope), float("nan"), dtype=dtype, device=backend[1]
+    )
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:tokens]
     slots[rng.randrange(tokens)] = -1
     cupaged.concat_and_cache_mla(kv_c, k_pe, memory[:, 1], slots.to(backend[1]))

@@ -1,11 +1,11 @@
 """The numba kernel of `paged_attention` on the CPU.
 
 A work item is a tile of query rows with a range of keys. A row is a query token under a query head; all rows
-of a KV head share its keys and values. Threads take work items from a shared counter. A sequence of one query
-token, or whose rows fit one tile, is split along the keys as well. The KV splits depend on its length only, so
-that its result does not depend on the batch; their partials are merged afterwards.
+of a KV head share its keys and values. Threads take work items from a shared counter. A sequence of one
+query token, or whose rows fit one tile, is split along the keys as well. The KV splits depend on its length
+only, so that its result does not depend on the batch; their partials are merged afterwards.
 
-Of latent attention (`mla.py`) the values lie in the keys, whose first elements they are: at an offset of 0.
+In latent attention (`mla.py`) the values are the first elements of the keys: they lie at an offset of 0.
 
 Each work item runs FlashAttention's online softmax in base 2 over tiles of KEYS keys, in one of two forms:
 - few rows (decode): vectors run along D. Logits are dot products; K and V are streamed from the cache through

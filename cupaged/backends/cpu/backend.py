@@ -15,7 +15,8 @@ from ...layout import Layout
 from ...params import AttentionParams, SamplingSettings, fraction_bits
 from . import activation, attention, launch, memory, norm, rope, team, work
 from . import sample as sampling
-from .mla import concat_and_cache_mla, mla_attention
+from .mla import concat_and_cache_mla as concat_and_cache_mla
+from .mla import mla_attention as mla_attention
 from .prepared import DTYPES, keep, kernel_of
 
 CHECKS_DATA = True  # the kernels check ids and scales themselves

@@ -272,9 +272,7 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
             _values_tile(dtype, kv_dtype, logits, values, terms, value_size, out, 0, state[6], lanes)
         else:
             for column in range(0, columns, WIDE):
-                _values_tile(
-                    dtype, kv_dtype, logits, values, terms, value_size, out, column, state[6], wide
-                )
+                _values_tile(dtype, kv_dtype, logits, values, terms, value_size, out, column, state[6], wide)
 
     for r in range(item.rows):
         for d in range(value_size):

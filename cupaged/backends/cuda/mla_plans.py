@@ -52,7 +52,9 @@ def attention(
     tensors = query, kv_cache, block_tables, out, params
     if plans.all_decode(params, query_start_loc):
         return [_launches(*tensors, arch, sm_count, ALL_SEQUENCES, query_start_loc is None)]
-    return [_launches(*tensors, arch, sm_count, subset, subset == SINGLES) for subset in (SINGLES, MULTI_TOKEN)]
+    return [
+        _launches(*tensors, arch, sm_count, subset, subset == SINGLES) for subset in (SINGLES, MULTI_TOKEN)
+    ]
 
 
 def _launches(

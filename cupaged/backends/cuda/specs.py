@@ -206,7 +206,7 @@ def mla_attention_mma(dtype: str, key_size: int, value_size: int, tile_rows: int
             shared_bytes = _mla_shared_bytes(key_size, value_size, rows, keys, stages)
             if blocks * (shared_bytes + 2 * 1024) <= _shared_memory(arch) + 1024:
                 sizes = {"KEY_SIZE": key_size, "VALUE_SIZE": value_size, "TILE_ROWS": rows}
-                defines = _defines(dtype, **sizes, TILE_KEYS=keys, STAGES=stages)
+                defines = _defines(dtype, "", **sizes, TILE_KEYS=keys, STAGES=stages)
                 return KernelSpec("mla_attention_mma.cu", "mla_attention_mma", defines, 256, shared_bytes)
         rows //= 2
 
