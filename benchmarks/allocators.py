@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         load = Load(num_blocks=8, max_model_len=64, output=8, requests=12, latency=0.05)
         systems, seeds, seqs, rounds = ["paged", "FasterTransformer"], 1, [1, 8], 1
-    steps = step_times.grid(load.max_model_len // 2, tuple(seqs), (16, 64))
+    steps = step_times.grid(load.max_model_len // 2, tuple(seqs), (8, 16, 64))
     engine = _step_engine(load, steps)
     times = step_times.results(engine, steps, rounds)
     first = fit(times["steps"])
@@ -331,6 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [predict(load, row, fitted.costs) for row in measured_rows]
     print(f"error of the fit to steps: median {fitted.median_error:.1%}, largest {fitted.largest_error:.1%}")
     print(f"drift of the steps' times: {drift - 1:+.1%}")
+    decoding = [row["first_ms"] / row["ms"] for row in times["steps"] if not row["prefill_tokens"]]
+    print(f"decoding after another step takes {statistics.median(decoding):.2f} times as long as in a row")
     means = summary(rows)
     print(f"{'system':<18} {'requests/s':>10} {'predicted':>9} {'error':>7} {'paged over it':>14} predicted")
     for line in means:

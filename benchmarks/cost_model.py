@@ -36,7 +36,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """A linear cost model, in seconds: of a step, and of each of the things that `Work` counts."""
+    """A cost model, in seconds: of a step, and of each of the things that `Work` counts.
+
+    It is linear but for ``free_tokens``: so many tokens of a step, those of decoding sequences first, are
+    computed in the time that reading the weights takes anyway.
+    """
 
     step: float = 5e-3
     prompt_token: float = 1e-4
@@ -44,17 +48,24 @@ class Costs:
     decoded_token: float = 2e-4
     context_token: float = 0.0
     moved_block: float = 5e-4
+    free_tokens: int = 0
 
     def seconds(self, work: Work) -> float:
         """Return the time of a step."""
+        prompt, decoded = _paid(work.prompt_tokens, work.decoded_tokens, self.free_tokens)
         return (
             self.step
-            + self.prompt_token * work.prompt_tokens
+            + self.prompt_token * prompt
             + self.prompt_pair * work.prompt_pairs
-            + self.decoded_token * work.decoded_tokens
+            + self.decoded_token * decoded
             + self.context_token * work.decode_context
             + self.moved_block * work.moved_blocks
         )
+
+
+def _paid(prompt: float, decoded: float, free: int) -> tuple[float, float]:
+    """Return the numbers of tokens without the free ones."""
+    return max(0, prompt - max(0, free - decoded)), max(0, decoded - free)
 
 
 FITTED = ("step", "prompt_token", "prompt_pair", "decoded_token", "context_token")
@@ -91,7 +102,19 @@ def fit(rows: Sequence[Mapping[str, float]], moved_block: float = 0.0) -> Fit:
             f"a fit needs {len(FITTED)} steps or more, each of a positive number of ms; got {len(rows)} "
             "rows: measure again with benchmarks/step_times.py"
         )
-    columns = np.array([list(_columns(row)) for row in rows])
+    least, best = _fit_free(rows, times, 0, moved_block)
+    for free in sorted({int(row["prefill_tokens"] + row["decode_seqs"]) for row in rows}):
+        error, found = _fit_free(rows, times, free, moved_block)
+        if error < least - 1e-12:
+            least, best = error, found
+    return best
+
+
+def _fit_free(
+    rows: Sequence[Mapping[str, float]], times: np.ndarray, free: int, moved_block: float
+) -> tuple[float, Fit]:
+    """Return the squared error and the best fit with so many free tokens."""
+    columns = np.array([list(_columns(row, free)) for row in rows])
     # Of all sets of coefficients the best one without negative values is the least-squares solution under the
     # constraint; there are 31 of them, which is cheaper than a dependency.
     best, least = np.zeros(len(FITTED)), np.inf
@@ -104,8 +127,8 @@ def fit(rows: Sequence[Mapping[str, float]], moved_block: float = 0.0) -> Fit:
                 best, least = np.zeros(len(FITTED)), error
                 best[list(chosen)] = solution
     errors = np.abs(relative @ best - 1)
-    costs = Costs(moved_block=moved_block, **dict(zip(FITTED, best.tolist())))
-    return Fit(costs, float(np.median(errors)), float(errors.max()))
+    costs = Costs(moved_block=moved_block, free_tokens=free, **dict(zip(FITTED, best.tolist())))
+    return least, Fit(costs, float(np.median(errors)), float(errors.max()))
 
 
 def read(path: Path) -> Fit:
@@ -124,12 +147,13 @@ def read(path: Path) -> Fit:
         ) from error
 
 
-def _columns(row: Mapping[str, float]) -> Iterator[float]:
+def _columns(row: Mapping[str, float], free: int) -> Iterator[float]:
     """Yield what the coefficients of `FITTED` are multiplied by."""
+    prompt, decoded = _paid(row["prefill_tokens"], row["decode_seqs"], free)
     yield 1.0
-    yield row["prefill_tokens"]
+    yield prompt
     yield pairs(int(row["prefill_tokens"]), int(row["prefill_context"]))
-    yield row["decode_seqs"]
+    yield decoded
     yield row["decode_seqs"] * row["context"]
 
 

@@ -6,7 +6,8 @@ A step is what the model runner and the sampler do with it: a prompt or none, of
 others, and sequences that decode, each with a context. The contexts are not computed before: the KV cache
 holds random numbers, which take as long to read. Scheduler, tokenizer and server are not in the times; the
 first costs about 1 us a sequence, and the simulation runs it. The median of the rounds counts, which take
-turns.
+turns. An engine decodes the same sequences many times in a row: of a step that only decodes the last of some
+runs in a row counts, and what the first one takes, after another kind of step, stands beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from cupaged.engine.scheduling.step_plan import Plan, ScheduledSequence
 GREEDY = SamplingParams(temperature=0.0)
 MOVED_BLOCKS = 64
 WARM_UP = 2  # rounds that are not counted
+IN_A_ROW = 3  # runs of a step that only decodes
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ class Runner:
             scheduled.append(ScheduledSequence(group, seq, start, count, num_samples=1))
         return tuple(scheduled), blocks
 
-    def seconds(self, step: Step) -> float:
-        """Return the time of a step."""
+    def seconds(self, step: Step) -> list[float]:
+        """Return the times of a step, of a prompt once and else of runs in a row."""
         scheduled, blocks = self.prepare(step)
-        self._synchronize()
-        started = time.perf_counter()
-        logits = self._runner.run(scheduled, blocks, self._cache)
-        self._sampler.sample(logits, scheduled)  # reads the tokens, so it waits for the device
-        return time.perf_counter() - started
+        times = []
+        for _ in range(1 if step.prefill_tokens else IN_A_ROW):
+            self._synchronize()
+            started = time.perf_counter()
+            logits = self._runner.run(scheduled, blocks, self._cache)
+            self._sampler.sample(logits, scheduled)  # reads the tokens, so it waits for the device
+            times.append(time.perf_counter() - started)
+        return times
 
     def moved_block_seconds(self) -> float:
         """Return the time to move a block to the swap space, or back."""
@@ -132,16 +137,27 @@ class Runner:
 
 
 def measure(runner: Runner, steps: list[Step], rounds: int) -> list[dict[str, Any]]:
-    """Return a row of each step: its composition, the median of its times and their range, in ms."""
+    """Return a row of each step: its composition, the median of its times and their range, in ms.
+
+    Also "first_ms", the median of the first runs in a row.
+    """
     times: list[list[float]] = [[] for _ in steps]
+    first: list[list[float]] = [[] for _ in steps]
     for turn in range(WARM_UP + rounds):
-        for step, found in zip(steps, times):
-            seconds = runner.seconds(step)
+        for number, step in enumerate(steps):
+            found = [1e3 * seconds for seconds in runner.seconds(step)]
             if turn >= WARM_UP:
-                found.append(1e3 * seconds)
+                times[number].append(found[-1])
+                first[number].append(found[0])
     return [
-        {**asdict(step), "ms": statistics.median(found), "lowest_ms": min(found), "highest_ms": max(found)}
-        for step, found in zip(steps, times)
+        {
+            **asdict(step),
+            "ms": statistics.median(found),
+            "lowest_ms": min(found),
+            "highest_ms": max(found),
+            "first_ms": statistics.median(firsts),
+        }
+        for step, found, firsts in zip(steps, times, first)
     ]
 
 
@@ -213,6 +229,8 @@ def _show(rows: list[dict[str, Any]], fitted: Fit) -> None:
             f"{row['prefill_tokens']:>7} {row['prefill_context']:>6} {row['decode_seqs']:>7} "
             f"{row['context']:>8} {row['ms']:>9.2f}"
         )
+    decoding = [row["first_ms"] / row["ms"] for row in rows if not row["prefill_tokens"]]
+    print(f"decoding after another step takes {statistics.median(decoding):.2f} times as long as in a row")
     print("seconds:", ", ".join(f"{name} {value:.3g}" for name, value in asdict(fitted.costs).items()))
     print(f"error of the fit: median {fitted.median_error:.1%}, largest {fitted.largest_error:.1%}")
 

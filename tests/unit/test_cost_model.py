@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.cost_model import FITTED, Costs, Work, fit, pairs, read
 from benchmarks.simulation import Request, SimulatedEngine, Spans
+from benchmarks.step_times import IN_A_ROW, Step, measure
 
 
 def steps(rng: random.Random, costs: Costs, count: int = 40, noise: float = 0.0) -> list[dict[str, float]]:
@@ -37,6 +38,53 @@ def test_a_fit_finds_the_coefficients_that_made_the_times(seed):
     assert found.largest_error < 1e-6
     for name in FITTED:
         assert getattr(found.costs, name) == pytest.approx(getattr(costs, name), rel=1e-3), name
+
+
+def test_a_fit_finds_how_many_tokens_are_free(seed):
+    """As many as a measured step has; those of decoding sequences come first."""
+    rng = random.Random(seed)
+    rows = steps(rng, Costs())
+    free = int(
+        rng.choice([row["prefill_tokens"] + row["decode_seqs"] for row in rows if not row["prefill_tokens"]])
+    )
+    coefficients = (10 ** rng.uniform(-k - 1, -k) for k in (2, 4, 7, 4, 7))
+    costs = Costs(*coefficients, moved_block=0.0, free_tokens=free)
+    assert costs.seconds(Work(decoded_tokens=free)) == costs.step
+    assert costs.seconds(Work(free + 3)) == pytest.approx(costs.step + 3 * costs.prompt_token)
+    both = Work(prompt_tokens=free, decoded_tokens=free + 2)
+    paid = free * costs.prompt_token + 2 * costs.decoded_token
+    assert costs.seconds(both) == pytest.approx(costs.step + paid)
+    for row in rows:
+        work = Work(
+            row["prefill_tokens"],
+            pairs(row["prefill_tokens"], row["prefill_context"]),
+            row["decode_seqs"],
+            row["decode_seqs"] * row["context"],
+        )
+        row["ms"] = 1e3 * costs.seconds(work)
+    found = fit(rows)
+    assert found.largest_error < 1e-6
+    assert found.costs.free_tokens == free
+
+
+def test_steps_that_decode_are_timed_in_a_row():
+    """After another kind of step they take longer, as the runner of this test has it."""
+
+    class Runner:
+        before: Step | None = None
+
+        def seconds(self, step: Step) -> list[float]:
+            times = []
+            for _ in range(1 if step.prefill_tokens else IN_A_ROW):
+                times.append(
+                    (step.decode_seqs + step.prefill_tokens) * (1 if step == self.before else 2) / 1e3
+                )
+                self.before = step
+            return times
+
+    rows = measure(Runner(), [Step(16), Step(decode_seqs=2, context=8), Step(decode_seqs=4, context=8)], 3)
+    assert [row["ms"] for row in rows] == [32, 2, 4]
+    assert [row["first_ms"] for row in rows] == [32, 4, 8]
 
 
 def test_a_fit_of_noisy_times_is_never_negative(seed):
