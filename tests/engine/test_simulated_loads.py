@@ -87,6 +87,7 @@ def hostile(rng: random.Random) -> dict[str, list[Request]]:
     }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
 @pytest.mark.parametrize("name", hostile(random.Random(0)))
 def test_a_hostile_load_is_served(name, mode, seed):

@@ -74,6 +74,7 @@ def reference(llama_dir) -> Reference:
     return Reference(llama_dir)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["always", "after some tokens", "passing", "pair", "sampler"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_others_are_as_if_nothing_had_failed(llama_dir, reference, seed, name, kind):
