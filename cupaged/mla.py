@@ -58,8 +58,8 @@ def mla_attention(
 
     Decode, prefill and chunked prefill are one call, as in `paged_attention`. The cached row of a token is
     the key of every head, and its first ``value_size`` elements are the value of every head: it is read once
-    for all. The logit of a query q and a row k is ``scale * q.k``. Sums are accumulated in float32. A sequence's
-    result is bitwise independent of the rest of the batch. There are no gradients.
+    for all. The logit of a query q and a row k is ``scale * q.k``. Sums are accumulated in float32. A
+    sequence's result is bitwise independent of the rest of the batch. There are no gradients.
 
     Args:
         query: [T, H, Dk], float32, float16 or bfloat16, contiguous in Dk.
