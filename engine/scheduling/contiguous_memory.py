@@ -107,9 +107,6 @@ class ReservedMemory(GroupMemory):
     def missing(self, group: SequenceGroup) -> int:
         return 0
 
-    def headroom(self) -> int:
-        return 0
-
     def start(self, group: SequenceGroup, found: list[int]) -> None:
         # Until the prompt is computed, the first sequence keeps the ranges of the others behind its own.
         count = self._blocks_of_output(group)

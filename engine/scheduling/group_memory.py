@@ -100,9 +100,18 @@ class GroupMemory:
                 missing += self._blocks.blocks_for(len(seq.token_ids)) - (shared if position else 0)
         return missing + (self._blocks.num_new_blocks(held) if held else 0)
 
-    def headroom(self) -> int:
-        """Return the number of blocks to leave to running groups, which would preempt a new one otherwise."""
-        return max(1, self._blocks.gpu.num_blocks // 100)
+    def growth(self, group: SequenceGroup) -> int:
+        """Return the maximum number of blocks that the group may take besides those counted for its tokens.
+
+        These are the ones that it holds and, until it decodes, those that it needs for all tokens it has.
+        """
+        shared = group.prompt_len // self._blocks.block_size
+        of_output = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1) - shared
+        tables = (self._blocks.place(seq.seq_id)[1] for seq in group.live)
+        counted = len({block for table in tables for block in table if block != NO_BLOCK})
+        if group.prefilling or group.status is not Status.RUNNING:
+            counted += self.missing(group)
+        return max(0, shared + group.num_seats * of_output - counted)
 
     def start(self, group: SequenceGroup, found: list[int]) -> None:
         """Take the blocks that `needs` found in the prefix cache for a group that has none."""
