@@ -49,7 +49,7 @@ class Case:
 
 
 def cases(context: Context) -> list[Case]:
-    """Return decode with the heads of DeepSeek-V3 and of an eighth of them, which V2-Lite has, and prefill."""
+    """Return decode with the heads of DeepSeek-V3, and of an eighth of them; and prefill."""
     if context.quick:
         return [Case(2, 1, 90, 4), Case(2, 5, 90, 4)]
     if not context.on_gpu:
