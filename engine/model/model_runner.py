@@ -18,12 +18,13 @@ from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
 from ..transfer import to_device, with_sampled
 from .attention import AttentionMetadata
-from .attention_probe import SUPPORTED, LayerAttention, probe_layers
+from .attention_probe import SUPPORTED, LayerAttention, NotHandedOnError, probe_layers
 from .cpu_linear import pack_linears
 from .cuda_graph import CudaGraphs, GraphMaker
 from .decode_graphs import DecodeGraphs, free_bytes, measured_bytes
 from .fusion import Fusion, Proof, fuse_model
 from .graph_buckets import LONG_PREFIX, Buckets
+from .hand_on import hand_on
 from .kv_cache import KVCache, KVShape
 from .latents import cache_latents
 from .step_inputs import StepInputs
@@ -82,8 +83,13 @@ class ModelRunner:
             raise ValueError("it has recurrent layers")
         if not self._takes_positions():
             raise ValueError("it does not take position_ids as the engine gives them, but counts its own")
+        num_positions = getattr(self.config, "max_position_embeddings", None)
         try:
-            return probe_layers(model, getattr(self.config, "max_position_embeddings", None))
+            try:
+                return probe_layers(model, num_positions)
+            except NotHandedOnError:
+                hand_on(model)
+                return probe_layers(model, num_positions)
         except (AttributeError, TypeError, LookupError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
