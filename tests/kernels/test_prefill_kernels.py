@@ -59,7 +59,7 @@ def draw_chunks(seed: int, *, group: int, **options) -> Problem:
     prefixes = [rng.randrange(200), 0, rng.randrange(300), rng.randrange(100, 300), 0, rng.randrange(9)]
     return draw(
         seed,
-        block_size=rng.choice([8, 16, 64]),
+        block_size=rng.choice([1, 4, 8, 16, 64]),
         seq_lens=[q + p for q, p in zip(query_lens, prefixes)],
         query_lens=query_lens,
         padding_rows=rng.choice([0, 5, 130]),

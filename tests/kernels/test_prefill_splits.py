@@ -31,7 +31,7 @@ def draw_long(seed: int, **options) -> Problem:
     prefixes = [rng.randrange(1030, 1600), rng.randrange(1030, 1600), 0, rng.randrange(513, 1300), 0]
     return draw(
         seed,
-        block_size=rng.choice([8, 16, 64]),
+        block_size=rng.choice([1, 8, 16, 64]),
         seq_lens=[q + p for q, p in zip(query_lens, prefixes)],
         query_lens=query_lens,
         padding_rows=rng.choice([0, 3]),

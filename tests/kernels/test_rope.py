@@ -56,7 +56,7 @@ class Case:
             for name in ("query_weight", "key_weight"):
                 weight = placed(drawn(self.head_size, dtype=weight_dtype), rng.choice(others), rng)
                 self.options[name] = moved(*weight, device)[0]
-        num_blocks, block_size = 7, rng.choice([8, 16, 64])
+        num_blocks, block_size = rng.choice([(56, 1), (28, 2), (7, 8), (7, 16), (7, 64)])
         shape = (num_blocks, 2, 2, self.num_kv_heads, block_size, self.head_size)
         if cache_dtype is None:
             self.cache_memory = torch.full(shape, float("nan"), dtype=dtype)
