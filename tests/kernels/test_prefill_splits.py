@@ -58,6 +58,11 @@ def test_on_every_generation(emulated_arch, seed, group, features):
     check(out, problem, lse)
 
 
+@pytest.mark.parametrize(
+    "emulated_arch",
+    ["90a", *(pytest.param(arch, marks=pytest.mark.matrix) for arch in ("86", "75"))],
+    indirect=True,
+)
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_quantised_caches(emulated_arch, seed, cache_dtype):
     rng = random.Random(seed)

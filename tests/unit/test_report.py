@@ -56,6 +56,7 @@ def report(tmp_path_factory):
     return done.stdout, folder
 
 
+@pytest.mark.matrix  # a process of its own
 def test_a_bare_machine_has_what_it_imports():
     """torch, CuPy and NumPy; matplotlib where it is there."""
     program = "import sys, benchmarks.kernels; print(*sys.modules)"

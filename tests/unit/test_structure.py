@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 400  # lines of a file
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Absolute names of the modules a file imports anywhere; relative ones are resolved."""
     inside = path.relative_to(ROOT).with_suffix("").parts
