@@ -258,7 +258,7 @@ def test_more_requests_run_at_once_where_windows_leave_blocks_behind():
     assert running == {None: 1, 6: 3}
 
 
-@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("window", [2, 5])
 def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
     simulation = Simulation(num_blocks=24, budget=32, window=window)
     prompt = simulation.prompt(32)
