@@ -10,6 +10,7 @@ memory      what the KV cache is used for, running requests, memory saved by sha
 rates       request rates at the same latency: Figures 12, 14, 16, 17
 block-size  latency by block size: Figure 18
 preemption  recomputing against swapping: Figure 19
+policies    eviction, scheduling order, admission and preemption on drawn traces, which the paper has not
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ else:
 
 import torch
 
-from benchmarks.evaluation import block_sizes, memory, plots, preemption, rates
+from benchmarks.evaluation import block_sizes, memory, plots, policies, preemption, rates
 from benchmarks.evaluation.systems import NOTE
 
-PARTS = {part.NAME.partition("-")[2]: part for part in (memory, rates, block_sizes, preemption)}
+PARTS = {part.NAME.partition("-")[2]: part for part in (memory, rates, block_sizes, preemption, policies)}
 Job = tuple[int, str, dict[str, Any]]
 
 

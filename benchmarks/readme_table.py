@@ -195,7 +195,7 @@ TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the beginning o
     "paper-block-size": tables.block_size_table,
     "paper-preemption": tables.preemption_table,
     "allocators": tables.allocators_table,
-    "eviction": tables.eviction_table,
+    "paper-policies": tables.policies_tables,
 }
 
 

@@ -7,7 +7,8 @@
 | "azure" | Azure's LLM inference CSV: ``TIMESTAMP,ContextTokens,GeneratedTokens`` |
 | "mooncake" | Mooncake's JSONL: ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids`` |
 | "csv" | a CSV with ``arrival`` in seconds, ``prompt_tokens``, ``output_tokens``; and, if need be, |
-| | ``prefix`` and ``prefix_tokens``: a name, and how many first tokens prompts of that name share |
+| | ``prefix`` and ``prefix_tokens``: a name, and how many first tokens prompts of that name share; and |
+| | ``priority``, an integer, lower ones first |
 
 Times are seconds since the first request. "sharegpt" and "alpaca" have none: see `Arrivals`.
 """
@@ -43,12 +44,14 @@ class Entry:
         shared: the prompt's first tokens, which others may have too, as arguments of `Spans`.
         own: number of tokens of the prompt after those, which no other request has.
         output: number of output tokens.
+        priority: lower ones come first, where the engine schedules by priority.
     """
 
     time: float
     shared: tuple[tuple[int, int], ...]
     own: int
     output: int
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def read(
         raise ValueError(f"{path} has no requests with a prompt and an output")
     first = min(entry.time for entry in entries)
     requests = [
-        Request(e.time - first, Spans(*e.shared, (OWN_TOKENS + i, e.own)), e.output)
+        Request(e.time - first, Spans(*e.shared, (OWN_TOKENS + i, e.own)), e.output, priority=e.priority)
         for i, e in enumerate(entries)
     ]
     return sorted(requests, key=lambda request: request.time)
@@ -195,7 +198,8 @@ def _csv(path: Path, _: Count) -> Iterator[Entry]:
         if not name:
             shared = 0
         prefix = prefixes.setdefault(name, len(prefixes))
-        yield Entry(time, ((prefix, shared),), lengths[0] - shared, lengths[1])
+        priority = int(row.get("priority") or 0)
+        yield Entry(time, ((prefix, shared),), lengths[0] - shared, lengths[1], priority)
 
 
 READERS: Mapping[str, Callable[[Path, Count], Iterator[Entry]]] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .backends.cuda.raw import raw_kernel
     from .fused import act_and_mul, rms_norm, rope_and_cache
+    from .mla import concat_and_cache_mla, mla_attention
     from .ops import (
         copy_blocks,
         merge_attention_states,
@@ -29,8 +30,10 @@ if (_root / "engine" / "__init__.py").is_file() and not (_root / "cupaged" / "en
 __all__ = [
     "__version__",
     "act_and_mul",
+    "concat_and_cache_mla",
     "copy_blocks",
     "merge_attention_states",
+    "mla_attention",
     "paged_attention",
     "raw_kernel",
     "reshape_and_cache",
@@ -47,9 +50,9 @@ def __getattr__(name: str):  # imports torch at the first use of a function
     if name == "raw_kernel":
         from .backends.cuda import raw as module
     else:
-        from . import fused, ops, sampling
+        from . import fused, mla, ops, sampling
 
-        module = next(module for module in (fused, sampling, ops) if hasattr(module, name))
+        module = next(module for module in (fused, mla, sampling, ops) if hasattr(module, name))
     globals()[name] = function = getattr(module, name)  # so that later calls save these 2 us
     return function
 

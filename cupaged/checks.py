@@ -200,6 +200,28 @@ def attention(
         raise ValueError(
             f"query has {sizes['H']} heads, not a multiple of kv_cache's {sizes['Hkv']} KV heads"
         )
+    batch(block_tables, seq_lens, query_start_loc, sizes, device)
+    tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
+    last_dim_contiguous("out", out)
+    rows_apart("out", out)
+    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if value is not None:
+            tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
+            last_dim_contiguous(name, value)
+    scales(k_scale, v_scale, kv_cache, sizes)
+
+
+attention_once = once_per_layout(attention)
+
+
+def batch(
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    sizes: dict[str, int],
+    device: torch.device,
+) -> None:
+    """Check the tensors that say which query rows and blocks a sequence has; ``sizes`` has T."""
     tensor("seq_lens", seq_lens, "S", sizes, dtype=torch.int32, device=device)
     tensor("block_tables", block_tables, "S max_blocks", sizes, dtype=torch.int32, device=device)
     last_dim_contiguous("block_tables", block_tables)
@@ -217,17 +239,6 @@ def attention(
                 f"query_start_loc must be [S + 1] with S = {sizes['S']}, got [{sizes['S_plus_1']}]"
             )
         last_dim_contiguous("query_start_loc", query_start_loc)
-    tensor("out", out, "T H D", sizes, dtype=query.dtype, device=device)
-    last_dim_contiguous("out", out)
-    rows_apart("out", out)
-    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if value is not None:
-            tensor(name, value, "H", sizes, dtype=torch.float32, device=device)
-            last_dim_contiguous(name, value)
-    scales(k_scale, v_scale, kv_cache, sizes)
-
-
-attention_once = once_per_layout(attention)
 
 
 def attention_settings(
@@ -244,11 +255,11 @@ def attention_settings(
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")
-    if sliding_window is not None and (not _is_integer(sliding_window) or sliding_window < 1):
+    if sliding_window is not None and (not is_integer(sliding_window) or sliding_window < 1):
         raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {sliding_window!r}")
     if logits_soft_cap is not None and (not is_finite(logits_soft_cap) or logits_soft_cap <= 0):
         raise ValueError(f"logits_soft_cap must be a positive number or None, got {logits_soft_cap!r}")
-    if max_query_len is not None and (not _is_integer(max_query_len) or max_query_len < 1):
+    if max_query_len is not None and (not is_integer(max_query_len) or max_query_len < 1):
         raise ValueError(f"max_query_len must be an integer of at least 1 or None, got {max_query_len!r}")
     for name, value in (("batch_invariant", batch_invariant), ("shared_prefix", shared_prefix)):
         if not isinstance(value, bool):
@@ -256,7 +267,7 @@ def attention_settings(
 
 
 # Under torch.compile a number may be a symbol.
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -293,7 +304,7 @@ def block_mapping(name: str, mapping: torch.Tensor, device: torch.device) -> Non
 
 def slots(slot_mapping: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Check that every slot is -1 or inside the cache. Reads the data."""
-    limit = kv_cache.shape[0] * kv_cache.shape[3]
+    limit = kv_cache.shape[0] * kv_cache.shape[-2]
     _in_range("slot_mapping", slot_mapping, -1, limit)
 
 
@@ -328,7 +339,7 @@ def attention_ids(
     if seq_lens.numel() == 0:
         return
     seq_lens = seq_lens.long()  # differences of int32 could overflow
-    block_size = kv_cache.shape[3]
+    block_size = kv_cache.shape[-2]
     capacity = block_tables.shape[1] * block_size
     longest = int(seq_lens.max())
     if longest > capacity:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .engine.config import (
+    ADMISSION_POLICIES,
     BATCHING,
     DTYPES,
     EVICTION_POLICIES,
@@ -23,8 +24,9 @@ from .engine.server.chat_settings import ChatSettings
 from .engine.server.limits import Limits
 
 _CHOICES = {
-    "preemption_mode": PREEMPTION_MODES,
-    "scheduling_policy": SCHEDULING_POLICIES,
+    "preemption_mode": tuple(PREEMPTION_MODES),
+    "scheduling_policy": tuple(SCHEDULING_POLICIES),
+    "admission_policy": tuple(ADMISSION_POLICIES),
     "memory_policy": MEMORY_POLICIES,
     "eviction_policy": tuple(EVICTION_POLICIES),
     "batching": BATCHING,

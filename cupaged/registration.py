@@ -14,7 +14,7 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled
 
-from . import backends, checks, fused_checks, sampling_checks
+from . import backends, checks, fused_checks, mla_checks, sampling_checks
 from .params import AttentionParams, SamplingSettings
 
 _LIBRARY = torch.library.Library("cupaged", "DEF")
@@ -25,6 +25,10 @@ _SCHEMAS = (
     "Tensor? query_start_loc, float? scale, bool causal, int? sliding_window, float? logits_soft_cap, "
     "int? max_query_len, bool batch_invariant, bool shared_prefix, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "mla_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
+    "Tensor? query_start_loc, float scale, bool causal, int? max_query_len, Tensor(a!) out, "
+    "Tensor(b!)? lse) -> ()",
+    "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
     "merge_attention_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()",
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
@@ -150,6 +154,57 @@ def _fake_attention(
         k_scale,
         v_scale,
     )
+
+
+def _mla_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    max_query_len: int | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc
+    layout = mla_checks.attention_once(*tensors, out)
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
+        checks.attention_ids(*tensors, None)
+    if query.numel() == 0:
+        return
+    if block_tables.numel() == 0:  # nothing but padding
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    params = AttentionParams(scale, causal, max_query_len=max_query_len)
+    backend.mla_attention(*tensors, out, lse, params, layout)
+
+
+def _fake_mla_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    *settings_and_tensors: Any,
+) -> None:
+    *_, out, _lse = settings_and_tensors
+    mla_checks.attention(query, kv_cache, block_tables, seq_lens, query_start_loc, out)
+
+
+def _concat_and_cache_mla(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    layout = mla_checks.cache_write_once(kv_c, k_pe, kv_cache, slot_mapping)
+    backend = _backend(kv_cache)
+    if not backend.CHECKS_DATA and _reads_data(kv_cache):
+        checks.slots(slot_mapping, kv_cache)
+    if slot_mapping.numel():
+        backend.concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, layout)
 
 
 def _merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,6 +336,8 @@ def _fake_mutation(*args: object) -> None:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "reshape_and_cache": (_reshape_and_cache, checks.cache_write),
     "paged_attention": (_paged_attention, _fake_attention),
+    "mla_attention": (_mla_attention, _fake_mla_attention),
+    "concat_and_cache_mla": (_concat_and_cache_mla, mla_checks.cache_write),
     "merge_attention_states": (_merge_attention_states, _fake_merge),
     "copy_blocks": (_copy_blocks, _fake_mutation),
     "swap_blocks": (_swap_blocks, _fake_mutation),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .memory.eviction import EVICTION_POLICIES, MakePolicy
+from .scheduling.admission import ADMISSION_POLICIES, MakeAdmissionPolicy
+from .scheduling.order import SCHEDULING_POLICIES, MakeSchedulingPolicy
+from .scheduling.preemption import PREEMPTION_MODES, MakePreemptionPolicy
 from .validation import is_integer, is_number
 
-PREEMPTION_MODES = ("recompute", "swap", "auto")
-SCHEDULING_POLICIES = ("fcfs", "priority")
 MEMORY_POLICIES = ("paged", "orca-max", "orca-pow2", "orca-oracle")
 BATCHING = ("continuous", "static")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
@@ -26,6 +27,12 @@ def _count_or_none(value: Any) -> bool:
     return value is None or _count(value)
 
 
+def _policy(names: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
+    """Return the rule of a setting that names a policy, or makes one."""
+    wanted = f"one of {', '.join(names)}, or a class or function that makes one"
+    return lambda v: v in names if isinstance(v, str) else callable(v), wanted
+
+
 # By setting: a check of its value, and a description of valid values.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_size": (lambda v: is_integer(v) and v in BLOCK_SIZES, "a power of two from 8 to 256"),
@@ -35,14 +42,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_num_seqs": (_count, "an integer of at least 1"),
     "max_num_batched_tokens": (_count, "an integer of at least 1"),
     "max_model_len": (lambda v: v is None or (is_integer(v) and v >= 2), "an integer of at least 2 or None"),
-    "preemption_mode": (lambda v: v in PREEMPTION_MODES, f"one of {', '.join(PREEMPTION_MODES)}"),
-    "scheduling_policy": (lambda v: v in SCHEDULING_POLICIES, f"one of {', '.join(SCHEDULING_POLICIES)}"),
+    "preemption_mode": _policy(PREEMPTION_MODES),
+    "scheduling_policy": _policy(SCHEDULING_POLICIES),
+    "admission_policy": _policy(ADMISSION_POLICIES),
     "memory_policy": (lambda v: v in MEMORY_POLICIES, f"one of {', '.join(MEMORY_POLICIES)}"),
     "batching": (lambda v: v in BATCHING, f"one of {', '.join(BATCHING)}"),
-    "eviction_policy": (
-        lambda v: callable(v) if not isinstance(v, str) else v in EVICTION_POLICIES,
-        f"one of {', '.join(EVICTION_POLICIES)}, or a function that makes an EvictionPolicy",
-    ),
+    "eviction_policy": _policy(EVICTION_POLICIES),
     "enable_prefix_caching": (lambda v: isinstance(v, bool), "True or False"),
     "tensor_parallel_size": (_count, "an integer of at least 1"),
     "distributed_timeout_seconds": (lambda v: is_number(v) and v > 0, "a number of seconds above 0"),
@@ -80,9 +85,18 @@ class EngineConfig:
             short and for long texts of models that have both ("longrope").
         preemption_mode: how preempted requests resume: "recompute" drops their blocks and computes them
             again, "swap" moves them to the swap space (and drops them when that is full), "auto" chooses the
-            faster of the two at the rates measured so far.
+            faster of the two at the rates measured so far. From Python also a class derived from
+            `PreemptionPolicy` (scheduling/preemption.py), or a function that makes one, as of the policies
+            below.
         scheduling_policy: "fcfs" runs requests in the order of their arrival, "priority" those with the
             lowest number first; a request that needs memory preempts requests with higher numbers.
+            "shortest-prompt" lets short prompts pass long ones, "longest-prefix" those that the prefix cache
+            knows the others, as far as nobody starves. From Python also a `SchedulingPolicy`
+            (scheduling/order.py).
+        admission_policy: how many blocks stay free for the running requests when another one is admitted:
+            "watermark" a hundredth of all, "greedy" none, "conservative" all that they may come to need by
+            their ``max_tokens``, so that nobody is preempted. From Python also an `AdmissionPolicy`
+            (scheduling/admission.py).
         memory_policy: "paged" allocates blocks as tokens come. The others are baselines for comparison: they
             reserve one contiguous range of blocks for each output at its start, neither share nor preempt,
             and have no prefix cache. "orca-max" reserves ``max_model_len`` tokens, "orca-pow2" the prompt and
@@ -96,8 +110,7 @@ class EngineConfig:
         eviction_policy: which unused block of the prefix cache loses its content first: "lru" the least
             recently used one, "lfu" the least frequently used one, "cost" the one that costs least to lose,
             by how often and how long ago it was used and how many blocks are of no use without it. From
-            Python also a class derived from `cupaged.engine.memory.eviction.EvictionPolicy`, or a function
-            that makes one.
+            Python also an `EvictionPolicy` (memory/eviction.py).
         tensor_parallel_size: number of GPUs among which the model is divided. Each has a process, a rank,
             with its part of the weights and of the KV cache. Without a GPU the ranks run on the CPU.
         distributed_timeout_seconds: seconds after which a rank that does not answer in a step is taken to
@@ -134,8 +147,9 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
-    preemption_mode: str = "recompute"
-    scheduling_policy: str = "fcfs"
+    preemption_mode: str | MakePreemptionPolicy = "recompute"
+    scheduling_policy: str | MakeSchedulingPolicy = "fcfs"
+    admission_policy: str | MakeAdmissionPolicy = "watermark"
     memory_policy: str = "paged"
     batching: str = "continuous"
     enable_prefix_caching: bool = True

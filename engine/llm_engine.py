@@ -81,7 +81,8 @@ class LLMEngine:
             max_step_tokens=config.max_num_batched_tokens,
         )
         self._rates = Rates(shape.block_bytes)
-        self._timer = StepTimer(self._cache, self._rates, enabled=config.preemption_mode == "auto")
+        self._preemption = Preemption(config.preemption_mode, self._rates)
+        self._timer = StepTimer(self._cache, self._rates, enabled=self._preemption.reads_rates)
         self._timer.measure_link(min(16, size.num_gpu_blocks, size.num_cpu_blocks))
         generation = generation_config(worker.model, config.generation_config)
         self.sampling_defaults = sampling_defaults(generation, config.generation_config)
@@ -107,7 +108,7 @@ class LLMEngine:
         self._scheduler = Scheduler(
             self.config,
             blocks=self._blocks,
-            preemption=Preemption(self.config.preemption_mode, self._rates),
+            preemption=self._preemption,
             max_model_len=self.max_model_len,
             eos_token_ids=eos_token_ids,
         )
@@ -120,7 +121,7 @@ class LLMEngine:
             self._sampler,
             self._vocabulary.num_samplable,
             self.max_model_len,
-            by_priority=self.config.scheduling_policy == "priority",
+            by_priority=self._scheduler.reads_priority,
         )
 
     @property

@@ -1,10 +1,13 @@
-"""Check the types of numbers in settings and requests."""
+"""Check the values of settings and requests."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+P = TypeVar("P")
 
 
 def is_integer(value: Any) -> bool:
@@ -18,3 +21,20 @@ def is_number(value: Any) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer too large for a float
         return False
+
+
+def make_policy(
+    setting: str, policy: str | Callable[[], P], named: Mapping[str, Callable[[], P]], base: type
+) -> P:
+    """Return the policy that a setting names, or that its function makes.
+
+    Raises:
+        ValueError: the function makes something else.
+    """
+    made = named[policy]() if isinstance(policy, str) else policy()
+    if not isinstance(made, base):
+        raise ValueError(
+            f"{setting} must make a {base.__name__}, and made {made!r}: pass a class derived from it, or a "
+            "function that returns an object of one"
+        )
+    return made

@@ -145,6 +145,27 @@ def _lines(
     return panel
 
 
+# -- policies ----------------------------------------------------------------------------------------
+
+
+def _policies(title: str, value: str) -> Callable[[Any, Results], None]:
+    """Return a panel of each policy's value over that of the defaults, a marker for each trace."""
+
+    def panel(axes: Any, results: Results) -> None:
+        names: list[str] = []
+        for marker, trace in zip("o^sDv", results["traces"]):
+            rows = [row for row in results["rows"] if row["trace"] == trace]
+            names = [f"{row['kind']}: {row['policy']}" for row in rows[1:]]
+            values = [row[value] / rows[0][value] for row in rows[1:]]
+            axes.plot(values, range(len(values)), marker=marker, linestyle="", markersize=4, label=trace)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=6)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="over that of the defaults", xscale="log")
+
+    return panel
+
+
 PANELS: dict[str, list[Callable[[Any, Results], None]]] = {  # by the name of the results
     "paper-memory": [
         _use,
@@ -167,5 +188,9 @@ PANELS: dict[str, list[Callable[[Any, Results], None]]] = {  # by the name of th
             "Figure 19a: time to preempt and resume a sequence", "milliseconds", "overhead_s", "mode", 1e3
         ),
         _lines("Figure 19b: by block size", "seconds per output token", "latency_s", "mode"),
+    ],
+    "paper-policies": [
+        _policies("Seconds per output token", "normalized_latency_s"),
+        _policies("99th percentile of the time to the first token", "ttft_p99_s"),
     ],
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 from benchmarks.charts import hardware
 from benchmarks.markdown import header, line
-from cupaged.engine.memory.eviction import EVICTION_POLICIES
+from benchmarks.policies import CLAIRVOYANT
+from benchmarks.policies import KINDS as POLICY_KINDS
 
 from .memory import KINDS
 
@@ -118,22 +119,48 @@ def allocators_table(run: Run, link: str) -> Iterator[str]:
         )
 
 
-def eviction_table(run: Run, link: str) -> Iterator[str]:
+def policies_tables(run: Run, link: str) -> Iterator[str]:
+    """Yield a table for each trace: of each kind its policies, beside the defaults of the others."""
     results = run["results"]
     yield (
-        f"`{results['trace']}`, {results['fitting']:,} requests, {results['blocks']:,} blocks of 16 tokens. "
-        f"{results['note']} ({link})"
+        f"{results['note']} {len(results['traces'])} drawn traces, the times of OPT-13B on an A100 ({link}). "
+        "The first line of each table is the default engine; each of the others changes one setting."
     )
-    yield ""
-    yield from header(
-        "policy", "hits, %", "first token, s", "its 99th percentile, s", "s per output token", "tokens/s"
-    )
-    for row in results["rows"]:
-        yield line(
-            f"`{row['policy']}`" if row["policy"] in EVICTION_POLICIES else row["policy"],
-            f"{100 * row['hit_rate']:.1f}",
-            f"{row['ttft_median_s']:.2f}",
-            f"{row['ttft_p99_s']:.2f}",
-            f"{row['normalized_latency_s']:.4f}",
-            f"{row['queued_tokens_per_s']:,.0f}",
+    for trace, load in results["traces"].items():
+        rows = [row for row in results["rows"] if row["trace"] == trace]
+        yield ""
+        yield (
+            f"`{trace}`: {rows[0]['fitting']:,} requests at {load['rate']:g} {_unit(trace)}/s, "
+            f"{load['blocks']:,} blocks of {load['block_size']} tokens."
         )
+        yield ""
+        yield from header(
+            "setting",
+            "policy",
+            "hits, %",
+            "first token, s",
+            "its 99th percentile, s",
+            "s per output token",
+            "tokens/s",
+            "preempted",
+        )
+        for row in rows:
+            default = row is rows[0]
+            yield line(
+                "defaults" if default else f"`{POLICY_KINDS[row['kind']].setting}`",
+                "" if default else _policy(row["policy"]),
+                f"{100 * row['hit_rate']:.1f}",
+                f"{row['ttft_median_s']:.2f}",
+                f"{row['ttft_p99_s']:.2f}",
+                f"{row['normalized_latency_s']:.4f}",
+                f"{row['queued_tokens_per_s']:,.0f}",
+                f"{row['preemptions']:,}",
+            )
+
+
+def _unit(trace: str) -> str:
+    return "sessions" if trace in ("chat", "mooncake-conversation") else "requests"
+
+
+def _policy(name: str) -> str:
+    return name if name == CLAIRVOYANT else f"`{name}`"

@@ -51,6 +51,28 @@ class Backend(Protocol):
         layout: Layout,
     ) -> None: ...
 
+    def mla_attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+        layout: Layout,
+    ) -> None: ...
+
+    def concat_and_cache_mla(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        layout: Layout,
+    ) -> None: ...
+
     def merge_attention_states(
         self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None: ...

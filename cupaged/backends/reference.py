@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 
@@ -72,22 +72,33 @@ def attend(
     Returns:
         The output [T, H, D] and the logarithm of the softmax's denominator [T, H], in ``compute_dtype``.
     """
-    num_tokens, num_heads, head_size = query.shape
-    out = torch.zeros(num_tokens, num_heads, head_size, dtype=compute_dtype, device=query.device)
-    lse = torch.full((num_tokens, num_heads), float("-inf"), dtype=compute_dtype, device=query.device)
-    lengths = seq_lens.tolist()
-    starts = list(range(len(lengths) + 1)) if query_start_loc is None else query_start_loc.tolist()
-    for s, length in enumerate(lengths):
-        rows = slice(starts[s], starts[s + 1])
-        num_rows = rows.stop - rows.start
-        if length == 0 or num_rows == 0:
-            continue
-        first_key = _first_visible_key(length - num_rows, params.sliding_window)
+    out, lse = _empty_states(query, query.shape[2], compute_dtype)
+    for s, rows, length in _sequences(seq_lens, query_start_loc):
+        first_key = _first_visible_key(length - (rows.stop - rows.start), params.sliding_window)
         keys, values, start = _gather(kv_cache, block_tables[s], first_key, length, params, compute_dtype)
         out[rows], lse[rows] = _attend_sequence(
             query[rows].to(compute_dtype), keys, values, start, length, params
         )
     return out, lse
+
+
+def _empty_states(
+    query: torch.Tensor, value_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output and the logarithms of rows that see no key."""
+    out = torch.zeros(*query.shape[:2], value_size, dtype=dtype, device=query.device)
+    return out, torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+
+
+def _sequences(
+    seq_lens: torch.Tensor, query_start_loc: torch.Tensor | None
+) -> Iterator[tuple[int, slice, int]]:
+    """Yield the index, the query rows and the length of each sequence that has both."""
+    lengths = seq_lens.tolist()
+    starts = list(range(len(lengths) + 1)) if query_start_loc is None else query_start_loc.tolist()
+    for s, length in enumerate(lengths):
+        if length and starts[s + 1] > starts[s]:
+            yield s, slice(starts[s], starts[s + 1]), length
 
 
 def _first_visible_key(query_position: int, window: int | None) -> int:
@@ -155,6 +166,62 @@ def _attend_sequence(
     values = values.masked_fill(~visible.any(dim=0)[None, :, None], 0.0)
     lse = lse.masked_fill(empty, float("-inf"))
     return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
+
+
+@torch.no_grad()
+def mla_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    params: AttentionParams,
+    layout: Hashable = None,
+) -> None:
+    compute = torch.promote_types(query.dtype, torch.float32)
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc
+    result, logsumexp = attend_latents(*tensors, out.shape[-1], params, compute_dtype=compute)
+    out.copy_(result)
+    if lse is not None:
+        lse.copy_(logsumexp)
+
+
+def attend_latents(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    value_size: int,
+    params: AttentionParams,
+    *,
+    compute_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute latent attention one sequence at a time, as `attend` does attention."""
+    block_size = kv_cache.shape[1]
+    out, lse = _empty_states(query, value_size, compute_dtype)
+    for s, rows, length in _sequences(seq_lens, query_start_loc):
+        blocks = block_tables[s, : (length + block_size - 1) // block_size].long()
+        keys = kv_cache[blocks].to(compute_dtype).flatten(0, 1)[None, :length]
+        out[rows], lse[rows] = _attend_sequence(
+            query[rows].to(compute_dtype), keys, keys[..., :value_size], 0, length, params
+        )
+    return out, lse
+
+
+@torch.no_grad()
+def concat_and_cache_mla(
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: Hashable = None,
+) -> None:
+    keep = slot_mapping >= 0
+    slots, block_size = slot_mapping[keep], kv_cache.shape[1]
+    kv_cache[slots // block_size, slots % block_size] = torch.cat((kv_c, k_pe), dim=-1)[keep]
 
 
 def merge_attention_states(

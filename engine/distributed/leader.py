@@ -32,8 +32,16 @@ class Leader:
         """Let the other ranks load a model, as this one does next; return its number, for `drop`."""
         self._moves = Plan()
         self._num_loaded += 1
-        # Eviction policies may be functions, and are rank 0's business.
-        self._send(Kind.LOAD, pickle.dumps((model, replace(config, eviction_policy="lru"))))
+        # Policies may be functions, and are rank 0's business, but for whether there is a swap space.
+        mode = config.preemption_mode if isinstance(config.preemption_mode, str) else "swap"
+        named = replace(
+            config,
+            eviction_policy="lru",
+            scheduling_policy="fcfs",
+            admission_policy="watermark",
+            preemption_mode=mode,
+        )
+        self._send(Kind.LOAD, pickle.dumps((model, named)))
         return self._num_loaded
 
     def moved(self, plan: Plan) -> None:

@@ -12,6 +12,8 @@ from ..model.demo_model import demo_model_dir
 from ..model.model_files import check_files
 
 _OF_ATTENTION = ("attn", "attention", "mixer")
+# Classes that transformers does not divide rightly, and why.
+_WRONG = {"youtu": "transformers sets the padding token's embedding to zero when it divides the model"}
 # Names of a configuration's numbers, with what they count.
 _HEADS = {"num_attention_heads": "attention heads", "num_key_value_heads": "KV heads"}
 _WIDTHS = {
@@ -61,6 +63,8 @@ def check_sizes(config: Any, size: int) -> None:
             f"tensor_parallel_size {size}: transformers has no tensor parallel plan for {kind}; it can "
             "only be 1"
         )
+    if kind in _WRONG:
+        raise ValueError(f"tensor_parallel_size {size}: {_WRONG[kind]} ({kind}); it can only be 1")
     parts = divided_parts(config, plan)
     if all(count % size == 0 for count, _ in parts):
         return

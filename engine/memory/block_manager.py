@@ -8,7 +8,7 @@ it is in use or not, until the pool needs its memory.
 
 Layers that keep something else of a token, or for other tokens, are other layer groups (`layer_groups.py`).
 A sequence has a block table for each; what is said of its blocks holds for those of every group. All groups
-draw from one pool, so that memory is free for whichever needs it (Jenga, SOSP 2025).
+draw from one pool (Jenga, SOSP 2025).
 """
 
 from __future__ import annotations
@@ -89,10 +89,6 @@ class BlockManager:
         """Return the maximum number of tokens to append to so many: states are kept at the ends of blocks."""
         return min((tables.size - held % tables.size for tables in self._states), default=sys.maxsize)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return the maximum number of blocks that a sequence of so many tokens comes to hold."""
-        return self.num_held(num_tokens)
-
     def num_held(self, num_tokens: int, num_shared: int = 0, num_others: int = 0, width: int = 1) -> int:
         """Return the maximum number of blocks that sequences come to hold.
 
@@ -162,10 +158,6 @@ class BlockManager:
                     held.update(table.held)
         return len(held)
 
-    def num_used(self) -> dict[str, int]:
-        """Return the number of distinct GPU blocks in use by the name of the layer group."""
-        return {tables.layer_group.name: len(set(tables.held_on_gpu())) for tables in self.layers}
-
     # -- growing -------------------------------------------------------------------------------------
 
     def num_new_blocks(self, appends: Iterable[tuple[int, int, int]]) -> int:
@@ -204,8 +196,7 @@ class BlockManager:
 
         Returns:
             (source, destination) of the blocks to copy before the tokens are written, at most one for each
-            layer group. A copy is needed if the first token falls into a block that is shared with another
-            sequence.
+            layer group: if the first token falls into a block that is shared with another sequence.
         """
         copies = []
         writable = sys.maxsize
@@ -283,11 +274,9 @@ class BlockManager:
         removed = []
         for tables in self.layers:
             if (table := tables.remove(seq_id, held, keys)) is not None:
-                ends = range(table.num_freed + 1, len(table.blocks) + 1)
-                removed += [
-                    (end * tables.size, len(table.blocks) + 1 - end, block)
-                    for end, block in zip(ends, table.held)
-                ]
+                count = len(table.blocks)
+                for i in range(table.num_freed, count):
+                    removed.append(((i + 1) * tables.size, count - i, table.blocks[i]))
         removed.sort(reverse=True)
         for _, num_lost, block in removed:
             self.gpu.release(block, num_lost)
@@ -351,7 +340,7 @@ class BlockManager:
 
     def can_swap_out(self, seq_ids: Iterable[int]) -> bool:
         """Return whether the swap space has room for the sequences' blocks."""
-        lists = [tables.keyed_blocks(table) for tables, _, table in self._held(seq_ids)]
+        lists = [tables.keyed_blocks(table) for tables, _, table in self._tables(seq_ids)]
         return num_to_move(lists, self.cpu) <= self.cpu.num_free
 
     def swap_out(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
@@ -361,7 +350,7 @@ class BlockManager:
             (GPU block, CPU block) of the copies to make before the GPU blocks are written again. Content
             that the swap space already holds is not copied.
         """
-        moving = self._held(seq_ids)
+        moving = self._tables(seq_ids)
         moved, copies = move([tables.keyed_blocks(table) for tables, _, table in moving], self.gpu, self.cpu)
         for (tables, seq_id, table), held in zip(moving, moved):
             tables.to_cpu(seq_id, table, held)
@@ -371,7 +360,7 @@ class BlockManager:
 
     def num_swapped_blocks(self, seq_ids: Iterable[int]) -> int:
         """Return the number of free GPU blocks that swapping these sequences in takes."""
-        lists = [tables.keyed_blocks(table) for tables, _, table in self._swapped(seq_ids)]
+        lists = [tables.keyed_blocks(table) for tables, _, table in self._tables(seq_ids, swapped=True)]
         return num_to_move(lists, self.gpu)
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]]:
@@ -381,7 +370,7 @@ class BlockManager:
             (CPU block, GPU block) of the copies to make before the step that reads them. Content that is
             still, or again, on the GPU is not copied.
         """
-        moving = self._swapped(seq_ids)
+        moving = self._tables(seq_ids, swapped=True)
         moved, copies = move([tables.keyed_blocks(table) for tables, _, table in moving], self.cpu, self.gpu)
         for (tables, seq_id, table), held in zip(moving, moved):
             tables.to_gpu(seq_id, table, held)
@@ -389,23 +378,17 @@ class BlockManager:
         self.note("swap_in", dict.fromkeys(seq_id for _, seq_id, _ in moving), copies)
         return copies
 
-    def _held(self, seq_ids: Iterable[int]) -> list[tuple[LayerTables, int, BlockTable]]:
-        """Return the tables of GPU blocks of those sequences that have some."""
-        return [
-            (tables, seq_id, table)
-            for seq_id in seq_ids
-            for tables in self.layers
-            if (table := tables.on_gpu.get(seq_id)) is not None
-        ]
-
-    def _swapped(self, seq_ids: Iterable[int]) -> list[tuple[LayerTables, int, BlockTable]]:
-        """Return the tables of CPU blocks of those sequences that have some."""
-        return [
-            (tables, seq_id, tables.swapped[seq_id])
-            for seq_id in seq_ids
-            for tables in self.layers
-            if seq_id in tables.swapped
-        ]
+    def _tables(
+        self, seq_ids: Iterable[int], swapped: bool = False
+    ) -> list[tuple[LayerTables, int, BlockTable]]:
+        """Return the tables that these sequences have on the GPU, or in the swap space."""
+        found = []
+        for seq_id in seq_ids:
+            for tables in self.layers:
+                table = tables.swapped.get(seq_id) if swapped else tables.on_gpu.get(seq_id)
+                if table is not None:
+                    found.append((tables, seq_id, table))
+        return found
 
     def check_integrity(self) -> None:
         """Check that the pools, the block tables and `writable` agree.

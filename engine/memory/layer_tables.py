@@ -73,6 +73,17 @@ class LayerTables:
         count = -(-num_tokens // self.size) - num_found // self.size + num_unused
         return count if whole else min(count, self.most_blocks)
 
+    def owned(self, seq_id: int) -> list[int]:
+        """Return the blocks of a sequence that count as its own, on the GPU or in the swap space.
+
+        Of shared ones a sequence that grows needs others, where it does not read all to its end.
+        """
+        table, pool = self.on_gpu.get(seq_id), self._gpu
+        if table is None:
+            table, pool = self.swapped.get(seq_id), self._cpu
+        held = [] if table is None else table.held
+        return held if self.rule.reach is None else [b for b in held if pool.ref_counts[b] == 1]
+
     # -- a sequence ----------------------------------------------------------------------------------
 
     def append(
@@ -154,7 +165,7 @@ class LayerTables:
     # -- prefixes ------------------------------------------------------------------------------------
 
     def cached_run(self, keys: Sequence[bytes]) -> tuple[list[int], int]:
-        """Return the blocks of the longest prefix of which all are cached, and how many of them are unused."""
+        """Return the blocks of the longest cached prefix, and how many of them are unused."""
         blocks = []
         num_unused = 0
         for key in self.keys_of(keys, 0, len(keys)):

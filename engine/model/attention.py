@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 import cupaged
@@ -75,28 +76,29 @@ def paged_attention_forward(
 
     Args:
         query: ``[1, H, T, D]``.
-        key, value: ``[1, Hkv, T, D]``.
+        key, value: ``[1, Hkv, T, D]`` and ``[1, Hkv, T, Dv]``. Where the cache
+            has more heads or longer ones, they are repeated and padded with zeros.
         attention_mask: None: transformers builds no mask for this attention; it follows from ``paged``.
         scaling: factor of the logits; None: 1 / sqrt(D).
         softcap: soft cap of the logits; None: no cap.
         s_aux: attention sinks ``[H]``.
 
     Returns:
-        The output ``[1, T, H, D]``, and None in place of attention weights.
+        The output ``[1, T, H, Dv]``, and None in place of attention weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]
-    cupaged.reshape_and_cache(
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
-        kv_cache,
-        paged.slot_mapping,
-        k_scale,
-        v_scale,
-    )
+    queries, keys, values = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
+    key_size, value_size = key.shape[3], value.shape[3]
+    num_kv_heads, head_size = kv_cache.shape[2], kv_cache.shape[4]
+    if (key.shape[1], key_size, value_size) != (num_kv_heads, head_size, head_size):
+        scaling = key_size**-0.5 if scaling is None else scaling
+        queries = pad(queries, (0, head_size - key_size))
+        keys, values = (_as_in_cache(each, num_kv_heads, head_size) for each in (keys, values))
+    cupaged.reshape_and_cache(keys, values, kv_cache, paged.slot_mapping, k_scale, v_scale)
     out = cupaged.paged_attention(
-        query.squeeze(0).transpose(0, 1),
+        queries,
         kv_cache,
         paged.block_tables,
         paged.seq_lens,
@@ -109,4 +111,11 @@ def paged_attention_forward(
         v_scale=v_scale,
         shared_prefix=paged.shared_prefix,
     )
+    if value_size != head_size:
+        out = out[..., :value_size]
     return out.unsqueeze(0), None
+
+
+def _as_in_cache(heads: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
+    """Repeat the heads of ``[T, h, d]`` and pad them with zeros, to ``[T, num_heads, head_size]``."""
+    return pad(heads, (0, head_size - heads.shape[2])).repeat_interleave(num_heads // heads.shape[1], dim=1)

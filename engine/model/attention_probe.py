@@ -22,10 +22,7 @@ from transformers.masking_utils import eager_mask
 from cupaged.checks import MAX_HEAD_SIZE
 
 PROBE_NAME = "cupaged-probe"
-SUPPORTED = (
-    "the paged cache serves causal attention, with or without a sliding window, whose keys and values are of "
-    "one size in all layers"
-)
+SUPPORTED = "the paged cache serves causal attention, with or without a sliding window"
 _TOKENS = 3
 _MAX_POSITIONS = 1 << 20  # maximum number of positions at which masks are checked
 # Relative change of a result by another token. Smaller ones are rounding, which may select other experts.
@@ -55,12 +52,18 @@ class LayerAttention:
 
     Args:
         module: the module that attends.
+        num_heads: number of heads of queries.
+        num_kv_heads: number of heads of keys and of values.
+        head_size: number of elements of a key, or of a value if these are longer.
+        value_size: number of elements of a value.
         window: sliding window in tokens, including the token itself; None: no window.
     """
 
     module: torch.nn.Module
+    num_heads: int
     num_kv_heads: int
     head_size: int
+    value_size: int
     window: int | None
 
 
@@ -131,14 +134,10 @@ def probe_layers(model: Any, num_positions: int | None) -> tuple[LayerAttention,
     first, second = logits[:, 1:].float()  # the rows differ in token 0 only
     if float((first - second).norm()) > _MAX_DEPENDENCE * float(first.norm()):
         raise ValueError("its tokens depend on those before them beside the attention, as in a convolution")
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for index, layer in enumerate(layers):
-        shapes.setdefault((layer.num_kv_heads, layer.head_size), []).append(index)
-    if len(shapes) > 1:
-        listed = "; ".join(
-            f"{heads} heads of {size} in {_listed(of)}" for (heads, size), of in shapes.items()
-        )
-        raise ValueError(f"its layers have keys of different shapes: {listed}")
+    widest = max(layer.num_kv_heads for layer in layers)
+    if any(widest % layer.num_kv_heads or layer.num_heads % widest for layer in layers):
+        numbers = sorted({layer.num_kv_heads for layer in layers})
+        raise ValueError(f"its layers have different numbers of KV heads: {_listed(numbers)}")
     return tuple(layers)
 
 
@@ -171,20 +170,23 @@ def _record_layer(
         raise ValueError(f"{name} does not say which layer it is (layer_idx)")
     if index in paged.layers:  # the second call would overwrite the keys and values of the first
         raise ValueError(f"{name} attends twice in layer {index}")
-    num_kv_heads, num_keys, head_size = key.shape[1:]
+    num_kv_heads, num_keys, key_size = key.shape[1:]
     if num_keys != query.shape[2]:
         raise ValueError(f"{name} has {num_keys} keys for {query.shape[2]} tokens")
-    if value.shape != key.shape or query.shape[3] != head_size:
+    if value.shape[:3] != key.shape[:3] or query.shape[3] != key_size:
         raise ValueError(
-            f"{name} has keys of {num_kv_heads} heads of {head_size} and values of {value.shape[1]} heads of "
-            f"{value.shape[3]}"
+            f"{name} has keys of {num_kv_heads} heads of {key_size}, values of {value.shape[1]} heads of "
+            f"{value.shape[3]} and queries of {query.shape[3]}"
         )
+    head_size = max(key_size, value.shape[3])
     if head_size > MAX_HEAD_SIZE:
         raise ValueError(f"{name} has heads of {head_size}, and the largest are {MAX_HEAD_SIZE}")
     rule = _rule(name, attention_mask)
     if rule not in paged.windows:
         paged.windows[rule] = _window(name, rule, paged.num_positions)
-    paged.layers[index] = LayerAttention(module, num_kv_heads, head_size, paged.windows[rule])
+    paged.layers[index] = LayerAttention(
+        module, query.shape[1], num_kv_heads, head_size, value.shape[3], paged.windows[rule]
+    )
     return value.repeat_interleave(query.shape[1] // num_kv_heads, dim=1).transpose(1, 2).contiguous(), None
 
 

@@ -88,7 +88,7 @@ def num_gpu_blocks(config: EngineConfig, runner: ModelRunner, shape: KVShape, ma
 def _useful_blocks(config: EngineConfig, shape: KVShape, max_model_len: int) -> int:
     """Return the number of blocks that ``max_num_seqs`` sequences of maximum length use.
 
-    It includes the hundredth that stays free while they run (`GroupMemory.headroom`), and is doubled if
+    It includes the hundredth that stays free while they run (`Watermark`), and is doubled if
     there is a prefix cache.
     """
     running = config.max_num_seqs * -(-max_model_len // shape.block_size)

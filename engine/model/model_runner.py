@@ -35,6 +35,7 @@ _CACHE_DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
     "int8": torch.int8,
 }
+_HEAD_SIZE_MULTIPLE = 8  # of the kernels
 _WARN = "warn_if_padding_and_no_attention_mask"
 
 _log = logging.getLogger("cupaged.engine")
@@ -100,7 +101,9 @@ class ModelRunner:
         Raises:
             ValueError: a quantized cache does not support the model's head size.
         """
-        head_size = self._layers[0].head_size
+        # What a layer has less of than another one is repeated or padded with zeros.
+        head_size = max(layer.head_size for layer in self._layers)
+        head_size += -head_size % _HEAD_SIZE_MULTIPLE
         if kv_cache_dtype != "auto" and head_size % 16:
             raise ValueError(
                 f"kv_cache_dtype {kv_cache_dtype!r} needs a head size that is a multiple of 16, and "
@@ -108,7 +111,7 @@ class ModelRunner:
             )
         return KVShape(
             num_layers=len(self._layers),
-            num_kv_heads=self._layers[0].num_kv_heads,
+            num_kv_heads=max(layer.num_kv_heads for layer in self._layers),
             block_size=block_size,
             head_size=head_size,
             dtype=_CACHE_DTYPES.get(kv_cache_dtype) or next(self._model.parameters()).dtype,

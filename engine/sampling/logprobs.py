@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,49 @@ class TokenLogprobs(NamedTuple):
     rank: int  # of the first token: 1 + the number of tokens that are more likely
 
 
+@dataclass(frozen=True)
+class LogprobPlan:
+    """Say which samples of a step get log probabilities.
+
+    Args:
+        sequences: int64 ``[L]``, positions in the batch.
+        rows: int64 ``[D]``, of each of their samples its row in the logits of these sequences.
+        samples: int64 ``[D]``, the samples.
+        tops: numbers of most likely tokens, each with those of the D samples that get as many: int64.
+    """
+
+    sequences: np.ndarray
+    rows: np.ndarray
+    samples: np.ndarray
+    tops: Sequence[tuple[int, np.ndarray]]
+
+    @classmethod
+    def of(
+        cls, sequences: np.ndarray, num_samples: np.ndarray, num_top: np.ndarray, vocabulary: int
+    ) -> LogprobPlan:
+        """Return the plan of a batch.
+
+        Args:
+            sequences: as above.
+            num_samples: int64 ``[N]``, number of samples of each sequence of the batch.
+            num_top: int64 ``[N]``, number of most likely tokens to return with each; -1 is all.
+        """
+        counts = num_samples[sequences]
+        rows = np.repeat(np.arange(len(sequences)), counts)
+        order = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+        first = num_samples.cumsum() - num_samples
+        tops = num_top[sequences][rows]
+        tops = np.where(tops < 0, vocabulary, np.minimum(tops, vocabulary))
+        # Ties must not depend on other tokens: a top-k for each number.
+        groups = [(int(number), np.flatnonzero(tops == number)) for number in np.unique(tops[tops > 0])]
+        return cls(sequences, rows, first[sequences][rows] + order, groups)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """Return what is needed on the device."""
+        return [self.sequences, self.rows, self.samples, *(which for _, which in self.tops)]
+
+
 class LogprobTensors:
     """Compute log probabilities of tokens and of the most likely tokens at their positions, on their device.
 
@@ -29,29 +73,31 @@ class LogprobTensors:
         logits: ``[N, vocabulary]``.
         rows: int64 ``[D]``, the row of the logits of each token.
         tokens: int64 ``[D]``.
-        num_top: int ``[D]``, number of most likely tokens to return with each token; -1 is all.
+        tops: as in `LogprobPlan`.
+        on_device: the tokens of each of ``tops``, on the device.
 
     Attributes:
         tensors: what `read` needs on the host.
     """
 
     def __init__(
-        self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        tops: Sequence[tuple[int, np.ndarray]],
+        on_device: Sequence[torch.Tensor],
     ) -> None:
-        vocabulary = logits.shape[-1]
         logits = logits.float()
         norms = logits.logsumexp(-1)
         chosen = logits[rows, tokens]
         ranks = (logits[rows] > chosen[:, None]).sum(-1).add_(1)
         self.tensors = [tokens, ranks, chosen - norms[rows]]
-        counts = np.where(num_top < 0, vocabulary, np.minimum(num_top, vocabulary))
-        self._tops: list[np.ndarray] = []  # the tokens of each pair of tensors with the most likely ones
-        for count in np.unique(counts[counts > 0]):  # ties must not depend on other tokens: a top-k per count
-            which = np.flatnonzero(counts == count)
-            at = rows[to_device([which], rows.device)[0]]
-            top = logits[at].topk(int(count))
+        self._tops = [which for _, which in tops]
+        for (count, _), which in zip(tops, on_device):
+            at = rows[which]
+            top = logits[at].topk(count)
             self.tensors += [top.indices, top.values - norms[at][:, None]]
-            self._tops.append(which)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> list[TokenLogprobs]:
         """Return a list of length D from the tensors as they are on the host."""
@@ -79,14 +125,14 @@ def take_prompt(
         if count := item.num_prompt_logits:
             tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
             output[position] = []
+            number = item.group.params.prompt_logprobs or 0
             for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
                 part = np.array(tokens[first : first + _PROMPT_SLICE])
-                logprobs = LogprobTensors(
-                    logits[row + first : row + first + len(part)],
-                    torch.from_numpy(np.arange(len(part))).to(logits.device),
-                    torch.from_numpy(part).to(logits.device),
-                    np.full(len(part), item.group.params.prompt_logprobs),
-                )
+                of_part = logits[row + first : row + first + len(part)]
+                each = np.ones(len(part), dtype=np.int64)
+                plan = LogprobPlan.of(np.arange(len(part)), each, each * number, logits.shape[-1])
+                ids, _, rows, _, *tops = to_device([part, *plan.arrays], logits.device)
+                logprobs = LogprobTensors(of_part, rows, ids, plan.tops, tops)
                 output[position] += logprobs.read(logprobs.tensors)
             row += count
         if item.num_samples:

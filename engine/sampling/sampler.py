@@ -25,7 +25,7 @@ from .bad_words import BadWords
 from .grammar import Grammar
 from .kept_settings import KeptSettings
 from .logits_processors import Penalties, TokenTable, Users
-from .logprobs import LogprobTensors, take_prompt
+from .logprobs import LogprobPlan, LogprobTensors, take_prompt
 from .samples import LaunchedSamples, SamplerOutput
 from .structured import StructuredOutputs
 
@@ -76,6 +76,21 @@ class _Batch:
         positions = np.flatnonzero(which)
         seqs = [self.items[i].seq for i in positions]
         return Users(positions, self.rows[positions], self.lengths[positions], seqs, self.sampled)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Hold what `sample` and log probabilities need on the device: the columns of D samples."""
+
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    seeds: torch.Tensor
+    indices: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor | None  # int64 [D], of the logits; None: each row has one sample
+    logprobs: list[torch.Tensor]  # as in `LogprobPlan.arrays`
 
 
 class Sampler:
@@ -137,16 +152,24 @@ class Sampler:
         batch = self._batch([scheduled[position] for position in planned], sampled)
         uses = batch.settings["uses"]
         used = int(np.bitwise_or.reduce(uses))
-        with_logprobs = np.flatnonzero(uses & _Use.LOGPROBS)
-        # A copy, taken before the processors change the logits.
-        original = logits[_on(logits, with_logprobs)] if len(with_logprobs) else logits[:0]
+        plan: LogprobPlan | None = None
+        if used & _Use.LOGPROBS:
+            numbers = batch.settings["logprobs"]
+            plan = LogprobPlan.of(
+                np.flatnonzero(uses & _Use.LOGPROBS), batch.num_samples, numbers, logits.shape[-1]
+            )
+        kept = self._kept(batch, plan, logits.device)
+        if plan is not None:  # a copy, taken before the processors change the logits
+            original = logits[kept.logprobs[0]]
         if used & _Use.CHANGE:
             logits = logits.float()
             self._change(logits, batch, used)
-        tokens = self._choose(logits, batch)
-        logprobs = _sampled_logprobs(original, with_logprobs, batch, tokens) if len(with_logprobs) else None
-        counts = batch.num_samples
-        return LaunchedSamples(output, planned, counts, tokens, with_logprobs, logprobs)
+        tokens = self._choose(logits, kept)
+        if plan is None:
+            return LaunchedSamples(output, planned, batch.num_samples, tokens)
+        _, rows, samples, *tops = kept.logprobs
+        logprobs = LogprobTensors(original, rows, tokens[samples], plan.tops, tops)
+        return LaunchedSamples(output, planned, batch.num_samples, tokens, plan.sequences, logprobs)
 
     def check(self, params: SamplingParams, vocab_size: int) -> None:
         """Check that a request always leaves tokens to sample.
@@ -291,27 +314,28 @@ class Sampler:
         if used & _Use.PENALTIES:
             self._penalties.apply(logits, batch.users(uses & _Use.PENALTIES > 0))
 
-    def _choose(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """Return the sampled tokens, int64 ``[sum of num_samples]``, in the order of the sequences."""
+    def _kept(self, batch: _Batch, plan: LogprobPlan | None, device: torch.device) -> _Kept:
+        """Return what the device needs to know of the batch, copied at once unless it is there already."""
         settings, lengths, counts = batch.settings, batch.lengths, batch.num_samples
         index = settings["index"]
+        row_of = np.zeros(0, dtype=np.int64)
         if (counts > 1).any():
             # Of several outputs drawn at once, output i has index i; otherwise the index is the sequence's.
             row_of = np.repeat(np.arange(len(counts)), counts)
             order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
             index = np.where(counts[row_of] > 1, order.astype(np.uint64), index[row_of])
-            logits, settings, lengths = logits[_on(logits, row_of)], settings[row_of], lengths[row_of]
+            settings, lengths = settings[row_of], lengths[row_of]
 
-        def columns() -> list[np.ndarray]:
-            names = ("temperature", "min_p", "top_k", "top_p", "seed")
-            values = [np.ascontiguousarray(settings[name]) for name in names]
-            return [*values[:-1], values[-1].view(np.int64), np.ascontiguousarray(index).view(np.int64)]
+        def arrays() -> list[np.ndarray]:
+            names = ("temperature", "min_p", "top_k", "top_p")
+            columns = [np.ascontiguousarray(settings[name]) for name in names]
+            numbers = [np.ascontiguousarray(of).view(np.int64) for of in (settings["seed"], index)]
+            return [*columns, *numbers, row_of, *(plan.arrays if plan else ())]
 
         key = batch.rows.tobytes() + counts.tobytes()
-        kept, positions = self._kept_settings.of(key, columns, lengths, logits.device)
-        temperature, min_p, top_k, top_p, seeds, indices = kept
-        return sample(
-            logits,
+        tensors, positions = self._kept_settings.of(key, arrays, lengths, device)
+        temperature, min_p, top_k, top_p, seeds, indices, rows, *logprobs = tensors
+        return _Kept(
             temperature=temperature,
             min_p=min_p,
             top_k=top_k,
@@ -319,6 +343,21 @@ class Sampler:
             seeds=seeds,
             indices=indices,
             positions=positions,
+            rows=rows if len(row_of) else None,
+            logprobs=logprobs,
+        )
+
+    def _choose(self, logits: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        """Return the sampled tokens, int64 ``[sum of num_samples]``, in the order of the sequences."""
+        return sample(
+            logits if kept.rows is None else logits[kept.rows],
+            temperature=kept.temperature,
+            min_p=kept.min_p,
+            top_k=kept.top_k,
+            top_p=kept.top_p,
+            seeds=kept.seeds,
+            indices=kept.indices,
+            positions=kept.positions,
         )
 
 
@@ -340,19 +379,6 @@ def _take_beams(
         for i, of_tokens, of_logprobs in zip(which, tokens.tolist(), logprobs.tolist()):
             output.candidates[beams[i]] = Candidates(of_tokens, of_logprobs)
     return logits[_on(logits, np.flatnonzero(~is_beam))], positions[~is_beam].tolist()
-
-
-def _sampled_logprobs(
-    logits: torch.Tensor, which: np.ndarray, batch: _Batch, tokens: torch.Tensor
-) -> LogprobTensors:
-    """Compute the log probabilities of the sampled tokens of sequences ``which``, whose logits are given."""
-    counts = batch.num_samples[which]
-    row_of = np.repeat(np.arange(len(which)), counts)
-    order = np.arange(len(row_of)) - np.repeat(counts.cumsum() - counts, counts)
-    first = batch.num_samples.cumsum() - batch.num_samples
-    sampled = tokens[_on(logits, first[which][row_of] + order)]
-    num_top = batch.settings["logprobs"][which][row_of]
-    return LogprobTensors(logits, _on(logits, row_of), sampled, num_top)
 
 
 def _on(like: torch.Tensor, array: np.ndarray) -> torch.Tensor:

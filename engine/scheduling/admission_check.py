@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
 
 from ..memory.block_manager import BlockManager
+from .admission import AdmissionPolicy
 from .group_memory import GroupMemory
 from .pinned_prefixes import PinnedPrefixes
 from .request import Sequence, SequenceGroup
@@ -20,6 +21,7 @@ class AdmissionCheck:
         blocks: the block manager.
         memory: the blocks of groups.
         pinned: the prefixes that keep their blocks.
+        policy: decides how many blocks stay free when a group is admitted.
         max_num_seqs: maximum number of sequences in a step.
         max_model_len: maximum number of tokens of a sequence.
     """
@@ -29,12 +31,14 @@ class AdmissionCheck:
         blocks: BlockManager,
         memory: GroupMemory,
         pinned: PinnedPrefixes,
+        policy: AdmissionPolicy,
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
         self._blocks = blocks
         self._memory = memory
         self._pinned = pinned
+        self._policy = policy
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
 
@@ -96,7 +100,7 @@ class AdmissionCheck:
         """
         if group.num_seats > self.num_seats_left(staying):
             return False
-        needed = self.num_promised(staying) + self._memory.needs(group)[1] + self.num_reserved(staying)
+        needed = self.num_promised(staying) + self._memory.needs(group)[1] + self.num_reserved(group, staying)
         return needed <= self._blocks.gpu.num_free + num_freed
 
     def fits_now(self, turn: Turn) -> bool:
@@ -115,9 +119,12 @@ class AdmissionCheck:
         """Return the number of blocks that these groups have yet to take for the tokens they have."""
         return sum(self._memory.missing(group) for group in running if group.prefilling)
 
-    def num_reserved(self, running: list[SequenceGroup]) -> int:
-        """Return the number of blocks that stay free beside these groups."""
-        return self._memory.headroom() if running else 0
+    def num_reserved(self, group: SequenceGroup, running: list[SequenceGroup]) -> int:
+        """Return the number of blocks that stay free when a group is admitted beside these."""
+        if not running or not self._memory.preempts:
+            return 0
+        growth = (self._memory.growth(each) for each in (group, *running))
+        return self._policy.num_reserved(self._blocks.gpu.num_blocks, growth)
 
     def _most(self, group: SequenceGroup, pinned: SequenceABC[bytes] = ()) -> int:
         """Return the number of blocks of a group at its largest, without those of pinned prefixes.

@@ -108,9 +108,6 @@ class ReservedMemory(GroupMemory):
     def missing(self, group: SequenceGroup, found: Prefix = NO_PREFIX) -> int:
         return 0
 
-    def headroom(self) -> int:
-        return 0
-
     def start(self, group: SequenceGroup, found: Prefix) -> None:
         # Until the prompt is computed, the first sequence keeps the ranges of the others behind its own.
         count = self._blocks_of_output(group)
@@ -129,7 +126,7 @@ class ReservedMemory(GroupMemory):
         self._blocks.free(seq.seq_id)
 
     def _blocks_of_output(self, group: SequenceGroup) -> int:
-        return self._blocks.blocks_for(self._tokens_of_output(group))
+        return self._blocks.num_held(self._tokens_of_output(group))
 
     def _tokens_of_output(self, group: SequenceGroup) -> int:
         if self._policy == "orca-max":

@@ -118,9 +118,18 @@ class GroupMemory:
                 missing += self._blocks.num_to_take(len(seq.token_ids), found, whole=group.is_prefix)
         return missing + (self._blocks.num_new_blocks(held) if held else 0)
 
-    def headroom(self) -> int:
-        """Return the number of blocks to leave to running groups, which would preempt a new one otherwise."""
-        return max(1, self._blocks.gpu.num_blocks // 100)
+    def growth(self, group: SequenceGroup) -> int:
+        """Return the maximum number of blocks that the group may take besides those counted for its tokens.
+
+        These are the ones that it holds and, until it decodes, those that it needs for all tokens it has.
+        """
+        num_tokens = group.prompt_len + group.max_tokens - 1
+        most = self._blocks.num_held(num_tokens, group.prompt_len, 0, group.num_seats)
+        owned = (t.owned(seq.seq_id) for seq in group.live for t in self._blocks.layers)
+        counted = len({block for blocks in owned for block in blocks})
+        if group.prefilling or group.status is not Status.RUNNING:
+            counted += self.missing(group)
+        return max(0, most - counted)
 
     def start(self, group: SequenceGroup, found: Prefix) -> None:
         """Take the blocks that `needs` found in the prefix cache for a group that has none."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import median
 
 from ..memory.block_manager import BlockManager
+from ..validation import make_policy
 from .request import SequenceGroup
 
 _MEASUREMENTS = 15  # the median of these: a step that compiles a kernel does not count
@@ -55,29 +57,73 @@ class Rates:
         return 2 * num_blocks * self.block_bytes / link < num_tokens / prefill
 
 
+class PreemptionPolicy(ABC):
+    """Choose between swapping out the blocks of a preempted request and computing its tokens again."""
+
+    reads_rates = False  # the rates are measured
+
+    @abstractmethod
+    def swaps(self, num_blocks: int, num_tokens: int, rates: Rates) -> bool:
+        """Return whether blocks are swapped out; they fit into the swap space.
+
+        Args:
+            num_blocks: number of the request's blocks.
+            num_tokens: number of tokens to compute again otherwise.
+            rates: the measured rates.
+        """
+
+
+class Recompute(PreemptionPolicy):
+    """Drop the blocks."""
+
+    def swaps(self, num_blocks: int, num_tokens: int, rates: Rates) -> bool:
+        return False
+
+
+class Swap(PreemptionPolicy):
+    """Swap the blocks out."""
+
+    def swaps(self, num_blocks: int, num_tokens: int, rates: Rates) -> bool:
+        return True
+
+
+class Auto(PreemptionPolicy):
+    """Take the one of both that costs less time."""
+
+    reads_rates = True
+
+    def swaps(self, num_blocks: int, num_tokens: int, rates: Rates) -> bool:
+        return rates.swapping_is_faster(num_blocks, num_tokens)
+
+
+PREEMPTION_MODES: dict[str, type[PreemptionPolicy]] = {"recompute": Recompute, "swap": Swap, "auto": Auto}
+MakePreemptionPolicy = Callable[[], PreemptionPolicy]
+
+
 class Preemption:
-    """Decide for each preempted group by the preemption mode.
+    """Ask the policy of the preemption mode about each preempted group.
 
     Args:
-        mode: "recompute", "swap", or "auto", which takes the one that costs less time.
-        rates: the measured rates, for "auto".
+        mode: name of a policy, or what makes one.
+        rates: the measured rates, for policies that read them.
+
+    Attributes:
+        reads_rates: whether the policy does.
     """
 
-    def __init__(self, mode: str, rates: Rates | None = None) -> None:
-        if mode == "auto" and rates is None:
-            raise ValueError("preemption mode 'auto' compares rates: pass them")
-        self._mode = mode
-        self._rates = rates
+    def __init__(self, mode: str | MakePreemptionPolicy, rates: Rates | None = None) -> None:
+        self._policy = make_policy("preemption_mode", mode, PREEMPTION_MODES, PreemptionPolicy)
+        self.reads_rates = self._policy.reads_rates
+        if self.reads_rates and rates is None:
+            raise ValueError(f"preemption mode {mode!r} compares rates: pass them")
+        self._rates = rates or Rates(block_bytes=1)
 
     def swaps(self, group: SequenceGroup, blocks: BlockManager) -> bool:
         """Return whether the group's blocks are to be swapped out; they fit into the swap space then."""
         seq_ids = [seq.seq_id for seq in group.live]
-        if self._mode == "recompute" or not blocks.can_swap_out(seq_ids):
-            return False
-        if self._mode == "swap":
-            return True
-        assert self._rates is not None
-        return self._rates.swapping_is_faster(blocks.num_distinct(seq_ids), _num_to_recompute(group))
+        return blocks.can_swap_out(seq_ids) and self._policy.swaps(
+            blocks.num_distinct(seq_ids), _num_to_recompute(group), self._rates
+        )
 
 
 def _num_to_recompute(group: SequenceGroup) -> int:

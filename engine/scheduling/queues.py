@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 
 from .request import SequenceGroup, Status
 
@@ -30,6 +31,12 @@ class Queues:
         """Remove a group from the queue of its status."""
         self._queue_of(group).remove(group)
 
+    def rerank(self, count: int, rank: Callable[[SequenceGroup], tuple[float, int]]) -> None:
+        """Rank the first waiting groups again."""
+        for group in self.waiting[:count]:
+            group.rank = rank(group)
+        self.waiting.sort(key=_rank)
+
     def next_to_admit(self) -> SequenceGroup | None:
         """Return the group without GPU blocks that ranks first; None where there is none."""
         if self.preempted and not (self.waiting and self.waiting[0].rank < self.preempted[0].rank):
@@ -42,5 +49,5 @@ class Queues:
         return self.waiting if group.status is Status.WAITING else self.preempted
 
 
-def _rank(group: SequenceGroup) -> tuple[int, int]:
+def _rank(group: SequenceGroup) -> tuple[float, int]:
     return group.rank

@@ -124,7 +124,7 @@ class SequenceGroup:
     first_scheduled: float | None = None  # when it was first admitted, on the clock of `time.monotonic`
     num_cached_tokens: int = 0  # number of its prompt's tokens that were in the prefix cache then
     live: list[Sequence] = field(default_factory=list)  # the unfinished ones of `seqs`
-    rank: tuple[int, int] = (0, 0)  # lower ranks come first
+    rank: tuple[float, int] = (0, 0)  # lower ranks come first
     root_key: bytes = b""  # the prefix hash before its first block
     stop_ids: frozenset[int] = frozenset()  # tokens that end a sequence
     needs_host: str | None = None  # why its tokens have to be known before the next step; see `Overlap`

@@ -1,7 +1,7 @@
 """Decide which sequences compute how many tokens in the next step. No torch.
 
 One token budget serves prefill and decode: every running sequence decodes one token, what is left of the
-budget prefills prompts in chunks, in the order of rank: first come first served, or by priority and then so.
+budget prefills prompts in chunks, in the order of rank, which the scheduling policy gives (`order.py`).
 A request is a sequence group, scheduled and preempted as a whole; the group that ranks last is preempted
 first, and no group is admitted before a preempted one that ranks above it (paper, section 4.5).
 
@@ -18,9 +18,11 @@ from collections.abc import Sequence as SequenceABC
 from ..config import EngineConfig
 from ..memory.block_manager import BlockManager
 from ..memory.prefix_hash import root_key
+from .admission import make_admission_policy
 from .admission_check import AdmissionCheck, Turn
 from .contiguous_memory import group_memory
 from .failed_step import readers_of_others
+from .order import make_scheduling_policy
 from .overlap import reason_for_host
 from .pinned_prefixes import PinnedPrefixes
 from .preemption import Preemption
@@ -54,7 +56,8 @@ class Scheduler:
         self._preemption = preemption
         self._eos_token_ids = eos_token_ids
         self._max_num_batched_tokens = config.max_num_batched_tokens
-        self._by_priority = config.scheduling_policy == "priority"
+        self._policy = make_scheduling_policy(config.scheduling_policy)
+        self.reads_priority = self._policy.reads_priority
         self._static_batching = config.batching == "static"
         self._memory = group_memory(config.memory_policy, blocks, config.enable_prefix_caching, max_model_len)
         self._queues = Queues()
@@ -62,8 +65,9 @@ class Scheduler:
         self.preempted = self._queues.preempted
         self._sequences = Sequences(self._queues, self._memory, blocks)
         self.pinned = PinnedPrefixes(blocks.content_keys)
+        admission = make_admission_policy(config.admission_policy)
         self._admission = AdmissionCheck(
-            blocks, self._memory, self.pinned, config.max_num_seqs, max_model_len
+            blocks, self._memory, self.pinned, admission, config.max_num_seqs, max_model_len
         )
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens of admitted groups, and those of them that were in the cache
@@ -102,7 +106,7 @@ class Scheduler:
         self._sequences.finish(group, seq, reason, stop_reason)
 
     def _prepare(self, group: SequenceGroup, seed: int) -> None:
-        group.rank = (group.priority if self._by_priority else 0, group.arrival)
+        group.rank = self._policy.place(group)
         group.root_key = root_key(group.cache_salt)
         self._sequences.create(group, 0, group.prompt_token_ids, seed)
 
@@ -149,7 +153,7 @@ class Scheduler:
         self._sequences.retire()
         draft = Draft(self._max_num_batched_tokens)
         admits = not (self._static_batching and self.running)
-        victim = self._make_way(draft) if admits and self._by_priority and self._memory.preempts else None
+        victim = self._make_way(draft) if admits and self._policy.preempts and self._memory.preempts else None
         preemptions = self.num_preemptions
         self._schedule_running(draft)
         if admits and self.num_preemptions == preemptions and (self.preempted or self.waiting):
@@ -208,6 +212,10 @@ class Scheduler:
             self._queues.remove(group)
             self._memory.drop(group, keep)
             self._queues.add(group)
+
+    def _rank_by_cache(self, group: SequenceGroup) -> tuple[float, int]:
+        num_cached = self._memory.needs(group)[0].num_tokens
+        return self._policy.place(group, num_cached)
 
     # -- running groups ------------------------------------------------------------------------------
 
@@ -307,8 +315,10 @@ class Scheduler:
         """
         seats = self._admission.num_seats_left(self.running)
         promised = self._admission.num_promised(self.running)
+        if self._policy.num_reranked and seats and promised < self._blocks.gpu.num_free:
+            self._queues.rerank(self._policy.num_reranked, self._rank_by_cache)
         while (group := self._queues.next_to_admit()) is not None and group is not victim:
-            reserved = promised + self._admission.num_reserved(self.running)
+            reserved = promised + self._admission.num_reserved(group, self.running)
             if group.num_seats > seats or reserved > self._blocks.gpu.num_free:
                 return  # before its prompt is looked for in the cache
             found, needed = self._memory.needs(group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import transformers as tf
 from cupaged.engine import SamplingParams
 from tests import tiny_models
 
+from . import sweep
 from .harness import run, small_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -52,10 +55,6 @@ REFUSED = {
     "a mask of its own": (
         lambda: tf.DogeConfig(**FEW, keep_window_size=8),
         "doge is not supported: DogeAttention attends with a mask of its own",
-    ),
-    "keys of another size in some layers": (
-        lambda: gemma4(global_head_dim=32, attention_k_eq_v=True, num_global_key_value_heads=1),
-        "its layers have keys of different shapes: 2 heads of 16 in 0, 2; 1 heads of 32 in 1, 3;",
     ),
     "attention to what comes later": (
         lambda: tf.Gemma3TextConfig(**FEW, head_dim=16, use_bidirectional_attention=True),
@@ -99,10 +98,38 @@ def test_the_frequencies_are_those_of_max_model_len_in_every_batch(tmp_path):
     assert outputs[128] != outputs[64]
 
 
-@pytest.mark.parametrize("shared", [0, 2])
-def test_gemma4_whose_layers_have_one_size(tmp_path, shared):
-    """The last layers may take the keys and values of those before them."""
-    assert_greedy_as_transformers(gemma4(global_head_dim=16, num_kv_shared_layers=shared), tmp_path)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_head_dim": 16},
+        {"global_head_dim": 16, "num_kv_shared_layers": 2},
+        {"global_head_dim": 32, "num_kv_shared_layers": 2},
+        {"global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ],
+    ids=["one size", "shared", "two sizes", "fewer heads"],
+)
+def test_gemma4_whose_layers_differ(tmp_path, changes):
+    """The last layers may take the keys and values of those before them, and some be wider than others."""
+    assert_greedy_as_transformers(gemma4(**changes), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "mimo_v2_flash"])
+@pytest.mark.matrix
+def test_padded_layers_under_preemption(tmp_path, model_type, mode, seed):
+    """Requests that begin alike, in a memory that is too small for them."""
+    sweep.save(model_type, tmp_path, seed)
+    rng = random.Random(seed)
+    common = [rng.randrange(tiny_models.PAD) for _ in range(20)]
+    prompts = [common + [rng.randrange(tiny_models.PAD) for _ in range(10)] for _ in range(8)]
+    params = replace(sweep.GREEDY, max_tokens=24)
+    requests = {str(i): ({"prompt_token_ids": prompt}, params) for i, prompt in enumerate(prompts)}
+    engine = small_engine(str(tmp_path), preemption_mode=mode, num_gpu_blocks_override=12, max_model_len=64)
+    outputs = run(engine, requests)
+    assert engine.stats().num_preemptions > 0
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for output in outputs.values():
+        sweep.assert_as_transformers(output, model)
 
 
 def assert_greedy_as_transformers(config: tf.PretrainedConfig, directory: Path) -> None:

@@ -27,7 +27,7 @@ from .test_fusion import built, tiny
 EVERY_DAY = {"llama", "gemma2"}
 TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 # Models whose code waits for the device, to call each expert with the tokens that it has.
-NOT_CAPTURED = {"dbrx": "the host waits", "jetmoe": "logits differ"}
+NOT_CAPTURED = {"dbrx": "the host waits", "jetmoe": "logits differ", "longcat_flash": "the host waits"}
 SERVED = [
     pytest.param(kind, marks=() if kind in EVERY_DAY else pytest.mark.matrix)
     for kind in tiny_configs.MODEL_TYPES

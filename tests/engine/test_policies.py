@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from benchmarks.evaluation import memory, systems
 from benchmarks.memory_use import memory_use
 from cupaged.engine import SamplingParams
-from cupaged.engine.config import MEMORY_POLICIES
+from cupaged.engine.config import (
+    ADMISSION_POLICIES,
+    MEMORY_POLICIES,
+    PREEMPTION_MODES,
+    SCHEDULING_POLICIES,
+)
 from cupaged.engine.memory.eviction import EVICTION_POLICIES, LRU
 
 from .harness import Reference, run, small_engine
@@ -74,6 +81,64 @@ def test_tokens_are_equal_under_every_eviction_policy(llama_dir, policy, seed):
         found = run(engine, {str(i): ({"prompt_token_ids": p}, params) for i, p in enumerate(prompts)})
         outputs.append({name: output.outputs[0].token_ids for name, output in found.items()})
     assert outputs[0] == outputs[1]
+
+
+def test_tokens_are_equal_under_every_policy_of_the_scheduler(llama_dir, seed):
+    """Requests wait and lose their blocks: 14 blocks of 8, prompts that begin alike, and several outputs."""
+    rng = random.Random(seed)
+    common = [rng.randrange(250) for _ in range(20)]
+    requests = {}
+    for i in range(6):
+        prompt = common[: 20 * (i % 2)] + [rng.randrange(250) for _ in range(rng.randrange(1, 20))]
+        params = SamplingParams(n=1 + i % 2, temperature=0, max_tokens=rng.randrange(8, 20), ignore_eos=True)
+        requests[str(i)] = ({"prompt_token_ids": prompt}, params)
+    reference, outputs, preemptions = Reference(llama_dir), [], 0
+    # Each once at least, beside others that are drawn.
+    admissions, modes = [
+        [*rng.sample(list(names), 3), *names] for names in (ADMISSION_POLICIES, PREEMPTION_MODES)
+    ]
+    for order, admission, mode in zip(SCHEDULING_POLICIES, admissions, modes):
+        settings = {"scheduling_policy": order, "admission_policy": admission, "preemption_mode": mode}
+        engine = small_engine(llama_dir, num_gpu_blocks_override=14, max_model_len=64, **settings)
+        reference.replace_logits(engine)
+        found = run(engine, requests)
+        preemptions += engine.stats().num_preemptions
+        outputs.append({key: [one.token_ids for one in output.outputs] for key, output in found.items()})
+    assert preemptions
+    assert all(found == outputs[0] for found in outputs)
+
+
+def test_the_policies_of_the_documentation_work(llama_dir, seed):
+    """The classes of its example, in an engine that waits, preempts and evicts."""
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    classes, _, call = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].partition("llm = LLM(")
+    names: dict = {}
+    exec(classes, names)
+    settings = {
+        setting: names[name] for setting, name in re.findall(r"^    (\w+)=(\w+),$", call, re.MULTILINE)
+    }
+    assert len(settings) == 4
+    rng = random.Random(seed)
+    lengths = [9, 3, 9, 6, 9, 3]
+    requests = {
+        str(i): (
+            {"prompt_token_ids": [rng.randrange(250) for _ in range(12)]},
+            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True),
+        )
+        for i, count in enumerate(lengths)
+    }
+    reference, outputs = Reference(llama_dir), []
+    for own in ({}, settings):
+        engine = small_engine(
+            llama_dir, num_gpu_blocks_override=6, max_model_len=40, max_num_seqs=2, swap_space=0.1, **own
+        )
+        reference.replace_logits(engine)
+        found = run(engine, requests)
+        outputs.append({key: output.outputs[0].token_ids for key, output in found.items()})
+    assert outputs[0] == outputs[1]
+    admitted = sorted(found, key=lambda key: found[key].first_scheduled)
+    assert admitted == ["1", "0", "2", "3", "5", "4"]  # ranks: 2.25, 1.75, 4.25, 4.5, 6.25, 5.75
+    assert type(engine._blocks.gpu._cached) is names["MostRecentlyUsed"]
 
 
 def watch_reservations(engine, policy, static):

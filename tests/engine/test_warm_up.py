@@ -8,7 +8,7 @@ import random
 import pytest
 from numba.core.ccallback import CFunc
 
-from cupaged.backends.cpu import backend, packed_weight, tape
+from cupaged.backends.cpu import packed_weight, prepared, tape
 from cupaged.engine import SamplingParams
 from cupaged.layout import Layout
 
@@ -17,7 +17,7 @@ from .harness import finish, small_engine
 
 def forget_kernels() -> None:
     """Forget what other tests have compiled in this process."""
-    for kernels in (backend._kernel, packed_weight._kernel, tape._player):
+    for kernels in (prepared.kernel_of, packed_weight._kernel, tape._player):
         kernels.cache_clear()
     for layout in gc.get_objects():
         if type(layout) is Layout:

@@ -77,6 +77,21 @@ def attend(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, group: 
     )
 
 
+def attend_latents(dtype: torch.dtype, sizes: tuple[int, int], num_heads: int) -> None:
+    """Call latent attention for 2 sequences of a token, and for one of 2."""
+    for starts in (None, torch.tensor([0, 2], dtype=torch.int32)):
+        num_seqs = 2 if starts is None else 1
+        cupaged.mla_attention(
+            torch.empty(2, num_heads, sizes[0], dtype=dtype),
+            torch.empty(1, BLOCK_SIZE, sizes[0], dtype=dtype),
+            torch.zeros(num_seqs, LONG, dtype=torch.int32),
+            torch.full((num_seqs,), LONG * BLOCK_SIZE, dtype=torch.int32),
+            starts,
+            scale=1.0,
+            value_size=sizes[1],
+        )
+
+
 # Without tensor cores, with them, with less shared memory, with warpgroups. Each other is like one of these.
 DAILY_ARCHS = ("75", "80", "86", "90a")
 ARCHS = [
@@ -103,6 +118,11 @@ def test_every_call_and_only_calls_launch_what_is_listed(arch, launched):
             cupaged.reshape_and_cache(key, key, cache, torch.zeros(1).long(), **scales)
             cupaged.rope_and_cache(key, key, key, None, None, cache, torch.zeros(1).long(), **scales)
         cupaged.merge_attention_states(torch.empty(2, 1, 1, 8, dtype=dtype), torch.empty(2, 1, 1))
+        for sizes in ((192, 104), (320, 8), (560, 512)):
+            for num_heads in (3, 17, 128):
+                attend_latents(dtype, sizes, num_heads)
+        latents = torch.empty(1, 8, dtype=dtype), torch.empty(1, 16, dtype=dtype)
+        cupaged.concat_and_cache_mla(*latents, torch.empty(1, 8, 24, dtype=dtype), torch.zeros(1).long())
         for size in (8, 7, 5000):
             cupaged.rms_norm(torch.empty(1, size, dtype=dtype), torch.empty(size))
             cupaged.act_and_mul(torch.empty(1, 2 * size, dtype=dtype), activation="silu")

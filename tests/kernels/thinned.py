@@ -27,10 +27,13 @@ Kernel = tuple[KernelSpec, str]  # and its architecture
 Value = tuple[str, str]  # of a macro, or the architecture
 KINDS = (
     "act_and_mul",
+    "concat_and_cache_mla",
     "copy_blocks",
     "find_shared_splits",
     "merge_splits",
     "merge_states",
+    "mla_attention",
+    "mla_attention_mma",
     "paged_decode",
     "paged_decode_mma",
     "paged_decode_mma wide",

@@ -70,7 +70,7 @@ class PagedMemory:
             self.gpu[target].clear()
 
     def check_states(self, seq_id: int, start: int, tokens: Sequence[int]) -> None:
-        """A step that begins at a position reads the states after the tokens before it, and overwrites them."""
+        """A step that begins at a position reads the state after the tokens before it, and overwrites it."""
         for index, tables in enumerate(self._blocks.layers):
             if tables.rule.is_state and start:
                 block = self._blocks.table(seq_id, index)[(start - 1) // tables.size]

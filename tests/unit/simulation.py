@@ -35,7 +35,8 @@ class Simulation(SimulatedEngine):
         budget: int = 16,
         mode: str = "recompute",
         caching: bool = True,
-        by_priority: bool = False,
+        scheduling_policy: str = "fcfs",
+        admission_policy: str = "watermark",
         seed: int = 0,
         eos_chance: float = 0.0,
         max_model_len: int | None = None,
@@ -61,13 +62,14 @@ class Simulation(SimulatedEngine):
             layer_groups=layer_groups,
             eos=EOS,
             enable_prefix_caching=caching,
-            scheduling_policy="priority" if by_priority else "fcfs",
+            scheduling_policy=scheduling_policy,
+            admission_policy=admission_policy,
             memory_policy=memory_policy,
             batching="static" if static else "continuous",
         )
         self.memory = PagedMemory(self.blocks, SALTS)
         self.max_num_seqs, self.budget = max_num_seqs, budget
-        self.by_priority = by_priority
+        self.in_order = scheduling_policy == "fcfs"
         self.random = random.Random(seed)
         self.eos_chance = eos_chance
         self.groups: list[SequenceGroup] = []
@@ -178,8 +180,9 @@ class Simulation(SimulatedEngine):
         assert plan.scheduled, "nobody runs"
         scheduler = self.scheduler
         oldest = min((*scheduler.running, *scheduler.preempted, *scheduler.waiting), key=lambda g: g.rank)
-        if not self.by_priority:
+        if self.in_order:
             assert oldest in [item.group for item in plan.scheduled], "the oldest request starves"
+        assert scheduler.running[0] in [item.group for item in plan.scheduled], "the first one starves"
         assert sum(item.num_tokens for item in plan.scheduled) <= self.budget
         assert len({item.seq.seq_id for item in plan.scheduled}) == len(plan.scheduled)
         for item in plan.scheduled:
@@ -209,8 +212,8 @@ class Simulation(SimulatedEngine):
         self.write([(item, item.seq.token_ids[: item.start + item.num_tokens]) for item in plan.scheduled])
 
     def write(self, computed: Iterable[tuple[ScheduledSequence, list[int]]]) -> None:
-        """Compute the last tokens of sequences. Writes first, as in every layer: what a step shares wrongly is
-        read wrongly. States are read before."""
+        """Compute the last tokens of sequences. Writes first, as in every layer: what a step shares
+        wrongly is read wrongly. States are read before."""
         for item, tokens in computed:
             if item.num_stored < item.num_tokens:
                 self.memory.check_states(item.seq.seq_id, item.start, tokens)
@@ -238,7 +241,7 @@ class Simulation(SimulatedEngine):
         for group in admitted:
             passed = [g for g in (*scheduler.preempted, *scheduler.waiting) if g.rank < group.rank]
             assert not passed, "something was admitted before what ranks above it"
-        if not self.by_priority:  # the latest lost its blocks first
+        if self.in_order:  # the latest lost its blocks first
             order = [*scheduler.running, *scheduler.preempted, *scheduler.waiting]
             assert order == sorted(order, key=lambda g: g.arrival)
         assert sum(group.num_seats for group in scheduler.running) <= self.max_num_seqs

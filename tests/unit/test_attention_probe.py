@@ -57,12 +57,25 @@ def test_the_shape_is_that_of_the_keys():
     assert (shape.num_layers, shape.num_kv_heads, shape.head_size) == (2, 2, 16)
 
 
+def test_the_shape_is_that_of_the_widest_layer():
+    """Of keys or values, rounded up to what the kernels take."""
+    config = tiny_configs.tiny_config("mimo_v2_flash")
+    config.update({"head_dim": 12, "v_head_dim": 20})
+    runner = ModelRunner(tf.AutoModelForCausalLM.from_config(config))
+    shape = runner.kv_shape(16)
+    assert (shape.num_kv_heads, shape.head_size) == (4, 24)
+    assert [(each.num_kv_heads, each.head_size, each.value_size) for each in runner._layers] == [
+        (2, 20, 20),
+        (4, 20, 20),
+    ]
+
+
 def test_the_model_is_left_as_it_was():
     model = llama()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        expected = [LayerAttention(layer.self_attn, 2, 16, None) for layer in model.model.layers]
+        expected = [LayerAttention(layer.self_attn, 4, 2, 16, 16, None) for layer in model.model.layers]
         assert probe_layers(model, None) == tuple(expected)
         assert model.config._attn_implementation == implementation
         model.model.layers[1].self_attn.layer_idx = 0

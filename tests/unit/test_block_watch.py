@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from cupaged.engine.config import ADMISSION_POLICIES, SCHEDULING_POLICIES
 from cupaged.engine.memory.block_tables import NO_BLOCK
 from cupaged.engine.scheduling.block_watch import BlockWatch
 from cupaged.engine.scheduling.request import Status
@@ -128,7 +129,8 @@ def draw(rng: random.Random, caching: bool) -> Simulation:
         block_size=rng.choice([2, 4]),
         mode=rng.choice(["swap", "recompute", "swap"]),
         caching=caching,
-        by_priority=rng.random() < 0.3,
+        scheduling_policy=rng.choice(["fcfs", *SCHEDULING_POLICIES]),
+        admission_policy=rng.choice(list(ADMISSION_POLICIES)),
         seed=rng.getrandbits(32),
         eos_chance=0.02,
         window=rng.choice([None, None, 5]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter, deque
@@ -10,8 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from benchmarks import eviction
-from benchmarks.eviction import Clairvoyant
+from benchmarks.clairvoyant import Clairvoyant
 from benchmarks.simulation import Request, SimulatedEngine, Spans
 from cupaged.engine import EngineConfig
 from cupaged.engine.memory.block_manager import BlockManager
@@ -212,32 +210,3 @@ def test_the_clairvoyant_evicts_what_is_used_last(seed):
             expected = max(cached, key=next_use.__getitem__)
             assert policy.evict() == expected
             del cached[expected]
-
-
-@pytest.mark.parametrize(("trace", "count"), [("chat", 60), ("mooncake-toolagent", 20)])
-def test_a_table_of_policies(trace, count, tmp_path, capsys, seed):
-    """Every policy serves the same requests; knowing the future is better than not, but for a little."""
-    arguments = [trace, "--requests", str(count), "--blocks", "1000", "--seed", str(seed % 1000)]
-    assert eviction.main([*arguments, "--out", str(tmp_path)]) == 0
-    assert "no model ran" in capsys.readouterr().out
-    results = json.loads((tmp_path / f"eviction-{trace}.json").read_text())["results"]
-    rows = {row["policy"]: row for row in results["rows"]}
-    assert list(rows) == [*EVICTION_POLICIES, "clairvoyant"]
-    best = max(rows[policy]["hit_rate"] for policy in EVICTION_POLICIES)
-    assert rows["clairvoyant"]["hit_rate"] >= best - 0.1
-
-
-def test_a_table_of_a_file_and_of_none(tmp_path, capsys):
-    path = tmp_path / "mine.csv"
-    path.write_text(
-        "arrival,prompt_tokens,output_tokens,prefix,prefix_tokens\n"
-        + "".join(f"{i},100,10,{'ab'[i % 2]},64\n" for i in range(20))
-        + "21,1000,10,,0\n"
-    )
-    assert eviction.main([str(path), "--blocks", "50", "--policies", "lru"]) == 0
-    shown = capsys.readouterr().out
-    assert "20 requests of" in shown
-    assert "1 do not fit" in shown
-    assert f"{100 * 18 * 64 / 2000:.1f}%" in shown
-    assert eviction.main([str(tmp_path / "none.csv")]) == 2
-    assert "none.csv" in capsys.readouterr().err

@@ -153,6 +153,19 @@ OPS = {
         "kv_cache": torch.randn(5, 2, 2, 8, 32),
         "slot_mapping": torch.arange(3),
     },
+    partial(cupaged.mla_attention, scale=0.2, value_size=24): {
+        "query": torch.randn(2, 4, 32),
+        "kv_cache": torch.randn(5, 8, 32),
+        "block_tables": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "seq_lens": torch.tensor([12, 3], dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 1, 2], dtype=torch.int32),
+    },
+    cupaged.concat_and_cache_mla: {
+        "kv_c": torch.randn(3, 24),
+        "k_pe": torch.randn(3, 8),
+        "kv_cache": torch.randn(5, 8, 32),
+        "slot_mapping": torch.arange(3),
+    },
     cupaged.merge_attention_states: {"outs": torch.randn(2, 3, 2, 8), "lses": torch.randn(2, 3, 2)},
     cupaged.copy_blocks: {"kv_cache": torch.randn(5, 2, 2, 8, 32), "block_mapping": torch.tensor([[0, 1]])},
     cupaged.swap_blocks: {

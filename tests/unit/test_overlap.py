@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from cupaged.engine.config import ADMISSION_POLICIES, SCHEDULING_POLICIES
 from cupaged.engine.scheduling.failed_step import FailedStep
 from cupaged.engine.scheduling.overlap import Overlap
 from cupaged.engine.scheduling.request import Candidates, SequenceGroup, Status
@@ -170,7 +171,8 @@ def drawn(rng: random.Random) -> dict:
         "budget": rng.choice([8, 11, 16, 32]),
         "mode": rng.choice(["swap", "recompute", "auto"]),
         "caching": rng.random() < 0.7,
-        "by_priority": rng.random() < 0.3,
+        "scheduling_policy": rng.choice(["fcfs", *SCHEDULING_POLICIES]),
+        "admission_policy": rng.choice(list(ADMISSION_POLICIES)),
         "window": rng.choice([None, None, 1, 5, 13]),
         "memory_policy": rng.choice(["paged", "paged", "paged", "orca-oracle"]),
         "static": rng.random() < 0.15,

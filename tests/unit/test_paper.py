@@ -10,17 +10,18 @@ import pytest
 
 from benchmarks import paper
 from benchmarks.cost_model import opt_13b_on_a100
-from benchmarks.evaluation import block_sizes, memory, plots, preemption, rates, tables
+from benchmarks.evaluation import block_sizes, memory, plots, policies, preemption, rates, tables
 
 TABLES = {
     "paper-memory": tables.memory_tables,
     "paper-rates": tables.rates_table,
     "paper-block-size": tables.block_size_table,
     "paper-preemption": tables.preemption_table,
+    "paper-policies": tables.policies_tables,
 }
 
 
-LONG = ("memory", "rates")  # to run
+LONG = ("memory", "rates", "policies")  # to run
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ LONG = ("memory", "rates")  # to run
 def test_every_part_becomes_a_json_a_plot_and_a_table(part, tmp_path, monkeypatch):
     """In a smaller form than the quick one; every row is printed and is in the table."""
     module = paper.PARTS[part]
-    monkeypatch.setattr(module, "QUICK", {"memory": 110, "rates": 120}.get(part, 20))
+    monkeypatch.setattr(module, "QUICK", {"memory": 110, "rates": 120, "policies": 6}.get(part, 20))
     rows = [module.run(job) for job in module.jobs(quick=True)]
     results = json.loads(json.dumps(module.results(rows)))
     assert "A simulation: no model ran" in results["note"]
@@ -38,9 +39,11 @@ def test_every_part_becomes_a_json_a_plot_and_a_table(part, tmp_path, monkeypatc
     text = "\n".join(TABLES[module.NAME]({"results": results}, "[link](link)"))
     assert "[link](link)" in text
     for row in rows:
-        name = row.get("system") or row.get("mode") or row["load"]
+        name = row.get("policy") or row.get("system") or row.get("mode") or row["load"]
+        if name == "lru":
+            name = "defaults"
         assert name in text
-        assert str(row.get("load", name)) in module.line(row)
+        assert str(row.get("load") or row.get("policy", name)) in module.line(row)
 
 
 @pytest.mark.matrix
@@ -63,6 +66,11 @@ def test_the_jobs_are_those_of_the_papers_figures():
         (load, kind, width) for load in memory.LOADS for kind in ("n", "beam_width") for width in (2, 4, 6)
     }
     assert widths == wanted
+    wanted = {
+        (trace, name) for trace in policies.TRACES for kind in policies.KINDS.values() for name in kind.names
+    }
+    tried = {(job["trace"], job["policy"]) for job in policies.jobs(quick=False)}
+    assert {name for _, name in wanted - tried} == {"fcfs", "watermark", "recompute", "priority"}  # defaults
     for module in (block_sizes, preemption):
         assert {job["block_size"] for job in module.jobs(quick=False)} == {2**i for i in range(9)}
 

@@ -126,7 +126,7 @@ def test_a_load_runs_without_preemption_and_sharing(policy, by_priority, seed):
         max_model_len=64,
         memory_policy=policy,
         max_num_seqs=3 if by_priority else 8,  # the urgent would have to wait for seats, or make way
-        by_priority=by_priority,
+        scheduling_policy="priority" if by_priority else "fcfs",
         eos_chance=0.05,
         seed=seed,
     )

@@ -227,7 +227,10 @@ def test_a_replayed_step_is_one_copy_and_one_launch():
         assert logits.shape == (3, 100)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_p=0.9)])
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0}, {"top_p": 0.9}, {"temperature": 0, "logprobs": 3}, {"seed": 1, "logprobs": 0}],
+)
 def test_a_decode_step_is_one_copy_there_and_one_back(monkeypatch, params):
     """With the sampler, while the batch stays the same; as on a GPU, over a device that is none."""
     runner, cache = graphed_runner()
@@ -239,7 +242,7 @@ def test_a_decode_step_is_one_copy_there_and_one_back(monkeypatch, params):
         torch.cuda, "Event", lambda: SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     )
     blocks, sampler = BlockManager(8, 0, block_size=16), Sampler(frozenset())
-    items = decoding(3, blocks, params)
+    items = decoding(3, blocks, SamplingParams(**params))
     samples, copies = None, []
     for _ in range(4):
         with Transfers() as transfers:

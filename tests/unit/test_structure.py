@@ -151,8 +151,10 @@ def test_public_names():
     assert sorted(cupaged.__all__) == [
         "__version__",
         "act_and_mul",
+        "concat_and_cache_mla",
         "copy_blocks",
         "merge_attention_states",
+        "mla_attention",
         "paged_attention",
         "raw_kernel",
         "reshape_and_cache",

@@ -1,9 +1,11 @@
 """The numba kernel of `paged_attention` on the CPU.
 
 A work item is a tile of query rows with a range of keys. A row is a query token under a query head; all rows
-of a KV head share its keys and values. Threads take work items from a shared counter. A sequence whose rows
-fit one tile is split along the keys as well. The KV splits depend on its length only, so that its result does
-not depend on the batch; their partials are merged afterwards.
+of a KV head share its keys and values. Threads take work items from a shared counter. A sequence of one
+query token, or whose rows fit one tile, is split along the keys as well. The KV splits depend on its length
+only, so that its result does not depend on the batch; their partials are merged afterwards.
+
+In latent attention (`mla.py`) the values are the first elements of the keys: they lie at an offset of 0.
 
 Each work item runs FlashAttention's online softmax in base 2 over tiles of KEYS keys, in one of two forms:
 - few rows (decode): vectors run along D. Logits are dot products; K and V are streamed from the cache through
@@ -48,7 +50,7 @@ class Shared(NamedTuple):
     counter: int  # int64, the next task
     items: int  # [count] of Item
     count: int
-    partials: int  # float32 [partials, Hkv, ROWS, D]
+    partials: int  # float32 [partials, Hkv, ROWS, D], D of values
     partial_lse: int  # float32 [partials, Hkv, ROWS], in base 2
     is_merge: int
     threads: int
@@ -60,12 +62,17 @@ def _item(items, index):
 
 
 @inner
+def _has_same_rows(item, other):
+    return item.seq == other.seq and item.row == other.row
+
+
+@inner
 def _clear(dtype, batch, first, last):
     """Write zeros and an lse of -inf for query tokens `first` to `last`, which see no key."""
     for token in range(first, last):
         for h in range(batch.num_heads):
             at = batch.out + token * batch.out_token_stride + h * batch.out_head_stride
-            for d in range(0, batch.head_size, HALF):
+            for d in range(0, batch.value_size, HALF):
                 store(dtype, at + batch.itemsize * d, splat(np.float32(0.0), HALF))
             if batch.lse != 0:
                 store_float(batch.lse + 4 * (token * batch.num_heads + h), -INFINITY)
@@ -112,10 +119,12 @@ def _merge(dtype, batch, shared):
             return
         index, head = task // batch.num_kv_heads, task % batch.num_kv_heads
         item = _item(shared.items, index)
-        if item.partial < 0 or (index > 0 and _item(shared.items, index - 1).seq == item.seq):
-            continue  # not the first split of a sequence
+        if item.partial < 0 or (index > 0 and _has_same_rows(_item(shared.items, index - 1), item)):
+            continue  # not the first split of these rows
         num_splits = 1
-        while index + num_splits < shared.count and _item(shared.items, index + num_splits).seq == item.seq:
+        while index + num_splits < shared.count and _has_same_rows(
+            _item(shared.items, index + num_splits), item
+        ):
             num_splits += 1
         for r in range(item.rows):
             merge_row(dtype, batch, item, r, head, num_splits, shared.partials, shared.partial_lse)
@@ -133,7 +142,7 @@ def build(dtype, kv_dtype):
         plan(batch, np.int64(items.ctypes.data), count)
         _clear_empty(dtype, batch)
         rows = num_partials * batch.num_kv_heads * ROWS
-        partials = np.empty(rows * batch.head_size, np.float32)
+        partials = np.empty(rows * batch.value_size, np.float32)
         partial_lse = np.empty(rows, np.float32)
         shared = np.zeros(9, np.int64)  # a Shared, and the counter
         shared[0] = address + HEADER_BYTES

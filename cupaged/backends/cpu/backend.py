@@ -6,49 +6,20 @@ the user's cache directory (`disk_cache.py`). Kernels run on torch's threads (`l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import torch
 
 from ... import checks
 from ...layout import Layout
 from ...params import AttentionParams, SamplingSettings, fraction_bits
-from . import activation, attention, formats, launch, memory, norm, rope, team, work
+from . import activation, attention, launch, memory, norm, rope, team, work
 from . import sample as sampling
+from .mla import concat_and_cache_mla as concat_and_cache_mla
+from .mla import mla_attention as mla_attention
+from .prepared import DTYPES, keep, kernel_of
 
 CHECKS_DATA = True  # the kernels check ids and scales themselves
-
-_DTYPES = {
-    torch.float32: np.dtype(np.float32),
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: formats.BFLOAT16,
-    torch.float8_e4m3fn: formats.FLOAT8_E4M3,
-    torch.float8_e5m2: formats.FLOAT8_E5M2,
-    torch.int8: formats.INT8,
-}
-
-
-@cache
-def _kernel(build: Callable[..., Any], arguments: type, *dtypes: np.dtype | None) -> launch.Kernel:
-    """Return the kernel that `build` makes for the dtypes."""
-    entry, work_of_thread = build(*dtypes)
-    return launch.Kernel(entry, work_of_thread, arguments)
-
-
-# Most operators are called in every layer, with little to do for one token. What the layout of the tensors
-# determines is kept with it; the rest are the first fields of the kernel's arguments, in their order.
-
-
-def _keep(
-    layout: Layout, kernel: launch.Kernel, arguments: Any, **fixed: float
-) -> tuple[launch.Kernel, tuple[float, ...]]:
-    """Keep a kernel and the last of its arguments, which are given by name; return both."""
-    names = arguments._fields[-len(fixed) :]
-    layout.prepared = kernel, tuple(fixed[name] for name in names)
-    return layout.prepared
 
 
 def paged_attention(
@@ -102,9 +73,9 @@ def _prepare_attention(
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_tokens, num_heads, _ = query.shape
     itemsize = query.element_size()
-    return _keep(
+    return keep(
         layout,
-        _kernel(attention.build, work.Batch, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        kernel_of(attention.build, work.Batch, DTYPES[query.dtype], DTYPES[kv_cache.dtype]),
         work.Batch,
         query_token_stride=query.stride(0) * itemsize,
         query_head_stride=query.stride(1) * itemsize,
@@ -115,6 +86,8 @@ def _prepare_attention(
         num_tokens=num_tokens,
         num_heads=num_heads,
         itemsize=itemsize,
+        value_size=out.shape[2],
+        value_row_bytes=out.shape[2] * kv_cache.element_size(),
         num_blocks=kv_cache.shape[0],
         table_width=block_tables.shape[1],
         **_cache_numbers(kv_cache),
@@ -151,10 +124,10 @@ def _prepare_cache_write(
     layout: Layout,
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     size = key.element_size()
-    dtypes = (None, None) if k_scale is None else (_DTYPES[key.dtype], _DTYPES[kv_cache.dtype])
-    return _keep(
+    dtypes = (None, None) if k_scale is None else (DTYPES[key.dtype], DTYPES[kv_cache.dtype])
+    return keep(
         layout,
-        _kernel(memory.build_reshape_and_cache, memory.Tokens, *dtypes),
+        kernel_of(memory.build_reshape_and_cache, memory.Tokens, *dtypes),
         memory.Tokens,
         key_token_stride=key.stride(0) * size,
         key_head_stride=key.stride(1) * size,
@@ -163,6 +136,8 @@ def _prepare_cache_write(
         num_tokens=key.shape[0],
         num_slots=kv_cache.shape[0] * kv_cache.shape[3],
         itemsize=size,
+        key_bytes=key.shape[2] * size,
+        value_bytes=value.shape[2] * size,
         smallest_scale=checks.SCALE_RANGE[0],
         largest_scale=checks.SCALE_RANGE[1],
         **_cache_numbers(kv_cache),
@@ -210,7 +185,7 @@ def merge_attention_states(
         out=out.data_ptr(),
         lse=lse.data_ptr(),
     )
-    _kernel(memory.build_merge, memory.States, _DTYPES[outs.dtype])(states)
+    kernel_of(memory.build_merge, memory.States, DTYPES[outs.dtype])(states)
 
 
 def copy_blocks(kv_cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -228,7 +203,7 @@ def swap_blocks(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tenso
         pairs=block_mapping.data_ptr(),
         count=block_mapping.shape[0],
     )
-    _kernel(memory.build_move_blocks, memory.Blocks)(blocks)
+    kernel_of(memory.build_move_blocks, memory.Blocks)(blocks)
 
 
 def rms_norm(
@@ -261,9 +236,9 @@ def _prepare_norm(
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     num_rows, size = input.shape
     itemsize = input.element_size()
-    return _keep(
+    return keep(
         layout,
-        _kernel(norm.build, norm.Norm, _DTYPES[input.dtype]),
+        kernel_of(norm.build, norm.Norm, DTYPES[input.dtype]),
         norm.Norm,
         input_stride=input.stride(0) * itemsize,
         residual_stride=0 if residual is None else residual.stride(0) * itemsize,
@@ -284,9 +259,9 @@ def _prepare_activation(
     input: torch.Tensor, activation_name: str, out: torch.Tensor, layout: Layout
 ) -> tuple[launch.Kernel, tuple[float, ...]]:
     itemsize = input.element_size()
-    return _keep(
+    return keep(
         layout,
-        _kernel(activation.build, activation.Gated, _DTYPES[input.dtype]),
+        kernel_of(activation.build, activation.Gated, DTYPES[input.dtype]),
         activation.Gated,
         input_stride=input.stride(0) * itemsize,
         out_stride=out.stride(0) * itemsize,
@@ -347,9 +322,9 @@ def _prepare_rope(
     num_tokens, num_heads, _ = query.shape
     itemsize = query.element_size()
     cos_itemsize = 0 if cos is None else cos.element_size()
-    return _keep(
+    return keep(
         layout,
-        _kernel(rope.build, rope.Rotation, _DTYPES[query.dtype], _DTYPES[kv_cache.dtype]),
+        kernel_of(rope.build, rope.Rotation, DTYPES[query.dtype], DTYPES[kv_cache.dtype]),
         rope.Rotation,
         query_token_stride=query.stride(0) * itemsize,
         query_head_stride=query.stride(1) * itemsize,
@@ -374,9 +349,9 @@ def _prepare_rope(
 
 
 def sample(logits: torch.Tensor, settings: SamplingSettings, out: torch.Tensor, layout: Layout) -> None:
-    kernel, fixed = layout.prepared or _keep(
+    kernel, fixed = layout.prepared or keep(
         layout,
-        _kernel(sampling.build, sampling.Sampling, _DTYPES[logits.dtype]),
+        kernel_of(sampling.build, sampling.Sampling, DTYPES[logits.dtype]),
         sampling.Sampling,
         stride=logits.stride(0) * logits.element_size(),
         num_rows=logits.shape[0],

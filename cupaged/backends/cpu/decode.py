@@ -94,7 +94,7 @@ def _values(kv_dtype, batch, rows, weights, keys, count, ahead, out, stride, alp
     """Rescale the output of all rows and add the weighted values, in passes like those of `_scores`."""
     passes = (rows + MAX_ROWS - 1) // MAX_ROWS
     r = 0
-    offset, row_bytes = batch.value_offset, batch.row_bytes
+    offset, row_bytes = batch.value_offset, batch.value_row_bytes
     for passes_left in range(passes, 0, -1):
         pass_rows = (rows - r + passes_left - 1) // passes_left
         w, target, a = weights + r * WEIGHTS_STRIDE, out + r * stride, alpha + 4 * r

@@ -32,6 +32,8 @@ class Tokens(NamedTuple):
     value_offset: int
     kv_head_stride: int
     row_bytes: int
+    key_bytes: int  # of a row of key, and of value
+    value_bytes: int
     num_tokens: int
     num_kv_heads: int
     num_slots: int
@@ -103,8 +105,8 @@ def addresses(tokens, token):
 def _write_token(tokens, token):
     target, key, value = addresses(tokens, token)
     for _ in range(tokens.num_kv_heads if target != 0 else 0):
-        copy_bytes(target, key, tokens.row_bytes)
-        copy_bytes(target + tokens.value_offset, value, tokens.row_bytes)
+        copy_bytes(target, key, tokens.key_bytes)
+        copy_bytes(target + tokens.value_offset, value, tokens.value_bytes)
         target += tokens.kv_head_stride
         key += tokens.key_head_stride
         value += tokens.value_head_stride

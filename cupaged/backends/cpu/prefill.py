@@ -185,7 +185,7 @@ def _softmax_tile(batch, scale, start, count, masked, columns, logits, state):
 @inner
 def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     """Run a work item of up to ROWS rows for one KV head."""
-    size = batch.head_size
+    size, value_size = batch.head_size, batch.value_size
     itemsize = batch.row_bytes // size
     scale = np.float32(batch.q_scale) * unit_of(kv_dtype, batch.k_scale, head)
     unit = unit_of(kv_dtype, batch.v_scale, head)
@@ -193,12 +193,12 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     paired = has_pairs(dtype, kv_dtype)
     steps = size // 2 if paired else size
     logit_scale = scale if paired else np.float32(1.0)
-    memory, query = aligned(4 * (2 * ROWS * size + ROWS * KEYS + 2 * KEYS * size + 2 * size))
+    memory, query = aligned(4 * ((ROWS + KEYS) * (size + value_size) + ROWS * KEYS + value_size))
     out = query + 4 * ROWS * size
-    logits = out + 4 * ROWS * size
+    logits = out + 4 * ROWS * value_size
     wide_keys = logits + 4 * ROWS * KEYS
     wide_values = wide_keys + 4 * KEYS * size
-    row_buffer = wide_values + 4 * KEYS * size
+    row_buffer = wide_values + 4 * KEYS * value_size
     keys = np.empty(KEYS + HALF, np.int64)
     values = np.empty(KEYS, np.int64)
     rows = np.zeros((7, ROWS), np.float32)  # lower, upper, position, slope, top, total, alpha
@@ -218,10 +218,11 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
     narrow = item.rows <= LANES
     columns = LANES if narrow else (item.rows + WIDE - 1) // WIDE * WIDE
     zero = splat(np.float32(0.0), LANES)
-    for d in range(size):
-        for column in range(0, columns, LANES):
-            store(F32, out + 4 * (d * ROWS + column), zero)
+    for column in range(0, columns, LANES):
+        for d in range(size):
             store(F32, query + 4 * (d * ROWS + column), zero)
+        for d in range(value_size):
+            store(F32, out + 4 * (d * ROWS + column), zero)
     for r in range(item.rows):
         source = row_address(
             batch, item, r, head, batch.query, batch.query_token_stride, batch.query_head_stride
@@ -249,10 +250,14 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
             values[k] = keys[k] + batch.value_offset
         masked = start < full_low or start + count > full_high
         if paired:
-            _pair_values(values, count, size, wide_values)
+            _pair_values(values, count, value_size, wide_values)
         else:
             _widen(kv_dtype, itemsize, size, keys, count, padded, wide_keys)
-            _widen(kv_dtype, itemsize, size, values, count, padded, wide_values)
+            if batch.value_offset == 0:  # the values are in the keys
+                for k in range(padded):
+                    values[k] = keys[k]
+            else:
+                _widen(kv_dtype, itemsize, value_size, values, count, padded, wide_values)
         if narrow:
             _logits_tile(dtype, kv_dtype, query, keys, padded, steps, logits, 0, lanes)
         else:
@@ -264,13 +269,13 @@ def many_rows(dtype, kv_dtype, batch, item, head, partials, partial_lse):
             _pair_weights(logits, count, columns)
             terms = (count + 1) // 2
         if narrow:
-            _values_tile(dtype, kv_dtype, logits, values, terms, size, out, 0, state[6], lanes)
+            _values_tile(dtype, kv_dtype, logits, values, terms, value_size, out, 0, state[6], lanes)
         else:
             for column in range(0, columns, WIDE):
-                _values_tile(dtype, kv_dtype, logits, values, terms, size, out, column, state[6], wide)
+                _values_tile(dtype, kv_dtype, logits, values, terms, value_size, out, column, state[6], wide)
 
     for r in range(item.rows):
-        for d in range(size):
+        for d in range(value_size):
             store_float(row_buffer + 4 * d, load_scalar(F32, out + 4 * (d * ROWS + r)))
         finish_row(
             dtype, batch, item, r, head, row_buffer, unit, rows[4, r], rows[5, r], partials, partial_lse

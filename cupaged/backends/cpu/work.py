@@ -62,12 +62,14 @@ class Batch(NamedTuple):
     value_offset: int
     kv_head_stride: int
     row_bytes: int
+    value_row_bytes: int
     table_stride: int
     num_seqs: int
     num_tokens: int
     num_heads: int
     num_kv_heads: int
     head_size: int
+    value_size: int  # of values, which may be the first elements of the keys
     itemsize: int  # of query and out
     block_size: int
     num_blocks: int
@@ -153,7 +155,7 @@ def plan(batch, items, capacity):
             if batch.window:
                 low = max(0, position + row // group - batch.window + 1)
             step = max(high - low, 1)
-            split = total <= ROWS and step > SPLIT_KEYS
+            split = (total <= ROWS or last - first == 1) and step > SPLIT_KEYS
             if split:
                 step = SPLIT_KEYS
             for start in range(low, high, step):
@@ -266,7 +268,7 @@ def finish_row(dtype, batch, item, r, head, accumulated, unit, top, total, parti
     """
     group = batch.num_heads // batch.num_kv_heads
     h = head * group + (item.row + r) % group
-    size = batch.head_size
+    size = batch.value_size
     if item.partial >= 0:
         index = (item.partial * batch.num_kv_heads + head) * ROWS + r
         inverse = np.float32(0.0)
@@ -311,7 +313,7 @@ def merge_row(dtype, batch, item, r, head, num_splits, partials, partial_lse):
     stride = batch.num_kv_heads * ROWS
     index = (item.partial * batch.num_kv_heads + head) * ROWS + r
     h = head * group + (item.row + r) % group
-    size = batch.head_size
+    size = batch.value_size
     largest = -INFINITY
     for p in range(num_splits):
         largest = max(largest, load_scalar(F32, partial_lse + 4 * (index + p * stride)))

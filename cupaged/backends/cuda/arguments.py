@@ -117,6 +117,28 @@ class PrefillArguments(KernelArguments):
     )
 
 
+class MlaArguments(KernelArguments):
+    """The arguments of mla_attention and mla_attention_mma."""
+
+    _fields_ = _fields(
+        "query kv_cache block_tables seq_lens query_start_loc out lse partials",
+        int64=_STRIDES,
+        int32="num_tokens num_seqs num_heads key_size value_size block_shift causal max_splits "
+        f"{_ALIGNED} split_tokens subset",
+        floats="query_scale",
+    )
+
+
+class ConcatAndCacheMlaArguments(KernelArguments):
+    """The arguments of concat_and_cache_mla."""
+
+    _fields_ = _fields(
+        "kv_c k_pe kv_cache slot_mapping",
+        int64="kv_c_stride k_pe_stride block_stride",
+        int32="key_size value_size block_shift aligned",
+    )
+
+
 class MergeSplitsArguments(KernelArguments):
     """The arguments of merge_splits."""
 
@@ -200,6 +222,9 @@ OF_KERNEL: dict[str, type[KernelArguments]] = {
     "paged_prefill": PrefillArguments,
     "paged_prefill_mma": PrefillArguments,
     "paged_prefill_wgmma": PrefillArguments,
+    "mla_attention": MlaArguments,
+    "mla_attention_mma": MlaArguments,
+    "concat_and_cache_mla": ConcatAndCacheMlaArguments,
     "merge_splits": MergeSplitsArguments,
     "merge_states": MergeStatesArguments,
     "plan_prefill": PlanPrefillArguments,

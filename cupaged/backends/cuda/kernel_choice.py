@@ -84,6 +84,33 @@ def prefill_kernel(dtype: str, cache_dtype: str, head_size: int, group: int, arc
     return PrefillKernel(spec, rows // tile_heads, tile_heads, blocks)
 
 
+@dataclass(frozen=True)
+class MlaKernel:
+    """A kernel of latent attention and how it tiles the query rows."""
+
+    spec: KernelSpec
+    tile_rows: int
+
+
+@cache
+def mla_kernel(
+    dtype: str, key_size: int, value_size: int, num_heads: int, arch: str, prefills: bool
+) -> MlaKernel:
+    """Choose the kernel of latent attention: on tensor cores with as many rows as a token has, or many.
+
+    What a sequence of one token is computed with depends on nothing else, so that it has the same bits in
+    any batch.
+    """
+    sizes = kernel_specs.mla_sizes(key_size, value_size)
+    if dtype == "fp32" or not kernel_specs.has_mma(arch):
+        spec = kernel_specs.mla_attention(dtype, *sizes)
+    else:
+        most = kernel_specs.MLA_TILE_ROWS[-1]
+        rows = next((rows for rows in kernel_specs.MLA_TILE_ROWS if rows >= num_heads), most)
+        spec = kernel_specs.mla_attention_mma(dtype, *sizes, most if prefills else rows, arch)
+    return MlaKernel(spec, int(dict(spec.defines)["CUPAGED_TILE_ROWS"]))
+
+
 def _prefill_tile_rows(row_bytes: int) -> int:
     """Return the query rows of a tile of paged_prefill: as many as fit into 48 KiB of shared memory."""
     return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16

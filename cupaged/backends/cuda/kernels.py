@@ -7,14 +7,14 @@ reads its memory or allocates outside torch's allocator, so every call can be ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ...params import AttentionParams, SamplingSettings
-from . import cache_plans, fused_plans, layouts, plans
+from . import cache_plans, fused_plans, layouts, mla_plans, plans
 from .plans import DecodePlan, PrefillPlan
 from .specs import KernelCall
 
@@ -227,6 +227,48 @@ class Kernels:
             plan, prefill, *map(prepare, (plan.search, plan.wide, plan.decode, plan.merge))
         )
 
+    def mla_attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+        layout: Hashable,
+    ) -> None:
+        device, empty = query.device, self._launcher.empty
+        plan_key = "mla", layout, _alignment((query, kv_cache, out)), params.settings
+        launches = self._plans.get(plan_key)
+        if launches is None:
+            arch, sm_count = self._launcher.arch(device), self._launcher.sm_count(device)
+            plan = mla_plans.attention(
+                query, kv_cache, block_tables, query_start_loc, out, params, arch, sm_count
+            )
+            launches = self._keep(plan_key, [launch.prepare(self._launcher, device) for launch in plan])
+        for attend, merge, shape in launches:
+            partials = None if shape is None else empty(shape, torch.float32, device)
+            attend((query, kv_cache, block_tables, seq_lens, query_start_loc, out, lse, partials))
+            if merge is not None:
+                merge((partials, seq_lens, query_start_loc, None, None, out, lse))
+
+    def concat_and_cache_mla(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        layout: Hashable,
+    ) -> None:
+        plan_key = "concat_and_cache_mla", layout, _alignment((kv_c, k_pe, kv_cache))
+        launch = self._plans.get(plan_key)
+        if launch is None:
+            call = mla_plans.concat_and_cache(kv_c, k_pe, kv_cache)
+            launch = self._keep(plan_key, self._launcher.prepare(call, kv_cache.device))
+        launch((kv_c, k_pe, kv_cache, slot_mapping))
+
     def merge_attention_states(
         self, outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
@@ -240,7 +282,7 @@ class Kernels:
         engine_bytes = self._copy_engine_bytes if reached and layouts.copy_unit(src, dst) == 16 else 0
         block_bytes = src.shape[1:].numel() * src.element_size()
         # One copy a run of neighbouring blocks.
-        for run in _runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
+        for run in layouts.runs(block_mapping.tolist(), src.is_contiguous() and dst.is_contiguous()):
             (first_src, first_dst), count = run[0], len(run)
             if count * block_bytes < engine_bytes:
                 by_kernel += run
@@ -354,18 +396,3 @@ def _alignment(tensors: Tensors) -> int:
         if tensor is not None:
             positions |= tensor.data_ptr()
     return positions % 16
-
-
-def _runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
-    """Divide (source, destination) pairs into ranges in which both IDs rise by one, or into single pairs."""
-    start = 0
-    for i in range(1, len(pairs) + 1):
-        continues = (
-            merge
-            and i < len(pairs)
-            and pairs[i][0] == pairs[i - 1][0] + 1
-            and pairs[i][1] == pairs[i - 1][1] + 1
-        )
-        if not continues:
-            yield pairs[start:i]
-            start = i

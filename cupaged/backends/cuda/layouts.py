@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -11,7 +13,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def block_shift(kv_cache: torch.Tensor) -> int:
-    return kv_cache.shape[3].bit_length() - 1
+    """Return log2 of the block size, which comes before the size of a row."""
+    return kv_cache.shape[-2].bit_length() - 1
 
 
 def rows_aligned(tensor: torch.Tensor) -> bool:
@@ -54,3 +57,18 @@ def block_bytes(cache: torch.Tensor) -> int:
 def stride_bytes(cache: torch.Tensor) -> int:
     """Return the bytes from a block to the next. A single block has none next to it, and any stride."""
     return cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
+
+
+def runs(pairs: list[list[int]], merge: bool) -> Iterator[list[list[int]]]:
+    """Divide (source, destination) pairs into ranges in which both IDs rise by one, or into single pairs."""
+    start = 0
+    for i in range(1, len(pairs) + 1):
+        continues = (
+            merge
+            and i < len(pairs)
+            and pairs[i][0] == pairs[i - 1][0] + 1
+            and pairs[i][1] == pairs[i - 1][1] + 1
+        )
+        if not continues:
+            yield pairs[start:i]
+            start = i

@@ -133,7 +133,7 @@ def decode(
     )
     if max_splits == 1:
         return DecodePlan(call, not invariant)
-    merge, partials = _merge(out, num_seqs, window, split_tokens, max_splits, subset)
+    merge, partials = merge_splits(out, num_seqs, window, split_tokens, max_splits, subset)
     plan = DecodePlan(call, not invariant, merge, partials)
     if not share or kernel.wide_spec is None:
         return plan
@@ -161,7 +161,7 @@ def decode(
     return replace(plan, search=search, tile_lists=(2 if wide else 1, max_splits, capacity), wide=wide)
 
 
-def _merge(
+def merge_splits(
     out: torch.Tensor, num_seqs: int, window: int, split_tokens: int, max_splits: int, subset: int
 ) -> tuple[KernelCall, tuple[int, int, int, int]]:
     """Plan the merge of KV splits; return the shape of their partials too."""
@@ -246,7 +246,7 @@ def prefill(
     plan = PrefillPlan(schedule, call, 2 * num_seqs + 6)
     if max_splits == 1:
         return plan
-    merge, partials = _merge(out, num_seqs, window, 0, max_splits, MULTI_TOKEN)
+    merge, partials = merge_splits(out, num_seqs, window, 0, max_splits, MULTI_TOKEN)
     return replace(plan, merge=merge, partials=partials)
 
 

@@ -16,10 +16,13 @@ from .specs import KernelSpec
 
 KERNELS: dict[str, Callable[..., KernelSpec]] = {
     "act_and_mul": kernel_specs.act_and_mul,
+    "concat_and_cache_mla": kernel_specs.concat_and_cache_mla,
     "copy_blocks": kernel_specs.copy_blocks,
     "find_shared_splits": kernel_specs.find_shared_splits,
     "merge_splits": kernel_specs.merge_splits,
     "merge_states": kernel_specs.merge_states,
+    "mla_attention": kernel_specs.mla_attention,
+    "mla_attention_mma": kernel_specs.mla_attention_mma,
     "paged_decode": kernel_specs.paged_decode,
     "paged_decode_mma": kernel_specs.paged_decode_mma,
     "paged_prefill": kernel_specs.paged_prefill,

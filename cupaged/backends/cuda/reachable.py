@@ -23,7 +23,12 @@ def reachable(arch: str) -> tuple[KernelSpec, ...]:
     for dtype in kernel_specs.DTYPES:
         found |= dict.fromkeys([kernel_specs.merge_splits(dtype), kernel_specs.merge_states(dtype)])
         found |= dict.fromkeys([kernel_specs.rms_norm(dtype), kernel_specs.act_and_mul(dtype)])
-        found[kernel_specs.sample(dtype)] = None
+        found |= dict.fromkeys([kernel_specs.sample(dtype), kernel_specs.concat_and_cache_mla(dtype)])
+        for sizes in kernel_specs.MLA_SIZES:
+            for num_heads in kernel_specs.MLA_TILE_ROWS:
+                for prefills in (False, True):
+                    mla = kernel_choice.mla_kernel(dtype, *sizes, num_heads, arch, prefills)
+                    found[mla.spec] = None
         for cache_dtype in (dtype, *kernel_specs.CACHE_DTYPES):
             found[kernel_specs.reshape_and_cache(dtype, cache_dtype)] = None
             found[kernel_specs.rope_and_cache(dtype, cache_dtype)] = None

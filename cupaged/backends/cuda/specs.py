@@ -13,6 +13,9 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 120, 128, 192, 256)
 # The most common of them, for which also what is rarer is compiled ahead of time: see `variants`.
 COMMON_HEAD_SIZES = (64, 128, 256)
 HEAD_TILES = (1, 2, 4, 8)  # query heads that one block of paged_decode handles
+# What the kernels of latent attention are compiled for: keys and values of at most so many elements.
+MLA_SIZES = ((192, 128), (320, 256), (576, 512))
+MLA_TILE_ROWS = (16, 32, 64)  # query rows that a thread block of mla_attention_mma can handle
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 
 # Bytes of shared memory that one block can have. Above 48 KiB it has to be dynamic.
@@ -180,6 +183,46 @@ def paged_prefill_wgmma(dtype: str, head_size: int) -> KernelSpec:
     return KernelSpec("paged_prefill_wgmma.cu", "paged_prefill_wgmma", defines, 384, shared_bytes)
 
 
+def mla_sizes(key_size: int, value_size: int) -> tuple[int, int]:
+    """Return the smallest of `MLA_SIZES` that has room for keys and values of these sizes."""
+    return next(sizes for sizes in MLA_SIZES if key_size <= sizes[0] and value_size <= sizes[1])
+
+
+def mla_attention(dtype: str, key_size: int, value_size: int) -> KernelSpec:
+    """Return the kernel for keys and values of sizes that are among `MLA_SIZES`."""
+    defines = _defines(dtype, KEY_SIZE=key_size, VALUE_SIZE=value_size, TILE_ROWS=8)
+    return KernelSpec("mla_attention.cu", "mla_attention", defines)
+
+
+def mla_attention_mma(dtype: str, key_size: int, value_size: int, tile_rows: int, arch: str) -> KernelSpec:
+    """Return the kernel for keys and values of sizes that are among `MLA_SIZES`.
+
+    Its tiles have ``tile_rows`` query rows, or fewer where shared memory has no room for them. Of 16 rows two
+    blocks run at once where they fit. Then come keys of a tile, then stages.
+    """
+    rows, others = tile_rows, [(32, 3, 1), (32, 2, 1), (16, 3, 1), (16, 2, 1)]
+    while True:
+        for keys, stages, blocks in [(32, 2, 2), *others] if rows == 16 else others:
+            shared_bytes = _mla_shared_bytes(key_size, value_size, rows, keys, stages)
+            if blocks * (shared_bytes + 2 * 1024) <= _shared_memory(arch) + 1024:
+                sizes = {"KEY_SIZE": key_size, "VALUE_SIZE": value_size, "TILE_ROWS": rows}
+                defines = _defines(dtype, "", **sizes, TILE_KEYS=keys, STAGES=stages)
+                return KernelSpec("mla_attention_mma.cu", "mla_attention_mma", defines, 256, shared_bytes)
+        rows //= 2
+
+
+def _mla_shared_bytes(key_size: int, value_size: int, rows: int, keys: int, stages: int) -> int:
+    """Return the size of Shared in mla_attention_mma.cu."""
+    slices = 8 // (rows // 16 * (keys // 16))
+    tiles = max((rows + stages * keys) * (2 * key_size + 16), 4 * rows * (value_size + 8))
+    weights, logits = 16 * rows * (keys // 8 + 1), 4 * slices * rows * (keys + 8)
+    return -(-(tiles + weights + logits + 12 * rows) // 16) * 16
+
+
+def concat_and_cache_mla(dtype: str) -> KernelSpec:
+    return KernelSpec("concat_and_cache_mla.cu", "concat_and_cache_mla", _defines(dtype))
+
+
 def head_tiles(cache_dtype: str) -> tuple[int, ...]:
     """Return how many query heads a thread block of paged_decode can handle.
 
@@ -216,6 +259,8 @@ def sample(dtype: str) -> KernelSpec:
 def variants(arch: str) -> tuple[KernelSpec, ...]:
     """Return the kernels of an architecture that are compiled ahead of time: for head sizes that models have.
 
+    Of latent attention those for the largest keys, which DeepSeek's models have.
+
     For the most common of these sizes also over quantised caches, under bfloat16 queries, with wide tiles, in
     float32 on GPUs with tensor cores, and in bfloat16 on those before.
 
@@ -226,10 +271,15 @@ def variants(arch: str) -> tuple[KernelSpec, ...]:
         specs.append(find_shared_splits())
     for dtype in DTYPES:
         specs += [merge_splits(dtype), merge_states(dtype), rms_norm(dtype), act_and_mul(dtype)]
-        specs.append(sample(dtype))
+        specs += [sample(dtype), concat_and_cache_mla(dtype)]
         for cache_dtype in (dtype, *CACHE_DTYPES):
             specs += [reshape_and_cache(dtype, cache_dtype), rope_and_cache(dtype, cache_dtype)]
         tensor_cores = dtype != "fp32" and has_mma(arch)
+        if tensor_cores:
+            kernels = [mla_attention_mma(dtype, *MLA_SIZES[-1], rows, arch) for rows in MLA_TILE_ROWS]
+            specs += dict.fromkeys(kernels)
+        else:
+            specs.append(mla_attention(dtype, *MLA_SIZES[-1]))
         usual = dtype != ("fp32" if has_mma(arch) else "bf16")
         for cache_dtype in (dtype, *CACHE_DTYPES) if dtype == "bf16" else (dtype,):
             for head_size in HEAD_SIZES if usual and cache_dtype == dtype else COMMON_HEAD_SIZES:

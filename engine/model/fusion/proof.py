@@ -42,6 +42,10 @@ class Proof:
     ) -> None:
         self._model, self._shape = model, shape
         self.attending = tuple(layer.module for layer in layers)
+        own = (shape.num_kv_heads, shape.head_size, shape.head_size)
+        self.padded = frozenset(
+            layer.module for layer in layers if (layer.num_kv_heads, layer.head_size, layer.value_size) != own
+        )
         self._windows = tuple(layer.window for layer in layers)
         self._device = next(model.parameters()).device
         self._has_experts = any(parameter.dim() > 2 for parameter in model.parameters())

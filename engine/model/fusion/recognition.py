@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from .attention import Attention, attend_to_stub, recognise_attention
-from .calls import Calls, NotRecognised, attention_function, untouchable
+from .calls import Call, Calls, NotRecognised, attention_function, untouchable
 from .formulas import Draw
 from .layers import Layer, recognise_layer
 from .mlp import GatedMLP, may_be_mlp, recognise_mlp
@@ -25,13 +25,19 @@ class Recognition:
     Args:
         model: a transformers decoder.
         attending: its modules that attend, in order.
+        padded: those whose keys and values have not the shape of the cache.
 
     Attributes:
         successors: by layer, the layer or norm that alone reads its result.
     """
 
-    def __init__(self, model: Any, attending: tuple[torch.nn.Module, ...]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Any,
+        attending: tuple[torch.nn.Module, ...],
+        padded: frozenset[torch.nn.Module] = frozenset(),
+    ) -> None:
+        self._model, self._padded = model, padded
         self._untouchable = untouchable(model)
         self._parents = {child: module for module in model.modules() for child in module.children()}
         self._attending = attending
@@ -58,11 +64,7 @@ class Recognition:
                 self._try(module, self.mlps, lambda m: recognise_mlp(m, calls[m][0], draw))
         with attention_function(self._model, _STUB_NAME, attend_to_stub):
             for module in self._attending:
-                self._try(
-                    module,
-                    self.attentions,
-                    lambda m: recognise_attention(m, calls[m][0], self.norms, draw),
-                )
+                self._try(module, self.attentions, lambda m: self._attention(m, calls[m][0], draw))
         for module, attention in self.attentions.items():
             self._try(
                 self._parents[module],
@@ -71,6 +73,11 @@ class Recognition:
             )
         self._link(calls)
         self._write_report()
+
+    def _attention(self, module: torch.nn.Module, call: Call, draw: Draw) -> Attention:
+        if module in self._padded:
+            raise NotRecognised("its keys and values are padded in the cache")
+        return recognise_attention(module, call, self.norms, draw)
 
     def _try(
         self, module: torch.nn.Module, results: dict[torch.nn.Module, T], recognise: Callable[..., T]

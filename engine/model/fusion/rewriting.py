@@ -58,7 +58,7 @@ def fuse_model(model: Any, proof: Proof) -> Fusion:
         model: a decoder that was loaded with the "cupaged" attention.
         proof: compares its logits, before it is changed and afterwards.
     """
-    recognition = Recognition(model, proof.attending)
+    recognition = Recognition(model, proof.attending, proof.padded)
     fusion = Fusion(recognition.report)
     calls: Calls = {}
     try:

@@ -1,26 +1,27 @@
-"""Compare eviction policies of the prefix cache on a trace: hit rate, latency and throughput. A simulation.
+"""Compare policies of the engine on a trace: hit rate, latency and throughput. A simulation.
 
-    python benchmarks/eviction.py TRACE [--format F] [--requests 1000] [--rate R] [--burstiness B]
-                                  [--blocks 2000] [--times FILE] [--out DIR]
+    python benchmarks/policies.py TRACE [--format F] [--requests 1000] [--rate R] [--burstiness B]
+                                  [--blocks 2000] [--times FILE] [--kinds K ...] [--own FILE:CLASS ...]
+                                  [--out DIR]
 
 TRACE is a file (`traces.py` lists the formats) or the name of a drawn trace (`trace_generators.py`). The
 scheduler and the block manager are those that serve; no model runs. The time of a step comes from a file of
 step times, which `step_times.py` measures, or else from the cost model of the paper's OPT-13B on an A100.
-tokens/s are those of prompts and outputs where all requests wait from the beginning.
-"clairvoyant" is Belady's policy, which needs the trace's future: it evicts what is used again last.
+Of each kind (eviction, scheduling, admission, preemption) every policy is tried beside the engine's defaults
+of the others; --own adds a class of yours, whose base class says of which kind it is. tokens/s are those of
+prompts and outputs where all requests wait from the beginning. "clairvoyant" is Belady's eviction policy,
+which needs the trace's future: it evicts what is used again last. "priority" is there if the trace has
+priorities.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
+import importlib.util
 import statistics
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
-from math import inf
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,105 +33,83 @@ else:
 import torch
 
 from benchmarks import cost_model, trace_generators, traces
+from benchmarks.clairvoyant import Clairvoyant, uses_of
 from benchmarks.cost_model import Costs
 from benchmarks.simulation import Record, Request, SimulatedEngine
 from benchmarks.trace_generators import GENERATORS
 from benchmarks.traces import Arrivals
-from cupaged.engine.memory.eviction import EVICTION_POLICIES, MakePolicy, Ranked
-from cupaged.engine.memory.prefix_hash import extend_keys, root_key
+from cupaged.engine.memory.eviction import EVICTION_POLICIES, EvictionPolicy
+from cupaged.engine.scheduling.admission import ADMISSION_POLICIES, AdmissionPolicy
+from cupaged.engine.scheduling.order import SCHEDULING_POLICIES, SchedulingPolicy
+from cupaged.engine.scheduling.preemption import PREEMPTION_MODES, PreemptionPolicy
 
 NOTE = "A simulation: no model ran, and the times are those of a cost model."
 CLAIRVOYANT = "clairvoyant"
 BLOCK_SIZE = 16
-Uses = dict[Hashable, deque[int]]  # of a content: numbers of the requests that begin with it
+Policy = str | Callable[[], Any]
 
 
-class Clairvoyant(Ranked):
-    """Evict the block whose content is used again last, or never (Belady's policy).
+@dataclass(frozen=True)
+class Kind:
+    """A kind of policy: the engine's setting, its names, the default first, and the base class."""
 
-    Requests are taken to use blocks in the order of their arrival. They use them only together with all
-    blocks before, and preempted ones look for them again: neither is foreseen, so it is not quite a bound.
-
-    Args:
-        uses: when contents are used, in ascending order; changed.
-        now: returns the number of the first request that was not admitted.
-    """
-
-    def __init__(self, uses: Uses, now: Callable[[], int]) -> None:
-        super().__init__()
-        self._uses_of = uses
-        self._now = now
-        self._soonest: list[tuple[float, int, int, Hashable]] = []  # next use, order, block, key
-
-    def add(self, block: int, key: Hashable, num_lost: int) -> None:
-        super().add(block, key, num_lost)
-        self._expect(block, key)
-
-    def evict(self) -> int:
-        now = self._now()
-        while (
-            self._soonest and self._soonest[0][0] < now
-        ):  # a use that came to nothing: there is another next
-            _, order, block, key = heapq.heappop(self._soonest)
-            entry = self._entries.get(block)
-            if entry is not None and entry[1] == order:
-                entry = self._entries[block] = self.rank(key, 0, 0), order, block
-                heapq.heappush(self._heap, entry)
-                self._expect(block, key)
-        return super().evict()
-
-    def _expect(self, block: int, key: Hashable) -> None:
-        rank, order, _ = self._entries[block]
-        if rank > -inf:
-            heapq.heappush(self._soonest, (-rank, order, block, key))
-
-    def rank(self, key: Hashable, num_uses: int, num_lost: int) -> float:
-        """Return the negated number of the next request that uses the content."""
-        uses = self._uses_of.get(key)
-        now = self._now()
-        while uses and uses[0] < now:
-            uses.popleft()
-        return -uses[0] if uses else -inf
+    setting: str
+    names: Sequence[str]
+    base: type
 
 
-def uses_of(requests: Sequence[Request], block_size: int) -> Uses:
-    """Return which requests could use which contents."""
-    uses: Uses = defaultdict(deque)
-    for number, request in enumerate(requests):
-        keys: list[bytes] = []
-        prompt = list(request.prompt)
-        extend_keys(keys, root_key(None), prompt, len(prompt), block_size)
-        for key in keys:
-            uses[key].append(number)
-    return dict(uses)
+KINDS = {
+    "eviction": Kind("eviction_policy", (*EVICTION_POLICIES, CLAIRVOYANT), EvictionPolicy),
+    "scheduling": Kind("scheduling_policy", tuple(SCHEDULING_POLICIES), SchedulingPolicy),
+    "admission": Kind("admission_policy", tuple(ADMISSION_POLICIES), AdmissionPolicy),
+    "preemption": Kind("preemption_mode", tuple(PREEMPTION_MODES), PreemptionPolicy),
+}
 
 
-def engine(policy: str | MakePolicy, costs: Costs, num_blocks: int, max_num_seqs: int) -> SimulatedEngine:
-    """Return a simulated engine with an eviction policy."""
-    return SimulatedEngine(
-        num_blocks,
-        num_cpu_blocks=0,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=max_num_seqs,
-        budget=2048,
-        costs=costs,
-        eviction_policy=policy,
-    )
+@dataclass(frozen=True)
+class Machine:
+    """Blocks of 16 tokens, as many in the swap space, and the times of steps."""
+
+    costs: Costs
+    num_blocks: int
+    max_num_seqs: int = 256
+
+    def engine(self, preemption_mode: Policy = "recompute", **settings: Any) -> SimulatedEngine:
+        """Return a simulated engine with these policies."""
+        return SimulatedEngine(
+            self.num_blocks,
+            preemption_mode,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=self.max_num_seqs,
+            budget=2048,
+            costs=self.costs,
+            **settings,
+        )
 
 
-def replay(policy: str, requests: Sequence[Request], make: Callable[..., SimulatedEngine]) -> dict[str, Any]:
+def policies_of(kind: str, requests: Sequence[Request]) -> list[str]:
+    """Return the policies of a kind that the trace can tell apart, the default first."""
+    prioritised = any(request.priority for request in requests)
+    return [name for name in KINDS[kind].names if name != "priority" or prioritised]
+
+
+def replay(kind: str, policy: Policy, requests: Sequence[Request], machine: Machine) -> dict[str, Any]:
     """Replay requests, in the order of arrival and without sessions, and return a row of the table."""
 
     def run(requests: Sequence[Request]) -> dict[str, float]:
-        simulated = _clairvoyant(requests, make) if policy == CLAIRVOYANT else make(policy)
+        if policy == CLAIRVOYANT:
+            simulated = _clairvoyant(requests, machine)
+        else:
+            simulated = machine.engine(**{KINDS[kind].setting: policy})
         return summary(simulated, simulated.replay(requests))
 
     # Requests that come at a rate end at that rate: a policy's throughput is that of a queue.
     queued = run([replace(request, time=0.0) for request in requests])
-    return {"policy": policy, **run(requests), "queued_tokens_per_s": queued["tokens_per_s"]}
+    name = policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy))
+    return {"kind": kind, "policy": name, **run(requests), "queued_tokens_per_s": queued["tokens_per_s"]}
 
 
-def _clairvoyant(requests: Sequence[Request], make: Callable[..., SimulatedEngine]) -> SimulatedEngine:
+def _clairvoyant(requests: Sequence[Request], machine: Machine) -> SimulatedEngine:
     """Return an engine whose eviction policy knows the requests that will come."""
     engines: list[SimulatedEngine] = []  # the policy asks its engine where it is, and is made before it
 
@@ -141,7 +120,7 @@ def _clairvoyant(requests: Sequence[Request], make: Callable[..., SimulatedEngin
         return scheduler.running[-1].arrival + 1 if scheduler.running else 0
 
     uses = uses_of(requests, BLOCK_SIZE)
-    engines.append(make(lambda: Clairvoyant(uses, now)))
+    engines.append(machine.engine(eviction_policy=lambda: Clairvoyant(uses, now)))
     return engines[0]
 
 
@@ -160,15 +139,15 @@ def summary(simulated: SimulatedEngine, record: Record) -> dict[str, float]:
     }
 
 
-def fixed_times(requests: Iterable[Request], make: Callable[..., SimulatedEngine]) -> list[Request]:
-    """Return requests with the times at which they arrive under LRU, and without sessions.
+def fixed_times(requests: Iterable[Request], machine: Machine) -> list[Request]:
+    """Return requests with the times at which they arrive under the defaults, and without sessions.
 
     A later turn arrives when the one before it has ended; the policies are compared on the same times.
     """
     requests = list(requests)
     if not any(request.follows for request in requests):
         return sorted(requests, key=lambda r: r.time)
-    served = make("lru").replay(requests).served
+    served = machine.engine().replay(requests).served
     return sorted((replace(s.request, time=s.arrived, follows=None) for s in served), key=lambda r: r.time)
 
 
@@ -185,6 +164,26 @@ def fitting(requests: Sequence[Request], num_blocks: int) -> list[Request]:
     return kept
 
 
+def own_policy(text: str) -> tuple[str, Policy]:
+    """Return the kind of a policy and its class, which stands in a file: ``FILE:CLASS``.
+
+    Raises:
+        ValueError: there is no such file or class, or it is no policy.
+    """
+    file, _, name = text.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file) if Path(file).is_file() else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--own {text}: no Python file is called {file!r}; write FILE:CLASS")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, name, None)
+    for kind, each in KINDS.items():
+        if isinstance(made, type) and issubclass(made, each.base):
+            return kind, made
+    bases = ", ".join(each.base.__name__ for each in KINDS.values())
+    raise ValueError(f"--own {text}: {file} has no class {name} derived from one of {bases}")
+
+
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("trace", help=f"a file, or one of {', '.join(GENERATORS)}")
@@ -196,14 +195,12 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--burstiness", type=float, default=1.0, help="of arrivals (default: 1, Poisson)")
     parser.add_argument("--blocks", type=int, default=2000, help="blocks of 16 tokens (default: 2000)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="default: 256")
-    parser.add_argument("--policies", nargs="+", default=[*EVICTION_POLICIES, CLAIRVOYANT])
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="KIND")
+    parser.add_argument("--own", nargs="+", default=[], metavar="FILE:CLASS", help="policies of your own")
     parser.add_argument("--times", type=Path, help="JSON of step_times.py (default: OPT-13B on an A100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory for the JSON")
     options = parser.parse_args(arguments)
-    known = (*EVICTION_POLICIES, CLAIRVOYANT)
-    if unknown := [policy for policy in options.policies if policy not in known]:
-        parser.error(f"--policies: {', '.join(unknown)} is none of {', '.join(known)}")
     if min(options.requests, options.blocks, options.max_num_seqs) < 1:
         parser.error("--requests, --blocks and --max-num-seqs must be at least 1")
     return options
@@ -224,36 +221,53 @@ def load(options: argparse.Namespace) -> list[Request]:
     return requests if options.rate is None else traces.scaled(requests, options.rate)
 
 
+HEADER = (
+    f"{'kind':<11} {'policy':<16} {'hits':>6} {'first token, s':>15} "
+    f"{'p99':>8} {'s/token':>8} {'tokens/s':>9} {'preempted':>9}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as text."""
+    return (
+        f"{row['kind']:<11} {row['policy']:<16} {100 * row['hit_rate']:>5.1f}% {row['ttft_median_s']:>15.3f} "
+        f"{row['ttft_p99_s']:>8.2f} {row['normalized_latency_s']:>8.4f} {row['queued_tokens_per_s']:>9.0f} "
+        f"{row['preemptions']:>9}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parsed(arguments)
     try:
+        own = [own_policy(text) for text in options.own]
         drawn = load(options)
         costs = cost_model.read(options.times).costs if options.times else cost_model.opt_13b_on_a100()
     except (ValueError, OSError) as error:
-        print(f"eviction.py: {error}", file=sys.stderr)
+        print(f"policies.py: {error}", file=sys.stderr)
         return 2
-    make = partial(engine, costs=costs, num_blocks=options.blocks, max_num_seqs=options.max_num_seqs)
+    machine = Machine(costs, options.blocks, options.max_num_seqs)
     requests = fitting(drawn, options.blocks)
     print(NOTE)
     print(f"{len(requests)} requests of {options.trace}, {options.blocks} blocks", end="")
     print(f"; {len(drawn) - len(requests)} do not fit" if len(requests) < len(drawn) else "")
     if not requests:
         return 2
-    requests = fixed_times(requests, make)
-    print(f"{'policy':<12} {'hits':>6} {'first token, s':>15} {'p99':>8} {'s/token':>8} {'tokens/s':>9}")
-    rows = []
-    for policy in options.policies:
-        rows.append(row := replay(policy, requests, make))
-        print(
-            f"{policy:<12} {100 * row['hit_rate']:>5.1f}% {row['ttft_median_s']:>15.3f} "
-            f"{row['ttft_p99_s']:>8.2f} {row['normalized_latency_s']:>8.4f} "
-            f"{row['queued_tokens_per_s']:>9.0f}"
-        )
+    requests = fixed_times(requests, machine)
+    print(HEADER, flush=True)
+    rows: list[dict[str, Any]] = []
+    for kind in options.kinds:
+        names: list[Policy] = [*policies_of(kind, requests), *(made for its, made in own if its == kind)]
+        for policy in names:
+            if rows and policy == KINDS[kind].names[0]:  # all kinds' defaults are the same engine
+                rows.append({**rows[0], "kind": kind, "policy": policy})
+            else:
+                rows.append(replay(kind, policy, requests, machine))
+            print(line(rows[-1]), flush=True)
     if options.out:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
         results = {"note": NOTE, **settings, "fitting": len(requests), "rows": rows}
-        name = f"eviction-{Path(options.trace).stem}"
-        common.write(options.out, name, common.environment(torch.device("cpu")), results)
+        name = f"policies-{Path(options.trace).stem}"
+        print(common.write(options.out, name, common.environment(torch.device("cpu")), results))
     return 0
 
 
