@@ -112,10 +112,11 @@ def read(path: Path) -> Fit:
     """Return the fit of a file of step times.
 
     Raises:
-        ValueError: the file is not one that `benchmarks/step_times.py` writes.
+        ValueError: the file is not one that `benchmarks/step_times.py` or `benchmarks/allocators.py` writes.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text())["results"]
+        results = results.get("step_times", results)
         return fit(results["steps"], results["moved_block_ms"] / 1e3)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(

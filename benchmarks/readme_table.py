@@ -196,6 +196,7 @@ TABLES: dict[str, Callable[[Run, str], Iterator[str]]] = {  # by the beginning o
     "paper-preemption": tables.preemption_table,
     "allocators": tables.allocators_table,
     "paper-policies": tables.policies_tables,
+    "capacity": tables.capacity_table,
 }
 
 

@@ -102,6 +102,17 @@ def _sampling(rows: list[Row]) -> Iterator[str]:
         yield f"{row['case']:<34} {ours * 1e6:>9.1f}  {_others(row, ours)}"
 
 
+def _latent(rows: list[Row]) -> Iterator[str]:
+    yield f"{'latent attention':<48} {'us':>9} {'GB/s':>7} {'TFLOP/s':>8}  others, in our time"
+    for row in rows:
+        if "cupaged" not in row["seconds"]:
+            yield f"{row['case']:<48} WRONG: {row.get('wrong', 'not measured')}"
+            continue
+        ours = row["seconds"]["cupaged"]
+        rates = f"{row['bytes'] / ours / 1e9:>7.1f} {row['flop'] / ours / 1e12:>8.2f}"
+        yield f"{row['case']:<48} {ours * 1e6:>9.1f} {rates}  {_others(row, ours)}"
+
+
 def _mixed(rows: list[Row]) -> Iterator[str]:
     yield f"{'decodes and chunks':<44} {'us':>10} {'decodes':>10} {'chunks':>10}  parts over the whole"
     for row in rows:
@@ -134,6 +145,7 @@ FORMATS: dict[str, Callable[[list[Row]], Iterator[str]]] = {
     "ceilings": _ceilings,
     "decode": _decode,
     "prefill": _prefill,
+    "latent": _latent,
     "mixed": _mixed,
     "memory": _memory,
     "fused": _memory,

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = tuple(LARGEST)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CASTS = {torch.int32: "int", torch.int64: "long"}  # tensor methods that cast to an integer dtype
-BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_HEAD_SIZE = 256
 SCALE_RANGE = (2.0**-126, 2.0**126)  # the GPU flushes smaller numbers to 0; so for the reciprocal
 
@@ -103,9 +103,7 @@ def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
     """Check a layer's cache [num_blocks, 2, Hkv, B, D], in which only the stride between blocks is free."""
     tensor(name, value, "num_blocks 2 Hkv B D", sizes, dtype=DTYPES + QUANTISED)
     blocks_contiguous(name, value)
-    if sizes["B"] not in BLOCK_SIZES:
-        allowed = ", ".join(map(str, BLOCK_SIZES))
-        raise ValueError(f"{name} has block size {sizes['B']}; supported are {allowed}")
+    block_size(name, sizes["B"])
     if sizes["D"] % 8 or not 0 < sizes["D"] <= MAX_HEAD_SIZE:
         raise ValueError(
             f"{name} has head size {sizes['D']}; it must be a multiple of 8 and at most {MAX_HEAD_SIZE}"
@@ -115,6 +113,13 @@ def layer_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
             f"{name} has head size {sizes['D']}; a cache of {value.dtype} needs a multiple of 16, "
             "so use a 16-bit cache"
         )
+
+
+def block_size(name: str, size: int) -> None:
+    """Check that the cache has blocks of a size that the kernels take."""
+    if size not in BLOCK_SIZES:
+        allowed = ", ".join(map(str, BLOCK_SIZES))
+        raise ValueError(f"{name} has block size {size}; supported are {allowed}")
 
 
 def blocks_contiguous(name: str, value: torch.Tensor) -> None:

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import torch
 
-from .checks import DTYPES, batch, blocks_contiguous, last_dim_contiguous, rows_apart, tensor
+from .checks import DTYPES, batch, block_size, blocks_contiguous, last_dim_contiguous, rows_apart, tensor
 from .layout import once_per_layout
 
 MAX_KEY_SIZE = 576
 MAX_VALUE_SIZE = 512
-MAX_BLOCK_SIZE = 256
 
 
 def latent_cache(name: str, value: torch.Tensor, sizes: dict[str, int]) -> None:
     """Check a cache of latents [num_blocks, B, Dk], in which only the stride between blocks is free."""
     tensor(name, value, "num_blocks B Dk", sizes, dtype=DTYPES)
     blocks_contiguous(name, value)
-    block_size = sizes["B"]
-    if block_size & (block_size - 1) or not 0 < block_size <= MAX_BLOCK_SIZE:
-        raise ValueError(
-            f"{name} has block size {block_size}; it must be a power of two and at most {MAX_BLOCK_SIZE}"
-        )
+    block_size(name, sizes["B"])
     _size(f"{name} has keys", sizes["Dk"], MAX_KEY_SIZE)
 
 

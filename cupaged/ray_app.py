@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import click
 import ray
 from ray import serve
+from ray._private.utils import get_num_cpus  # as many as a local cluster has: a container may have fewer
+from ray.serve.config import AutoscalingConfig
 
 from .engine.config import EngineConfig
 from .engine.replicas.deployment import replica_application
@@ -28,7 +31,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     Args:
         args: options of `python -m cupaged.serve`, without dashes in front (``model``, ``max_model_len``);
             ``replicas`` is 1 if not given, and the address is Ray Serve's. ``ray_actor_options`` are the
-            resources of a replica, by default a GPU for each rank if the cluster has any, and
+            resources of a replica, by default a GPU for each rank or, without GPUs, a share of the cores, and
             ``autoscaling_config``, in place of ``replicas``, Ray Serve's settings of autoscaling; both are
             mappings, or JSON.
 
@@ -42,12 +45,13 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     check_replicas(options.replicas)
     if options.replicas is not None and "autoscaling_config" in of_ray:
         raise ValueError("replicas and autoscaling_config are given: leave one out")
+    scaling = of_ray.get("autoscaling_config")
     replicas = replica_application(
         replica_arguments(options),
         num_replicas=options.replicas or 1,
-        autoscaling_config=of_ray.get("autoscaling_config"),
+        autoscaling_config=scaling,
         ray_actor_options=of_ray.get("ray_actor_options")
-        or _resources(options.device, options.tensor_parallel_size),
+        or _resources(options.device, options.tensor_parallel_size, _most(options.replicas, scaling)),
         max_imbalance=options.max_imbalance,
         max_ongoing_requests=limits.max_waiting_requests + options.max_num_seqs,
         shutdown_timeout=options.shutdown_timeout,
@@ -57,10 +61,52 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return ingress_application(replicas, limits, access, options.shutdown_timeout)
 
 
-def _resources(device: str | None, num_ranks: int) -> dict[str, float]:
-    """Return what a replica reserves for each rank: a GPU, or a core if there are none, or not wanted."""
-    on_cpu = device == "cpu" or (ray.is_initialized() and not ray.cluster_resources().get("GPU"))
-    return {"num_cpus" if on_cpu else "num_gpus": num_ranks}
+def _most(replicas: int | None, scaling: Mapping[str, Any] | None) -> int:
+    """Return the maximum number of replicas."""
+    return AutoscalingConfig(**scaling).max_replicas if scaling is not None else replicas or 1
+
+
+def _resources(device: str | None, num_ranks: int, num_replicas: int) -> dict[str, float]:
+    """Return what a replica reserves: a GPU for each rank, or a share of the cores if there are no GPUs."""
+    nodes = _nodes()
+    if device != "cpu" and (device is not None or any(node.get("GPU") for node in nodes)):
+        return {"num_gpus": num_ranks}
+    return {"num_cpus": cores_of_each([node.get("CPU", 0) for node in nodes], num_replicas)}
+
+
+def cores_of_each(cores: Sequence[float], num_replicas: int) -> float:
+    """Return the number of cores that each replica can have: whole ones, or a part of one if they are few.
+
+    Args:
+        cores: number of cores of each node, none of which a replica spans.
+        num_replicas: number of replicas.
+    """
+    for share in range(int(max(cores, default=0)), 0, -1):
+        if sum(of_node // share for of_node in cores) >= num_replicas:
+            return share
+    parts = 1  # of a core
+    while 0 < sum(map(int, cores)) * parts < num_replicas:
+        parts += 1
+    return 1 / parts
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """Return the resources of the cluster's nodes, or of this machine if there is no cluster yet."""
+    if ray.is_initialized():
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # `serve run` connects later, with settings of its own: this is to look only.
+    command = click.get_current_context(silent=True)
+    address = (command.params.get("address") if command else None) or "auto"
+    try:
+        ray.init(address, configure_logging=False, log_to_driver=False)
+    except ConnectionError:  # it will start one
+        import torch
+
+        return [{"CPU": get_num_cpus(), "GPU": torch.cuda.device_count()}]
+    try:
+        return _nodes()
+    finally:
+        ray.shutdown()
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"cupaged: {why}", flush=True)
         config = EngineConfig(**{**settings, "device": str(device)})
         if options.replicas is not None:
-            _check_gpus(device, options.replicas)
+            _check_gpus(device, options.replicas, options.tensor_parallel_size)
             _run_replicas(listener, options, device.type, limits, access, tls)
         else:
             _run(listener, options, config, limits, access, tls, chat_settings)
@@ -165,16 +165,17 @@ def check_replicas(number: int | None) -> None:
         raise ValueError(f"replicas must be at least 1, got {number}")
 
 
-def _check_gpus(device: torch.device, num_replicas: int) -> None:
-    """Check that each replica can have a GPU of its own, if they are to run on GPUs."""
+def _check_gpus(device: torch.device, num_replicas: int, num_ranks: int) -> None:
+    """Check that each rank of each replica can have a GPU of its own, if they are to run on GPUs."""
     import torch
 
     if device.index is not None:
         raise ValueError(f"device is {str(device)!r}, and each replica has a GPU of its own: give 'cuda'")
-    if device.type == "cuda" and torch.cuda.device_count() < num_replicas:
+    if device.type == "cuda" and (count := torch.cuda.device_count()) < num_replicas * num_ranks:
+        each = "one" if num_ranks == 1 else f"{num_ranks} (tensor_parallel_size)"
         raise ValueError(
-            f"replicas is {num_replicas}, and there are {torch.cuda.device_count()} GPUs, one for each: give "
-            "fewer replicas, or more devices in CUDA_VISIBLE_DEVICES"
+            f"replicas is {num_replicas}, and there are {count} GPUs, {each} for each: give fewer replicas, "
+            "or more devices in CUDA_VISIBLE_DEVICES"
         )
 
 

@@ -65,6 +65,7 @@ def explain(model: str | None, dtype: str = "auto", device: str | None = None, t
             trust_remote_code=trust,
         )
     runner = ModelRunner(loaded)
+    runner.cache_latents()
     proof = runner.proof(_BLOCK_SIZE)
     before = layer_operations(loaded, proof)
     report = fuse_model(loaded, proof).report

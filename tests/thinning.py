@@ -1,9 +1,9 @@
 """The pytest plugin that thins products of parameters, by a rule.
 
-A kernel's tests run over products: dtypes x head sizes x features x groups. By default each value of each
-parameter is run on each backend at least once, by as few tests as it takes; the other tests are marked
-`matrix`, and run with ``make test-all``. Which these are follows from the parameters alone. A test over a
-single list of cases keeps all of them.
+A kernel's tests run over products: dtypes x head sizes x features x groups; so do some others, which are
+marked `thinned`. By default each value of each parameter is run on each backend at least once, by as few
+tests as it takes; the other tests are marked `matrix`, and run with ``make test-all``. Which these are
+follows from the parameters alone. A test over a single list of cases keeps all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Value = tuple[str, str]  # a parameter, and how its value is written
 def pytest_collection_modifyitems(items):
     products = defaultdict(list)
     for item in items:
-        if item.path.parent.name in FOLDERS and hasattr(item, "callspec"):
+        wanted = item.path.parent.name in FOLDERS or item.get_closest_marker("thinned")
+        if wanted and hasattr(item, "callspec"):
             values = {name: repr(value) for name, value in item.callspec.params.items()}
             run = values.pop("run", None)  # of ``--fresh``: each run has the same tests
             products[item.path, item.originalname, run].append((item, values))

@@ -164,3 +164,20 @@ def _unit(trace: str) -> str:
 
 def _policy(name: str) -> str:
     return name if name == CLAIRVOYANT else f"`{name}`"
+
+
+def capacity_table(run: Run, link: str) -> Iterator[str]:
+    """Yield a line for each configuration that was tried, with what it serves."""
+    results = run["results"]
+    limits = " and ".join(f"{name} {limit:g} s" for name, limit in results["slo"].items())
+    yield (
+        f"{results['note']} `{results['trace']}`, {results['requests']:,} requests, {results['model']}; "
+        f"limits that {results['attainment']:.0%} of the requests are within: {limits} ({link})."
+    )
+    yield ""
+    names = list(results["best"]["configuration"])
+    yield from header(*(f"`{name}`" for name in names), "requests/s")
+    for row in results["rows"]:
+        best = "**" if row["configuration"] == results["best"]["configuration"] else ""
+        settings = [f"{best}{row['configuration'][name]}{best}" for name in names]
+        yield line(*settings, f"{best}{row['rate']:.2f}{best}")

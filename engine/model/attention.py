@@ -36,6 +36,8 @@ class AttentionMetadata:
         rotary_halves: what fused layers share in a step: cosines and sines as the operator takes them, by the
             id of the model's own, which stand beside them.
         workspace: the `Workspace` in which the tensors of this step always are; None: they are new.
+        latents: the latents of this step's tokens, of a model whose latents are cached (`latents.Latents`);
+            ``kv_caches`` then are ``[num_blocks, B, Dk]``.
         buffer: where fused layers write intermediate results (`workspace.Buffer`); None: into new memory.
     """
 
@@ -48,6 +50,7 @@ class AttentionMetadata:
     windows: tuple[int | None, ...]
     shared_prefix: bool = False
     rotary_halves: dict[int, Any] = field(default_factory=dict)
+    latents: Any = None
     workspace: Any = None
     buffer: Any = None
 
@@ -86,6 +89,8 @@ def paged_attention_forward(
     Returns:
         The output ``[1, T, H, Dv]``, and None in place of attention weights.
     """
+    if paged.latents is not None:
+        return paged.latents.attend(module, query, scaling, paged), None
     layer: int = module.layer_idx  # type: ignore[assignment]
     kv_cache = paged.kv_caches[layer]
     k_scale, v_scale = (None, None) if paged.kv_scales is None else paged.kv_scales[layer]

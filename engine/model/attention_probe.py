@@ -46,6 +46,10 @@ _MEANING = {
 _SUPPORTED_KEYWORDS = {"scaling", "softcap", "s_aux"}
 
 
+class NotHandedOnError(ValueError):
+    """Report that an attention does not get the arguments of the model's forward."""
+
+
 @dataclass(frozen=True)
 class LayerAttention:
     """Describe the attention of one layer.
@@ -157,7 +161,7 @@ def _record_layer(
     """
     name = type(module).__name__
     if not isinstance(paged, Probe):
-        raise ValueError(f"{name} does not hand arguments of the model's forward on to its attention")
+        raise NotHandedOnError(f"{name} does not get the arguments of the model's forward")
     unknown = [
         keyword
         for keyword, argument in keywords.items()

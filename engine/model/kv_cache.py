@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,22 +15,28 @@ from ..scheduling.step_plan import BlockPairs, Plan
 
 @dataclass(frozen=True)
 class KVShape:
-    """Describe a block of the cache, ``[num_layers, 2, num_kv_heads, block_size, head_size]``."""
+    """Describe a block of the cache, ``[num_layers, 2, num_kv_heads, block_size, head_size]``.
+
+    Args:
+        latent: a token has one row of ``head_size`` elements in a layer, its latent and the part of its key
+            with RoPE; a block is ``[num_layers, block_size, head_size]``.
+    """
 
     num_layers: int
     num_kv_heads: int
     block_size: int
     head_size: int
     dtype: torch.dtype
+    latent: bool = False
 
     @property
-    def block_shape(self) -> tuple[int, int, int, int, int]:
-        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_size)
+    def block_shape(self) -> tuple[int, ...]:
+        of_layer = (self.block_size, self.head_size)
+        return (self.num_layers, *(() if self.latent else (2, self.num_kv_heads)), *of_layer)
 
     @property
     def block_bytes(self) -> int:
-        elements = self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_size
-        return elements * self.dtype.itemsize
+        return math.prod(self.block_shape) * self.dtype.itemsize
 
 
 class KVCache:

@@ -18,13 +18,15 @@ from ..memory.block_manager import BlockManager
 from ..scheduling.step_plan import ScheduledSequence
 from ..transfer import to_device, with_sampled
 from .attention import AttentionMetadata
-from .attention_probe import SUPPORTED, LayerAttention, probe_layers
+from .attention_probe import SUPPORTED, LayerAttention, NotHandedOnError, probe_layers
 from .cpu_linear import pack_linears
 from .cuda_graph import CudaGraphs, GraphMaker
 from .decode_graphs import DecodeGraphs, free_bytes, measured_bytes
 from .fusion import Fusion, Proof, fuse_model
 from .graph_buckets import LONG_PREFIX, Buckets
+from .hand_on import hand_on
 from .kv_cache import KVCache, KVShape
+from .latents import cache_latents
 from .step_inputs import StepInputs
 from .vocabulary import num_tokens
 from .workspace import Workspaces
@@ -58,6 +60,7 @@ class ModelRunner:
             kind = model.config.model_type  # type: ignore[union-attr]
             raise ValueError(f"{kind} is not supported: {error}; {SUPPORTED}") from error
         self._windows = tuple(layer.window for layer in self._layers)
+        self._latent_size: int | None = None  # elements of a cached row, where latents are cached
         self._workspaces: Workspaces | None = None
         self._graphs: DecodeGraphs | None = None
         self._finds_prefixes = self.device.type != "cpu"
@@ -80,8 +83,13 @@ class ModelRunner:
             raise ValueError("it has recurrent layers")
         if not self._takes_positions():
             raise ValueError("it does not take position_ids as the engine gives them, but counts its own")
+        num_positions = getattr(self.config, "max_position_embeddings", None)
         try:
-            return probe_layers(model, getattr(self.config, "max_position_embeddings", None))
+            try:
+                return probe_layers(model, num_positions)
+            except NotHandedOnError:
+                hand_on(model)
+                return probe_layers(model, num_positions)
         except (AttributeError, TypeError, LookupError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -95,12 +103,23 @@ class ModelRunner:
         )
         return not after_padding and "position_ids" in inspect.signature(self._model.forward).parameters
 
+    def cache_latents(self) -> None:
+        """Let the cache hold the latents of a model with multi-head latent attention, as `Latents` says.
+
+        To be called before anything else; models of other kinds are left as they are.
+        """
+        sizes = cache_latents(self._model, self._layers)
+        self._latent_size = None if sizes is None else sizes[0]
+
     def kv_shape(self, block_size: int, kv_cache_dtype: str = "auto") -> KVShape:
         """Return the shape of a block of this model's cache.
 
         Raises:
             ValueError: a quantized cache does not support the model's head size.
         """
+        if self._latent_size is not None:
+            dtype = next(self._model.parameters()).dtype
+            return KVShape(len(self._layers), 1, block_size, self._latent_size, dtype, latent=True)
         # What a layer has less of than another one is repeated or padded with zeros.
         head_size = max(layer.head_size for layer in self._layers)
         head_size += -head_size % _HEAD_SIZE_MULTIPLE

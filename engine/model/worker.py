@@ -42,6 +42,8 @@ class Worker:
         self.config, self.device = config, device
         self.model, self.tokenizer = self._load(model, ranks)
         self.runner = ModelRunner(self.model)
+        if config.kv_cache_dtype == "auto":  # there are no quantised latents
+            self.runner.cache_latents()
         fusion = self.runner.rewrite(config.block_size, config.fuse)
         self.vocabulary = Vocabulary.of(self.model)
         self.shape = self.runner.kv_shape(config.block_size, config.kv_cache_dtype)

@@ -91,9 +91,12 @@ class ReplicaChoice(Generic[Replica]):
         It is the one that has the longest beginning, or, if that is too busy, the least loaded one. Of
         several with the longest beginning it is the least loaded, of several least loaded ones that with the
         longest beginning, and of equal ones that which got a request least recently.
+
+        The prompt's last chunk does not count: it saves little, and a prompt without another one, such as
+        "Hi", is that of many, who are to be spread.
         """
         ages = {each: age for age, each in enumerate(self._loads)}
-        lengths = self._index.matches(hashes)
+        lengths = self._index.matches(hashes[:-1])
 
         def load(replica: Replica) -> int:
             return self._loads.get(replica, 0)

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
-CHUNK_SIZE = 64  # bytes: about a block of tokens
+CHUNK_SIZE = 64  # maximum number of bytes of a chunk: about a block of tokens
 MAX_CHUNKS = 4096  # that are looked at: prompts that differ later are as good as equal
 
 # Fields of all the APIs in the order in which templates render them.
-_FIELDS = ("cache_salt", "tools", "system", "instructions", "prompt", "input", "messages")
+_FIELDS = ("tools", "system", "instructions", "prompt", "input", "messages")
 
 
 def prompt_hashes(body: bytes) -> list[bytes]:
-    """Return the chained hashes of the chunks of a request's prompt; none if the body has no prompt.
+    """Return the chained hashes of the chunks of a request's prompt, the last of which ends with the prompt.
 
-    A body that is not what an API expects is no error here: a replica refuses it.
+    A message ends a chunk as well. So the prompt of a conversation's first turn, however short, is a
+    beginning of that of the second, most of which can be the first answer.
+
+    A body that is not what an API expects is no error here: a replica refuses it. If it has no prompt, there
+    are no hashes.
     """
-    try:
-        content = _prompt(json.loads(body))
-    except (ValueError, RecursionError):
-        return []
-    hashes, parent = list[bytes](), b""
-    for start in range(0, len(content) - CHUNK_SIZE + 1, CHUNK_SIZE):
-        parent = blake2b(parent + content[start : start + CHUNK_SIZE], digest_size=16).digest()
-        hashes.append(parent)
+    hashes = list[bytes]()
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = json.loads(body)
+        if isinstance(fields, dict):
+            parent = b"".join(_texts(fields.get("cache_salt")))  # no beginning of a prompt by itself
+            for chunk in islice(_chunks(fields), MAX_CHUNKS):
+                parent = blake2b(parent + chunk, digest_size=16).digest()
+                hashes.append(parent)
     return hashes
 
 
-def _prompt(fields: Any) -> bytes:
-    content = bytearray()
-    for name in _FIELDS if isinstance(fields, dict) else ():
-        if fields.get(name) is not None:
-            content += name.encode() + b"\0"
-            for text in _texts(fields[name]):
+def _chunks(fields: dict[str, Any]) -> Iterator[bytes]:
+    for name in _FIELDS:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if name == "input" and isinstance(value, str):  # short for one message
+            value = [{"role": "user", "content": value}]
+        of_messages = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+        for part in value if of_messages else [value]:
+            content = bytearray(name.encode() + b"\0")
+            for text in _texts(part):
                 content += text
-                if len(content) > CHUNK_SIZE * MAX_CHUNKS:
-                    return bytes(content[: CHUNK_SIZE * MAX_CHUNKS])
-    return bytes(content)
+                if len(content) >= CHUNK_SIZE * MAX_CHUNKS:
+                    break
+            for start in range(0, len(content), CHUNK_SIZE):
+                yield bytes(content[start : start + CHUNK_SIZE])
 
 
 def _texts(value: Any) -> Iterator[bytes]:

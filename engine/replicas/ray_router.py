@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from .prefix_index import ReplicaChoice
 
-MAX_BEGINNINGS = 200_000  # that are remembered: of 13 million characters, in about 50 MB
+MAX_BEGINNINGS = 200_000  # that are remembered: of up to 13 million characters, in about 50 MB
 _MAX_ENDED = 1000
 
 
@@ -35,8 +35,9 @@ class PrefixRouter(RequestRouter):
     """
 
     # Seconds that Ray Serve lets a replica take to say how many requests it has, before it tries the next
-    # one: 0.1 by default, in which one whose cores are busy does not answer, and its cache is not used.
-    queue_len_response_deadline_s = 2.0
+    # one: 0.1 by default, in which one whose cores are busy does not answer, and its cache is not used. One
+    # that has died does not take them.
+    queue_len_response_deadline_s = 10.0
     max_queue_len_response_deadline_s = 10.0
 
     def initialize_state(self, **settings: Any) -> None:

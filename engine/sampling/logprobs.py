@@ -125,7 +125,7 @@ def take_prompt(
         if count := item.num_prompt_logits:
             tokens = item.seq.token_ids[item.start + 1 : item.start + 1 + count]
             output[position] = []
-            number = item.group.params.prompt_logprobs or 0
+            number = min(item.group.params.prompt_logprobs or 0, logits.shape[-1])  # any may be asked for
             for first in range(0, count, _PROMPT_SLICE):  # bounds the size of the float32 copy
                 part = np.array(tokens[first : first + _PROMPT_SLICE])
                 of_part = logits[row + first : row + first + len(part)]

@@ -22,7 +22,8 @@ class Readback:
             self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # That of the tensors' device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(packed.device))
 
     def wait(self) -> list[torch.Tensor]:
         """Wait for the copy and return the tensors on the host."""

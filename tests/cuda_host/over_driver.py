@@ -383,7 +383,7 @@ def a_raw_kernel_of_no_kernel_is_refused() -> None:
         ("rope_and_cache", {"cache_dtype": torch.int8}),
         ("sample", {}),
     ):
-        assert cupaged.raw_kernel(name, arch="80", dtype=torch.bfloat16, **variant).kernel.ptr > 0
+        assert cupaged.raw_kernel(name, arch="80", dtype=torch.float16, **variant).kernel.ptr > 0
 
 
 def a_kernel_is_loaded_that_cannot_be_kept() -> None:

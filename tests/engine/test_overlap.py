@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cupaged.engine import LLMEngine, RequestOutput, SamplingParams, StructuredOutputsParams
+from cupaged.engine.sampling import readback
 from cupaged.engine.sampling.readback import Readback, pack, unpack
 from cupaged.engine.sampling.sampler import Sampler
 from cupaged.engine.sampling.samples import SamplerOutput
@@ -333,4 +334,48 @@ def test_tensors_of_all_kinds_come_to_the_host_in_one_copy():
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)
     for found, tensor in zip(Readback(tensors).wait(), tensors, strict=True):
+        assert torch.equal(found, tensor)
+
+
+class OnSecondGPU(torch.Tensor):
+    """Stand in for a tensor on the GPU that is not the current one."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+class DriverOfEvents:
+    """Stand in for `torch`, where a copy is only done once an event after it in its stream has come."""
+
+    uint8 = torch.uint8
+
+    def __init__(self) -> None:
+        self.cuda = self
+        self.cat = torch.cat
+        self.recorded: list[object] = []
+
+    def empty(self, *shape: int, pin_memory: bool, **kind: Any) -> torch.Tensor:
+        assert pin_memory
+        return torch.empty(*shape, **kind)
+
+    def current_stream(self, device: torch.device | None = None) -> str:
+        return f"stream of {device or 'cuda:0'}"
+
+    def Event(self) -> DriverOfEvents:
+        return self
+
+    def record(self, stream: str | None = None) -> None:
+        self.recorded.append(stream or self.current_stream())
+
+    def synchronize(self) -> None:
+        assert self.recorded == ["stream of cuda:1"], "it would not wait for the copy"
+
+
+def test_the_host_waits_for_the_device_of_the_tensors(monkeypatch):
+    """Which need not be the current one: `LLM(device="cuda:1")` does not change that."""
+    monkeypatch.setattr(readback, "torch", driver := DriverOfEvents())
+    tensors = [torch.arange(3), torch.rand(3, 2)]
+    copies = Readback([tensor.as_subclass(OnSecondGPU) for tensor in tensors]).wait()
+    assert driver.recorded
+    for found, tensor in zip(copies, tensors, strict=True):
         assert torch.equal(found, tensor)

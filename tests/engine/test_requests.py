@@ -188,6 +188,7 @@ def status_of(engine, request_id: str) -> Status:
     return engine._groups[request_id].status
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running", "preempted", "swapped"])
 def test_abort_in_every_state(llama_dir, state, n):

@@ -49,7 +49,9 @@ def test_a_long_load_is_served_in_order(mode, caching, seed):
     assert record.most_preempted <= 10
 
 
-@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(m, marks=pytest.mark.matrix) for m in ("swap", "recompute")), "auto"]
+)
 def test_thousands_with_beams_among_them_are_served_in_order(mode, seed):
     requests = chats(random.Random(seed), 2000, rate=200, means=(20, 30), beams=0.2)
     engine = SimulatedEngine(150, mode)
@@ -87,6 +89,7 @@ def hostile(rng: random.Random) -> dict[str, list[Request]]:
     }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
 @pytest.mark.parametrize("name", hostile(random.Random(0)))
 def test_a_hostile_load_is_served(name, mode, seed):

@@ -9,6 +9,7 @@ import torch
 
 import cupaged
 from benchmarks.cases import Problem, check, draw
+from cupaged.checks import BLOCK_SIZES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CACHE_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
@@ -46,7 +47,7 @@ def test_decode(backend, seed, dtype, head_size):
         seed,
         dtype=dtype,
         head_size=head_size,
-        block_size=rng.choice([8, 16, 32, 64, 128]),
+        block_size=rng.choice(BLOCK_SIZES),
         num_kv_heads=rng.choice([1, 2, 3]),
         group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
         seq_lens=sizes(rng, 700),
@@ -65,7 +66,7 @@ def test_prefill(backend, seed, dtype, head_size):
         seed,
         dtype=dtype,
         head_size=head_size,
-        block_size=rng.choice([8, 16, 32, 64, 128]),
+        block_size=rng.choice(BLOCK_SIZES),
         num_kv_heads=rng.choice([1, 2]),
         group=rng.choice([1, 2, 3, 4]),
         seq_lens=seq_lens,
@@ -98,7 +99,7 @@ def test_any_head_size(backend, seed, mode):
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 @pytest.mark.parametrize("features", [*FEATURES, ("full",), ("full", "window")], ids="+".join)
-@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_features(backend, seed, mode, features, block_size):
     rng = random.Random(seed)
     seq_lens = sizes(rng, 700)
@@ -147,7 +148,7 @@ def test_quantised_cache(backend, seed, mode, dtype, head_sizes, cache_dtype):
         seed,
         dtype=dtype,
         head_size=rng.choice(head_sizes),
-        block_size=rng.choice([8, 16, 32, 64, 128]),
+        block_size=rng.choice(BLOCK_SIZES),
         num_kv_heads=rng.choice([1, 2, 3]),
         group=rng.choice([1, 2, 4, 5, 8]),
         seq_lens=seq_lens,

@@ -28,7 +28,8 @@ def test_reshape_and_cache(backend, seed, dtype, head_size, layout):
     rng = random.Random(seed)
     device = backend[1]
     generator = torch.Generator().manual_seed(seed)
-    num_blocks, num_kv_heads, block_size = 7, rng.choice([1, 2, 5]), rng.choice([8, 16, 64])
+    num_blocks, block_size = rng.choice([(40, 1), (20, 2), (7, 8), (7, 16), (7, 64)])
+    num_kv_heads = rng.choice([1, 2, 5])
     wide = torch.full((num_blocks, 2, 2, num_kv_heads, block_size, head_size), float("nan"), dtype=dtype)
     num_tokens = rng.randrange(1, 40)
     slots = torch.tensor(rng.sample(range(num_blocks * block_size), num_tokens))
@@ -83,7 +84,8 @@ def test_reshape_and_cache_quantises(backend, seed, dtype, cache_dtype, layout):
     rng = random.Random(seed)
     device = backend[1]
     generator = torch.Generator().manual_seed(seed)
-    num_blocks, num_kv_heads, block_size = 5, rng.choice([1, 2, 5]), rng.choice([8, 16, 64])
+    num_blocks, block_size = rng.choice([(40, 1), (10, 4), (5, 8), (5, 16), (5, 64)])
+    num_kv_heads = rng.choice([1, 2, 5])
     head_size = rng.choice([32, 64, 80, 128, 256])
     codes = torch.full((num_blocks, 2, 2, num_kv_heads, block_size, head_size), 0xAB, dtype=torch.uint8)
     num_tokens = rng.randrange(2, 40)

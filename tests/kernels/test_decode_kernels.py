@@ -51,7 +51,7 @@ def draw_few(seed: int, **options):
     query_lens[2:4] = 7, 8  # of the 8, a tile of 16 keys ends between what the first and the last one see
     return draw(
         seed,
-        block_size=rng.choice([8, 16, 64]),
+        block_size=rng.choice([1, 2, 8, 16, 64]),
         seq_lens=seq_lens,
         query_lens=query_lens,
         padding_rows=rng.choice([0, 5]),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cupaged
-from benchmarks.cases import Problem, check, draw
+from benchmarks.cases import Problem, check, close, draw
 
+from . import mla_cases
 from .test_attention import run
 
 BLOCK_STRIDE = 1 << 30  # elements
@@ -65,6 +66,32 @@ def test_attention(backend, seed, mode):
     )
     out, lse = run(large, device)
     check(out, problem, lse)
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_latents(backend, seed, mode):
+    """Written one by one into the last blocks, and attended over."""
+    device = backend[1]
+    problem = mla_cases.draw(
+        seed,
+        dtype=torch.bfloat16,
+        num_heads=4,
+        sizes=(24, 16),
+        block_size=16,
+        seq_lens=[40, 13],
+        query_lens=None if mode == "decode" else [9, 13],
+    )
+    exact, _ = problem.expected(torch.float64)
+    plain, _ = problem.expected(torch.bfloat16)
+    used = problem.kv_cache[problem.block_tables[problem.block_tables < 1000].long()]
+    large = spread(torch.full((7, *used.shape[1:]), float("nan"), dtype=used.dtype), device)
+    slots = torch.arange(3 * 16, 7 * 16, device=device)
+    rows = used.flatten(0, 1).to(device)
+    cupaged.concat_and_cache_mla(rows[:, :16], rows[:, 16:], large, slots)
+    problem.kv_cache = large
+    problem.block_tables[problem.block_tables < 1000] = torch.arange(3, 7, dtype=torch.int32)
+    out, _ = mla_cases.run(problem, device)
+    close(out, plain, exact)
 
 
 def test_cache_writes_and_copies(backend, seed):

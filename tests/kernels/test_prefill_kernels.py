@@ -47,18 +47,24 @@ def test_the_choice(dtype, cache, head_size, arch, name):
     assert str(kernel_choice.prefill_kernel(dtype, cache, head_size, 4, arch).spec) == name
 
 
-def draw_chunks(seed: int, **options) -> Problem:
-    """Chunks of any length over prefixes of any length, with a decode and padding between."""
+def draw_chunks(seed: int, *, group: int, **options) -> Problem:
+    """Chunks of any length over prefixes of any length, with a decode and padding between.
+
+    Large groups have shorter ones: the time is that of the query rows.
+    """
     rng = random.Random(seed)
-    query_lens = [rng.randrange(100, 150), 0, 1, 16, rng.randrange(1, 60), rng.randrange(9, 40)]
+    longest = 150 if group <= 8 else 40
+    query_lens = [rng.randrange(longest - 30, longest), 0, 1, 16]
+    query_lens += [rng.randrange(1, min(longest, 60)), rng.randrange(9, 40)]
     prefixes = [rng.randrange(200), 0, rng.randrange(300), rng.randrange(100, 300), 0, rng.randrange(9)]
     return draw(
         seed,
-        block_size=rng.choice([8, 16, 64]),
+        block_size=rng.choice([1, 4, 8, 16, 64]),
         seq_lens=[q + p for q, p in zip(query_lens, prefixes)],
         query_lens=query_lens,
         padding_rows=rng.choice([0, 5, 130]),
         block_stride_factor=rng.choice([1, 3]),
+        group=group,
         **options,
     )
 

@@ -31,7 +31,7 @@ def draw_long(seed: int, **options) -> Problem:
     prefixes = [rng.randrange(1030, 1600), rng.randrange(1030, 1600), 0, rng.randrange(513, 1300), 0]
     return draw(
         seed,
-        block_size=rng.choice([8, 16, 64]),
+        block_size=rng.choice([1, 8, 16, 64]),
         seq_lens=[q + p for q, p in zip(query_lens, prefixes)],
         query_lens=query_lens,
         padding_rows=rng.choice([0, 3]),
@@ -58,6 +58,11 @@ def test_on_every_generation(emulated_arch, seed, group, features):
     check(out, problem, lse)
 
 
+@pytest.mark.parametrize(
+    "emulated_arch",
+    ["90a", *(pytest.param(arch, marks=pytest.mark.matrix) for arch in ("86", "75"))],
+    indirect=True,
+)
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_quantised_caches(emulated_arch, seed, cache_dtype):
     rng = random.Random(seed)

@@ -15,6 +15,7 @@ from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.kernels import Kernels
 from cupaged.backends.cuda.reachable import reachable
 from cupaged.backends.cuda.specs import KernelSpec
+from cupaged.checks import BLOCK_SIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -146,7 +147,7 @@ def test_drawn_calls_launch_what_is_listed(launched, seed):
         cache_dtype = rng.choice((dtype, *QUANTISED))
         quantised = cache_dtype in QUANTISED
         head_size = rng.randrange(16, 257, 16) if quantised else rng.randrange(8, 257, 8)
-        num_kv_heads, block_size = rng.randint(1, 3), rng.choice([8, 16, 32, 64, 128, 256])
+        num_kv_heads, block_size = rng.randint(1, 3), rng.choice(BLOCK_SIZES)
         num_heads, num_seqs = num_kv_heads * rng.choice([1, 2, 3, 4, 7, 8, 16, 71]), rng.randint(1, 9)
         width = -(-rng.choice([1, 40, 600, 5000]) // block_size)
         lengths = torch.tensor([rng.randint(0, width * block_size) for _ in range(num_seqs)]).int()

@@ -56,7 +56,7 @@ class Case:
             for name in ("query_weight", "key_weight"):
                 weight = placed(drawn(self.head_size, dtype=weight_dtype), rng.choice(others), rng)
                 self.options[name] = moved(*weight, device)[0]
-        num_blocks, block_size = 7, rng.choice([8, 16, 64])
+        num_blocks, block_size = rng.choice([(56, 1), (28, 2), (7, 8), (7, 16), (7, 64)])
         shape = (num_blocks, 2, 2, self.num_kv_heads, block_size, self.head_size)
         if cache_dtype is None:
             self.cache_memory = torch.full(shape, float("nan"), dtype=dtype)
@@ -106,13 +106,13 @@ def test_rope_and_cache(backend, seed, dtype, cache_dtype, rotation, layout):
 
 
 # Heads whose pairs end within 16 bytes, or that have more of those than a warp has lanes; and codes of 16-bit
-# keys, which lie in two places.
+# keys, which lie in two places. The pairs of dtypes are those of `tests.thinning`: each is another kernel.
 SIZES = [
     (torch.float32, None, 256, 125),
     (torch.float16, None, 120, 60),
     (torch.bfloat16, None, 80, 16),
-    (torch.bfloat16, torch.int8, 128, 64),
-    (torch.float16, torch.float8_e4m3fn, 96, 12),
+    (torch.bfloat16, torch.float8_e5m2, 128, 64),
+    (torch.float16, torch.int8, 96, 12),
 ]
 
 

@@ -148,7 +148,7 @@ def draw_wide(seed: int, *, group: int, queries: str, **options) -> Problem:
     problem = draw(
         seed,
         dtype=rng.choice([torch.float16, torch.bfloat16]),
-        block_size=rng.choice([8, 16, 128]),
+        block_size=rng.choice([1, 8, 16, 128]),
         group=group,
         seq_lens=lengths,
         query_lens=None if queries == "one" else [4, *(rng.choice([2, 3, 4, 4]) for _ in lengths[1:])],

@@ -1,12 +1,12 @@
 """The kernels that every run of the tests compiles, a fiftieth of those that can be reached.
 
 The rule, by which nothing is drawn. A kind is an entry point, or paged_decode_mma with wide tiles. A kernel
-has values: its architecture and its macros. Of each kind take, one after the other, the kernel with the most
-values that no kernel taken of this kind has, until there is no such value; of several with as many, the one
-whose values were taken least often, and of those the first in the order of `reachable`. Only the head sizes
-that models have count as values here. Each of the others is then taken for one kind, the kinds taking turns:
-the kernel whose values were taken least often. At last, where a kind has e4m3 caches with the instruction
-that converts them, or without it, and none of those was taken, one is.
+has values: its architecture, its macros, and with an e4m3 cache whether the architecture has the instruction
+that converts it. Of each kind take, one after the other, the kernel with the most values that no kernel taken
+of this kind has, until there is no such value; of several with as many, one without a quantised cache, which
+compiles in half the time, of those the one whose values were taken least often, and of those the first in the
+order of `reachable`. Only the head sizes that models have count as values here. Each of the others is then
+taken for one kind, the kinds taking turns.
 
 So there is each kind for every architecture, head size of a model, dtype, cache dtype, head tile and number
 of stages that it has, and every other head size for some kind. All kernels are compiled by `python
@@ -72,8 +72,11 @@ def head_size(spec: KernelSpec) -> str:
 
 
 def values_of(spec: KernelSpec, arch: str) -> frozenset[Value]:
-    """Return the architecture and the macros; that a cache is not quantised is a value too."""
-    return frozenset(({"ARCH": arch, "CUPAGED_CACHE_DTYPE": ""} | dict(spec.defines)).items())
+    """Return the architecture, the macros, that a cache is not quantised, and how e4m3 is converted."""
+    values = {"ARCH": arch, "CUPAGED_CACHE_DTYPE": ""} | dict(spec.defines)
+    if E4M3 in spec.defines:
+        values["E4M3"] = "instruction" if has_fp8(arch) else "no instruction"
+    return frozenset(values.items())
 
 
 def counted_values(spec: KernelSpec, arch: str) -> frozenset[Value]:
@@ -91,9 +94,10 @@ def thinned() -> tuple[Kernel, ...]:
     often = {kind: Counter[Value]() for kind in kinds}
 
     def take(kind: str, kernels: list[Kernel], missing: frozenset[Value] = frozenset()) -> frozenset[Value]:
-        def preference(kernel: Kernel) -> tuple[int, int]:
+        def preference(kernel: Kernel) -> tuple[int, bool, int]:
             values = values_of(*kernel)
-            return len(values & missing), -sum(often[kind][value] for value in values)
+            plain = ("CUPAGED_CACHE_DTYPE", "") in values
+            return len(values & missing), plain, -sum(often[kind][value] for value in values)
 
         best = max(kernels, key=preference)
         taken[best] = None
@@ -108,9 +112,4 @@ def thinned() -> tuple[Kernel, ...]:
     for size in sorted(OTHER_SIZES, key=int):
         kind = next(sized)
         take(kind, [kernel for kernel in kinds[kind] if head_size(kernel[0]) == size])
-    for kind, kernels in kinds.items():
-        for way in (True, False):
-            e4m3 = [kernel for kernel in kernels if E4M3 in kernel[0].defines and has_fp8(kernel[1]) == way]
-            if e4m3 and not any(kernel in taken for kernel in e4m3):
-                take(kind, e4m3)
     return tuple(taken)

@@ -54,7 +54,7 @@ def check_attention(arch: str, seed: int, mode: str, cache_dtype: torch.dtype | 
         dtype=rng.choice(dtypes),
         cache_dtype=cache_dtype,
         head_size=rng.randrange(16, 129 if arch == "75" else 257, 8 if cache_dtype is None else 16),
-        block_size=rng.choice([8, 16, 32]),
+        block_size=rng.choice([1, 8, 16, 32]),
         num_kv_heads=rng.choice([1, 2]),
         group=rng.choice([1, 2, 3, 6]),
         seq_lens=lengths,

@@ -5,42 +5,58 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.matrix, pytest.mark.ray]
 
-# Ray is not for the process of the tests.
+# Ray is not for the process of the tests, and to import it takes seconds.
 BUILD = """
 import json, sys
+from types import SimpleNamespace
 from cupaged import ray_app
-for arguments in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    arguments, nodes = json.loads(line)
+    nodes = [{"Alive": each is not None, "Resources": each} for each in nodes]
+    ray_app.ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     try:
         gateway = ray_app.app(arguments)._bound_deployment
         replicas = gateway.init_args[0]._bound_deployment
         scaling = replicas._deployment_config.autoscaling_config
-        print(json.dumps({
+        made = {
             "arguments": replicas.init_args[0],
             "replicas": replicas.num_replicas,
             "resources": replicas.ray_actor_options,
             "scaling": scaling and scaling.model_dump(mode="json"),
             "keys": gateway.init_args[2].api_keys,
-        }))
+        }
     except ValueError as error:
-        print(json.dumps(str(error)))
+        made = str(error)
+    print(json.dumps(made), flush=True)
 """
 
 
-def built(*arguments: dict[str, Any]) -> list[Any]:
-    """Return what the builder makes of each of the arguments."""
-    command = [sys.executable, "-c", BUILD, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def build() -> Iterator[Callable[..., Any]]:
+    """Return a function that returns what the builder makes of arguments.
+
+    Its second argument are the resources of the cluster's nodes; None is a node that is gone.
+    """
+    command = [sys.executable, "-c", BUILD]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+
+        def build(arguments: dict[str, Any], nodes: Sequence[dict[str, float] | None] = ({"CPU": 4},)) -> Any:
+            process.stdin.write(json.dumps([arguments, nodes]) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield build
 
 
-def test_arguments_are_the_options_of_the_command():
+def test_arguments_are_the_options_of_the_command(build):
     given = {
         "model": "m",
         "max-model-len": "64",
@@ -52,22 +68,38 @@ def test_arguments_are_the_options_of_the_command():
         "ray_actor_options": '{"num_cpus": 0.5}',
         "autoscaling_config": {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 7},
     }
-    divided = {"tensor_parallel_size": 2}
-    first, second, third, fourth = built(given, {"replicas": "3"}, {"device": "cpu"}, divided)
+    first, second, third = map(build, [given, {"replicas": "3"}, {"tensor-parallel-size": 2}])
     expected = {"--model=m", "--served-model-name", "a", "b", "--block-size=8", "--max-model-len=64"}
     assert {*first["arguments"][:-1]} == {*expected, "--no-enable-prefix-caching"}
     assert first["resources"]["num_cpus"] == 0.5
     scaling = [first["scaling"][name] for name in ("min_replicas", "max_replicas", "target_ongoing_requests")]
     assert scaling == [1, 4, 7]
     assert first["keys"] == ["k"]
-    assert (second["replicas"], second["resources"]["num_gpus"], second["scaling"]) == (3, 1, None)
-    assert (third["replicas"], third["resources"].get("num_gpus", 0)) == (1, 0)
-    assert third["resources"]["num_cpus"] == 1
-    assert fourth["resources"]["num_gpus"] == 2  # one for each rank
-    assert "--tensor-parallel-size=2" in fourth["arguments"]
+    assert (second["replicas"], second["scaling"]) == (3, None)
+    assert (third["replicas"], third["scaling"]) == (1, None)
+    assert "--tensor-parallel-size=2" in third["arguments"]
 
 
-def test_arguments_that_are_wrong():
+def test_a_replica_reserves_gpus_or_a_share_of_the_cores(build):
+    """So that `serve run` needs no resources to be given, whatever there is."""
+    scaled = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}
+    divided = {"replicas": 2, "tensor_parallel_size": 2}
+    arguments = [{}, {"replicas": 3}, scaled, divided, {"device": "cpu"}, {"device": "cuda"}]
+    for nodes, expected in [
+        ([{"CPU": 2}], [2, 0.5, 0.5, 1, 2, "1"]),
+        ([{"CPU": 6}, None, {"CPU": 3, "memory": 9}], [6, 3, 2, 3, 6, "1"]),
+        ([{"CPU": 8}, {"CPU": 8, "GPU": 4}], ["1", "1", "1", "2", 8, "1"]),
+        ([], [1, 1, 1, 1, 1, "1"]),
+    ]:
+        for given, each in zip(arguments, expected, strict=True):
+            found = build(given, nodes)["resources"]
+            if isinstance(each, str):
+                assert found["num_gpus"] == int(each)
+            else:
+                assert (found["num_cpus"], found.get("num_gpus", 0)) == (each, 0)
+
+
+def test_arguments_that_are_wrong(build):
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"modle": "m"}, "the argument modle is no option"),
         ({"port": 80}, "the argument port is a matter of Ray Serve's proxies"),
@@ -79,8 +111,8 @@ def test_arguments_that_are_wrong():
         ({"autoscaling_config": {}, "replicas": 2}, "replicas and autoscaling_config are given"),
         ({"replicas": 0}, "replicas must be at least 1"),
     ]
-    for (_, expected), error in zip(wrong, built(*(arguments for arguments, _ in wrong))):
-        assert expected in error
+    for arguments, expected in wrong:
+        assert expected in build(arguments)
 
 
 ROUTE = """

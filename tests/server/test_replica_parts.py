@@ -122,9 +122,11 @@ def test_a_number_of_replicas_that_is_none(replicas, capsys):
 
 def test_each_replica_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for device, replicas in (("cpu", 5), ("cuda", 1), ("cuda", 2)):
-        serve._check_gpus(torch.device(device), replicas)
-    with pytest.raises(ValueError, match="replicas is 3, and there are 2 GPUs"):
-        serve._check_gpus(torch.device("cuda"), 3)
+    for device, replicas, ranks in (("cpu", 5, 2), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 1, 2)):
+        serve._check_gpus(torch.device(device), replicas, ranks)
+    with pytest.raises(ValueError, match="replicas is 3, and there are 2 GPUs, one for each"):
+        serve._check_gpus(torch.device("cuda"), 3, 1)
+    with pytest.raises(ValueError, match="replicas is 2, and there are 2 GPUs, 2"):
+        serve._check_gpus(torch.device("cuda"), 2, 2)
     with pytest.raises(ValueError, match="each replica has a GPU of its own: give 'cuda'"):
-        serve._check_gpus(torch.device("cuda:1"), 1)
+        serve._check_gpus(torch.device("cuda:1"), 1, 1)

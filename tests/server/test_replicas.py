@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
@@ -28,13 +30,19 @@ from .conftest import MODEL, Running, wait_until
 pytestmark = [pytest.mark.matrix, pytest.mark.ray]
 
 START_SECONDS = 300  # generous: Ray and two engines, on a machine that does other things as well
-CONFIG = {"block_size": 8, "max_num_seqs": 16, "num_gpu_blocks_override": 800}
+CONFIG = {"block_size": 8, "max_num_seqs": 16, "num_gpu_blocks_override": 6000}  # room for all conversations
 # Processes of Ray that end after about a minute: before, they try to report that their parent has died.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-# The router takes whoever got a request least recently.
-ROUND_ROBIN = """
+# While a file is there, the router takes whoever got a request least recently.
+IN_TURNS = """
+import os
 from cupaged.engine.replicas.prefix_index import ReplicaChoice
-ReplicaChoice.choose = lambda self, hashes, candidates: min(candidates, key=list(self.loads).index)
+choose = ReplicaChoice.choose
+def choose_or_take_turns(self, hashes, candidates):
+    if os.path.exists({path!r}):
+        return min(candidates, key=list(self.loads).index)
+    return choose(self, hashes, candidates)
+ReplicaChoice.choose = choose_or_take_turns
 """
 RUN = "import sys; from cupaged import serve; sys.exit(serve.main(sys.argv[1:]))"
 
@@ -130,64 +138,121 @@ def directory(tmp_path_factory) -> str:
     return str(tiny_models.save("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=1024))
 
 
+LIMIT = 20_000  # bytes of a body
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory) -> Path:
+    """Return the path of the file with which the router takes turns."""
+    return tmp_path_factory.mktemp("switch") / "in_turns"
+
+
+@pytest.fixture(scope="module")
+def running_replicas(directory, switch) -> Iterator[Callable[[], Replicas]]:
+    """Return a function that returns the replicas of the test before, or new ones if those have ended."""
+    with contextlib.ExitStack() as stack:
+        started: list[Replicas] = []
+
+        def get() -> Replicas:
+            if not started or started[-1].process.poll() is not None:
+                options = ["--api-key=secret", f"--max-body-size={LIMIT}", "--max-imbalance=1000"]
+                new = Replicas(directory, *options, script=IN_TURNS.format(path=str(switch)))
+                started.append(stack.enter_context(new))
+            return started[-1]
+
+        yield get
+
+
+@pytest.fixture
+def replicas(running_replicas) -> Replicas:
+    return running_replicas()
+
+
+@pytest.fixture(scope="module")
+def one(directory) -> Iterator[Running]:
+    """Run one server, in this process."""
+    access = Access(api_keys=("secret",))
+    with Running(directory, limits=Limits(max_body_size=LIMIT), access=access, **CONFIG) as running:
+        yield running
+
+
+@dataclass
+class Turn:
+    """Hold what the answer to a turn of a conversation says."""
+
+    answer: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    replica: str | None
+
+
 def conversations(seed: int) -> list[list[str]]:
-    """Draw twenty conversations of ten turns of the user."""
+    """Draw twenty conversations of ten turns of the user, no two of which begin with the same one."""
     rng = random.Random(seed)
-    return [["".join(rng.choices("abcdefgh ", k=rng.randrange(5, 40))) for _ in range(10)] for _ in range(20)]
+    all_turns = [
+        ["".join(rng.choices("abcdefgh ", k=rng.randrange(5, 40))) for _ in range(10)] for _ in range(20)
+    ]
+    return [[f"{turns[0]}{number}", *turns[1:]] for number, turns in enumerate(all_turns)]
 
 
-def hold(url: str, turns: list[str]) -> list[str]:
-    """Return the answers of a conversation."""
-    messages, answers = [], []
-    with httpx.Client(timeout=120) as client:
-        for turn in turns:
-            messages.append({"role": "user", "content": turn})
-            body = {
-                "model": MODEL,
-                "messages": messages,
-                "max_tokens": 8,
-                "temperature": 0,
-                "ignore_eos": True,
-            }
-            response = client.post(f"{url}/v1/chat/completions", json=body)
+def hold(url: str, salt: str, texts: list[str]) -> list[Turn]:
+    """Hold a conversation.
+
+    Args:
+        salt: what was cached with another salt is not used.
+    """
+    messages: list[dict[str, str]] = []
+    turns: list[Turn] = []
+    settings = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "cache_salt": salt}
+    with httpx.Client(timeout=120, headers=KEY) as client:
+        for text in texts:
+            messages.append({"role": "user", "content": text})
+            response = client.post(f"{url}/v1/chat/completions", json={**settings, "messages": messages})
             assert response.status_code == 200, response.text
-            answers.append(response.json()["choices"][0]["message"]["content"])
-            messages.append({"role": "assistant", "content": answers[-1]})
-    return answers
+            answer = response.json()["choices"][0]["message"]["content"]
+            usage = response.json()["usage"]
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            turns.append(Turn(answer, usage["prompt_tokens"], cached, response.headers.get("x-replica")))
+            messages.append({"role": "assistant", "content": answer})
+    return turns
 
 
-def hold_all(url: str, all_turns: list[list[str]]) -> list[list[str]]:
+def hold_all(url: str, salt: str, all_texts: list[list[str]]) -> list[list[Turn]]:
     with ThreadPoolExecutor(6) as threads:
-        return list(threads.map(lambda turns: hold(url, turns), all_turns))
+        return list(threads.map(lambda texts: hold(url, salt, texts), all_texts))
 
 
-def hit_rate(running: Replicas) -> tuple[float, list[float]]:
-    """Return the share of prompt tokens that were cached, and how many prompt tokens each replica got."""
-    totals = running.metrics("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
-    queries, hits = (sum(column) for column in zip(*totals.values()))
-    return hits / queries, [values[0] for values in totals.values()]
+def hit_rate(held: list[list[Turn]]) -> float:
+    """Return the share of prompt tokens that were cached."""
+    turns = [turn for of_one in held for turn in of_one]
+    return sum(turn.num_cached_tokens for turn in turns) / sum(turn.num_prompt_tokens for turn in turns)
 
 
-def test_conversations_meet_their_caches(directory, seed):
-    """More often than in turns, and every answer is that of one server."""
-    held = conversations(seed)
-    with Running(directory, **CONFIG) as one:
-        expected = hold_all(one.url, held)
-    with Replicas(directory) as running:
-        assert hold_all(running.url, held) == expected
-        rate, loads = hit_rate(running)
-        running.assert_idle_and_empty()
-        running.process.kill()  # which it cannot catch
-        running.wait_for_the_end(but=AGENTS)
-    with Replicas(directory, script=ROUND_ROBIN) as running:
-        assert hold_all(running.url, held) == expected
-        rate_in_turns, loads_in_turns = hit_rate(running)
-        running.assert_idle_and_empty()
-    print(f"prompt tokens from the cache: {rate:.1%} with the router, {rate_in_turns:.1%} in turns")
-    print(f"prompt tokens by replica: {loads} with the router, {loads_in_turns} in turns")
-    assert len(loads) == len(loads_in_turns) == 2
-    assert min(loads) > 0.2 * sum(loads)
-    assert rate > rate_in_turns + 0.1
+def test_conversations_meet_their_caches(replicas, one, switch, seed):
+    """Each stays with a replica, which has as much of it as one server has. In turns it has not."""
+    texts = conversations(seed)
+    expected = hold_all(one.url, f"{seed}", texts)
+    routed = hold_all(replicas.url, f"{seed} routed", texts)
+    switch.touch()
+    try:
+        in_turns = hold_all(replicas.url, f"{seed} in turns", texts)
+    finally:
+        switch.unlink()
+    replicas.assert_idle_and_empty()
+    rates = f"{hit_rate(routed):.1%} with the router, {hit_rate(in_turns):.1%} in turns"
+    print(f"prompt tokens from the cache: {hit_rate(expected):.1%} with one server, {rates}")
+
+    chosen = [{turn.replica for turn in turns} for turns in routed]
+    assert all(len(of_one) == 1 for of_one in chosen), "each with one replica"
+    assert len(set().union(*chosen)) == 2, "not all with the same one"
+    for at_one, at_two, turned in zip(expected, routed, in_turns):
+        for turn, other, another in zip(at_one, at_two, turned):
+            assert turn.answer == other.answer == another.answer
+            assert turn.num_prompt_tokens == other.num_prompt_tokens == another.num_prompt_tokens
+        # First turns find what they have in common with other conversations, which may be elsewhere.
+        for turn, other, another in zip(at_one[1:], at_two[1:], turned[1:]):
+            assert another.num_cached_tokens <= turn.num_cached_tokens == other.num_cached_tokens
 
 
 REQUESTS = [
@@ -203,7 +268,7 @@ REQUESTS = [
     ("POST", "/v1/completions", {"prompt": ["a", "bc"], "max_tokens": 5, "seed": 1, "n": 2}),
     ("POST", "/v1/completions", {"prompt": "abc", "max_tokens": 5, "temperature": 0, "stream": True}),
     ("POST", "/v1/completions", {"prompt": "abc", "max_tokens": -1}),
-    ("POST", "/v1/completions", {"prompt": "x" * 6000}),
+    ("POST", "/v1/completions", {"prompt": "x" * (LIMIT + 1)}),
     ("POST", "/v1/completions", {"prompt": [[[]]]}),
     ("POST", "/v1/completions", "not JSON"),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "é"}], "temperature": 0}),
@@ -217,7 +282,6 @@ CHANGING = (
     r'"(?:id|item_id|request_id|created|created_at|completed_at|cached_tokens|input_tokens'
     r'|cache_read_input_tokens)": ?(?:"[^"]*"|[\d.]+)'
 )
-LIMIT = 5000  # bytes of a body
 
 
 def answer(url: str, method: str, path: str, body) -> tuple:
@@ -232,23 +296,9 @@ def answer(url: str, method: str, path: str, body) -> tuple:
     return response.status_code, names, text
 
 
-@pytest.fixture(scope="module")
-def replicas(directory) -> Iterator[Replicas]:
-    with Replicas(directory, "--api-key=secret", f"--max-body-size={LIMIT}") as running:
-        yield running
-        running.process.send_signal(signal.SIGTERM)
-        running.wait_for_the_end()
-        assert running.process.returncode == 0
-
-
-KEY = {"Authorization": "Bearer secret"}
-
-
-def test_the_api_is_that_of_one_server(replicas, directory):
-    access = Access(api_keys=("secret",))
-    with Running(directory, limits=Limits(max_body_size=LIMIT), access=access, **CONFIG) as one:
-        for request in REQUESTS:
-            assert answer(replicas.url, *request) == answer(one.url, *request), request
+def test_the_api_is_that_of_one_server(replicas, one):
+    for request in REQUESTS:
+        assert answer(replicas.url, *request) == answer(one.url, *request), request
     for path, status in (("/v1/models", 401), ("/health", 200), ("/metrics", 200), ("/ping", 200)):
         assert httpx.get(replicas.url + path, timeout=30).status_code == status
     assert httpx.get(replicas.url, headers={"Host": "evil.example"}).status_code == 403
@@ -323,20 +373,22 @@ def test_a_replica_that_dies_under_load(replicas, victim):
     wait_until(lambda: not is_alive(server), 60)
 
 
-def test_a_signal_lets_requests_finish(directory):
+def test_a_signal_lets_requests_finish(replicas):
     """As a shell sends it, to all processes of the group."""
-    with Replicas(directory) as running, ThreadPoolExecutor() as threads:
-        request = threads.submit(run_one, running.url, 1)
-        wait_until(lambda: sum(map(sum, running.metrics("vllm:num_requests_running").values())) == 1)
-        os.killpg(running.process.pid, signal.SIGINT)
-        wait_until(lambda: httpx.get(f"{running.url}/health", timeout=30).status_code == 503)
-        late = httpx.post(f"{running.url}/v1/completions", json={**LONG, "prompt": "late"}, timeout=30)
+    logged_before = len(replicas.lines)
+    with ThreadPoolExecutor() as threads:
+        request = threads.submit(run_one, replicas.url, 1)
+        wait_until(lambda: sum(map(sum, replicas.metrics("vllm:num_requests_running").values())) == 1)
+        os.killpg(replicas.process.pid, signal.SIGINT)
+        wait_until(lambda: httpx.get(f"{replicas.url}/health", timeout=30).status_code == 503)
+        body = {**LONG, "prompt": "late"}
+        late = httpx.post(f"{replicas.url}/v1/completions", json=body, headers=KEY, timeout=30)
         assert late.status_code == 503
         assert late.headers["retry-after"]
         assert request.result()[0] == "streamed"
-        running.wait_for_the_end()
-        assert running.process.returncode == 0
-        assert "Traceback" not in running.log
+    replicas.wait_for_the_end()
+    assert replicas.process.returncode == 0
+    assert "Traceback" not in "".join(replicas.lines[logged_before:])
 
 
 SCALE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from .conftest import MODEL
-from .test_shutdown import Command
+from .test_shutdown import SLOWLY, Command
 
 pytestmark = pytest.mark.matrix
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,56 @@ def test_a_rank_that_fails_ends_the_server(command, number):
     assert command.process.wait(30) == 1
     assert_gone([rank])
     assert reason in command.process.stderr.read()
+
+
+def disagreeing(directory: Path, planted: str) -> str:
+    """Return the server's script for which the other rank's Python begins with a planted fault."""
+    (directory / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + planted)
+    return f"import sys; sys.path.insert(0, {str(directory)!r})\n{SLOWLY}"  # which is the ranks' path as well
+
+
+BUFFER_IS_MISSING = """
+    from cupaged.engine.distributed import follow
+    def read(buffer, number, read_frame=follow.read_frame):
+        return read_frame(buffer, number + os.path.exists({now!r}))
+    follow.read_frame = read
+"""
+
+
+def test_a_rank_that_gets_another_step_than_is_next_ends_the_server(llama_dir, tmp_path):
+    now = tmp_path / "now"
+    script = disagreeing(tmp_path, BUFFER_IS_MISSING.format(now=str(now)))
+    with Command(llama_dir, *ARGUMENTS, script=script) as command, ThreadPoolExecutor(3) as pool:
+        (rank,) = ranks_of(command)
+        waiting = [pool.submit(ask, command, LONG) for _ in range(3)]
+        time.sleep(1)
+        assert not any(one.done() for one in waiting)
+        now.touch()
+        for one in waiting:
+            assert one.result().status_code == 503
+            reason = "rank 1 has ended with exit status 1: OutOfStep: rank 0 has sent number"
+            assert reason in one.result().json()["error"]["message"]
+        assert command.process.wait(30) == 1
+        assert_gone([rank])
+        assert "OutOfStep" in command.process.stderr.read()
+
+
+ANOTHER_PYTHON = """
+    import platform
+    platform.python_version = lambda: "2.7.18"
+"""
+
+
+def test_a_rank_that_has_found_something_else_ends_the_start(llama_dir, tmp_path):
+    script = disagreeing(tmp_path, ANOTHER_PYTHON)
+    command = Command(llama_dir, *ARGUMENTS, script=script)
+    try:
+        _, log = command.process.communicate(timeout=200)
+        assert command.process.returncode == 1
+        here = platform.python_version()
+        assert f"the version of Python is {here} on rank 0 and 2.7.18 on rank 1" in log
+    finally:
+        command.process.kill()
 
 
 def test_an_idle_server_ends_when_a_rank_does(command):

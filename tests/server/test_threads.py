@@ -43,6 +43,7 @@ sys.exit(serve.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.matrix
 def test_the_command_loads_and_steps_on_the_main_thread(llama_dir):
     """So that there is one OpenMP team."""
     with Command(llama_dir, script=WHERE) as server:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import httpx
 import openai
 import pytest
-from langchain_core.messages import ToolMessage
-from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from cupaged.engine import LLM, SamplingParams
@@ -133,12 +132,25 @@ def test_calls_alone_have_no_content(server, client):
 
 
 def test_arguments_are_streamed_as_they_are_written(server, client):
+    """The model writes no further than some letters ahead of what has arrived."""
     call = {"name": "weather", "arguments": {"city": "U" * 100}}
-    with saying(server, called(call)):
+    arrived = threading.Semaphore(80)  # what stands before the letters, and some of them
+    with saying(server, called(call)), pytest.MonkeyPatch.context() as patch:
+        launch = server.engine._sampler.launch
+
+        def waiting(*arguments):
+            assert arrived.acquire(timeout=20)
+            return launch(*arguments)
+
+        patch.setattr(server.engine._sampler, "launch", waiting)
         stream = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True)
-        pieces = [part for chunk in stream for part in chunk.choices[0].delta.tool_calls or []]
-    assert len(pieces) > 50
+        pieces = []
+        for part in (part for chunk in stream for part in chunk.choices[0].delta.tool_calls or []):
+            pieces.append(part)
+            arrived.release(len(part.function.arguments or ""))
     assert pieces[0].function.name == "weather"
+    assert "".join(part.function.arguments or "" for part in pieces) == json.dumps(call["arguments"])
+    assert len(pieces) > 3
 
 
 def test_the_sdk_puts_a_stream_together(server, client):
@@ -313,12 +325,17 @@ class Weather(BaseModel):
     days: int
 
 
-def langchain(server: Running, **settings) -> ChatOpenAI:
+def langchain(server: Running, **settings):
+    """Return a `ChatOpenAI`, whose module takes a second to load."""
+    from langchain_openai import ChatOpenAI
+
     url = f"{server.url}/v1"
     return ChatOpenAI(base_url=url, api_key="none", model=MODEL, max_retries=0, timeout=60, **settings)
 
 
 def test_langchain_binds_tools(server):
+    from langchain_core.messages import ToolMessage
+
     model = langchain(server).bind_tools([Weather])
     call = {"name": "Weather", "arguments": ULM["arguments"]}
     with saying(server, "Let me see." + called(call)):

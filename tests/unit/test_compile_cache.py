@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,6 @@ from cupaged.backends.cuda import precompile
 from cupaged.backends.cuda import specs as kernel_specs
 from cupaged.backends.cuda.reachable import reachable
 
-ROOT = Path(__file__).resolve().parents[2]
 SPEC = kernel_specs.copy_blocks(16)
 
 
@@ -142,11 +138,10 @@ def test_the_directory_can_be_chosen(tmp_path, monkeypatch):
     assert kc.cache_dir() == tmp_path / "xdg" / "cupaged" / "kernels"
 
 
-def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "cupaged.compile", "--arch", "90a", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "copy_blocks"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "copy_blocks[unit_bytes=16]" in done.stdout
+def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, monkeypatch, capsys):
+    """In this process: `test_packaging` starts the command."""
+    assert precompile.main(["--arch", "90a", "--out", str(tmp_path), "--only", "copy_blocks"]) == 0
+    assert "copy_blocks[unit_bytes=16]" in capsys.readouterr().out
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(kc, "compile_cubin", None)  # nothing is compiled again
     for unit_bytes in (16, 1):

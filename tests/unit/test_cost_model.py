@@ -52,6 +52,9 @@ def test_a_file_of_step_times_is_read_and_another_is_refused_by_name(tmp_path):
     path = tmp_path / "steps.json"
     path.write_text(json.dumps({"results": {"steps": rows, "moved_block_ms": 2.0}}))
     assert read(path).costs.moved_block == 2e-3
+    alone = read(path)
+    path.write_text(json.dumps({"results": {"step_times": {"steps": rows, "moved_block_ms": 2.0}}}))
+    assert read(path) == alone, "as benchmarks/allocators.py writes them"
     for text in ("{}", "[]", "x", '{"results": {"moved_block_ms": 1}}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"steps.json has no step times"):

@@ -293,6 +293,7 @@ def quantised_batch(cache_dtype) -> tuple[dict, torch.Tensor | None, torch.Tenso
     return {**b, "kv_cache": torch.stack(codes, 1).transpose(2, 3).contiguous()}, scales[0], scales[1]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("prefill", [False, True])

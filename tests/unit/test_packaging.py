@@ -59,6 +59,7 @@ def test_wheel_is_small_and_pure(wheel):
     assert not [n for n in names if n.startswith(("cuda/", "engine/", "tests/"))]
 
 
+@pytest.mark.matrix  # to compile, it has to import
 @pytest.mark.parametrize("from_checkout", [False, True])
 def test_installed_package_imports(installed, tmp_path, from_checkout):
     """Also when Python is started in the checkout's root, where `cupaged/` shadows the installed one."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks import paper
+from benchmarks import paper, simulator
 from benchmarks.cost_model import opt_13b_on_a100
 from benchmarks.evaluation import block_sizes, memory, plots, policies, preemption, rates, tables
 
@@ -51,6 +51,15 @@ def test_the_command_writes_every_part(tmp_path):
     assert paper.main(["--quick", "--out", str(tmp_path)]) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(f"{part.NAME}.{end}" for part in paper.PARTS.values() for end in ("json", "png"))
+
+
+def test_the_simulator_is_measured(tmp_path):
+    assert simulator.main(["--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "simulator-cpu.json").read_text())["results"]["rows"]
+    assert [row["load"] for row in rows] == list(memory.LOADS)
+    for row in rows:
+        assert row["times_real_time"] == pytest.approx(row["simulated_s"] / row["cpu_s"])
+        assert row["simulated_s"] > 0.5 * row["requests"] / row["rate"]
 
 
 def test_the_jobs_are_those_of_the_papers_figures():

@@ -38,7 +38,9 @@ def test_the_longest_beginning_wins_unless_its_replica_is_too_busy(seed):
     for prompt in drawn_prompts(rng, 200):
         loads = {each: running.count(each) for each in replicas}
         assert dict(choice.loads) == loads
-        lengths = {each: max((common(prompt, other) for other in sent[each]), default=0) for each in replicas}
+        lengths = {
+            each: max((common(prompt[:-1], other) for other in sent[each]), default=0) for each in replicas
+        }
         best, least = max(lengths.values()), min(loads.values())
         chosen = choice.choose(prompt, list(replicas))
         choice.begin(prompt, chosen)
@@ -142,16 +144,42 @@ def test_a_conversation_that_goes_on_begins_as_it_did(seed):
         assert not set(salted) & set(before)
 
 
+def test_a_first_turn_is_a_beginning_of_the_second(seed):
+    """However short it is: the replica that has it has written the answer, which may be long."""
+    rng = random.Random(seed)
+    first = "".join(rng.choices("ab \n", k=rng.randrange(1, 10)))
+    turns: list[dict[str, object]] = [{"role": "user", "content": first}]
+    turns += [{"role": "assistant", "content": "x" * 5000}, {"role": "user", "content": "y"}]
+    for field in ("messages", "input"):
+        before = prompt_hashes(body(**{field: turns[:1]}))
+        assert before
+        assert prompt_hashes(body(**{field: turns}))[: len(before)] == before
+    assert prompt_hashes(body(input=first)) == prompt_hashes(body(input=turns[:1]))
+
+
+def test_who_says_the_same_as_another_at_first_finds_no_beginning(seed):
+    """A whole prompt is that of many if it is short. Not even the salt that they have in common is one."""
+    hashes = prompt_hashes(body(cache_salt="of all" * 20, messages=[{"role": "user", "content": "Hi"}]))
+    assert len(hashes) == 1
+    choice = ReplicaChoice[int](8, 100)
+    choice.update({0, 1})
+    for number in range(9):
+        chosen = choice.choose(hashes, [0, 1])
+        choice.begin(hashes, chosen)
+        assert sorted(choice.loads.values()) == [(number + 1) // 2, (number + 2) // 2]
+
+
 def test_token_ids_and_texts_are_prompts():
-    assert len(prompt_hashes(body(prompt="x" * 5 * CHUNK_SIZE))) == 5
+    assert len(prompt_hashes(body(prompt="x" * 5 * CHUNK_SIZE))) == 6
     tokens = list(range(1000, 1100))
     assert prompt_hashes(body(prompt=[*tokens, 7]))[:5] == prompt_hashes(body(prompt=tokens))[:5]
     assert len(prompt_hashes(body(prompt="x" * 10 * MAX_CHUNKS * CHUNK_SIZE))) == MAX_CHUNKS
+    assert len(prompt_hashes(body(messages=[{"role": "user"}] * 10 * MAX_CHUNKS))) == MAX_CHUNKS
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff", b"[]", b"7", b"{}", b'{"prompt": null}', b"[" * 100_000, b'{"messages": 7}'],
+    [b"", b"{", b"\xff", b"[]", b"7", b"{}", b'{"prompt": null}', b"[" * 100_000, b'{"messages": []}'],
 )
 def test_a_body_without_a_prompt_has_no_beginning(content):
     assert prompt_hashes(content) == []

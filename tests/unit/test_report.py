@@ -15,7 +15,18 @@ import cupaged
 from benchmarks import bars, kernels, peers, plots, tables
 from benchmarks.problems import Case, name_of
 from benchmarks.report import Context, Result, Section, run_section
-from benchmarks.sections import SECTIONS, attention, check, engine, fused, host, memory, mixed, sampling
+from benchmarks.sections import (
+    SECTIONS,
+    attention,
+    check,
+    engine,
+    fused,
+    host,
+    latent,
+    memory,
+    mixed,
+    sampling,
+)
 from cupaged import backends, checks
 from cupaged.backends import reference
 
@@ -45,6 +56,7 @@ def report(tmp_path_factory):
     return done.stdout, folder
 
 
+@pytest.mark.matrix  # a process of its own
 def test_a_bare_machine_has_what_it_imports():
     """torch, CuPy and NumPy; matplotlib where it is there."""
     program = "import sys, benchmarks.kernels; print(*sys.modules)"
@@ -208,6 +220,22 @@ def test_quantised_caches_are_checked_and_measured(monkeypatch, context):
     assert "maximum error" in row["wrong"]
     with pytest.raises(AssertionError, match="maximum error"):
         check.attention(CPU, 5, "decode", dtype=torch.bfloat16, cache_dtype=checks.QUANTISED[0])
+
+
+def test_latent_attention_is_checked_and_measured(monkeypatch, context):
+    monkeypatch.setattr(backends, "for_device", lambda device: reference)
+    latent.run(context)
+    assert context.result.wrong == []
+    times = [set(row["seconds"]) for row in context.result.rows]
+    assert times == [{"cupaged", "sdpa"}, {"cupaged"}]  # decode and prefill
+    right = cupaged.mla_attention
+    monkeypatch.setattr(cupaged, "mla_attention", lambda *args, **options: right(*args, **options).add_(0.1))
+    context.result = Result()
+    latent.run(context)
+    assert [row["seconds"] for row in context.result.rows] == [{}, {}]
+    assert len(context.result.wrong) == 2
+    lines = list(tables.lines_of("latent", context.result))
+    assert sum("WRONG" in line for line in lines) == 4  # in the table, and after it
 
 
 def test_a_result_that_depends_on_the_batch_is_noticed(monkeypatch, context):

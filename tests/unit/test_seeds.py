@@ -63,6 +63,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.matrix
 def test_seeds_are_the_tests_own(run):
     first, _ = run()
     assert len(first) == 2 + 5 + 1

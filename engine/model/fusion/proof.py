@@ -44,7 +44,9 @@ class Proof:
         self.attending = tuple(layer.module for layer in layers)
         own = (shape.num_kv_heads, shape.head_size, shape.head_size)
         self.padded = frozenset(
-            layer.module for layer in layers if (layer.num_kv_heads, layer.head_size, layer.value_size) != own
+            layer.module
+            for layer in layers
+            if shape.latent or (layer.num_kv_heads, layer.head_size, layer.value_size) != own
         )
         self._windows = tuple(layer.window for layer in layers)
         self._device = next(model.parameters()).device

@@ -76,7 +76,7 @@ class Recognition:
 
     def _attention(self, module: torch.nn.Module, call: Call, draw: Draw) -> Attention:
         if module in self._padded:
-            raise NotRecognised("its keys and values are padded in the cache")
+            raise NotRecognised("its keys and values are not in the cache as they are")
         return recognise_attention(module, call, self.norms, draw)
 
     def _try(
