@@ -33,11 +33,13 @@ import torch
 from benchmarks.simulation import EOS, SimulatedModel
 from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.memory.layer_groups import ONE_GROUP, LayerGroup, ReadWindow
 from cupaged.engine.scheduling.preemption import Preemption
 from cupaged.engine.scheduling.request import SequenceGroup
 from cupaged.engine.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 16
+WINDOW = 128  # tokens
 HESITATION = 0.5  # probability that beams fork at a token
 
 
@@ -45,10 +47,20 @@ class Load:
     """An endless load on a scheduler."""
 
     def __init__(
-        self, num_seqs: int, num_blocks: int, prompt: int, output: int, sequences: str, caching: bool
+        self,
+        num_seqs: int,
+        num_blocks: int,
+        prompt: int,
+        output: int,
+        sequences: str,
+        caching: bool,
+        num_layer_groups: int = 1,
     ) -> None:
         self.num_seqs, self.prompt_len, self.output_len, self.sequences = num_seqs, prompt, output, sequences
-        self.blocks = BlockManager(num_blocks, 0, BLOCK_SIZE)
+        windows = [LayerGroup(f"window {i}", ReadWindow(WINDOW)) for i in range(1, num_layer_groups)]
+        self.blocks = BlockManager(
+            num_blocks * num_layer_groups, 0, BLOCK_SIZE, layer_groups=[*ONE_GROUP, *windows]
+        )
         self.scheduler = Scheduler(
             EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=8192, enable_prefix_caching=caching),
             blocks=self.blocks,
@@ -105,10 +117,11 @@ def fill(load: Load) -> None:
     rounds = 0
     while load.blocks.gpu.num_cached < 0.5 * load.blocks.gpu.num_free and rounds < 50:
         blocks = load.blocks
-        count = min(blocks.gpu.num_free, 4096)
-        for start in range(0, blocks.gpu.num_free - load.num_seqs, count):
-            keys = [(rounds, start + i) for i in range(count)]
-            blocks.append(-1, 0, count * BLOCK_SIZE, keys)  # type: ignore[arg-type]
+        num_free = blocks.gpu.num_free // len(blocks.layers)
+        count = min(num_free, 4096)
+        for start in range(0, num_free - load.num_seqs, count):
+            keys = [f"{rounds} {start + i}".encode() for i in range(count)]
+            blocks.append(-1, 0, count * BLOCK_SIZE, keys)
             blocks.confirm()
             blocks.free(-1)
         rounds += 1
@@ -135,7 +148,7 @@ def measure(
     Raises:
         RuntimeError: fewer than 90% of the steps ran 90% of ``options.seqs`` sequences.
     """
-    load = Load(options.seqs, num_blocks, *LENGTHS[name], sequences, caching)
+    load = Load(options.seqs, num_blocks, *LENGTHS[name], sequences, caching, options.layer_groups)
     if caching:
         fill(load)
     warm_up = LENGTHS[name][1]
@@ -162,6 +175,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seqs", type=int, default=256, help="running sequences (default: 256)")
     parser.add_argument("--steps", type=int, default=400, help="timed steps (default: 400)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each; the fastest counts")
+    parser.add_argument(
+        "--layer-groups",
+        type=int,
+        default=1,
+        help=f"number; all but one have a window of {WINDOW} tokens",
+    )
     parser.add_argument("--out", type=Path, help="directory for the JSON")
     options = parser.parse_args(arguments)
     best: list[dict[str, Any]] = []

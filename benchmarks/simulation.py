@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -19,6 +19,7 @@ import numpy as np
 
 from cupaged.engine import EngineConfig, SamplingParams
 from cupaged.engine.memory.block_manager import BlockManager
+from cupaged.engine.memory.layer_groups import ONE_GROUP, LayerGroup
 from cupaged.engine.scheduling.beam_search import num_candidates
 from cupaged.engine.scheduling.preemption import Preemption, Rates
 from cupaged.engine.scheduling.request import Candidates, SequenceGroup, Status
@@ -190,7 +191,8 @@ class SimulatedEngine:
         block_size: number of tokens of a block.
         budget: maximum number of tokens in a step.
         max_model_len: maximum number of tokens in a sequence; None for as many as the blocks hold.
-        window, eos: arguments of `Scheduler`.
+        layer_groups: the layers by their memory.
+        eos: argument of `Scheduler`.
         hesitation: argument of `SimulatedModel`.
         settings: further ones of `EngineConfig`, which the scheduler reads.
     """
@@ -206,7 +208,7 @@ class SimulatedEngine:
         budget: int = 512,
         costs: Costs | None = None,
         max_model_len: int | None = None,
-        window: int | None = None,
+        layer_groups: Sequence[LayerGroup] = ONE_GROUP,
         eos: int = EOS,
         hesitation: float = 0.5,
         **settings: Any,
@@ -219,6 +221,8 @@ class SimulatedEngine:
             num_blocks if num_cpu_blocks is None else num_cpu_blocks,
             block_size,
             config.eviction_policy,
+            layer_groups,
+            max_step_tokens=budget,
         )
         self.max_model_len = max_model_len or num_blocks * block_size
         self.rates = Rates(block_bytes=1)
@@ -229,7 +233,6 @@ class SimulatedEngine:
             preemption=Preemption(mode, self.rates),
             max_model_len=self.max_model_len,
             eos_token_ids=frozenset([eos]),
-            window=window,
         )
         # Without a prefix cache nobody looks at tokens, so that all can be the same.
         self._tokens_matter = config.enable_prefix_caching and config.memory_policy == "paged"

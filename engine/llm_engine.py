@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 
@@ -15,6 +16,7 @@ from .distributed.lead import Lead
 from .distributed.ranks import RankError
 from .launched_step import LaunchedStep
 from .memory.block_manager import BlockManager
+from .memory.layer_groups import ONE_GROUP, LayerGroup, ReadWindow
 from .model import demo_model
 from .model.dry_run import probe
 from .model.generation_config import ending_token_ids, generation_config, sampling_defaults
@@ -71,7 +73,12 @@ class LLMEngine:
         self.max_model_len = size.max_model_len
         self._prompts = PromptReader(self.tokenizer, self._vocabulary.size, self.max_model_len)
         self._blocks = BlockManager(
-            size.num_gpu_blocks, size.num_cpu_blocks, config.block_size, config.eviction_policy
+            size.num_gpu_blocks,
+            size.num_cpu_blocks,
+            config.block_size,
+            config.eviction_policy,
+            layer_groups=self._layer_groups(),
+            max_step_tokens=config.max_num_batched_tokens,
         )
         self._rates = Rates(shape.block_bytes)
         self._preemption = Preemption(config.preemption_mode, self._rates)
@@ -90,6 +97,13 @@ class LLMEngine:
         self.failed_requests: tuple[str, ...] | None = None  # see `step`
         self._failed_step = FailedStep()
 
+    def _layer_groups(self) -> Sequence[LayerGroup]:
+        """Return what the layers read of their memory, which is the same for all of them."""
+        window = self._runner.window
+        if window is None or self.config.memory_policy != "paged":
+            return ONE_GROUP
+        return [LayerGroup("window", ReadWindow(window))]
+
     def _make_scheduler_and_sampler(self, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(
             self.config,
@@ -97,7 +111,6 @@ class LLMEngine:
             preemption=self._preemption,
             max_model_len=self.max_model_len,
             eos_token_ids=eos_token_ids,
-            window=self._runner.window,
         )
         self._sampler = Sampler(eos_token_ids)
         self.grammars = GrammarCompiler(self.tokenizer, self._vocabulary.num_samplable, eos_token_ids)

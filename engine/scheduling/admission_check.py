@@ -106,8 +106,8 @@ class AdmissionCheck:
     def fits_now(self, turn: Turn) -> bool:
         """Return whether there are free blocks for the tokens of running sequences."""
         num_free = self._blocks.gpu.num_free
-        if sum(num_tokens for _, num_tokens in turn) <= num_free:
-            return True  # a token takes one block at most
+        if sum(num_tokens for _, num_tokens in turn) * len(self._blocks.layers) <= num_free:
+            return True  # a token takes one block of a layer group at most
         new = self._blocks.num_new_blocks([(seq.seq_id, seq.num_computed, n) for seq, n in turn])
         return new <= num_free
 
@@ -134,5 +134,8 @@ class AdmissionCheck:
         """
         covered = 0
         if (self._pinned or pinned) and self._memory.reads_cache(group):
-            covered = self._pinned.num_covered(self._memory.prompt_keys(group), pinned)
-        return self._memory.most(group) - covered
+            num_keys = self._pinned.num_covered(self._memory.prompt_keys(group), pinned)
+            covered = (
+                num_keys * self._blocks.block_size // self._blocks.prefix_size * self._blocks.prefix_size
+            )
+        return self._memory.most(group, covered)

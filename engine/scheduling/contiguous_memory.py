@@ -9,6 +9,7 @@ prompt on its own, as separate requests would.
 from __future__ import annotations
 
 from ..memory.block_manager import BlockManager
+from ..memory.prefix_search import NO_PREFIX, Prefix
 from .group_memory import GroupMemory
 from .request import Sequence, SequenceGroup
 
@@ -94,20 +95,20 @@ class ReservedMemory(GroupMemory):
         self._max_model_len = max_model_len
         self._buddy = BuddyAllocator(blocks.gpu.num_blocks)
 
-    def most(self, group: SequenceGroup) -> int:
+    def most(self, group: SequenceGroup, num_pinned: int = 0) -> int:
         # All ranges of a group have the same size, so they fit into empty memory exactly if their sum does.
         return group.width << _order(self._blocks_of_output(group))
 
-    def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
+    def needs(self, group: SequenceGroup) -> tuple[Prefix, int]:
         count = self._blocks_of_output(group)
         if self._buddy.num_available(count) < group.num_seats:
-            return [], self._blocks.gpu.num_blocks + 1  # more than can ever be free
-        return [], group.num_seats * count
+            return NO_PREFIX, self._blocks.gpu.num_blocks + 1  # more than can ever be free
+        return NO_PREFIX, group.num_seats * count
 
-    def missing(self, group: SequenceGroup) -> int:
+    def missing(self, group: SequenceGroup, found: Prefix = NO_PREFIX) -> int:
         return 0
 
-    def start(self, group: SequenceGroup, found: list[int]) -> None:
+    def start(self, group: SequenceGroup, found: Prefix) -> None:
         # Until the prompt is computed, the first sequence keeps the ranges of the others behind its own.
         count = self._blocks_of_output(group)
         for seq in group.live:
@@ -125,7 +126,7 @@ class ReservedMemory(GroupMemory):
         self._blocks.free(seq.seq_id)
 
     def _blocks_of_output(self, group: SequenceGroup) -> int:
-        return self._blocks.blocks_for(self._tokens_of_output(group))
+        return self._blocks.num_held(self._tokens_of_output(group))
 
     def _tokens_of_output(self, group: SequenceGroup) -> int:
         if self._policy == "orca-max":
@@ -136,14 +137,14 @@ class ReservedMemory(GroupMemory):
 
 
 def group_memory(
-    policy: str, blocks: BlockManager, enable_prefix_caching: bool, max_model_len: int, window: int | None
+    policy: str, blocks: BlockManager, enable_prefix_caching: bool, max_model_len: int
 ) -> GroupMemory:
     """Return the memory of groups under a memory policy.
 
     All but "paged" go without the prefix cache, and free nothing before a sequence ends.
     """
     if policy == "paged":
-        return GroupMemory(blocks, enable_prefix_caching, window)
+        return GroupMemory(blocks, enable_prefix_caching)
     return ReservedMemory(blocks, policy, max_model_len)
 
 

@@ -50,15 +50,16 @@ class FailedStep:
 
 def readers_of_others(scheduled: Sequence[ScheduledSequence], blocks: BlockManager) -> set[SequenceGroup]:
     """Return the groups of a step that read blocks which other groups write in the same step."""
-    size = blocks.block_size
     writers: dict[int, SequenceGroup] = {}
     for item in scheduled:
-        first, end = (item.start + item.num_stored) // size, item.start + item.num_tokens
-        written = blocks.table(item.seq.seq_id)[first : blocks.blocks_for(end)]
-        writers.update(dict.fromkeys(written, item.group))
+        first, end = item.start + item.num_stored, item.start + item.num_tokens
+        for layer_group, size in enumerate(blocks.block_sizes):
+            written = blocks.table(item.seq.seq_id, layer_group)[first // size : -(-end // size)]
+            writers.update(dict.fromkeys(written, item.group))
     return {
         item.group
         for item in scheduled
-        for block in blocks.table(item.seq.seq_id)
+        for layer_group in range(len(blocks.block_sizes))
+        for block in blocks.table(item.seq.seq_id, layer_group)
         if writers.get(block, item.group) is not item.group
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..memory.block_manager import BlockManager
 from ..memory.block_tables import NO_BLOCK
 from ..memory.prefix_hash import extend_keys
+from ..memory.prefix_search import NO_PREFIX, Prefix
 from .request import Sequence, SequenceGroup, Status
 
 
@@ -13,16 +14,13 @@ class GroupMemory:
 
     Args:
         enable_prefix_caching: find full blocks by their tokens, and let them be found.
-        window: maximum number of tokens, its own included, that a token sees in any layer; None where a layer
-            sees all.
     """
 
     preempts = True  # groups take more as they grow, and may lose it
 
-    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool, window: int | None = None) -> None:
+    def __init__(self, blocks: BlockManager, enable_prefix_caching: bool) -> None:
         self._blocks = blocks
         self._caching = enable_prefix_caching
-        self._window = window
 
     def reads_cache(self, group: SequenceGroup) -> bool:
         """Return whether the group may use blocks that the prefix cache holds."""
@@ -48,12 +46,21 @@ class GroupMemory:
         """Free the sequence's blocks; the prefix cache keeps the full ones that it has computed."""
         self._blocks.free(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
 
-    def free_unseen(self, group: SequenceGroup, seq: Sequence) -> None:
-        """Free the blocks before the window of the sequence's next token."""
-        if self._window is not None and not group.is_prefix:
-            first_seen = seq.num_computed - self._window + 1
-            if first_seen >= self._blocks.block_size:
-                self._blocks.free_before(seq.seq_id, first_seen, self.keys(group, seq, seq.num_computed))
+    def free_unread(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Free the blocks that the sequence's next token and those after it do not read."""
+        if self._blocks.frees_unread and not group.is_prefix:
+            self._blocks.free_unread(seq.seq_id, seq.num_computed, self.keys(group, seq, seq.num_computed))
+
+    def longest_step(self, group: SequenceGroup, seq: Sequence, start: int) -> int:
+        """Return the maximum number of tokens of a sequence in a step that begins at its token ``start``.
+
+        Where layers keep states, a step ends where another sequence is to go on: at the end of a block, and
+        at that of a prompt whose other outputs wait for it.
+        """
+        if not self._blocks.has_states:
+            return len(seq.token_ids)
+        most = self._blocks.longest_append(start)
+        return min(most, group.prompt_len - start) if start < group.prompt_len else most
 
     def drop(self, group: SequenceGroup, keep: bool = True) -> None:
         """Free all blocks of the group, to be computed again; with ``keep`` the prefix cache keeps them."""
@@ -65,39 +72,50 @@ class GroupMemory:
         group.status = Status.PREEMPTED
         group.prefilling = True
 
-    def most(self, group: SequenceGroup) -> int:
-        """Return the maximum number of blocks that the group can come to have."""
-        # The last token of an output is never an input, so its keys and values are never stored.
-        most = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1)
-        shared = group.prompt_len // self._blocks.block_size
-        return shared + group.width * (most - shared)
+    def most(self, group: SequenceGroup, num_pinned: int = 0) -> int:
+        """Return the maximum number of blocks that the group can come to have.
 
-    def needs(self, group: SequenceGroup) -> tuple[list[int], int]:
+        Args:
+            num_pinned: number of the first tokens of its prompt whose full blocks do not count.
+        """
+        # The last token of an output is never an input, so its memory is never written.
+        num_tokens = group.prompt_len + group.max_tokens - 1
+        return self._blocks.num_held(num_tokens, group.prompt_len, num_pinned, group.width)
+
+    def needs(self, group: SequenceGroup) -> tuple[Prefix, int]:
         """Return what a group without GPU blocks needs to hold all tokens that it has.
 
         Returns:
-            Its first blocks that the prefix cache holds, and the number of free blocks to take.
+            What the prefix cache holds of it, and the number of free blocks to take.
         """
         if group.status is Status.SWAPPED:
             swapped = self._blocks.num_swapped_blocks([seq.seq_id for seq in group.live])
-            return [], swapped + self.missing(group)
-        found: list[int] = []
-        unused = 0
-        if self.reads_cache(group):
-            first = group.live[0]
-            found, unused = self._blocks.find_prefix(self.keys(group, first, len(first.token_ids)))
-        return found, self.missing(group) - len(found) + unused
+            return NO_PREFIX, swapped + self.missing(group)
+        if not self.reads_cache(group):
+            return NO_PREFIX, self.missing(group)
+        first = group.live[0]
+        keys, num_tokens = self.keys(group, first, len(first.token_ids)), len(first.token_ids)
+        if len(group.live) > 1 and self._blocks.frees_unread:
+            keys = keys[: group.prompt_len // self._blocks.block_size]  # the other outputs go on from there
+        # What is pinned is read by prompts that have any part of it in common.
+        found = self._blocks.find_prefix(keys, num_tokens, whole=group.is_prefix)
+        return found, self.missing(group, found)
 
-    def missing(self, group: SequenceGroup) -> int:
-        """Return the number of blocks to take until the group holds all tokens that it has."""
-        shared = group.prompt_len // self._blocks.block_size
+    def missing(self, group: SequenceGroup, found: Prefix = NO_PREFIX) -> int:
+        """Return the number of blocks to take until the group holds all tokens that it has.
+
+        Args:
+            found: what the first sequence begins with, if it has no blocks: those that are unused count.
+        """
         held = []
         missing = 0
         for position, seq in enumerate(group.live):
             if self._blocks.holds(seq.seq_id):
                 held.append((seq.seq_id, seq.num_computed, seq.num_pending))
+            elif position:
+                missing += self._blocks.num_held(len(seq.token_ids), group.prompt_len, group.prompt_len)
             else:
-                missing += self._blocks.blocks_for(len(seq.token_ids)) - (shared if position else 0)
+                missing += self._blocks.num_to_take(len(seq.token_ids), found, whole=group.is_prefix)
         return missing + (self._blocks.num_new_blocks(held) if held else 0)
 
     def growth(self, group: SequenceGroup) -> int:
@@ -105,19 +123,19 @@ class GroupMemory:
 
         These are the ones that it holds and, until it decodes, those that it needs for all tokens it has.
         """
-        shared = group.prompt_len // self._blocks.block_size
-        of_output = self._blocks.blocks_for(group.prompt_len + group.max_tokens - 1) - shared
-        tables = (self._blocks.place(seq.seq_id)[1] for seq in group.live)
-        counted = len({block for table in tables for block in table if block != NO_BLOCK})
+        num_tokens = group.prompt_len + group.max_tokens - 1
+        most = self._blocks.num_held(num_tokens, group.prompt_len, 0, group.num_seats)
+        owned = (t.owned(seq.seq_id) for seq in group.live for t in self._blocks.layers)
+        counted = len({block for blocks in owned for block in blocks})
         if group.prefilling or group.status is not Status.RUNNING:
             counted += self.missing(group)
-        return max(0, shared + group.num_seats * of_output - counted)
+        return max(0, most - counted)
 
-    def start(self, group: SequenceGroup, found: list[int]) -> None:
+    def start(self, group: SequenceGroup, found: Prefix) -> None:
         """Take the blocks that `needs` found in the prefix cache for a group that has none."""
-        if found:
+        if found.num_tokens:
             first = group.live[0]
-            self._blocks.take_prefix(first.seq_id, first.keys, found)
+            self._blocks.take_prefix(first.seq_id, first.keys, found.tables)
 
     def fork(self, group: SequenceGroup, parent: Sequence, child: Sequence) -> None:
         """Share what the parent has computed with a new sequence of the group."""
@@ -138,14 +156,28 @@ class GroupMemory:
                 continue
             # The last token has to be computed for what comes after it.
             keys = self.keys(group, seq, len(seq.token_ids) - 1)[: (len(seq.token_ids) - 1) // size]
-            found, _ = self._blocks.find_prefix(keys)
-            if len(found) * size > group.prompt_len:
-                # What is found of the prompt may be another copy than the first one's, which may have given
-                # its own back.
-                shared = self._blocks.table(first.seq_id)[: group.prompt_len // size]
-                blocks = [other if own == NO_BLOCK else own for own, other in zip(shared, found)]
-                self._blocks.take_prefix(seq.seq_id, keys, [*blocks, *found[len(shared) :]])
-                seq.num_computed = len(found) * size
+            found = self._blocks.find_prefix(keys)
+            if found.num_tokens > group.prompt_len:
+                tables = [
+                    self._shared_of_prompt(group, first, layer_group, blocks)
+                    for layer_group, blocks in enumerate(found.tables)
+                ]
+                self._blocks.take_prefix(seq.seq_id, keys, tables)
+                seq.num_computed = found.num_tokens
             else:
                 self._blocks.fork(first.seq_id, seq.seq_id, group.prompt_len)
                 seq.num_computed = group.prompt_len
+
+    def _shared_of_prompt(
+        self, group: SequenceGroup, first: Sequence, layer_group: int, found: list[int]
+    ) -> list[int]:
+        """Return blocks that were found, those of the prompt replaced by the first sequence's.
+
+        What is found of the prompt may be another copy than the first one's, which may have given its own
+        back.
+        """
+        shared = group.prompt_len // self._blocks.block_sizes[layer_group]
+        own = self._blocks.table(first.seq_id, layer_group)[:shared]
+        return [other if NO_BLOCK in (block, other) else block for block, other in zip(own, found)] + found[
+            len(own) :
+        ]

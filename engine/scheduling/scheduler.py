@@ -41,8 +41,6 @@ class Scheduler:
         preemption: decides whether the blocks of preempted groups are dropped or swapped out.
         max_model_len: maximum number of tokens of a sequence.
         eos_token_ids: tokens that end a sequence unless its request ignores them.
-        window: maximum number of tokens that a token sees in any layer, its own included; None where a layer
-            sees all. Blocks that no token to come sees are freed.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class Scheduler:
         preemption: Preemption,
         max_model_len: int,
         eos_token_ids: frozenset[int],
-        window: int | None = None,
     ) -> None:
         self._blocks = blocks
         self._preemption = preemption
@@ -62,14 +59,12 @@ class Scheduler:
         self._policy = make_scheduling_policy(config.scheduling_policy)
         self.reads_priority = self._policy.reads_priority
         self._static_batching = config.batching == "static"
-        self._memory = group_memory(
-            config.memory_policy, blocks, config.enable_prefix_caching, max_model_len, window
-        )
+        self._memory = group_memory(config.memory_policy, blocks, config.enable_prefix_caching, max_model_len)
         self._queues = Queues()
         self.waiting, self.running = self._queues.waiting, self._queues.running
         self.preempted = self._queues.preempted
         self._sequences = Sequences(self._queues, self._memory, blocks)
-        self.pinned = PinnedPrefixes()
+        self.pinned = PinnedPrefixes(blocks.content_keys)
         admission = make_admission_policy(config.admission_policy)
         self._admission = AdmissionCheck(
             blocks, self._memory, self.pinned, admission, config.max_num_seqs, max_model_len
@@ -219,7 +214,7 @@ class Scheduler:
             self._queues.add(group)
 
     def _rank_by_cache(self, group: SequenceGroup) -> tuple[float, int]:
-        num_cached = len(self._memory.needs(group)[0]) * self._blocks.block_size
+        num_cached = self._memory.needs(group)[0].num_tokens
         return self._policy.place(group, num_cached)
 
     # -- running groups ------------------------------------------------------------------------------
@@ -241,7 +236,7 @@ class Scheduler:
             if prefill_budget is not None:
                 prefill_budget -= sum(count for seq, count in turn if seq.num_pending > 1)
             for seq, _ in turn:
-                self._memory.free_unseen(group, seq)
+                self._memory.free_unread(group, seq)
             if self._preempt_until_it_fits(draft, group, turn):
                 self._append(draft, group, turn)
         draft.budget -= num_decoding
@@ -259,7 +254,8 @@ class Scheduler:
                 continue  # it will be forked from the first one, which is computing the prompt
             num_tokens = seq.num_pending
             if num_tokens > 1:
-                num_tokens = min(num_tokens, prefill_budget)
+                longest = self._memory.longest_step(group, seq, seq.num_computed)
+                num_tokens = min(num_tokens, prefill_budget, longest)
                 prefill_budget -= num_tokens
             if num_tokens > 0:
                 turn.append((seq, num_tokens))
@@ -290,9 +286,7 @@ class Scheduler:
             has_slot = not group.prefilling and start < writable[seq.seq_id]
             if num_tokens > num_stored and not has_slot:
                 keys = self._memory.keys(group, seq, start + num_tokens)
-                copy = self._blocks.append(seq.seq_id, start, num_tokens, keys)
-                if copy is not None:
-                    draft.copies.append(copy)
+                draft.copies += self._blocks.append(seq.seq_id, start, num_tokens, keys)
             num_samples = 0
             if start + num_tokens == len(seq.token_ids) and not group.is_prefix:
                 num_samples = 1 if group.forked else group.width
@@ -327,7 +321,7 @@ class Scheduler:
             reserved = promised + self._admission.num_reserved(group, self.running)
             if group.num_seats > seats or reserved > self._blocks.gpu.num_free:
                 return  # before its prompt is looked for in the cache
-            cached_blocks, needed = self._memory.needs(group)
+            found, needed = self._memory.needs(group)
             first = group.live[0]
             if group.status is Status.SWAPPED:
                 decodes = sum(seq.num_pending == 1 for seq in group.live)
@@ -335,10 +329,10 @@ class Scheduler:
                 cached = stored = 0
             else:
                 # A full hit still computes the last token, for what comes after it, but does not write it.
-                in_blocks = len(cached_blocks) * self._blocks.block_size
-                cached = min(in_blocks, len(first.token_ids) - 1)
-                stored = in_blocks - cached
-                count = min(len(first.token_ids) - cached, draft.budget)
+                cached = min(found.num_tokens, len(first.token_ids) - 1)
+                stored = found.num_tokens - cached
+                longest = self._memory.longest_step(group, first, cached)
+                count = min(len(first.token_ids) - cached, draft.budget, longest)
                 turn = [(first, count)] if count > 0 else []
             if not turn or needed + reserved > self._blocks.gpu.num_free:
                 if group.status is not Status.SWAPPED or self.running:
@@ -351,7 +345,7 @@ class Scheduler:
             if group.status is Status.SWAPPED:
                 draft.swap_in += self._blocks.swap_in([seq.seq_id for seq in group.live])
             else:
-                self._memory.start(group, cached_blocks)
+                self._memory.start(group, found)
                 first.num_computed = cached
                 if self._memory.reads_cache(group):
                     self.num_prefix_queries += len(first.token_ids)

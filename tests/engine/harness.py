@@ -121,5 +121,4 @@ def assert_clean(engine: LLMEngine) -> None:
     assert not structured._states
     assert sorted(structured._free) == list(range(len(structured._masks)))
     assert len(sampler._penalties._free) == len(sampler._penalties._seen)
-    assert not engine._blocks._tables
-    assert not engine._blocks._swapped
+    assert not any(tables.on_gpu or tables.swapped for tables in engine._blocks.layers)

@@ -25,7 +25,7 @@ def mistral_dir(tmp_path_factory) -> str:
 @torch.inference_mode()
 def test_blocks_behind_the_window_serve_others(mistral_dir, mode, caching, seed):
     """Empty blocks are NaN. Six sequences of up to 120 tokens in 26 blocks of 8: one at a time without a
-    window. A seventh is urgent and needs more than they leave, so that some make way for it."""
+    window. Three more are urgent and need more than they leave, so that some make way for them."""
     rng = random.Random(seed)
     engine = small_engine(
         mistral_dir,
@@ -34,7 +34,7 @@ def test_blocks_behind_the_window_serve_others(mistral_dir, mode, caching, seed)
         enable_prefix_caching=caching,
         scheduling_policy="priority",
     )
-    lengths = [*(rng.randrange(60, 81) for _ in range(6)), 112]
+    lengths = [*(rng.randrange(60, 81) for _ in range(6)), 112, 112, 112]
     prompts = {
         str(i): [rng.randrange(tiny_models.PAD) for _ in range(length)] for i, length in enumerate(lengths)
     }
@@ -57,14 +57,15 @@ def test_blocks_behind_the_window_serve_others(mistral_dir, mode, caching, seed)
                 assert engine._blocks.num_distinct([seq.seq_id]) <= -(-(tiny_models.WINDOW + 32) // 8) + 2
         decoding.append(sum(not group.prefilling for group in running))
         if decoding[-1] == 6 and "6" not in engine.request_ids and not engine.stats().num_preemptions:
-            add("6", 0)
+            for name in ("6", "7", "8"):
+                add(name, 0)
         return outputs
 
     engine.step = counting
     outputs = finish(engine)
     assert max(decoding) >= 6
     assert engine.stats().num_preemptions > 0
-    assert len(outputs) == 7
+    assert len(outputs) == 9
     model = tf.AutoModelForCausalLM.from_pretrained(mistral_dir, attn_implementation="eager").eval()
     for name, output in outputs.items():
         assert len(output.outputs[0].token_ids) == most[name]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceABC
 
 from benchmarks.simulation import SimulatedEngine
 from cupaged.engine import SamplingParams
+from cupaged.engine.memory.layer_groups import ONE_GROUP, LayerGroup, ReadWindow
 from cupaged.engine.model.kv_cache import in_turn
 from cupaged.engine.scheduling.beam_search import num_candidates
 from cupaged.engine.scheduling.failed_step import FailedStep
 from cupaged.engine.scheduling.request import Candidates, Sequence, SequenceGroup, Status
-from cupaged.engine.scheduling.step_plan import Plan
+from cupaged.engine.scheduling.step_plan import Plan, ScheduledSequence
 from tests.unit.paged_memory import PagedMemory
 
 EOS = 99
@@ -40,8 +43,14 @@ class Simulation(SimulatedEngine):
         memory_policy: str = "paged",
         static: bool = False,
         window: int | None = None,
+        layer_groups: SequenceABC[LayerGroup] | None = None,
     ) -> None:
+        """``layer_groups`` are those of paged memory; ``window`` stands for one group."""
         max_num_seqs = min(max_num_seqs, budget)  # as an engine's settings have to be
+        if layer_groups is None or memory_policy != "paged":
+            layer_groups = ONE_GROUP
+            if window is not None and memory_policy == "paged":
+                layer_groups = [LayerGroup("window", ReadWindow(window))]
         super().__init__(
             num_blocks,
             mode,
@@ -50,7 +59,7 @@ class Simulation(SimulatedEngine):
             max_num_seqs=max_num_seqs,
             budget=budget,
             max_model_len=max_model_len,
-            window=window,
+            layer_groups=layer_groups,
             eos=EOS,
             enable_prefix_caching=caching,
             scheduling_policy=scheduling_policy,
@@ -61,7 +70,6 @@ class Simulation(SimulatedEngine):
         self.memory = PagedMemory(self.blocks, SALTS)
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.in_order = scheduling_policy == "fcfs"
-        self.window = window
         self.random = random.Random(seed)
         self.eos_chance = eos_chance
         self.groups: list[SequenceGroup] = []
@@ -89,7 +97,7 @@ class Simulation(SimulatedEngine):
         return group
 
     def add_prefix(self, prompt: list[int], **settings) -> SequenceGroup:
-        group = self.group(prompt[: len(prompt) // self.blocks.block_size * self.blocks.block_size], 1)
+        group = self.group(prompt[: len(prompt) // self.blocks.prefix_size * self.blocks.prefix_size], 1)
         group.cache_salt = settings.get("cache_salt")
         self.scheduler.add_prefix(group)
         return group
@@ -127,14 +135,8 @@ class Simulation(SimulatedEngine):
     def fail(self) -> None:
         """A step that ends in an error; what it was to write and to move is poison."""
         plan = self.scheduler.schedule()
-        for _, target in plan.swap_out:
-            self.memory.cpu[target] = [None] * self.blocks.block_size
-        for _, target in (*plan.swap_in, *plan.copies):
-            self.memory.gpu[target] = [None] * self.blocks.block_size
-        for item in plan.scheduled:
-            for position in range(item.start + item.num_stored, item.start + item.num_tokens):
-                block, offset = divmod(position, self.blocks.block_size)
-                self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
+        self.memory.poison_moved(plan.swap_out, plan.swap_in, plan.copies)
+        self.poison(plan.scheduled)
         self.scheduler.moves_failed()
         self.check_blocks()
 
@@ -146,10 +148,7 @@ class Simulation(SimulatedEngine):
         self.move(plan)
         failed = plan.scheduled
         while failed:
-            for item in failed:
-                for position in range(item.start + item.num_stored, item.start + item.num_tokens):
-                    block, offset = divmod(position, self.blocks.block_size)
-                    self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
+            self.poison(failed)
             parts.add(scheduler.hold(failed))
             self.check_blocks()
             failed = ()
@@ -165,6 +164,11 @@ class Simulation(SimulatedEngine):
                     scheduler.abort(self.random.choice(self.unfinished()))
                     failed = tuple(item for item in failed if not item.group.finished)
                 self.check_blocks()
+
+    def poison(self, scheduled: Iterable[ScheduledSequence]) -> None:
+        for item in scheduled:
+            start, end = item.start + item.num_stored, item.start + item.num_tokens
+            self.memory.poison(item.seq.seq_id, start, end)
 
     def end(self, group: SequenceGroup) -> None:
         if group.is_prefix:
@@ -205,17 +209,18 @@ class Simulation(SimulatedEngine):
 
     def compute(self, plan: Plan) -> None:
         self.num_computed += sum(item.num_tokens for item in plan.scheduled)
-        # Writes first, as in every layer: what a step shares wrongly is read wrongly.
-        for item in plan.scheduled:
-            tokens = item.seq.token_ids[: item.start + item.num_tokens]
-            self.memory.write(item.seq.seq_id, item.start + item.num_stored, tokens)
-        for item in plan.scheduled:
-            tokens = item.seq.token_ids[: item.start + item.num_tokens]
-            self.memory.check(item.seq.seq_id, tokens, self.first_seen(item.start))
+        self.write([(item, item.seq.token_ids[: item.start + item.num_tokens]) for item in plan.scheduled])
 
-    def first_seen(self, position: int) -> int:
-        """The first position that the token at this one sees."""
-        return 0 if self.window is None else position - self.window + 1
+    def write(self, computed: Iterable[tuple[ScheduledSequence, list[int]]]) -> None:
+        """Compute the last tokens of sequences. Writes first, as in every layer: what a step shares
+        wrongly is read wrongly. States are read before."""
+        for item, tokens in computed:
+            if item.num_stored < item.num_tokens:
+                self.memory.check_states(item.seq.seq_id, item.start, tokens)
+        for item, tokens in computed:
+            self.memory.write(item.seq.seq_id, item.start + item.num_stored, tokens)
+        for item, tokens in computed:
+            self.memory.check(item.seq.seq_id, tokens, item.start)
 
     def draw(self) -> int:
         return EOS if self.random.random() < self.eos_chance else self.random.randrange(EOS)
@@ -254,11 +259,14 @@ class Simulation(SimulatedEngine):
         self.memory.poison_empty()
         self.memory.check_found()
         running: list[Sequence] = [seq for group in self.scheduler.running for seq in group.live]
+        # A prefix of which all is found computes its last token, and has the states after it before.
+        prefixes = [group.live[0] for group in self.scheduler.running if group.is_prefix]
+        found_whole = prefixes if self.blocks.has_states else []
         pinned = [g.live[0] for g in self.scheduler.pinned.groups.values() if g.status is Status.PINNED]
         for seq in [*running, *pinned]:
-            if self.blocks.holds(seq.seq_id):
-                first = self.first_seen(seq.num_computed) if seq in running else 0
-                self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed], first)
+            if self.blocks.holds(seq.seq_id) and seq not in found_whole:
+                position = seq.num_computed if seq in running else 0
+                self.memory.check(seq.seq_id, seq.token_ids[: seq.num_computed], position)
 
     def run(self, limit: int = 10000) -> None:
         while self.scheduler.has_unfinished():

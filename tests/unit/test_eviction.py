@@ -132,11 +132,11 @@ def test_of_a_sequence_the_end_goes_first(name, seed):
     blocks.free(0, 4 * count, keys)
     for left in reversed(range(count)):
         blocks.append(1, 0, 4 * (count - left))
-        assert len(blocks.find_prefix(keys)[0]) == left
+        assert blocks.find_prefix(keys).num_tokens == 4 * left
         blocks.check_integrity()
         blocks.free(1)
         blocks.append(1, 0, 4 * (count - left))  # what is empty is taken before what is cached
-        assert len(blocks.find_prefix(keys)[0]) == left
+        assert blocks.find_prefix(keys).num_tokens == 4 * left
         blocks.free(1)
 
 

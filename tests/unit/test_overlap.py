@@ -89,25 +89,16 @@ class LateSimulation(Simulation):
         if plan.swap_out or plan.swap_in or plan.copies:
             if self.random.random() < self.failures:
                 self.num_failed += 1
-                for _, target in plan.swap_out:
-                    self.memory.cpu[target] = [None] * self.blocks.block_size
-                for _, target in (*plan.swap_in, *plan.copies):
-                    self.memory.gpu[target] = [None] * self.blocks.block_size
+                self.memory.poison_moved(plan.swap_out, plan.swap_in, plan.copies)
                 self.scheduler.moves_failed()
                 return Launched(plan)
             self.move(plan)
         if self.random.random() < self.failures:
             self.num_failed += 1
-            for item in plan.scheduled:
-                for position in range(item.start + item.num_stored, item.start + item.num_tokens):
-                    block, offset = divmod(position, self.blocks.block_size)
-                    self.memory.gpu[self.blocks.table(item.seq.seq_id)[block]][offset] = None
+            self.poison(plan.scheduled)
             self.failed_step.add(self.scheduler.hold(plan.scheduled))
             return Launched(plan)
-        for item, tokens in zip(plan.scheduled, inputs):
-            self.memory.write(item.seq.seq_id, item.start + item.num_stored, tokens)
-        for item, tokens in zip(plan.scheduled, inputs):
-            self.memory.check(item.seq.seq_id, tokens, self.first_seen(item.start))
+        self.write(list(zip(plan.scheduled, inputs)))
         samples: list[list[int]] = []
         candidates = {}
         for position, (item, tokens) in enumerate(zip(plan.scheduled, inputs)):

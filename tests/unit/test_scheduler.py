@@ -17,6 +17,7 @@ from cupaged.engine.model.kv_cache import in_turn
 from cupaged.engine.scheduling.preemption import Preemption
 from cupaged.engine.scheduling.request import SequenceGroup, Status
 from cupaged.engine.scheduling.scheduler import Scheduler
+from tests.unit.drawn_layer_groups import LAYER_GROUPS
 from tests.unit.simulation import EOS, SALTS, Simulation
 
 
@@ -93,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         admission_policy=st.sampled_from(list(ADMISSION_POLICIES)),
         seed=st.integers(0, 2**32),
         eos_chance=st.sampled_from([0.0, 0.05]),
-        window=st.sampled_from([None, None, 1, 5, 13]),
+        layer_groups=LAYER_GROUPS,
     )
     def start(self, max_num_seqs, more_budget, **drawn):
         self.simulation = Simulation(max_num_seqs=max_num_seqs, budget=max_num_seqs + more_budget, **drawn)
@@ -112,9 +113,8 @@ class Machine(RuleBasedStateMachine):
             try:
                 simulation.add(prompt or [1], **settings)
             except ValueError:
-                assert len(prompt) >= simulation.max_model_len or request["n"] > 1 or self.prefixes, (
-                    "a single output that fits is refused"
-                )
+                fits = len(prompt) < simulation.max_model_len and len(simulation.blocks.layers) == 1
+                assert not fits or request["n"] > 1 or self.prefixes, "a single output that fits is refused"
         self.step(steps)
 
     @rule(count=st.sampled_from([2, 1, 5, 12]))
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
         if remove and self.prefixes:
             self.simulation.scheduler.remove_prefix(self.prefixes.pop(0).request_id)
             self.simulation.check_blocks()
-        elif self.caching and len(self.prefixes) < 2:
+        elif self.caching and len(self.prefixes) < 2 and length >= self.simulation.blocks.prefix_size:
             with contextlib.suppress(ValueError):  # it does not fit
                 prefix = self.simulation.add_prefix(self.bases[base][:length], cache_salt=salt)
                 self.prefixes.append(prefix)
@@ -237,7 +237,7 @@ def test_what_a_window_leaves_behind_is_free(window, caching):
         if not group.finished:
             first = max(0, plan.scheduled[0].start - window + 1) // 4
             held = simulation.blocks.num_distinct([seq.seq_id])
-            written = simulation.blocks.blocks_for(seq.num_computed)
+            written = -(-seq.num_computed // 4)
             # Blocks are given back when the next one is needed: one more may be held until then.
             assert written - first <= held <= written - first + 1
             assert simulation.blocks.gpu.num_free == 12 - held
@@ -260,7 +260,7 @@ def test_more_requests_run_at_once_where_windows_leave_blocks_behind():
     assert running == {None: 1, 6: 3}
 
 
-@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("window", [2, 5])
 def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
     simulation = Simulation(num_blocks=24, budget=32, window=window)
     prompt = simulation.prompt(32)
@@ -276,7 +276,7 @@ def test_prefixes_are_found_behind_a_window_and_pinned_ones_stay(window):
     assert simulation.scheduler.num_pinned_blocks() == 4
 
 
-@pytest.mark.parametrize("window", [1, 3, 9])
+@pytest.mark.parametrize("window", [2, 3, 9])
 def test_what_was_generated_is_found_behind_a_window(window):
     simulation = Simulation(num_blocks=24, budget=32, window=window)
     group = simulation.add(6, 27)
