@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import click
 import ray
 from ray import serve
-from ray._private.utils import get_num_cpus  # as many as a local cluster has: a container may have fewer
+
+# Ray's own view of what `serve run` will connect to or start; the latter's cores are those of a container.
+from ray._private.services import get_ray_address_from_environment
+from ray._private.utils import get_num_cpus
 from ray.serve.config import AutoscalingConfig
 
 from .engine.config import EngineConfig
@@ -43,6 +46,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     EngineConfig(**settings_of(options, EngineConfig))  # report a wrong setting here
     limits = Limits(**settings_of(options, Limits))
     check_replicas(options.replicas)
+    if options.device is not None and ":" in options.device:
+        raise ValueError(f"device is {options.device!r}, and Ray gives each replica GPUs: give 'cuda'")
     if options.replicas is not None and "autoscaling_config" in of_ray:
         raise ValueError("replicas and autoscaling_config are given: leave one out")
     scaling = of_ray.get("autoscaling_config")
@@ -51,7 +56,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         num_replicas=options.replicas or 1,
         autoscaling_config=scaling,
         ray_actor_options=of_ray.get("ray_actor_options")
-        or _resources(options.device, options.tensor_parallel_size, _most(options.replicas, scaling)),
+        or _resources(options.device, options.tensor_parallel_size, _max_replicas(options.replicas, scaling)),
         max_imbalance=options.max_imbalance,
         max_ongoing_requests=limits.max_waiting_requests + options.max_num_seqs,
         shutdown_timeout=options.shutdown_timeout,
@@ -61,7 +66,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return ingress_application(replicas, limits, access, options.shutdown_timeout)
 
 
-def _most(replicas: int | None, scaling: Mapping[str, Any] | None) -> int:
+def _max_replicas(replicas: int | None, scaling: Mapping[str, Any] | None) -> int:
     """Return the maximum number of replicas."""
     return AutoscalingConfig(**scaling).max_replicas if scaling is not None else replicas or 1
 
@@ -71,10 +76,10 @@ def _resources(device: str | None, num_ranks: int, num_replicas: int) -> dict[st
     nodes = _nodes()
     if device != "cpu" and (device is not None or any(node.get("GPU") for node in nodes)):
         return {"num_gpus": num_ranks}
-    return {"num_cpus": cores_of_each([node.get("CPU", 0) for node in nodes], num_replicas)}
+    return {"num_cpus": _cores_of_each([node.get("CPU", 0) for node in nodes], num_replicas)}
 
 
-def cores_of_each(cores: Sequence[float], num_replicas: int) -> float:
+def _cores_of_each(cores: Sequence[float], num_replicas: int) -> float:
     """Return the number of cores that each replica can have: whole ones, or a part of one if they are few.
 
     Args:
@@ -87,22 +92,22 @@ def cores_of_each(cores: Sequence[float], num_replicas: int) -> float:
     parts = 1  # of a core
     while 0 < sum(map(int, cores)) * parts < num_replicas:
         parts += 1
-    return 1 / parts
+    return 10_000 // parts / 10_000  # Ray counts ten-thousandths
 
 
 def _nodes() -> list[Mapping[str, float]]:
     """Return the resources of the cluster's nodes, or of this machine if there is no cluster yet."""
     if ray.is_initialized():
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # `serve run` connects later, with settings of its own: this is to look only.
+    # `serve run` connects later, with settings of its own: this is to look only, at the same cluster.
     command = click.get_current_context(silent=True)
-    address = (command.params.get("address") if command else None) or "auto"
-    try:
-        ray.init(address, configure_logging=False, log_to_driver=False)
-    except ConnectionError:  # it will start one
+    given = command.params.get("address") if command else None
+    address = get_ray_address_from_environment(given, None)
+    if address in (None, "local"):  # it will start one
         import torch
 
         return [{"CPU": get_num_cpus(), "GPU": torch.cuda.device_count()}]
+    ray.init(address, configure_logging=False, log_to_driver=False)
     try:
         return _nodes()
     finally:

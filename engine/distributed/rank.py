@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from typing import NoReturn
 
 import torch
@@ -42,8 +43,6 @@ def main() -> None:
     try:
         run_follower(sys.argv[1], float(sys.argv[2]))
     except BaseException as error:
-        import traceback
-
         traceback.print_exc()
         print(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",

@@ -89,6 +89,7 @@ def test_a_replica_reserves_gpus_or_a_share_of_the_cores(build):
         ([{"CPU": 2}], [2, 0.5, 0.5, 1, 2, "1"]),
         ([{"CPU": 6}, None, {"CPU": 3, "memory": 9}], [6, 3, 2, 3, 6, "1"]),
         ([{"CPU": 8}, {"CPU": 8, "GPU": 4}], ["1", "1", "1", "2", 8, "1"]),
+        ([{"CPU": 0.5}, {"CPU": 1}], [1, 0.3333, 0.25, 0.5, 1, "1"]),
         ([], [1, 1, 1, 1, 1, "1"]),
     ]:
         for given, each in zip(arguments, expected, strict=True):
@@ -110,6 +111,7 @@ def test_arguments_that_are_wrong(build):
         ({"autoscaling_config": [1]}, "autoscaling_config must be a mapping"),
         ({"autoscaling_config": {}, "replicas": 2}, "replicas and autoscaling_config are given"),
         ({"replicas": 0}, "replicas must be at least 1"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', and Ray gives each replica GPUs: give 'cuda'"),
     ]
     for arguments, expected in wrong:
         assert expected in build(arguments)
