@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from .conftest import MODEL, Running, wait_until
 
 pytestmark = [pytest.mark.matrix, pytest.mark.ray]
 
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 300  # generous: Ray and two engines, on a machine that does other things as well
 CONFIG = {"block_size": 8, "max_num_seqs": 16, "num_gpu_blocks_override": 6000}  # room for all conversations
 # Processes of Ray that end after about a minute: before, they try to report that their parent has died.
@@ -47,18 +49,26 @@ ReplicaChoice.choose = choose_or_take_turns
 RUN = "import sys; from cupaged import serve; sys.exit(serve.main(sys.argv[1:]))"
 
 
-class Replicas:
-    """Run the command with two replicas, in a process group of its own, as a shell would start it."""
+class Command:
+    """Run a command that starts a Ray, in a process group of its own, as a shell would.
 
-    def __init__(self, directory: str, *arguments: str, script: str = "") -> None:
-        settings = [f"--{name.replace('_', '-')}={value}" for name, value in CONFIG.items()]
-        model = ["--model", directory, "--served-model-name", MODEL, "--device", "cpu"]
+    Args:
+        arguments: of Python.
+        ready: what it prints when it can be used.
+        environment: variables that are set as well.
+    """
+
+    def __init__(
+        self, *arguments: str, ready: str = "Ctrl-C ends it.", environment: dict[str, str] | None = None
+    ):
+        self._ready = ready
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script + RUN, *model, "--port=0", "--replicas=2", *settings, *arguments],
+            [sys.executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -68,12 +78,15 @@ class Replicas:
         for line in self.process.stdout:
             self.lines.append(line)
 
-    def __enter__(self) -> Replicas:
-        wait_until(
-            lambda: "Ctrl-C ends it.\n" in self.lines or self.process.poll() is not None, START_SECONDS
-        )
-        assert self.process.poll() is None, self.log
-        self.url = re.search(r"http://localhost:\d+", self.log)[0]
+    def __enter__(self) -> Command:
+        try:
+            wait_until(lambda: self._ready in self.log or self.process.poll() is not None, START_SECONDS)
+            assert self.process.poll() is None
+        except AssertionError:
+            print(self.log)
+            self.process.kill()
+            raise
+        self.url = (re.findall(r"http://localhost:\d+", self.log) or [""])[0]
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.others = {each: " ".join(command_of(each)).strip() for each in children}
         return self
@@ -118,6 +131,17 @@ class Replicas:
         wait_until(lambda: not [each for each in others if is_alive(each)], 60)
 
 
+def model_arguments(directory: str) -> list[str]:
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in CONFIG.items()]
+    return ["--model", directory, "--served-model-name", MODEL, "--device", "cpu", *settings]
+
+
+def replicas_of(directory: str, *arguments: str, script: str = "") -> Command:
+    """Return the command with two replicas."""
+    model = model_arguments(directory)
+    return Command("-c", script + RUN, *model, "--port=0", "--replicas=2", *arguments)
+
+
 def command_of(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -149,15 +173,15 @@ def switch(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running_replicas(directory, switch) -> Iterator[Callable[[], Replicas]]:
+def running_replicas(directory, switch) -> Iterator[Callable[[], Command]]:
     """Return a function that returns the replicas of the test before, or new ones if those have ended."""
     with contextlib.ExitStack() as stack:
-        started: list[Replicas] = []
+        started: list[Command] = []
 
-        def get() -> Replicas:
+        def get() -> Command:
             if not started or started[-1].process.poll() is not None:
                 options = ["--api-key=secret", f"--max-body-size={LIMIT}", "--max-imbalance=1000"]
-                new = Replicas(directory, *options, script=IN_TURNS.format(path=str(switch)))
+                new = replicas_of(directory, *options, script=IN_TURNS.format(path=str(switch)))
                 started.append(stack.enter_context(new))
             return started[-1]
 
@@ -165,7 +189,7 @@ def running_replicas(directory, switch) -> Iterator[Callable[[], Replicas]]:
 
 
 @pytest.fixture
-def replicas(running_replicas) -> Replicas:
+def replicas(running_replicas) -> Command:
     return running_replicas()
 
 
@@ -346,11 +370,16 @@ def run_one(url: str, number: int) -> tuple[str, str]:
     return "streamed", "".join(event["choices"][0]["text"] for event in events)
 
 
+@pytest.fixture(scope="module")
+def whole(one) -> list[str]:
+    """Return the texts of long requests."""
+    with ThreadPoolExecutor(24) as threads:
+        return [text for _, text in threads.map(lambda number: run_one(one.url, number), range(24))]
+
+
 @pytest.mark.parametrize("victim", ["server", "actor"])
-def test_a_replica_that_dies_under_load(replicas, victim):
+def test_a_replica_that_dies_under_load(replicas, whole, victim):
     """What was not answered yet is tried again; the others finish; a new replica comes."""
-    expected = [run_one(replicas.url, number) for number in range(24)]
-    assert {kind for kind, _ in expected} == {"whole", "streamed"}
     names = set(replicas.metrics())
     with ThreadPoolExecutor(24) as threads:
         running = [threads.submit(run_one, replicas.url, number) for number in range(24)]
@@ -364,12 +393,12 @@ def test_a_replica_that_dies_under_load(replicas, victim):
     kinds = [kind for kind, _ in ends]
     assert kinds.count("whole") == 12, "none of those of which nothing was sent is lost"
     assert 0 < kinds.count("lost") < 12
-    for (kind, text), (_, whole) in zip(ends, expected):
-        assert whole.startswith(text) if kind == "lost" else text == whole
+    for (kind, text), expected in zip(ends, whole):
+        assert expected.startswith(text) if kind == "lost" else text == expected
     replicas.assert_idle_and_empty()
     wait_until(lambda: len(replicas.metrics()) == 2 and set(replicas.metrics()) != names, START_SECONDS)
     assert len(set(replicas.metrics()) & names) == 1, "the other one is still there"
-    assert run_one(replicas.url, 0) == expected[0]
+    assert run_one(replicas.url, 0) == ("whole", whole[0])
     wait_until(lambda: not is_alive(server), 60)
 
 
@@ -391,44 +420,141 @@ def test_a_signal_lets_requests_finish(replicas):
     assert "Traceback" not in "".join(replicas.lines[logged_before:])
 
 
+# The servers' steps take a while as long as a file is there.
+HELD = """
+import os, sys, time
+if "cupaged.engine.replicas.child" in sys.orig_argv:
+    from cupaged.engine.model.model_runner import ModelRunner
+    def run(*arguments, run=ModelRunner.run):
+        if os.path.exists({hold!r}):
+            time.sleep(0.2)
+        return run(*arguments)
+    ModelRunner.run = run
+"""
 SCALE = """
-import asyncio, json, sys
+import asyncio, json, pathlib, signal, sys
 from cupaged.engine.replicas.front import local_replicas
 from cupaged.engine.replicas.ray_router import Route
 
-scaling = {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 50}
-scaling |= {"downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.5}
-body = {"model": "tiny-llama", "prompt": "x", "n": 16, "max_tokens": 900, "ignore_eos": True, "stream": True}
+hold = pathlib.Path(sys.argv[1])
+scaling = {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 2}
+scaling |= {"upscale_delay_s": 0, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.5}
+body = {"model": "tiny-llama", "prompt": "x", "n": 2, "max_tokens": 900, "ignore_eos": True, "stream": True}
 request = "POST", "/v1/completions", b"", [(b"content-type", b"application/json")], json.dumps(body).encode()
 
 async def read(stream):
-    return b"".join([part async for part in stream]).decode()
+    lines = b"".join([part async for part in stream]).decode().split(chr(10))
+    *events, end = [line.removeprefix("data: ") for line in lines if line]
+    choices = [json.loads(event)["choices"][0] for event in events]
+    return end, [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+
+async def ids(handle):
+    return {name for name, _ in await handle.broadcast("metrics").results_async()}
 
 async def run(handle):
-    streams = [handle.options(stream=True).forward.remote(*request, Route()) for _ in range(2)]
-    replicas = {(await anext(stream))[0] for stream in streams}
-    bodies = [asyncio.create_task(read(stream)) for stream in streams]
-    while len(left := await handle.broadcast("metrics").results_async()) > 1:
+    hold.touch()
+    streams = []
+    for _ in range(4):  # which are for two replicas, also where one has been scaled away before
+        streams.append(handle.options(stream=True).forward.remote(*request, Route()))
+    of_replica = {(await anext(stream))[0]: stream for stream in streams}
+    while len(of_replica) == 1:
+        while len(await ids(handle)) == 1:
+            await asyncio.sleep(0.1)
+        streams.append(handle.options(stream=True).forward.remote(*request, Route()))
+        of_replica[(await anext(streams[-1]))[0]] = streams[-1]
+    for stream in streams:  # the two that are left are for one
+        if stream not in of_replica.values():
+            stream.cancel()
+    bodies = [asyncio.create_task(read(stream)) for stream in of_replica.values()]
+    while len(left := await ids(handle)) > 1:
         await asyncio.sleep(0.1)
     running = [not body.done() for body in bodies]
-    print(json.dumps([len(replicas), left[0][0] in replicas, running, await asyncio.gather(*bodies)]))
+    hold.unlink()
+    print("SEEN", json.dumps([left <= set(of_replica), running, await asyncio.gather(*bodies)]), flush=True)
+    print("Ctrl-C ends it.", flush=True)
+    signal.pause()
 
 settings = {"max_imbalance": 8, "max_ongoing_requests": 99, "shutdown_timeout": 300}
-with local_replicas(sys.argv[1:], 2, num_gpus=0, autoscaling_config=scaling, **settings) as handle:
+with local_replicas(sys.argv[2:], 2, num_gpus=0, autoscaling_config=scaling, **settings) as handle:
     asyncio.run(run(handle))
 """
 
 
-def test_a_replica_that_is_scaled_away_finishes_first(directory):
-    model = ["--model", directory, "--served-model-name", MODEL, "--device", "cpu"]
-    command = [sys.executable, "-c", SCALE, *model, "--num-gpu-blocks-override=2000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * START_SECONDS)
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("[2"))
-    *seen, bodies = json.loads(line)
-    assert seen == [2, True, [True, True]], "two replicas, one is left, and both still answered then"
-    for body in bodies:
-        *events, end, _ = body.split("\n\n")
-        assert end == "data: [DONE]"
-        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 16
+def test_a_replica_that_is_scaled_away_finishes_first(directory, tmp_path):
+    """And no process is left when the one that has started all is killed, which it cannot catch."""
+    hold = str(tmp_path / "hold")
+    (tmp_path / "sitecustomize.py").write_text(HELD.format(hold=hold))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    arguments = [hold, *model_arguments(directory)]
+    with Command("-c", SCALE, *arguments, environment={"PYTHONPATH": path}) as running:
+        of_one_left, running_then, ends = json.loads(re.search("SEEN (.*)", running.log)[1])
+        assert of_one_left
+        assert running_then == [True, True], "both still answered when one of two was left"
+        assert ends == [["[DONE]", ["length", "length"]]] * 2
+        running.process.kill()
+        running.wait_for_the_end(but=AGENTS)
+
+
+def test_replicas_that_are_divided(directory, one):
+    """Both in one: two ranks in each of two replicas."""
+    prompts = [
+        {"prompt": f"{number} {'x' * number}", "model": MODEL, "max_tokens": 20} for number in range(8)
+    ]
+
+    def texts(url: str) -> list[str]:
+        with ThreadPoolExecutor(8) as threads:
+            posts = [
+                threads.submit(
+                    httpx.post,
+                    f"{url}/v1/completions",
+                    json={**body, "temperature": 0, "ignore_eos": True},
+                    headers=KEY,
+                    timeout=120,
+                )
+                for body in prompts
+            ]
+            return [post.result().json()["choices"][0]["text"] for post in posts]
+
+    with replicas_of(directory, "--tensor-parallel-size=2", "--dtype=float32") as running:
+        commands = list(running.others.values())
+        assert sum("cupaged.engine.distributed.rank" in each for each in commands) == 2, "one for each leader"
+        assert texts(running.url) == texts(one.url)
+        assert all(load > 0 for (load,) in running.metrics("vllm:prompt_tokens_total").values())
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_for_the_end()
+        assert running.process.returncode == 0
+
+
+# On a port that is free, and without the dashboard, which takes longer to start than all else.
+SERVE_RUN = """
+import functools, sys
+import ray
+from ray.serve import scripts
+ray.init = functools.partial(ray.init, include_dashboard=False)
+start = scripts._private_api.serve_start
+options = {"host": "127.0.0.1", "port": int(sys.argv.pop())}
+scripts._private_api.serve_start = lambda **given: start(**{**given, "http_options": options})
+scripts.cli(sys.argv[1:])
+"""
+
+
+def test_the_command_for_a_cluster_runs_without_one(directory):
+    """As it stands in the README, but for the model and the port: on this machine's cores."""
+    (command,) = re.findall(r"`serve run (cupaged\.ray_app:app .*?)`", (ROOT / "README.md").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [*command.split(), f"model={directory}", f"served_model_name={MODEL}", "block_size=8"]
+    start = ["-c", SERVE_RUN, "run", *arguments, "num_gpu_blocks_override=200", str(port)]
+    environment = {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # 5 are too few on a busy machine
+    with Command(*start, ready="is ready at", environment=environment) as running:
+        url = f"http://127.0.0.1:{port}"
+        body = {"model": MODEL, "prompt": "abc", "max_tokens": 5, "ignore_eos": True}
+        for _ in range(2):
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+            assert answer.json()["usage"]["completion_tokens"] == 5
+        running.url = url
+        assert len(running.metrics()) == int(re.search(r"replicas=(\d)", command)[1])
+        running.process.send_signal(signal.SIGINT)
+        running.wait_for_the_end(but=AGENTS)
