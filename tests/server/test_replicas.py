@@ -525,9 +525,11 @@ def test_replicas_that_are_divided(directory, one):
         assert running.process.returncode == 0
 
 
-# On a port that is free, and without the dashboard, which takes longer to start than all else.
+# On a port that is free, and without the dashboard, which takes longer to start than all else. Ctrl-C is as
+# in a shell: what runs in the background of a script ignores it, and so would its children.
 SERVE_RUN = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import ray
 from ray.serve import scripts
 ray.init = functools.partial(ray.init, include_dashboard=False)
