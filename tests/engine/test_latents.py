@@ -35,7 +35,7 @@ def model_of(seed: int, **changes) -> tf.PreTrainedModel:
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 @pytest.mark.matrix
 def test_tokens_are_those_of_transformers_under_preemption(tmp_path, model_type, mode, seed):
-    """Of requests that begin alike, in a memory that is too small for them."""
+    """Run requests that begin alike in a memory that is too small for them."""
     sweep.save(model_type, tmp_path, seed)
     rng = random.Random(seed)
     common = [rng.randrange(tiny_models.PAD) for _ in range(20)]
@@ -59,7 +59,7 @@ def test_tokens_are_those_of_transformers_under_preemption(tmp_path, model_type,
 
 
 def test_a_token_of_deepseek_v3_has_576_elements_a_layer(seed):
-    """As the paper has it: 512 of the latent and 64 with RoPE, whatever the number of heads."""
+    """Hold what the paper says: 512 of the latent and 64 with RoPE, whatever the number of heads."""
     model = model_of(seed, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=40)
     runner = ModelRunner(model)
     expanded = runner.kv_shape(16).block_bytes

@@ -372,7 +372,7 @@ class DriverOfEvents:
 
 
 def test_the_host_waits_for_the_device_of_the_tensors(monkeypatch):
-    """Which need not be the current one: `LLM(device="cuda:1")` does not change that."""
+    """Name a GPU that is not the current one: `LLM(device="cuda:1")` does not change that."""
     monkeypatch.setattr(readback, "torch", driver := DriverOfEvents())
     tensors = [torch.arange(3), torch.rand(3, 2)]
     copies = Readback([tensor.as_subclass(OnSecondGPU) for tensor in tensors]).wait()

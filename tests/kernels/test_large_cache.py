@@ -70,7 +70,7 @@ def test_attention(backend, seed, mode):
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_latents(backend, seed, mode):
-    """Written one by one into the last blocks, and attended over."""
+    """Write them one by one into the last blocks, and attend over them."""
     device = backend[1]
     problem = mla_cases.draw(
         seed,

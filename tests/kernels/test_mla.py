@@ -52,7 +52,7 @@ def draw_call(seed: int, mode: str, **options) -> Latents:
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_drawn_calls(backend, seed, mode):
-    """On the emulation with few heads: its time is that of the query rows."""
+    """Run few heads on the emulation: its time is that of the query rows."""
     heads = {"num_heads": random.Random(seed).choice(HEADS[:4])} if "cuda" in backend[0] else {}
     check(draw_call(seed, mode, **heads), backend[1])
 
@@ -143,7 +143,7 @@ def test_a_sequence_gets_the_same_bits_in_any_batch(backend, seed, monkeypatch, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_at_any_address(backend, seed, dtype):
-    """Rows of query and of out that do not start at multiples of 16 bytes, and nothing is written beside."""
+    """Take rows of query and out that do not start at multiples of 16 bytes; write nothing else."""
     problem = draw(
         seed,
         dtype=dtype,
@@ -189,7 +189,7 @@ def test_latents_are_written_into_their_slots(backend, seed, dtype):
 
 
 def test_nothing_to_do(backend):
-    """No sequence, or only empty ones: zeros and -inf."""
+    """Return zeros and -inf for no sequence, or only empty ones."""
     device = backend[1]
     for num_seqs in (0, 3):
         out, lse = cupaged.mla_attention(
@@ -233,7 +233,7 @@ def test_the_choice(dtype, num_heads, arch, prefills, name):
 
 
 def test_prompts_have_no_partials():
-    """Of 8192 query tokens of 128 heads they would take gigabytes; single tokens are divided as ever."""
+    """Leave long prompts whole, whose partials would take gigabytes; divide single tokens."""
     problem = draw(0, dtype=torch.float16, num_heads=4, seq_lens=[3000, 9], query_lens=[500, 1])
     problem.options["max_query_len"] = None
     out = torch.empty(501, 4, 512, dtype=torch.float16)

@@ -42,7 +42,7 @@ def test_attention(arch, seed, mode):
 
 @pytest.mark.matrix
 def test_attention_of_long_sequences(arch, seed):
-    """Several KV splits, and float32."""
+    """Run several KV splits, and float32."""
     rng = random.Random(seed)
     dtype = rng.choice([torch.float16, torch.bfloat16, torch.float32])
     check(draw(seed, dtype=dtype, num_heads=4, sizes=(24, 16), seq_lens=[rng.randrange(513, 600), 9]))

@@ -81,7 +81,7 @@ def test_arguments_are_the_options_of_the_command(build):
 
 
 def test_a_replica_reserves_gpus_or_a_share_of_the_cores(build):
-    """So that `serve run` needs no resources to be given, whatever there is."""
+    """Reserve what there is, so that `serve run` needs no resources to be given."""
     scaled = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}
     divided = {"replicas": 2, "tensor_parallel_size": 2}
     arguments = [{}, {"replicas": 3}, scaled, divided, {"device": "cpu"}, {"device": "cuda"}]

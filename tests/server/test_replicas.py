@@ -254,7 +254,7 @@ def hit_rate(held: list[list[Turn]]) -> float:
 
 
 def test_conversations_meet_their_caches(replicas, one, switch, seed):
-    """Each stays with a replica, which has as much of it as one server has. In turns it has not."""
+    """Keep each with a replica that has as much of it as one server has. In turns it has not."""
     texts = conversations(seed)
     expected = hold_all(one.url, f"{seed}", texts)
     routed = hold_all(replicas.url, f"{seed} routed", texts)
@@ -481,7 +481,7 @@ with local_replicas(sys.argv[2:], 2, num_gpus=0, autoscaling_config=scaling, **s
 
 
 def test_a_replica_that_is_scaled_away_finishes_first(directory, tmp_path):
-    """And no process is left when the one that has started all is killed, which it cannot catch."""
+    """Leave no process either when the one that has started all is killed, which it cannot catch."""
     hold = str(tmp_path / "hold")
     (tmp_path / "sitecustomize.py").write_text(HELD.format(hold=hold))
     path = os.pathsep.join([str(tmp_path), *sys.path])
@@ -496,7 +496,7 @@ def test_a_replica_that_is_scaled_away_finishes_first(directory, tmp_path):
 
 
 def test_replicas_that_are_divided(directory, one):
-    """Both in one: two ranks in each of two replicas."""
+    """Run two ranks in each of two replicas."""
     prompts = [
         {"prompt": f"{number} {'x' * number}", "model": MODEL, "max_tokens": 20} for number in range(8)
     ]
@@ -541,7 +541,7 @@ scripts.cli(sys.argv[1:])
 
 
 def test_the_command_for_a_cluster_runs_without_one(directory):
-    """As it stands in the README, but for the model and the port: on this machine's cores."""
+    """Run it as it stands in the README, but for the model and the port, on this machine's cores."""
     (command,) = re.findall(r"`serve run (cupaged\.ray_app:app .*?)`", (ROOT / "README.md").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -58,7 +58,7 @@ def test_the_shape_is_that_of_the_keys():
 
 
 def test_the_shape_is_that_of_the_widest_layer():
-    """Of keys or values, rounded up to what the kernels take."""
+    """Take the longer of keys and values, rounded up to what the kernels take."""
     config = tiny_configs.tiny_config("mimo_v2_flash")
     config.update({"head_dim": 12, "v_head_dim": 20})
     runner = ModelRunner(tf.AutoModelForCausalLM.from_config(config))

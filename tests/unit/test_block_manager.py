@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
                 assert len(self.blocks.table(seq_id, index)) == -(-len(self.tokens[seq_id]) // size)
 
     def at_once(self, seq_id: int, count: int) -> int:
-        """How many tokens an append may have."""
+        """Return how many tokens an append may have."""
         return min(count, self.blocks.longest_append(len(self.tokens[seq_id])))
 
     @rule(target=families, count=st.integers(1, 14))
@@ -113,7 +113,7 @@ class Machine(RuleBasedStateMachine):
         return seq_id
 
     def longest_found(self, keys: list[bytes]) -> int:
-        """By trying all lengths, the longest first."""
+        """Try all lengths, the longest first."""
         for num_tokens in range(len(keys) * self.blocks.block_size, 0, -1):
             if all(num_tokens % size == 0 for size in self.blocks.block_sizes) and all(
                 self.blocks.gpu.find(keys[(i + 1) * tables.size // self.blocks.block_size - 1] + suffix)
@@ -127,7 +127,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(family=families)
     def free_what_nobody_reads(self, family):
-        """Exactly the blocks from the first to the last that the next token reads are left."""
+        """Leave exactly the blocks from the first to the last that the next token reads."""
         for seq_id in () if family in self.swapped else self.members[family]:
             tokens = self.tokens[seq_id]
             self.blocks.free_unread(seq_id, len(tokens), self.keys(tokens))

@@ -139,7 +139,7 @@ def test_the_directory_can_be_chosen(tmp_path, monkeypatch):
 
 
 def test_what_the_command_line_compiled_is_found_under_that_cache_dir(tmp_path, monkeypatch, capsys):
-    """In this process: `test_packaging` starts the command."""
+    """Run it in this process: `test_packaging` starts the command."""
     assert precompile.main(["--arch", "90a", "--out", str(tmp_path), "--only", "copy_blocks"]) == 0
     assert "copy_blocks[unit_bytes=16]" in capsys.readouterr().out
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path))

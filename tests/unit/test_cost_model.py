@@ -41,7 +41,7 @@ def test_a_fit_finds_the_coefficients_that_made_the_times(seed):
 
 
 def test_a_fit_finds_how_many_tokens_are_free(seed):
-    """As many as a measured step has; those of decoding sequences come first."""
+    """Draw as many as a measured step has; those of decoding sequences come first."""
     rng = random.Random(seed)
     rows = steps(rng, Costs())
     free = int(
@@ -68,7 +68,7 @@ def test_a_fit_finds_how_many_tokens_are_free(seed):
 
 
 def test_steps_that_decode_are_timed_in_a_row():
-    """After another kind of step they take longer, as the runner of this test has it."""
+    """Time them in a row: after another kind of step they take longer, as the runner of this test has it."""
 
     class Runner:
         before: Step | None = None

@@ -9,7 +9,7 @@ from benchmarks.layer_groups import LOADS, fixed_split, layer_groups, one_table
 
 @pytest.mark.parametrize("name", LOADS)
 def test_one_pool_holds_the_most_tokens(name):
-    """With as little room for what admission sets aside: 5 %."""
+    """Allow 5 % for what admission sets aside."""
     load = LOADS[name]
     pooled = layer_groups(load, 300)
     assert pooled > 0.95 * fixed_split(load, 300)

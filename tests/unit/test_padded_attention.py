@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_padding_and_repeated_heads_change_nothing(seed, scaling):
-    """Beside a layer that fills the cache; in its dtype, beside poison."""
+    """Attend over a cache of wider layers, in which poison is wherever nothing was written."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(least: int, most: int) -> int:

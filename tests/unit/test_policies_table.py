@@ -67,7 +67,7 @@ def test_a_table_of_a_drawn_trace(trace, count, tmp_path, seed):
 
 
 def test_a_policy_of_ones_own_and_priorities_stand_beside_the_others(tmp_path, capsys, seed):
-    """Of a CSV, with a request that is too large, and what cannot be read is refused."""
+    """Read a CSV with a request that is too large; refuse what cannot be read."""
     rng = random.Random(seed)
     path, own = tmp_path / "mine.csv", tmp_path / "own.py"
     path.write_text(

@@ -145,7 +145,7 @@ def test_a_conversation_that_goes_on_begins_as_it_did(seed):
 
 
 def test_a_first_turn_is_a_beginning_of_the_second(seed):
-    """However short it is: the replica that has it has written the answer, which may be long."""
+    """Find it however short it is: its replica has written the answer, which may be long."""
     rng = random.Random(seed)
     first = "".join(rng.choices("ab \n", k=rng.randrange(1, 10)))
     turns: list[dict[str, object]] = [{"role": "user", "content": first}]

@@ -20,7 +20,7 @@ LONGEST = 320  # tokens of a prompt
 
 
 def crowd(rng: random.Random, count: int = 150) -> list[Request]:
-    """More than can be served: prompts of all lengths, of which most begin with one of a few prefixes."""
+    """Send more than can be served: prompts of all lengths, most with one of a few prefixes."""
     requests = []
     for i in range(count):
         prefix = rng.randrange(8)
@@ -47,7 +47,7 @@ def test_a_load_is_served_with_every_policy(order, admission, seed):
 
 @pytest.mark.parametrize("name", ["shortest-prompt", "longest-prefix"])
 def test_nobody_is_passed_by_many(name, seed):
-    """Of two requests the later one goes first only if it is better by so much for each place between."""
+    """Let the later of two requests go first only if it is better by so much for each place between."""
     rng, make = random.Random(seed), SCHEDULING_POLICIES[name]
     tokens_per_place = rng.choice([1, 8, 50])
     engine = SimulatedEngine(NUM_BLOCKS, scheduling_policy=lambda: make(tokens_per_place))
@@ -64,7 +64,7 @@ def test_nobody_is_passed_by_many(name, seed):
 
 
 def test_short_prompts_pass_long_ones():
-    """Long and short prompts arrive in turn, faster than they can be served."""
+    """Send long and short prompts in turn, faster than they can be served."""
     requests = [Request(i / 100, Spans((i, 15 if i % 2 else 300)), 10) for i in range(200)]
     waited, longest = {}, {}
     for name in ("fcfs", "shortest-prompt"):
@@ -92,7 +92,7 @@ def test_prompts_pass_others_while_what_they_begin_with_is_cached(seed):
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 def test_conservative_admission_preempts_nobody(mode, seed):
-    """Whatever is asked for: outputs and beams over one prompt, windows, ends before ``max_tokens``."""
+    """Ask for anything: outputs and beams over one prompt, windows, ends before ``max_tokens``."""
     rng = random.Random(seed)
     simulation = Simulation(
         num_blocks=rng.randrange(20, 50),
@@ -151,7 +151,7 @@ class SwapTheLong(PreemptionPolicy):
 
 
 def test_policies_of_ones_own(seed):
-    """They are made for each engine, and asked."""
+    """Make them for each engine, and ask them."""
     requests = crowd(random.Random(seed), 60)
     settings = {"scheduling_policy": LastComeFirstServed, "admission_policy": lambda: Greedy()}
     engine = SimulatedEngine(NUM_BLOCKS, SwapTheLong, **settings)
