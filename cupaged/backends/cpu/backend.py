@@ -13,11 +13,11 @@ import torch
 from ... import checks
 from ...layout import Layout
 from ...params import AttentionParams, SamplingSettings, fraction_bits
-from . import activation, attention, launch, memory, norm, rope, team, work
+from . import activation, launch, memory, norm, rope, team, work
 from . import sample as sampling
 from .mla import concat_and_cache_mla as concat_and_cache_mla
 from .mla import mla_attention as mla_attention
-from .prepared import DTYPES, keep, kernel_of
+from .prepared import DTYPES, keep, keep_attention, kernel_of
 
 CHECKS_DATA = True  # the kernels check ids and scales themselves
 
@@ -33,8 +33,8 @@ def paged_attention(
     params: AttentionParams,
     layout: Layout,
 ) -> None:
-    kernel, fixed = layout.prepared or _prepare_attention(
-        query, kv_cache, block_tables, seq_lens, out, layout
+    kernel, fixed = layout.prepared or keep_attention(
+        query, kv_cache, block_tables, out, layout, _cache_numbers(kv_cache)
     )
     # The softmax is in base 2. With a soft cap the kernel's dot products are s / cap.
     if params.logits_soft_cap is None:
@@ -61,37 +61,6 @@ def paged_attention(
     if kernel(arguments) == team.INVALID:
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, params.sliding_window)
         raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
-
-
-def _prepare_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    out: torch.Tensor,
-    layout: Layout,
-) -> tuple[launch.Kernel, tuple[float, ...]]:
-    num_tokens, num_heads, _ = query.shape
-    itemsize = query.element_size()
-    return keep(
-        layout,
-        kernel_of(attention.build, work.Batch, DTYPES[query.dtype], DTYPES[kv_cache.dtype]),
-        work.Batch,
-        query_token_stride=query.stride(0) * itemsize,
-        query_head_stride=query.stride(1) * itemsize,
-        out_token_stride=out.stride(0) * itemsize,
-        out_head_stride=out.stride(1) * itemsize,
-        table_stride=block_tables.stride(0) * 4,
-        num_seqs=seq_lens.shape[0],
-        num_tokens=num_tokens,
-        num_heads=num_heads,
-        itemsize=itemsize,
-        value_size=out.shape[2],
-        value_row_bytes=out.shape[2] * kv_cache.element_size(),
-        num_blocks=kv_cache.shape[0],
-        table_width=block_tables.shape[1],
-        **_cache_numbers(kv_cache),
-    )
 
 
 def reshape_and_cache(

@@ -10,8 +10,8 @@ import torch
 from ... import checks
 from ...layout import Layout
 from ...params import AttentionParams
-from . import attention, launch, memory, team, work
-from .prepared import DTYPES, keep, kernel_of
+from . import launch, memory, team, work
+from .prepared import keep, keep_attention, kernel_of
 
 
 def mla_attention(
@@ -25,7 +25,9 @@ def mla_attention(
     params: AttentionParams,
     layout: Layout,
 ) -> None:
-    kernel, fixed = layout.prepared or _prepare_attention(query, kv_cache, block_tables, out, layout)
+    kernel, fixed = layout.prepared or keep_attention(
+        query, kv_cache, block_tables, out, layout, _cache_numbers(kv_cache, 0)
+    )
     arguments = (
         query.data_ptr(),
         out.data_ptr(),
@@ -44,36 +46,6 @@ def mla_attention(
     if kernel(arguments) == team.INVALID:
         checks.attention_ids(query, kv_cache, block_tables, seq_lens, query_start_loc, None)
         raise ValueError("seq_lens, block_tables or query_start_loc changed while they were used")
-
-
-def _prepare_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    out: torch.Tensor,
-    layout: Layout,
-) -> tuple[launch.Kernel, tuple[float, ...]]:
-    num_tokens, num_heads, _ = query.shape
-    itemsize = query.element_size()
-    return keep(
-        layout,
-        kernel_of(attention.build, work.Batch, DTYPES[query.dtype], DTYPES[kv_cache.dtype]),
-        work.Batch,
-        query_token_stride=query.stride(0) * itemsize,
-        query_head_stride=query.stride(1) * itemsize,
-        out_token_stride=out.stride(0) * itemsize,
-        out_head_stride=out.stride(1) * itemsize,
-        value_row_bytes=out.shape[2] * itemsize,
-        table_stride=block_tables.stride(0) * 4,
-        num_seqs=block_tables.shape[0],
-        num_tokens=num_tokens,
-        num_heads=num_heads,
-        value_size=out.shape[2],
-        itemsize=itemsize,
-        num_blocks=kv_cache.shape[0],
-        table_width=block_tables.shape[1],
-        **_cache_numbers(kv_cache, 0),
-    )
 
 
 def concat_and_cache_mla(
